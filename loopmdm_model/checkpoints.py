@@ -1,0 +1,112 @@
+"""Weights on disk: where a name leads, atomic writing, strict reading. No pickle is ever loaded."""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from loopmdm_model.config import LoopMDMConfig
+from loopmdm_model.errors import UsageError, unknown_name
+
+ZOO = Path(__file__).parent / "zoo"
+WEIGHTS, CONFIG, TOKENIZER, RECORD, METRICS = (
+    "model.safetensors",
+    "config.json",
+    "tokenizer.json",
+    "train.json",
+    "metrics.jsonl",
+)
+
+
+def list_models() -> list[str]:
+    """Names of the shipped models."""
+    return sorted(path.parent.name for path in ZOO.glob(f"*/{WEIGHTS}"))
+
+
+def resolve(name: Path | str) -> Path:
+    """The folder that a shipped name, a run folder or a hub id ("owner/name") leads to."""
+    if isinstance(name, str) and name in list_models():
+        return ZOO / name
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+        return _from_hub(name)
+    raise unknown_name("model", str(name), list_models(), "A run folder or a hub id owner/name works too.")
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:  # the hub client raises many kinds; all mean "not to be had"
+        raise OSError(f"{name} is no folder here and was not to be had from the hub: {error}") from error
+
+
+def need(folder: Path, file: str) -> Path:
+    """`folder/file`, or UsageError if it is not there."""
+    path = folder / file
+    if not path.is_file():
+        raise UsageError(f"{folder} has no {file}; a model folder holds {WEIGHTS} and {CONFIG}")
+    return path
+
+
+def load_weights(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Read `model.safetensors`, strict on names and shapes; converted to the expected dtypes."""
+    path = need(folder, WEIGHTS)
+    try:
+        found = load_file(path)
+    except SafetensorError as error:
+        raise UsageError(f"{path} is damaged or truncated ({error}); copy or train it again") from error
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or extra:
+        what = [f"lacks {missing[0]} (and {len(missing) - 1} more)"] if missing else []
+        what += [f"has unexpected {extra[0]} (and {len(extra) - 1} more)"] if extra else []
+        raise UsageError(f"{path} {', '.join(what)}; it does not belong to the {CONFIG} beside it")
+    for name, tensor in expected.items():
+        if found[name].shape != tensor.shape:
+            raise UsageError(
+                f"{path}: {name} has shape {list(found[name].shape)}, {CONFIG} asks for {list(tensor.shape)}"
+            )
+    return {name: found[name].to(expected[name].dtype) for name in expected}
+
+
+def save_weights(
+    folder: Path | str, cfg: LoopMDMConfig, state: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> None:
+    """Write weights and config into `folder`, each file atomically."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
+    write_atomic(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_atomic(folder / CONFIG, cfg.save)
+
+
+def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
+    """Call `write` on a temporary name in the same folder, flush it to disk, then rename to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    try:
+        write(Path(temporary))
+        with Path(temporary).open("rb") as file:
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
+    write_atomic(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))

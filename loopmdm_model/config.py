@@ -1,0 +1,151 @@
+"""What a LoopMDM is made of: one frozen, validated record that round-trips through JSON.
+
+Field names follow TransformerLens. The defaults are the backbone the paper most likely used
+(MDLM's transformer with its time conditioning off: LayerNorm with bias, tanh-GELU, MLP x4,
+attention without biases, untied embeddings); all of it can be changed here.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from loopmdm_model.errors import UsageError, check_keys
+
+SEGMENTS = ("prelude", "loop", "coda")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopMDMConfig:
+    """Shape of a LoopMDM: `n_prelude_layers`, then `n_loop_layers` run S times, then `n_coda_layers`.
+
+    `mask_token_id` is always the last id, d_vocab - 1. `max_loops` is the largest S drawn in
+    training (S_max) and the default S at inference. `forbid_mask_to_mask` names the segments in
+    which a masked query may not attend to *other* masked keys. `normalization_type` is "LN" or
+    "RMS"; `gated_mlp` with `act_fn="silu"` is SwiGLU.
+    """
+
+    d_vocab: int
+    n_ctx: int
+    d_model: int
+    n_heads: int
+    n_prelude_layers: int = 1
+    n_loop_layers: int = 1
+    n_coda_layers: int = 1
+    max_loops: int = 1
+    mask_token_id: int = -1
+    d_head: int = -1
+    d_mlp: int = -1
+    normalization_type: Literal["LN", "RMS"] = "LN"
+    act_fn: Literal["gelu_new", "gelu", "silu"] = "gelu_new"
+    gated_mlp: bool = False
+    norm_bias: bool = True
+    attn_bias: bool = False
+    mlp_bias: bool = True
+    unembed_bias: bool = True
+    eps: float = 1e-5
+    rotary_base: float = 10000.0
+    initializer_range: float = 0.02
+    forbid_mask_to_mask: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        """Fill derived fields and refuse shapes that cannot run."""
+        derived = {
+            "mask_token_id": (-1, self.d_vocab - 1),
+            "d_head": (-1, self.d_model // max(self.n_heads, 1)),
+            "d_mlp": (-1, 4 * self.d_model),
+        }
+        for field, (unset, value) in derived.items():
+            if getattr(self, field) == unset:
+                object.__setattr__(self, field, value)
+        object.__setattr__(self, "forbid_mask_to_mask", tuple(self.forbid_mask_to_mask))
+        self._check_sizes()
+        self._check_choices()
+
+    def _check_sizes(self) -> None:
+        least = {"d_vocab": 2, "n_ctx": 1, "d_model": 1, "n_heads": 1, "d_head": 2, "d_mlp": 1}
+        least |= {"n_prelude_layers": 0, "n_loop_layers": 0, "n_coda_layers": 0, "max_loops": 1}
+        for field, low in least.items():
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise UsageError(f"{field} must be an integer of at least {low}, got {value!r}")
+        if self.d_head % 2:
+            raise UsageError(f"d_head must be even for rotary embeddings, got {self.d_head}")
+        if self.mask_token_id != self.d_vocab - 1:
+            raise UsageError(
+                f"mask_token_id must be the last id, d_vocab - 1 = {self.d_vocab - 1}, "
+                f"got {self.mask_token_id}; put [MASK] last in the tokenizer"
+            )
+        if self.n_layers == 0:
+            raise UsageError("a model needs at least one layer; set n_prelude_, n_loop_ or n_coda_layers")
+
+    def _check_choices(self) -> None:
+        choices = {"normalization_type": ("LN", "RMS"), "act_fn": ("gelu_new", "gelu", "silu")}
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise UsageError(f"{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
+        for segment in self.forbid_mask_to_mask:
+            if segment not in SEGMENTS:
+                raise UsageError(f"forbid_mask_to_mask takes segments of {SEGMENTS}, got {segment!r}")
+
+    @property
+    def n_layers(self) -> int:
+        """Physical layers stored."""
+        return self.n_prelude_layers + self.n_loop_layers + self.n_coda_layers
+
+    @property
+    def mean_loops(self) -> float:
+        """E[S] for S uniform on 1..max_loops."""
+        return (1 + self.max_loops) / 2
+
+    @property
+    def effective_depth(self) -> float:
+        """Layer applications of an average training forward: prelude + E[S] * loop + coda."""
+        return self.n_prelude_layers + self.mean_loops * self.n_loop_layers + self.n_coda_layers
+
+    def layers(self, segment: str) -> range:
+        """Physical layer indices of "prelude", "loop" or "coda"."""
+        first = self.n_prelude_layers
+        after = first + self.n_loop_layers
+        return {"prelude": range(first), "loop": range(first, after), "coda": range(after, self.n_layers)}[
+            segment
+        ]
+
+    def segment(self, layer: int) -> str:
+        """The segment that physical `layer` belongs to."""
+        return next(name for name in SEGMENTS if layer in self.layers(name))
+
+    def depth(self, layer: int, loop: int, n_loops: int) -> int:
+        """0-based place of an application in running order; `loop` counts for looped layers only."""
+        segment = self.segment(layer)
+        if segment == "loop":
+            return layer + loop * self.n_loop_layers
+        return layer + (n_loops - 1) * self.n_loop_layers if segment == "coda" else layer
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready dict of all fields."""
+        return dataclasses.asdict(self) | {"forbid_mask_to_mask": list(self.forbid_mask_to_mask)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "LoopMDMConfig":
+        """Inverse of `to_dict`; UsageError on unknown or missing keys."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        check_keys(values, known, "config")
+        missing = [key for key in ("d_vocab", "n_ctx", "d_model", "n_heads") if key not in values]
+        if missing:
+            raise UsageError(f"config: missing {', '.join(missing)}")
+        return cls(**values)
+
+    def save(self, path: Path | str) -> None:
+        """Write as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path | str) -> "LoopMDMConfig":
+        """Read JSON; UsageError names what is wrong with the file."""
+        try:
+            values = json.loads(Path(path).read_text())
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{path} is not JSON ({error}); restore the file") from error
+        return cls.from_dict(values)

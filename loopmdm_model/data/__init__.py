@@ -1,0 +1,1 @@
+"""Corpora, tokenizers, the Sudoku task, and batches made of them."""

@@ -1,0 +1,51 @@
+"""Errors a user can cause. The command line prints them in one line and exits with 2."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UsageError(ValueError):
+    """Wrong input; the message says what was given, what is expected and the remedy."""
+
+
+class UnknownNameError(UsageError, KeyError):
+    """A name that does not exist; the message offers near matches."""
+
+    def __str__(self) -> str:
+        """The message itself (KeyError would print its repr)."""
+        return str(self.args[0]) if self.args else ""
+
+
+class DivergedError(RuntimeError):
+    """Training produced a loss that is not finite; the command line exits with 1."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], remedy: str = "") -> UnknownNameError:
+    """The error for an unknown `name` of some `kind`, with near matches among `known`."""
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.45)
+    if near:
+        hint = f"did you mean {' or '.join(near)}?"
+    elif len(known) <= 20:
+        hint = f"known: {', '.join(known)}"
+    else:
+        hint = f"known: {', '.join(known[:5])}, ... ({len(known)} in all)"
+    return UnknownNameError(f"unknown {kind} {name!r}; {hint}{' ' + remedy if remedy else ''}")
+
+
+def check_count(name: str, value: object, least: int = 1) -> int:
+    """Return `value` if it is an int (not a bool) of at least `least`, else raise UsageError."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise UsageError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
+    number = value.__index__()  # pyright: ignore[reportAttributeAccessIssue]
+    if number < least:
+        raise UsageError(f"{name} must be at least {least}, got {number}")
+    return number
+
+
+def check_keys(given: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Raise for the first key that `what` does not have, naming the nearest one."""
+    known = list(known)
+    for key in given:
+        if key not in known:
+            raise unknown_name(f"key in {what}", key, known)

@@ -1,0 +1,43 @@
+"""Floating-point operations, counted from the shapes.
+
+2mnk for a product of m x n and n x k; attention scores and values included; embedding look-ups and
+element-wise work free; training costs 3 forwards. Agrees with torch's FlopCounterMode on the
+explicit attention path.
+"""
+
+from loopmdm_model.config import LoopMDMConfig
+
+
+def layer_flops(cfg: LoopMDMConfig, length: int) -> int:
+    """One layer applied to one sequence of `length` tokens."""
+    width = cfg.n_heads * cfg.d_head
+    projections = 2 * cfg.d_model * 4 * width
+    attention = 2 * 2 * length * width
+    mlp = 2 * cfg.d_model * cfg.d_mlp * (3 if cfg.gated_mlp else 2)
+    return length * (projections + attention + mlp)
+
+
+def unembedding_flops(cfg: LoopMDMConfig, n_rows: int) -> int:
+    """Logits of `n_rows` positions."""
+    return n_rows * 2 * cfg.d_model * cfg.d_vocab
+
+
+def forward_flops(cfg: LoopMDMConfig, length: int, n_loops: float, batch: int = 1) -> float:
+    """One forward of `batch` sequences at `n_loops` loops (an expectation E[S] may be fractional)."""
+    applications = cfg.n_prelude_layers + n_loops * cfg.n_loop_layers + cfg.n_coda_layers
+    return batch * (applications * layer_flops(cfg, length) + unembedding_flops(cfg, length))
+
+
+def training_flops(cfg: LoopMDMConfig, length: int, n_loops: float, batch: int = 1) -> float:
+    """One training step: forward, and a backward of twice its cost."""
+    return 3 * forward_flops(cfg, length, n_loops, batch)
+
+
+def flops_per_token(cfg: LoopMDMConfig, length: int, n_loops: float) -> float:
+    """Forward FLOPs per token at sequence length `length`."""
+    return forward_flops(cfg, length, n_loops) / length
+
+
+def applied_parameters(cfg: LoopMDMConfig, n_parameters: int, layer_parameters: int, n_loops: int) -> int:
+    """Parameters counted once per application: stored + (n_loops - 1) x those of the looped layers."""
+    return n_parameters + (n_loops - 1) * cfg.n_loop_layers * layer_parameters

@@ -1,0 +1,146 @@
+"""The parts of one transformer layer: norm, rotary attention, MLP, block.
+
+Leaf names offered to taps are TransformerLens'; axis order is [batch, pos, head, d_head] for
+q/k/v/z and [batch, head, query, key] for scores and patterns.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from loopmdm_model.config import LoopMDMConfig
+from loopmdm_model.taps import NO_TAP, Tap
+
+ACTIVATIONS = {
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
+
+
+class Norm(nn.Module):
+    """LayerNorm ("LN") or RMSNorm ("RMS") over the last axis."""
+
+    def __init__(self, cfg: LoopMDMConfig):
+        super().__init__()
+        self.eps = cfg.eps
+        self.centred = cfg.normalization_type == "LN"
+        self.weight = nn.Parameter(torch.ones(cfg.d_model))
+        self.bias = nn.Parameter(torch.zeros(cfg.d_model)) if self.centred and cfg.norm_bias else None
+
+    def forward(self, x: Tensor, tap: Tap = NO_TAP, prefix: str = "") -> Tensor:
+        """Normalise x [..., d_model]; offers `hook_scale` [..., 1] and `hook_normalized` [..., d_model]."""
+        scale_name = prefix + "hook_scale"
+        if tap.wants(scale_name):
+            if self.centred:
+                x = x - x.mean(-1, keepdim=True)
+            scale = tap(scale_name, (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+            x = x / scale * self.weight
+            x = x if self.bias is None else x + self.bias
+        elif self.centred:
+            x = F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+        else:
+            x = F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return tap(prefix + "hook_normalized", x)
+
+
+def rotary_tables(cfg: LoopMDMConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [n_ctx, 1, d_head] of the half-split rotary embedding."""
+    half = torch.arange(0, cfg.d_head, 2, dtype=torch.float64) / cfg.d_head
+    angle = torch.arange(cfg.n_ctx, dtype=torch.float64)[:, None] * cfg.rotary_base**-half
+    angle = torch.cat([angle, angle], dim=-1)[:, None, :]
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x: Float[Tensor, "batch pos head d_head"], cos: Tensor, sin: Tensor) -> Tensor:
+    """Half-split rotary embedding of x, in float32, back in x's dtype."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (x.float() * cos + turned * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Bidirectional multi-head attention with rotary positions."""
+
+    def __init__(self, cfg: LoopMDMConfig):
+        super().__init__()
+        width = cfg.n_heads * cfg.d_head
+        self.n_heads, self.d_head = cfg.n_heads, cfg.d_head
+        self.qkv = nn.Linear(cfg.d_model, 3 * width, bias=cfg.attn_bias)
+        self.out = nn.Linear(width, cfg.d_model, bias=cfg.attn_bias)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch pos d_model"],
+        rotary: tuple[Tensor, Tensor],
+        allowed: Bool[Tensor, "batch one query key"] | None,
+        tap: Tap = NO_TAP,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Attend; SDPA unless the tap listens inside attention. `allowed`: False = may not attend."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, self.d_head)).unbind(-3)
+        q, k, v = tap("attn.hook_q", q), tap("attn.hook_k", k), tap("attn.hook_v", v)
+        q = tap("attn.hook_rot_q", rotate(q, *rotary))
+        k = tap("attn.hook_rot_k", rotate(k, *rotary))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if tap.explicit or tap.wants("attn.hook_attn_scores", "attn.hook_pattern"):
+            z = self._explicit(q, k, v, allowed, tap)
+        else:
+            z = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        z = tap("attn.hook_z", z.transpose(1, 2))
+        if tap.wants("attn.hook_result"):
+            return self._per_head(z, tap)
+        return self.out(z.flatten(-2))
+
+    def _explicit(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, tap: Tap) -> Tensor:
+        scores = (q * self.d_head**-0.5) @ k.transpose(-1, -2)
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, float("-inf"))
+        scores = tap("attn.hook_attn_scores", scores)
+        pattern = tap("attn.hook_pattern", scores.float().softmax(dim=-1).to(v.dtype))
+        return pattern @ v
+
+    def _per_head(self, z: Tensor, tap: Tap) -> Tensor:
+        weight = self.out.weight.unflatten(1, (self.n_heads, self.d_head))
+        result = tap("attn.hook_result", torch.einsum("bphd,mhd->bphm", z, weight))
+        total = result.sum(dim=-2)
+        return total if self.out.bias is None else total + self.out.bias
+
+
+class MLP(nn.Module):
+    """Two-layer perceptron, gated (SwiGLU with silu) by configuration."""
+
+    def __init__(self, cfg: LoopMDMConfig):
+        super().__init__()
+        self.act = ACTIVATIONS[cfg.act_fn]
+        self.up = nn.Linear(cfg.d_model, cfg.d_mlp, bias=cfg.mlp_bias)
+        self.gate = nn.Linear(cfg.d_model, cfg.d_mlp, bias=cfg.mlp_bias) if cfg.gated_mlp else None
+        self.out = nn.Linear(cfg.d_mlp, cfg.d_model, bias=cfg.mlp_bias)
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"], tap: Tap = NO_TAP) -> Tensor:
+        """Map x [batch, pos, d_model] to the same shape; `mlp.hook_pre` holds what the activation sees."""
+        if self.gate is None:
+            hidden = self.act(tap("mlp.hook_pre", self.up(x)))
+        else:
+            linear = tap("mlp.hook_pre_linear", self.up(x))
+            hidden = self.act(tap("mlp.hook_pre", self.gate(x))) * linear
+        return self.out(tap("mlp.hook_post", hidden))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer layer: x + attn(ln1 x), then x + mlp(ln2 x)."""
+
+    def __init__(self, cfg: LoopMDMConfig):
+        super().__init__()
+        self.ln1, self.attn = Norm(cfg), Attention(cfg)
+        self.ln2, self.mlp = Norm(cfg), MLP(cfg)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], allowed: Tensor | None, tap: Tap = NO_TAP
+    ) -> Tensor:
+        """Run one application of the layer on x [batch, pos, d_model]."""
+        x = tap("hook_resid_pre", x)
+        x = x + tap("hook_attn_out", self.attn(self.ln1(x, tap, "ln1."), rotary, allowed, tap))
+        x = tap("hook_resid_mid", x)
+        x = x + tap("hook_mlp_out", self.mlp(self.ln2(x, tap, "ln2."), tap))
+        return tap("hook_resid_post", x)

@@ -1,0 +1,242 @@
+"""LoopMDM: a masked diffusion language model whose middle layers run S times with shared weights.
+
+    H(-1) = prelude(tokens),   H(i) = loop(H(i-1)) for i = 0..S-1,   logits = unembed(ln(coda(H(S-1))))
+
+There is no time input, no input injection, no loop embedding and no loss on inner loops: the
+equations of "Looped Diffusion Language Models" (arXiv 2605.26106) show none. It follows that loop
+i's states are the same for every S > i, and that the coda read-out after loop i *is* the model at
+n_loops = i + 1.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from loopmdm_model import checkpoints
+from loopmdm_model.config import SEGMENTS, LoopMDMConfig
+from loopmdm_model.errors import UsageError
+from loopmdm_model.layers import Block, Norm, rotary_tables
+from loopmdm_model.stopping import LoopView, StoppingRule, as_rule
+from loopmdm_model.taps import TapSource, no_taps
+
+
+@dataclass(frozen=True)
+class Context:
+    """What layer applications need beside their input; rows can be dropped as sequences stop.
+
+    `allowed` [batch, 1, 1 or query, key] or None per segment; `masked` and `real` [batch, pos].
+    """
+
+    rotary: tuple[Tensor, Tensor]
+    allowed: dict[str, Tensor | None]
+    masked: Bool[Tensor, "batch pos"]
+    real: Bool[Tensor, "batch pos"]
+
+    def rows(self, keep: Tensor) -> "Context":
+        """The context of the sequences `keep` (index or boolean [batch])."""
+        allowed = {name: None if mask is None else mask[keep] for name, mask in self.allowed.items()}
+        return Context(self.rotary, allowed, self.masked[keep], self.real[keep])
+
+
+@dataclass(frozen=True)
+class LoopOutput:
+    """What one forward with a stopping rule gives.
+
+    `logits` [batch, pos, d_vocab]; `loops_used` [batch]; `criterion` [loop, batch], the rule's raw
+    number, NaN where it does not exist or the sequence had stopped.
+    """
+
+    logits: Float[Tensor, "batch pos d_vocab"]
+    loops_used: Int[Tensor, " batch"]
+    criterion: Float[Tensor, "loop batch"]
+
+
+class LoopMDM(nn.Module):
+    """The model in plain torch. `taps` arguments let others listen (see `taps.py`)."""
+
+    def __init__(self, cfg: LoopMDMConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.ln_final = Norm(cfg)
+        self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=cfg.unembed_bias)
+        cos, sin = rotary_tables(cfg)
+        self.register_buffer("rotary_cos", cos, persistent=False)
+        self.register_buffer("rotary_sin", sin, persistent=False)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Normal weights; what writes to the stream shrinks by sqrt(2 x effective depth)."""
+        std = self.cfg.initializer_range
+        for name, parameter in self.named_parameters():
+            if parameter.ndim < 2:
+                continue
+            writes = name.endswith(("attn.out.weight", "mlp.out.weight"))
+            nn.init.normal_(parameter, std=std / (2 * self.cfg.effective_depth) ** 0.5 if writes else std)
+
+    # --- the forward pass, read top to bottom ---
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        n_loops: int | None = None,
+        attention_mask: Tensor | None = None,
+        taps: TapSource = no_taps,
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits after `n_loops` loops (default cfg.max_loops); [MASK]'s logit is -inf.
+
+        `attention_mask` [batch, pos] is 1 for real tokens, 0 for padding.
+        """
+        return self.run(tokens, n_loops=n_loops, attention_mask=attention_mask, taps=taps).logits
+
+    def run(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        n_loops: int | None = None,
+        stop: StoppingRule | None = None,
+        attention_mask: Tensor | None = None,
+        taps: TapSource = no_taps,
+    ) -> LoopOutput:
+        """Forward with a fixed number of loops or with a stopping rule."""
+        rule = as_rule(n_loops, stop, self.cfg.max_loops)
+        context = self.context(tokens, attention_mask)
+        x = self.prelude(tokens, context, taps)
+        x, loops_used, criterion = self._iterate(x, context, rule, taps)
+        return LoopOutput(self.readout(x, context, taps), loops_used, criterion)
+
+    def _iterate(
+        self, x: Tensor, context: Context, rule: StoppingRule, taps: TapSource
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch = x.shape[0]
+        loops_used = torch.full((batch,), rule.max_loops, device=x.device)
+        criterion = torch.full((rule.max_loops, batch), float("nan"), device=x.device)
+        running, final = torch.arange(batch, device=x.device), x
+        for loop in range(rule.max_loops):
+            previous, x = x, self.loop(x, context, loop, taps)
+            value = rule.criterion(LoopView(loop, x, previous, context.masked, context.real))
+            if value is None:
+                continue
+            criterion[loop, running] = value
+            stopped = rule.stops(loop, value)
+            if loop + 1 < rule.max_loops and stopped.any():
+                final = final.index_copy(0, running[stopped], x[stopped])
+                loops_used[running[stopped]] = loop + 1
+                running, x, context = running[~stopped], x[~stopped], context.rows(~stopped)
+                if not len(running):
+                    return final, loops_used, criterion
+        return (x if len(running) == batch else final.index_copy(0, running, x)), loops_used, criterion
+
+    def context(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Context:
+        """Check the input and build what all layers share."""
+        self._check_tokens(tokens)
+        masked = tokens == self.cfg.mask_token_id
+        real = torch.ones_like(masked)
+        keys = None
+        if attention_mask is not None:
+            real = self._check_attention_mask(attention_mask, tokens)
+            keys = real[:, None, None, :]
+        allowed = dict.fromkeys(SEGMENTS, keys)
+        if self.cfg.forbid_mask_to_mask:
+            apart = ~(masked[:, None, :, None] & masked[:, None, None, :])
+            apart |= torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)
+            apart = apart if keys is None else apart & keys
+            allowed |= dict.fromkeys(self.cfg.forbid_mask_to_mask, apart)
+        length = tokens.shape[1]
+        return Context((self.rotary_cos[:length], self.rotary_sin[:length]), allowed, masked, real)
+
+    def prelude(self, tokens: Tensor, context: Context, taps: TapSource = no_taps) -> Tensor:
+        """Embed and run the prelude layers: H(-1), [batch, pos, d_model]."""
+        x = taps("")("hook_embed", self.embed(tokens))
+        return self._layers("prelude", x, context, taps, "")
+
+    def loop(self, x: Tensor, context: Context, loop: int, taps: TapSource = no_taps) -> Tensor:
+        """Run the looped layers once as iteration `loop`: H(loop) from H(loop - 1)."""
+        prefix = f"loop.{loop}."
+        tap = taps(prefix)
+        x = self._layers("loop", tap("hook_in", x), context, taps, prefix)
+        return tap("hook_out", x)
+
+    def readout(self, x: Tensor, context: Context, taps: TapSource = no_taps) -> Tensor:
+        """Coda, final norm, unembedding: logits [batch, pos, d_vocab] from a loop's output."""
+        x = self._layers("coda", x, context, taps, "")
+        return self.unembedding(x, taps)
+
+    def unembedding(self, x: Tensor, taps: TapSource = no_taps) -> Tensor:
+        """Final norm and unembedding of states [..., d_model]; [MASK] gets -inf."""
+        tap = taps("")
+        logits = self.unembed(self.ln_final(x, tap, "ln_final."))
+        logits[..., self.cfg.mask_token_id] = float("-inf")
+        return tap("hook_logits", logits)
+
+    def states(
+        self, tokens: Tensor, n_loops: int, attention_mask: Tensor | None = None, taps: TapSource = no_taps
+    ) -> Iterator[tuple[Tensor, Context]]:
+        """Yield H(0), H(1), .. of one trajectory with its context; `readout(H(i), ...)` is S = i + 1."""
+        rule = as_rule(n_loops, None, self.cfg.max_loops)
+        context = self.context(tokens, attention_mask)
+        x = self.prelude(tokens, context, taps)
+        for loop in range(rule.max_loops):
+            x = self.loop(x, context, loop, taps)
+            yield x, context
+
+    def _layers(self, segment: str, x: Tensor, context: Context, taps: TapSource, prefix: str) -> Tensor:
+        for layer in self.cfg.layers(segment):
+            tap = taps(f"{prefix}blocks.{layer}.")
+            x = self.blocks[layer](x, context.rotary, context.allowed[segment], tap)
+        return x
+
+    # --- input checks ---
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
+            kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise UsageError(f"tokens must be an integer tensor (int64 or int32), got {kind}")
+        if tokens.ndim != 2 or 0 in tokens.shape:
+            raise UsageError(f"tokens must be a non-empty [batch, pos] tensor, got shape {list(tokens.shape)}")
+        if tokens.shape[1] > self.cfg.n_ctx:
+            raise UsageError(f"sequence of {tokens.shape[1]} tokens exceeds n_ctx = {self.cfg.n_ctx}; shorten it")
+        low, high = (int(value) for value in torch.aminmax(tokens))
+        if low < 0 or high >= self.cfg.d_vocab:
+            wrong = low if low < 0 else high
+            raise UsageError(
+                f"token id {wrong} is outside 0..{self.cfg.d_vocab - 1}; use this model's own tokenizer"
+            )
+
+    @staticmethod
+    def _check_attention_mask(attention_mask: Tensor, tokens: Tensor) -> Tensor:
+        if attention_mask.shape != tokens.shape:
+            raise UsageError(
+                f"attention_mask has shape {list(attention_mask.shape)}, tokens {list(tokens.shape)}; "
+                "give one entry per token"
+            )
+        if attention_mask.is_floating_point():
+            raise UsageError(f"attention_mask must be bool or integer 0/1, got {attention_mask.dtype}")
+        real = attention_mask != 0
+        if not bool(real.any(dim=1).all()):
+            raise UsageError("attention_mask hides every token of a sequence; keep at least one or drop the row")
+        return real
+
+    # --- on disk ---
+
+    @property
+    def n_parameters(self) -> int:
+        """Parameters stored (looped layers counted once)."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def save_pretrained(self, folder: Path | str, dtype: torch.dtype | None = None) -> None:
+        """Write `model.safetensors` and `config.json`; `dtype` converts what is stored."""
+        checkpoints.save_weights(folder, self.cfg, self.state_dict(), dtype)
+
+    @classmethod
+    def from_pretrained(cls, name: Path | str, device: str | torch.device = "cpu") -> "LoopMDM":
+        """Load a shipped name, a run folder or a hub id; strict on names and shapes; float32, eval mode."""
+        folder = checkpoints.resolve(name)
+        cfg = LoopMDMConfig.load(checkpoints.need(folder, "config.json"))
+        model = cls(cfg)
+        model.load_state_dict(checkpoints.load_weights(folder, model.state_dict()))
+        return model.to(device).eval()

@@ -1,0 +1,54 @@
+"""`train.json`: everything needed to tell how a model was made."""
+
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from loopmdm_model.flops import flops_per_token
+from loopmdm_model.training import budget
+from loopmdm_model.training.spec import RunSpec
+from loopmdm_model.training.state import Progress
+
+PACKAGES = ("torch", "numpy", "accelerate", "tokenizers", "safetensors")
+
+
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+    """Installed versions, and Python's."""
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def commit() -> str:
+    """The repository's commit, with "+" if files differ from it; "unknown" outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        revision = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changes = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return revision + ("+" if changes.stdout else "")
+
+
+def run_record(spec: RunSpec, progress: Progress, corpus_sha256: str) -> dict[str, Any]:
+    """Spec, counts and versions of a finished run; E[S] and FLOPs planned beside realised."""
+    planned, cfg = budget.plan(spec), spec.config
+    return {
+        "spec": spec.to_dict(),
+        "seed": spec.seed,
+        "corpus_sha256": corpus_sha256,
+        "commit": commit(),
+        "versions": versions(),
+        "steps": {"planned": planned.steps, "realised": progress.step},
+        "mean_loops": {"planned": planned.e_s, "realised": progress.loops / max(1, progress.step)},
+        "training_flops": {"planned": spec.training.flops, "realised": progress.flops},
+        "tokens": progress.tokens,
+        "flops_per_token_s1": flops_per_token(cfg, spec.data.length, 1),
+        "flops_per_token_s_max": flops_per_token(cfg, spec.data.length, cfg.max_loops),
+        "seconds": round(progress.seconds, 1),
+        "threads": spec.training.threads,
+    }
