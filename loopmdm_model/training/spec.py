@@ -66,8 +66,8 @@ class TrainingSpec:
     ema: float = 0.999
     curve_points: int = 25
     curve_sequences: int = 128
-    compile: bool = True
-    threads: int = 2
+    compile: bool = False
+    threads: int = 1
 
     def __post_init__(self):
         """Positive sizes and rates."""
