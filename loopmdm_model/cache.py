@@ -1,0 +1,117 @@
+"""What a run left behind: activations by name, by (name, "loop", i, layer), stacked over loops."""
+
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from loopmdm_model import names
+from loopmdm_model.config import LoopMDMConfig
+from loopmdm_model.errors import UnknownNameError, UsageError, unknown_name
+
+if TYPE_CHECKING:
+    from transformer_lens import ActivationCache
+
+
+class LoopCache(Mapping[str, Tensor]):
+    """Cached activations of one run.
+
+    `n_loops` is the number of loops the longest-running sequence made, `loops_used` [batch] each
+    sequence's own. In an adaptive run an entry of loop i holds only the sequences still running;
+    `stack` puts them back in place, NaN for the others.
+    """
+
+    def __init__(
+        self,
+        activations: dict[str, Tensor],
+        cfg: LoopMDMConfig,
+        loops_used: Tensor,
+        tokens: Tensor,
+        unroll: Callable[["LoopCache"], "ActivationCache"],
+        has_batch_dim: bool = True,
+    ):
+        self._activations, self.cfg, self._unroll = activations, cfg, unroll
+        self.loops_used, self.tokens = loops_used, tokens
+        self.n_loops = int(loops_used.max())
+        self.has_batch_dim = has_batch_dim
+
+    def __getitem__(self, key: str | tuple) -> Tensor:
+        """An activation by full name, ("pattern", layer) or ("pattern", "loop", i, layer); -1 = last."""
+        name = names.resolve(self.cfg, key, self.n_loops)
+        if name in self._activations:
+            return self._activations[name]
+        try:
+            names.check_name(self.cfg, name.removesuffix("_grad"), self.n_loops)
+        except UnknownNameError as error:
+            raise error from None
+        loop = names.parse_loop(name)
+        if loop is not None and loop >= self.n_loops:
+            raise UnknownNameError(f"{name} is not in the cache: only {self.n_loops} loops ran")
+        raise unknown_name("cached activation", name, self._activations, "(exists, but names_filter left it out)")
+
+    def __contains__(self, key: object) -> bool:
+        """Whether a name or key is cached."""
+        try:
+            return isinstance(key, str | tuple) and self[key] is not None
+        except KeyError:
+            return False
+
+    def __iter__(self) -> Iterator[str]:
+        """Names in running order."""
+        return iter(self._activations)
+
+    def __len__(self) -> int:
+        """Number of cached activations."""
+        return len(self._activations)
+
+    def keys(self) -> KeysView[str]:
+        """Cached names."""
+        return self._activations.keys()
+
+    def values(self) -> ValuesView[Tensor]:
+        """Cached tensors."""
+        return self._activations.values()
+
+    def items(self) -> ItemsView[str, Tensor]:
+        """Names and tensors."""
+        return self._activations.items()
+
+    def __repr__(self) -> str:
+        """Counts and size."""
+        return f"LoopCache({len(self)} activations, {self.n_loops} loops, {self.n_bytes / 2**20:.1f} MiB)"
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes held."""
+        return sum(value.numel() * value.element_size() for value in self.values())
+
+    def stack(self, name: str, layer: int | None = None, *within: str) -> Tensor:
+        """An activation of the looped `layer` over all loops: [loop, batch, ...]; NaN where stopped.
+
+        Without a layer: the loop's own `stack("in")`, `stack("out")`.
+        """
+        if layer is not None and layer % self.cfg.n_layers not in self.cfg.layers("loop"):
+            looped = list(self.cfg.layers("loop"))
+            raise UsageError(f"layer {layer} is not looped (looped layers: {looped}); it has one entry, not a stack")
+        place = () if layer is None else (layer, *within)
+        return torch.stack([self._full(self[(name, "loop", i, *place)], i) for i in range(self.n_loops)])
+
+    def _full(self, value: Tensor, loop: int) -> Tensor:
+        running = self.loops_used > loop
+        if not self.has_batch_dim or len(value) == len(running):
+            return value
+        full = value.new_full((len(running), *value.shape[1:]), float("nan"))
+        full[running.to(full.device)] = value
+        return full
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "LoopCache":
+        """A copy on another device or in another dtype."""
+        moved = {name: value.to(device, dtype) for name, value in self.items()}
+        return LoopCache(moved, self.cfg, self.loops_used, self.tokens, self._unroll, self.has_batch_dim)
+
+    def unrolled(self) -> "ActivationCache":
+        """A TransformerLens ActivationCache over virtual layers blocks.{depth}, one per application."""
+        if bool((self.loops_used != self.n_loops).any()):
+            raise UsageError("sequences stopped at different loops; unroll a run with a fixed n_loops")
+        return self._unroll(self)
