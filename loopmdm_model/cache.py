@@ -1,23 +1,24 @@
 """What a run left behind: activations by name, by (name, "loop", i, layer), stacked over loops."""
 
-from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from loopmdm_model import names
-from loopmdm_model.config import LoopMDMConfig
 from loopmdm_model.errors import UnknownNameError, UsageError, unknown_name
 
 if TYPE_CHECKING:
     from transformer_lens import ActivationCache
 
+    from loopmdm_model.hooked import HookedLoopMDM
+
 
 class LoopCache(Mapping[str, Tensor]):
     """Cached activations of one run.
 
-    `n_loops` is the number of loops the longest-running sequence made, `loops_used` [batch] each
+    `owner` is the model that ran, `tokens` [batch, pos] what it saw. `n_loops` is the number of loops the longest-running sequence made, `loops_used` [batch] each
     sequence's own. In an adaptive run an entry of loop i holds only the sequences still running;
     `stack` puts them back in place, NaN for the others.
     """
@@ -25,13 +26,12 @@ class LoopCache(Mapping[str, Tensor]):
     def __init__(
         self,
         activations: dict[str, Tensor],
-        cfg: LoopMDMConfig,
+        owner: "HookedLoopMDM",
         loops_used: Tensor,
         tokens: Tensor,
-        unroll: Callable[["LoopCache"], "ActivationCache"],
         has_batch_dim: bool = True,
     ):
-        self._activations, self.cfg, self._unroll = activations, cfg, unroll
+        self._activations, self.owner, self.cfg = activations, owner, owner.cfg
         self.loops_used, self.tokens = loops_used, tokens
         self.n_loops = int(loops_used.max())
         self.has_batch_dim = has_batch_dim
@@ -108,10 +108,10 @@ class LoopCache(Mapping[str, Tensor]):
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "LoopCache":
         """A copy on another device or in another dtype."""
         moved = {name: value.to(device, dtype) for name, value in self.items()}
-        return LoopCache(moved, self.cfg, self.loops_used, self.tokens, self._unroll, self.has_batch_dim)
+        return LoopCache(moved, self.owner, self.loops_used, self.tokens, self.has_batch_dim)
 
     def unrolled(self) -> "ActivationCache":
         """A TransformerLens ActivationCache over virtual layers blocks.{depth}, one per application."""
         if bool((self.loops_used != self.n_loops).any()):
             raise UsageError("sequences stopped at different loops; unroll a run with a fixed n_loops")
-        return self._unroll(self)
+        return self.owner.unroll(self)

@@ -1,12 +1,8 @@
-"""Weights on disk: where a name leads, atomic writing, strict reading. No pickle is ever loaded."""
+"""Weights on disk: where a name leads, strict reading. No pickle is ever loaded."""
 
-import json
-import os
 import re
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +11,7 @@ from torch import Tensor
 
 from loopmdm_model.config import LoopMDMConfig
 from loopmdm_model.errors import UsageError, unknown_name
+from loopmdm_model.files import write_atomic
 
 ZOO = Path(__file__).parent / "zoo"
 WEIGHTS, CONFIG, TOKENIZER, RECORD, METRICS = (
@@ -89,24 +86,3 @@ def save_weights(
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
     write_atomic(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     write_atomic(folder / CONFIG, cfg.save)
-
-
-def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call `write` on a temporary name in the same folder, flush it to disk, then rename to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    try:
-        write(Path(temporary))
-        with Path(temporary).open("rb") as file:
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically."""
-    write_atomic(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))

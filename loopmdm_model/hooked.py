@@ -6,6 +6,7 @@ somebody listens, and attention is computed explicitly only where somebody liste
 """
 
 import difflib
+import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,13 +17,13 @@ from typing import Any, Literal
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformer_lens import HookedRootModule
+from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
 
 from loopmdm_model import names
 from loopmdm_model.cache import LoopCache
-from loopmdm_model.checkpoints import RECORD, TOKENIZER, json, resolve
+from loopmdm_model.checkpoints import RECORD, TOKENIZER, resolve
 from loopmdm_model.config import LoopMDMConfig
 from loopmdm_model.data.tokenizer import PAD, load_tokenizer
 from loopmdm_model.errors import UnknownNameError, UsageError
@@ -91,6 +92,7 @@ class HookedLoopMDM(HookedRootModule):
         self.hook_dict: dict[str, HookPoint] = {}
         self.attn_path: AttnPath = "auto"
         self.fired: set[str] = set()
+        self._last_run: tuple[Tensor, Tensor] | None = None
         self._rules: list[tuple[Callable[[str], bool], dict[str, Any]]] = []
         self._taps: dict[str, HookTap] = {}
         self._add_points(names.outer_names(self.cfg))
@@ -384,10 +386,11 @@ class HookedLoopMDM(HookedRootModule):
             if loss_fn is not None and incl_bwd:
                 self._backward(loss_fn(output.logits))
         self._warn_absent(names_filter, store)
-        cache = LoopCache(
-            store, self.cfg, output.loops_used, tokens, partial(unroll, self.model), not remove_batch_dim
-        )
-        return output.logits, cache
+        return output.logits, LoopCache(store, self, output.loops_used, tokens, not remove_batch_dim)
+
+    def unroll(self, cache: LoopCache) -> ActivationCache:
+        """What `cache.unrolled()` gives."""
+        return unroll(self.model, cache)
 
     def _backward(self, loss: Tensor) -> None:
         kept = [parameter.grad for parameter in self.parameters()]

@@ -10,11 +10,13 @@ L it is in nats per maskable token: the mean cross-entropy over the masked posit
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from loopmdm_model import stats
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.masking import MaskedBatch, check_maskable, hide, pick_positions
 from loopmdm_model.model import LoopMDM
@@ -27,7 +29,7 @@ class NelboResult:
     """NELBO in nats per maskable token; `per_sequence` [batch] is NaN where nothing is maskable.
 
     `mean` weights sequences by their maskable tokens (perplexity = exp(mean)); `standard_error` is
-    over sequences. `n` counts sequences, `mean_loops` the loops run on average.
+    over sequences, or over documents where they share one. `n` counts sequences, `mean_loops` the loops run on average.
     """
 
     mean: float
@@ -87,12 +89,14 @@ def nelbo(
     attention_mask: Tensor | None = None,
     seed: int = 0,
     batch_size: int = 64,
+    clusters: np.ndarray | None = None,
 ) -> NelboResult:
     """Estimate the NELBO of clean `tokens` with `n_samples` masks a sequence.
 
     `maskable` marks what is predicted (the rest is condition); padding is never maskable. The model
     may be a LoopMDM or a HookedLoopMDM. The same seed gives the same masks, so two models or two
-    settings are compared on paired draws. Only as many sequences as `batch_size` run at a time.
+    settings are compared on paired draws. `clusters` [batch] names the document of each sequence where
+    several share one; the error is then over documents. Only as many sequences as `batch_size` run at a time.
     """
     check_count("n_samples", n_samples)
     as_rule(n_loops, stop, model.cfg.max_loops)
@@ -105,7 +109,7 @@ def nelbo(
             run = model.run(part.tokens, n_loops=n_loops, stop=stop, attention_mask=part.attention_mask)
             total[start : start + batch_size] += masked_cross_entropy(run.logits, part).cpu()
             loops += run.loops_used.sum().item()
-    return summarise(total / n_samples, allowed.sum(-1).cpu(), loops / (n_samples * len(tokens)))
+    return summarise(total / n_samples, allowed.sum(-1).cpu(), loops / (n_samples * len(tokens)), clusters)
 
 
 @torch.no_grad()
@@ -117,6 +121,7 @@ def nelbo_by_loop(
     maskable: Tensor | None = None,
     seed: int = 0,
     batch_size: int = 64,
+    clusters: np.ndarray | None = None,
 ) -> list[NelboResult]:
     """NELBO at every S = 1..n_loops off one trajectory: entry S - 1 equals `nelbo(.., n_loops=S)`."""
     check_count("n_samples", n_samples)
@@ -130,7 +135,7 @@ def nelbo_by_loop(
                 losses = masked_cross_entropy(model.readout(state, context), part)
                 total[loop, start : start + batch_size] += losses.cpu()
     lengths = allowed.sum(-1).cpu()
-    return [summarise(row / n_samples, lengths, loop + 1.0) for loop, row in enumerate(total)]
+    return [summarise(row / n_samples, lengths, loop + 1.0, clusters) for loop, row in enumerate(total)]
 
 
 def _check_clean(
@@ -141,14 +146,16 @@ def _check_clean(
     return tokens, check_maskable(tokens, maskable, attention_mask)
 
 
-def summarise(per_sequence: Tensor, lengths: Tensor, mean_loops: float) -> NelboResult:
-    """Token-weighted mean with the ratio estimator's standard error over sequences."""
-    known = lengths > 0
-    values, weights = per_sequence[known], lengths[known].double()
+def summarise(
+    per_sequence: Tensor, lengths: Tensor, mean_loops: float, clusters: np.ndarray | None = None
+) -> NelboResult:
+    """Token-weighted mean with the ratio estimator's standard error over sequences or clusters."""
+    values, weights = per_sequence.numpy(), lengths.double().numpy()
+    known = weights > 0
     n = int(known.sum())
-    mean = float((values * weights).sum() / weights.sum()) if n else float("nan")
-    error = float("nan")
-    if n > 1:
-        residual = (values - mean) * weights / weights.mean()
-        error = float((residual.square().sum() / (n * (n - 1))).sqrt())
+    if not n:
+        return NelboResult(float("nan"), float("nan"), per_sequence, 0, mean_loops)
+    mean = float((values[known] * weights[known]).sum() / weights.sum())
+    influence = np.where(known, (values - mean) * weights / weights[known].mean(), np.nan)
+    error = float(stats.influence_error(influence, clusters))
     return NelboResult(mean, error, per_sequence, n, mean_loops)

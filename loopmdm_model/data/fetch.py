@@ -4,7 +4,6 @@ pip downloads (it knows the user's mirrors and proxies) and shows its progress b
 connection is resumed within the download, finished archives are kept and never fetched twice.
 """
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 import platformdirs
 
 from loopmdm_model.errors import UsageError, unknown_name
+from loopmdm_model.files import sha256
 
 SOURCES = Path(__file__).parent / "sources.toml"
 
@@ -51,12 +51,6 @@ def source(name: str) -> Source:
 def cache_folder() -> Path:
     """Where archives are kept: $LOOPMDM_CACHE, else the user's cache folder."""
     return Path(os.environ.get("LOOPMDM_CACHE") or platformdirs.user_cache_dir("loopmdm"))
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cached_archive(item: Source) -> Path | None:

@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from loopmdm_model.checkpoints import write_atomic
 from loopmdm_model.errors import UsageError
+from loopmdm_model.files import write_atomic
 
 STATE_FILE = "state/state.safetensors"
 

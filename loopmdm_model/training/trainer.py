@@ -23,6 +23,7 @@ from loopmdm_model import checkpoints
 from loopmdm_model.data.batches import Dataset, dataset
 from loopmdm_model.data.tokenizer import load_tokenizer
 from loopmdm_model.errors import DivergedError, UsageError
+from loopmdm_model.files import write_atomic, write_json
 from loopmdm_model.likelihood import draw_masks, masked_cross_entropy, nelbo
 from loopmdm_model.model import LoopMDM
 from loopmdm_model.training import budget, state
@@ -54,7 +55,7 @@ class Trainer:
         tokenizer = load_tokenizer(path, data.d_vocab) if path.is_file() else None
         built = dataset(data.corpus, data.length, data.d_vocab, self.spec.seed, tokenizer)
         if tokenizer is None:
-            checkpoints.write_atomic(path, lambda temporary: built.tokenizer.save(str(temporary)))
+            write_atomic(path, lambda temporary: built.tokenizer.save(str(temporary)))
         return built
 
     def _build(self) -> None:
@@ -144,7 +145,7 @@ class Trainer:
         tensors = state.gather(self._bare(), self.ema, self._optimizer())
         state.save(self.folder, tensors, self.progress, self.identity)
         lines = [json.dumps(row) for row in self.progress.rows]
-        checkpoints.write_atomic(
+        write_atomic(
             self.folder / checkpoints.METRICS, lambda path: path.write_text("\n".join(lines) + "\n")
         )
 
@@ -152,7 +153,7 @@ class Trainer:
         self.progress.finished = True
         self.ema.module.save_pretrained(self.folder)
         record = run_record(self.spec, self.progress, self.data.fingerprint)
-        checkpoints.write_json(self.folder / checkpoints.RECORD, record)
+        write_json(self.folder / checkpoints.RECORD, record)
         self._checkpoint()
 
 

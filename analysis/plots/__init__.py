@@ -1,0 +1,1 @@
+"""Plots: tidy frame in, Axes out; no torch, no statistics, no files."""

@@ -1,0 +1,106 @@
+"""Plots of attention between masked and clean positions, and of maps across loop counts."""
+
+from typing import TYPE_CHECKING
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis.plots.style import KEY_STYLE, NULL, RATIO_STYLE, band, style
+
+Z95 = 1.96
+
+
+def plot_mass_by_loop(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Mass of masked queries on masked, clean and own key over `loop`, chance as dotted lines.
+
+    `df`: rows of one model, layer and mask ratio with loop key_group mass mass_se chance.
+    """
+    ax = ax or plt.gca()
+    for group, look in KEY_STYLE.items():
+        part = df[df["key_group"] == group].sort_values("loop")
+        x = part["loop"].astype(int) + 1
+        low, high = part["mass"] - Z95 * part["mass_se"], part["mass"] + Z95 * part["mass_se"]
+        band(ax, x, part["mass"], low, high, **look)
+        ax.plot(x, part["chance"], **NULL | {"color": look["color"]})
+    ax.set(xlabel="loop (1 = first)", ylabel="attention mass", ylim=(0, None))
+    return ax
+
+
+def plot_log_odds_by_loop(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Log-odds of masked against clean keys over `loop`, a line a mask ratio; 0 = indifferent.
+
+    `df`: rows of one model and layer with loop nominal_mask_ratio log_odds log_odds_se.
+    """
+    ax = ax or plt.gca()
+    for ratio, look in RATIO_STYLE.items():
+        part = df[np.isclose(df["nominal_mask_ratio"], ratio)].sort_values("loop")
+        if part.empty:
+            continue
+        low = part["log_odds"] - Z95 * part["log_odds_se"]
+        high = part["log_odds"] + Z95 * part["log_odds_se"]
+        band(ax, part["loop"].astype(int) + 1, part["log_odds"], low, high, label=f"{ratio:.0%} masked", **look)
+    ax.axhline(0, **NULL)
+    ax.set(xlabel="loop (1 = first)", ylabel="log-odds masked : clean")
+    return ax
+
+
+def plot_log_odds_by_layer(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Log-odds of the layers outside the loop, a mark a mask ratio, with 95% intervals."""
+    ax = ax or plt.gca()
+    layers = sorted(df["layer"].unique())
+    for offset, (ratio, look) in enumerate(RATIO_STYLE.items()):
+        part = df[np.isclose(df["nominal_mask_ratio"], ratio)].sort_values("layer")
+        x = [layers.index(layer) + 0.18 * (offset - 1) for layer in part["layer"]]
+        bars = {"color": look["color"], "marker": look["marker"], "linestyle": "none"}
+        ax.errorbar(x, part["log_odds"], yerr=Z95 * part["log_odds_se"], label=f"{ratio:.0%} masked", **bars)
+    names = [df.loc[df["layer"] == layer, "segment"].iloc[0] for layer in layers]
+    ax.set_xticks(range(len(layers)), [f"{name}\nlayer {layer}" for name, layer in zip(names, layers, strict=True)])
+    ax.set_xlim(-0.6, len(layers) - 0.4)
+    ax.axhline(0, **NULL)
+    return ax
+
+
+if TYPE_CHECKING:
+    from analysis.maps import AttentionMaps
+
+
+def plot_map(weights: np.ndarray, labels: list[str], masked: np.ndarray, *, ax: Axes, **heat) -> Axes:  # noqa: ANN003
+    """One attention map [query, key]; masked positions carry a square on both axes."""
+    shown = [f"{text.strip() or '␣'} ■" if hidden else text.strip() or "␣" for text, hidden in zip(labels, masked, strict=True)]
+    sns.heatmap(weights, ax=ax, square=True, xticklabels=shown, yticklabels=shown, **heat)
+    ax.tick_params(axis="both", length=0, labelsize=max(3.5, min(6.5, 150 / max(len(labels), 1))))
+    ax.set(xlabel="key", ylabel="query")
+    return ax
+
+
+def plot_maps(maps: "AttentionMaps") -> Figure:
+    """Maps of the same head side by side across loops, and last minus first."""
+    n = len(maps.loops)
+    with style():
+        figure, axes = plt.subplots(1, n + 1, figsize=(6.9, 6.9 / (n + 1) + 0.7), layout="constrained")
+        labels = ["■" if hidden else text for text, hidden in zip(maps.labels, maps.masked, strict=True)]
+        draw_maps(axes, maps.maps, maps.loops, labels, maps.masked)
+        figure.suptitle(f"layer {maps.layer}, head {maps.head}; ■ = [MASK]", fontsize=8)
+    plt.close(figure)
+    return figure
+
+
+def draw_maps(axes, maps: np.ndarray, loops, labels: list[str], masked: np.ndarray) -> None:  # noqa: ANN001
+    """Fill a row of axes: one map a loop on one scale, then their difference on its own."""
+    top = float(maps.max())
+    shown = [label or "␣" for label in labels]
+    for index, (ax, loop) in enumerate(zip(axes[:-1], loops, strict=True)):
+        heat = {"vmin": 0, "vmax": top, "cmap": "Greys", "cbar": index == len(loops) - 1}
+        plot_map(maps[index], shown, np.zeros_like(masked), ax=ax, cbar_kws={"shrink": 0.55, "label": "attention"}, **heat)
+        ax.set_title(f"loop {loop + 1}")
+    change = maps[-1] - maps[0]
+    limit = float(np.abs(change).max()) or 1.0
+    heat = {"vmin": -limit, "vmax": limit, "cmap": "RdBu_r", "cbar_kws": {"shrink": 0.55, "label": "change"}}
+    plot_map(change, shown, np.zeros_like(masked), ax=axes[-1], **heat)
+    axes[-1].set_title(f"loop {loops[-1] + 1} − loop {loops[0] + 1}")
+    for ax in axes[1:]:
+        ax.set(ylabel="", yticklabels=[])

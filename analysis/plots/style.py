@@ -1,0 +1,80 @@
+"""One palette, one order, one set of sizes; readable in greyscale; byte-stable files."""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLUMN, PAGE = 3.35, 6.9
+"""Widths in inches: one column, full page."""
+
+MODEL_STYLE = {
+    "base": {"color": "#8c8c8c", "marker": "s", "linestyle": "--"},
+    "loop": {"color": "#1b4f8f", "marker": "o", "linestyle": "-"},
+}
+KEY_STYLE = {
+    "masked": {"color": "#1b4f8f", "marker": "o", "linestyle": "-", "label": "masked → masked"},
+    "clean": {"color": "#e08214", "marker": "^", "linestyle": "--", "label": "masked → clean"},
+    "self": {"color": "#8c8c8c", "marker": ".", "linestyle": ":", "label": "masked → itself"},
+}
+RATIO_STYLE = {
+    0.25: {"color": "#9ecae1", "marker": "o", "linestyle": ":"},
+    0.5: {"color": "#4292c6", "marker": "s", "linestyle": "--"},
+    0.75: {"color": "#08306b", "marker": "^", "linestyle": "-"},
+}
+NULL = {"color": "#444444", "linewidth": 1.0, "linestyle": (0, (1, 1.5)), "zorder": 1}
+FORMATS = ("pdf", "png", "svg")
+PARAMETERS = {
+    "font.family": "DejaVu Sans",
+    "font.size": 7.5,
+    "axes.titlesize": 8,
+    "axes.labelsize": 7.5,
+    "legend.fontsize": 6.8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 3.2,
+    "figure.dpi": 110,
+    "savefig.dpi": 200,
+    "pdf.fonttype": 42,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "loopmdm",
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The suite's look, for the drawing inside; the caller's own settings return afterwards."""
+    with mpl.rc_context():
+        sns.set_theme(style="ticks", rc=PARAMETERS)
+        yield
+
+
+def band(ax: Axes, x, y, low, high, **line) -> None:  # noqa: ANN001, ANN003
+    """A line with its interval as a shade."""
+    ax.plot(x, y, **line)
+    ax.fill_between(x, low, high, color=line.get("color"), alpha=0.18, linewidth=0)
+
+
+def mark_s_max(ax: Axes, at: float, label: str = "$S_{max}$") -> None:
+    """A thin line at the largest loop count of training."""
+    ax.axvline(at, color="#666666", linewidth=0.8, linestyle="-.", zorder=0)
+    ax.annotate(
+        label, (at, 1), xycoords=("data", "axes fraction"), xytext=(2, -8), textcoords="offset points", fontsize=6.5
+    )
+
+
+def png_bytes(figure: Figure) -> bytes:
+    """The figure as PNG, for notebooks."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight")
+    plt.close(figure)
+    return buffer.getvalue()

@@ -1,0 +1,37 @@
+"""Where a number came from: models by hash, commit, versions, command."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from loopmdm_model.checkpoints import CONFIG, WEIGHTS, need, resolve
+from loopmdm_model.files import sha256
+from loopmdm_model.training.record import commit, versions
+
+PACKAGES = ("torch", "numpy", "pandas", "transformer-lens")
+DRAWING = ("matplotlib", "seaborn", "pandas", "numpy")
+
+
+def model_hashes(models: tuple[str, ...]) -> dict[str, str]:
+    """sha256 of each model's weights and config, joined."""
+    folders = {name: resolve(name) for name in models}
+    return {
+        name: ":".join(sha256(need(folder, file))[:16] for file in (WEIGHTS, CONFIG))
+        for name, folder in folders.items()
+    }
+
+
+def of_table(name: str, models: tuple[str, ...]) -> dict[str, Any]:
+    """Provenance kept with a table."""
+    return {
+        "table": name,
+        "models": model_hashes(models),
+        "commit": commit(),
+        "versions": versions(PACKAGES),
+        "command": f"loopmdm table {name}",
+    }
+
+
+def command() -> str:
+    """The command line that runs now, without the machine's paths."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -1,0 +1,106 @@
+"""Test sets of the shipped tasks, test NLL, Sudoku solve rate, and n-gram reference points."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from loopmdm_model.data import corpora, sudoku
+from loopmdm_model.data.batches import encode, evaluation_blocks
+from loopmdm_model.errors import UsageError
+from loopmdm_model.masking import MaskedBatch, mask_tokens
+from loopmdm_model.model import LoopMDM
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """Clean test sequences [batch, pos]; `clusters` [batch] tells which share a document (None: none do).
+
+    `bytes_per_token` is NaN where tokens are no text.
+    """
+
+    task: str
+    tokens: Int[Tensor, "batch pos"]
+    clusters: Int[np.ndarray, " batch"] | None
+    bytes_per_token: float
+
+    __test__ = False  # not a pytest class
+
+
+def task_of(record: dict) -> str:
+    """The corpus or task a model was trained on, from its train.json."""
+    try:
+        return record["spec"]["data"]["corpus"]
+    except KeyError as error:
+        raise UsageError("this model has no train.json that names its corpus; evaluate it from Python") from error
+
+
+def load_test_set(task: str, length: int, tokenizer: Tokenizer | None, split: corpora.Split = "test") -> TestSet:
+    """Held-out sequences; text comes from the embedded slice, which holds the whole split."""
+    if task == "sudoku6":
+        return TestSet(task, sudoku.sample_grids(split, 1000), None, float("nan"))
+    if tokenizer is None:
+        raise UsageError(f"evaluating on {task} needs the model's tokenizer.json")
+    documents = corpora.load("sotu-slice" if task == "sotu" else task, split)
+    tokens, owners = evaluation_blocks(tokenizer, documents, length)
+    n_bytes = sum(len(tokenizer.decode(row).encode()) for row in tokens.tolist())
+    return TestSet(task, tokens, owners.numpy(), n_bytes / tokens.numel())
+
+
+def puzzles(grids: Int[Tensor, "batch 36"], n_masked: int, seed: int = 0) -> MaskedBatch:
+    """Grids with `n_masked` random cells hidden; the other cells are clues."""
+    ratio = n_masked / grids.shape[1]
+    return mask_tokens(grids, sudoku.SIZE, mask_ratio=ratio, seed=seed)
+
+
+@torch.no_grad()
+def solve_one_shot(model: LoopMDM, b: MaskedBatch, n_loops: int) -> list[Bool[Tensor, " batch"]]:
+    """For S = 1..n_loops: whether filling every hidden cell with its best symbol, at once, is valid.
+
+    Any valid completion counts; clues stay.
+    """
+    solved = []
+    for state, context in model.states(b.tokens, n_loops):
+        guess = model.readout(state, context).argmax(-1)
+        solved.append(sudoku.is_valid(torch.where(b.masked, guess, b.tokens)))
+    return solved
+
+
+@dataclass(frozen=True)
+class NGrams:
+    """Add-one unigram, and a bigram interpolated with it; log-probabilities are exact and left-to-right."""
+
+    unigram: np.ndarray
+    pairs: dict[tuple[int, int], int]
+    totals: np.ndarray
+    weight: float
+
+    @classmethod
+    def fit(cls, tokenizer: Tokenizer, corpus: str) -> "NGrams":
+        """Counts of the training split; the interpolation weight is chosen on validation."""
+        size = tokenizer.get_vocab_size()
+        stream = np.concatenate(encode(tokenizer, corpora.load(corpus, "train")))
+        counts = np.bincount(stream, minlength=size)
+        keys, numbers = np.unique(stream[:-1] * size + stream[1:], return_counts=True)
+        pairs = {(int(key // size), int(key % size)): int(number) for key, number in zip(keys, numbers, strict=True)}
+        totals = np.bincount(stream[:-1], minlength=size)
+        models = [cls((counts + 1) / (counts + 1).sum(), pairs, totals, w) for w in np.linspace(0.5, 0.99, 11)]
+        held_out, _ = evaluation_blocks(tokenizer, corpora.load(corpus, "validation"), 64)
+        return min(models, key=lambda model: model.bigram_nll(held_out.numpy()).mean())
+
+    def unigram_nll(self, tokens: Int[np.ndarray, "batch pos"]) -> np.ndarray:
+        """Nats per token of each sequence [batch]."""
+        return -np.log(self.unigram[tokens]).mean(-1)
+
+    def bigram_nll(self, tokens: Int[np.ndarray, "batch pos"]) -> np.ndarray:
+        """Nats per token of each sequence [batch]; the first token by the unigram."""
+        left, right = tokens[:, :-1], tokens[:, 1:]
+        flat = zip(left.ravel().tolist(), right.ravel().tolist(), strict=True)
+        count = np.array([self.pairs.get(pair, 0) for pair in flat]).reshape(left.shape)
+        seen = count / np.maximum(self.totals[left], 1)
+        probability = self.weight * seen + (1 - self.weight) * self.unigram[right]
+        first = -np.log(self.unigram[tokens[:, :1]])
+        return np.concatenate([first, -np.log(probability)], axis=1).mean(-1)

@@ -1,0 +1,67 @@
+"""Means and standard errors over sequences, or over clusters of sequences that share a document.
+
+Every statistic is a mean of per-sequence numbers or a smooth function of such means; its error comes
+from the influence of each sequence (the delta method), summed within clusters first.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Z95 = 1.959963984540054
+Array = NDArray[np.float64]
+
+
+def influence_error(influence: Array, clusters: NDArray | None = None) -> Array:
+    """Standard error of a mean from per-sequence influences [n, ...]; NaN for fewer than two units.
+
+    NaN influences are sequences that do not count.
+    """
+    known = np.isfinite(influence)
+    n = known.sum(axis=0)
+    influence = np.where(known, influence, 0.0)
+    if clusters is not None:
+        _, index = np.unique(clusters, return_inverse=True)
+        summed = np.zeros((index.max() + 1, *influence.shape[1:]))
+        np.add.at(summed, index, influence)
+        present = np.zeros(summed.shape, dtype=bool)
+        np.logical_or.at(present, index, known)
+        influence, units = summed, present.sum(axis=0)
+    else:
+        units = n
+    with np.errstate(invalid="ignore", divide="ignore"):
+        error = np.sqrt(units / (units - 1) * (influence**2).sum(axis=0)) / n
+    return np.where(units > 1, error, np.nan)
+
+
+def mean_and_error(values: Array, clusters: NDArray | None = None) -> tuple[Array, Array, Array]:
+    """Mean, standard error and n over the first axis, ignoring NaN; NaN with n = 0 where nothing is known."""
+    known = np.isfinite(values)
+    n = known.sum(axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.where(known, values, 0.0).sum(axis=0) / n
+    mean = np.where(n > 0, mean, np.nan)
+    return mean, influence_error(values - mean, clusters), n
+
+
+def log_ratio_and_error(
+    above: Array, above_chance: Array, below: Array, below_chance: Array, clusters: NDArray | None = None
+) -> tuple[Array, Array]:
+    """log[(mean above / mean above_chance) / (mean below / mean below_chance)] and its error.
+
+    All are [n, ...] per sequence. NaN where a chance is zero or a mass vanishes.
+    """
+    parts = [(above, 1), (above_chance, -1), (below, -1), (below_chance, 1)]
+    value, influence = np.zeros(above.shape[1:]), np.zeros(above.shape)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for part, sign in parts:
+            mean, _, _ = mean_and_error(part)
+            value = value + sign * np.log(mean)
+            influence = influence + sign * (part - mean) / mean
+    value = np.where(np.isfinite(value), value, np.nan)
+    error = influence_error(influence, clusters)
+    return value, np.where(np.isfinite(value), error, np.nan)
+
+
+def interval(mean: Array, error: Array) -> tuple[Array, Array]:
+    """Normal 95% interval."""
+    return mean - Z95 * error, mean + Z95 * error
