@@ -24,20 +24,20 @@ class AttentionMaps:
     `maps` [shown loop, query, key]; `positions`, `labels` and `masked` [query] in the shown order.
     """
 
-    maps: NDArray[np.float64]
+    maps: NDArray
     loops: tuple[int, ...]
     layer: int
     head: int
-    positions: NDArray[np.int64]
+    positions: NDArray
     labels: list[str]
-    masked: NDArray[np.bool_]
+    masked: NDArray
 
     def __post_init__(self):
         """Rows are attention distributions."""
         assert np.allclose(self.maps.sum(-1), 1, atol=1e-3)
 
     @property
-    def difference(self) -> NDArray[np.float64]:
+    def difference(self) -> NDArray:
         """Last shown loop minus the first: [query, key], rows sum to 0."""
         return self.maps[-1] - self.maps[0]
 

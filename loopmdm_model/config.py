@@ -59,7 +59,6 @@ class LoopMDMConfig:
         for field, (unset, value) in derived.items():
             if getattr(self, field) == unset:
                 object.__setattr__(self, field, value)
-        object.__setattr__(self, "forbid_mask_to_mask", tuple(self.forbid_mask_to_mask))
         self._check_sizes()
         self._check_choices()
 
@@ -135,7 +134,8 @@ class LoopMDMConfig:
         missing = [key for key in ("d_vocab", "n_ctx", "d_model", "n_heads") if key not in values]
         if missing:
             raise UsageError(f"config: missing {', '.join(missing)}")
-        return cls(**values)
+        segments = tuple(values.get("forbid_mask_to_mask", ()))
+        return cls(**values | {"forbid_mask_to_mask": segments})
 
     def save(self, path: Path | str) -> None:
         """Write as JSON."""

@@ -12,7 +12,7 @@ from loopmdm_model.data import corpora, sudoku
 from loopmdm_model.data.batches import encode, evaluation_blocks
 from loopmdm_model.errors import UsageError
 from loopmdm_model.masking import MaskedBatch, mask_tokens
-from loopmdm_model.model import LoopMDM
+from loopmdm_model.model import LoopedModel
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def puzzles(grids: Int[Tensor, "batch 36"], n_masked: int, seed: int = 0) -> Mas
 
 
 @torch.no_grad()
-def solve_one_shot(model: LoopMDM, b: MaskedBatch, n_loops: int) -> list[Bool[Tensor, " batch"]]:
+def solve_one_shot(model: LoopedModel, b: MaskedBatch, n_loops: int) -> list[Bool[Tensor, " batch"]]:
     """For S = 1..n_loops: whether filling every hidden cell with its best symbol, at once, is valid.
 
     Any valid completion counts; clues stay.

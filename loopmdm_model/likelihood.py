@@ -19,7 +19,7 @@ from torch import Tensor
 from loopmdm_model import stats
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.masking import MaskedBatch, check_maskable, hide, pick_positions
-from loopmdm_model.model import LoopMDM
+from loopmdm_model.model import LoopedModel
 from loopmdm_model.randomness import row_uniforms, step_generator
 from loopmdm_model.stopping import StoppingRule, as_rule
 
@@ -80,7 +80,7 @@ def masked_cross_entropy(logits: Tensor, batch: MaskedBatch) -> Float[Tensor, " 
 
 @torch.no_grad()
 def nelbo(
-    model: LoopMDM,
+    model: LoopedModel,
     tokens: Int[Tensor, "batch pos"],
     n_loops: int | None = None,
     stop: StoppingRule | None = None,
@@ -114,7 +114,7 @@ def nelbo(
 
 @torch.no_grad()
 def nelbo_by_loop(
-    model: LoopMDM,
+    model: LoopedModel,
     tokens: Int[Tensor, "batch pos"],
     n_loops: int,
     n_samples: int = 8,
@@ -139,7 +139,7 @@ def nelbo_by_loop(
 
 
 def _check_clean(
-    model: LoopMDM, tokens: Tensor, maskable: Tensor | None, attention_mask: Tensor | None
+    model: LoopedModel, tokens: Tensor, maskable: Tensor | None, attention_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     if bool((tokens == model.cfg.mask_token_id).any()):
         raise UsageError("tokens already hold [MASK]; the likelihood needs clean tokens")

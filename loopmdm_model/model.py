@@ -11,6 +11,7 @@ n_loops = i + 1.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -53,6 +54,33 @@ class LoopOutput:
     logits: Float[Tensor, "batch pos d_vocab"]
     loops_used: Int[Tensor, " batch"]
     criterion: Float[Tensor, "loop batch"]
+
+
+@runtime_checkable
+class LoopedModel(Protocol):
+    """What likelihood and sampling need of a model: LoopMDM and HookedLoopMDM both are one."""
+
+    cfg: LoopMDMConfig
+
+    def run(
+        self,
+        tokens: Tensor,
+        n_loops: int | None = None,
+        stop: StoppingRule | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> LoopOutput:
+        """Forward with a fixed number of loops or with a stopping rule."""
+        ...
+
+    def states(
+        self, tokens: Tensor, n_loops: int, attention_mask: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Context]]:
+        """The states of one trajectory."""
+        ...
+
+    def readout(self, state: Tensor, context: Context) -> Tensor:
+        """Logits from a state."""
+        ...
 
 
 class LoopMDM(nn.Module):
@@ -161,9 +189,9 @@ class LoopMDM(nn.Module):
         x = self._layers("loop", tap("hook_in", x), context, taps, prefix)
         return tap("hook_out", x)
 
-    def readout(self, x: Tensor, context: Context, taps: TapSource = no_taps) -> Tensor:
+    def readout(self, state: Tensor, context: Context, taps: TapSource = no_taps) -> Tensor:
         """Coda, final norm, unembedding: logits [batch, pos, d_vocab] from a loop's output."""
-        x = self._layers("coda", x, context, taps, "")
+        x = self._layers("coda", state, context, taps, "")
         return self.unembedding(x, taps)
 
     def unembedding(self, x: Tensor, taps: TapSource = no_taps) -> Tensor:

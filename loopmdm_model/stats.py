@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Z95 = 1.959963984540054
-Array = NDArray[np.float64]
+Array = NDArray
 
 
 def influence_error(influence: Array, clusters: NDArray | None = None) -> Array:
@@ -17,7 +17,7 @@ def influence_error(influence: Array, clusters: NDArray | None = None) -> Array:
     NaN influences are sequences that do not count.
     """
     known = np.isfinite(influence)
-    n = known.sum(axis=0)
+    n = np.asarray(known.sum(axis=0))
     influence = np.where(known, influence, 0.0)
     if clusters is not None:
         _, index = np.unique(clusters, return_inverse=True)
@@ -30,16 +30,16 @@ def influence_error(influence: Array, clusters: NDArray | None = None) -> Array:
         units = n
     with np.errstate(invalid="ignore", divide="ignore"):
         error = np.sqrt(units / (units - 1) * (influence**2).sum(axis=0)) / n
-    return np.where(units > 1, error, np.nan)
+    return np.asarray(np.where(units > 1, error, np.nan))
 
 
 def mean_and_error(values: Array, clusters: NDArray | None = None) -> tuple[Array, Array, Array]:
     """Mean, standard error and n over the first axis, ignoring NaN; NaN with n = 0 where nothing is known."""
     known = np.isfinite(values)
-    n = known.sum(axis=0)
+    n = np.asarray(known.sum(axis=0))
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = np.where(known, values, 0.0).sum(axis=0) / n
-    mean = np.where(n > 0, mean, np.nan)
+    mean = np.asarray(np.where(n > 0, mean, np.nan))
     return mean, influence_error(values - mean, clusters), n
 
 

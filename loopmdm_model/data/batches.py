@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from loopmdm_model.randomness import step_generator
 TASKS = ("sudoku6", *corpora.CORPORA)
 
 
+@runtime_checkable
 class Dataset(Protocol):
     """What the trainer needs of a corpus or task."""
 

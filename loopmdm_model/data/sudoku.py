@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
 from loopmdm_model.errors import unknown_name
@@ -25,7 +25,7 @@ SHARES = {"train": 12_000, "validation": 2_000, "test": N_CLASSES - 14_000}
 
 
 @cache
-def canonical_grids() -> Int[np.ndarray, "grid cell"]:
+def canonical_grids() -> UInt8[np.ndarray, "grid cell"]:
     """All classes as grids with first row 0..5, in lexicographic order: [39168, 36] uint8."""
     rows = np.array(list(permutations(range(SIZE))), dtype=np.uint8)
     by_column = (rows[:, None, :] != rows[None, :, :]).all(-1)

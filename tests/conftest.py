@@ -1,0 +1,53 @@
+"""Toys that all tests share."""
+
+import os
+
+import pytest
+import torch
+
+from loopmdm_model.config import LoopMDMConfig
+from loopmdm_model.hooked import HookedLoopMDM
+from loopmdm_model.masking import MaskedBatch, mask_tokens
+from loopmdm_model.model import LoopMDM
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+torch.set_num_threads(1)
+
+
+def toy_config(**changes) -> LoopMDMConfig:
+    """1 + 2 x S + 1 layers, small enough for milliseconds."""
+    shape = {"d_vocab": 23, "n_ctx": 16, "d_model": 16, "n_heads": 2, "n_prelude_layers": 1}
+    shape |= {"n_loop_layers": 2, "n_coda_layers": 1, "max_loops": 3, "initializer_range": 0.4}
+    return LoopMDMConfig(**(shape | changes))
+
+
+def toy_model(seed: int = 0, **changes) -> LoopMDM:
+    """A toy with weights large enough that attention is far from uniform."""
+    torch.manual_seed(seed)
+    return LoopMDM(toy_config(**changes)).eval()
+
+
+@pytest.fixture
+def model() -> LoopMDM:
+    return toy_model()
+
+
+@pytest.fixture
+def hooked(model) -> HookedLoopMDM:
+    return HookedLoopMDM(model)
+
+
+@pytest.fixture
+def clean() -> torch.Tensor:
+    return torch.randint(0, 22, (4, 10), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def batch(clean) -> MaskedBatch:
+    return mask_tokens(clean, 22, mask_ratio=0.5, seed=0)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield

@@ -1,0 +1,39 @@
+import numpy as np
+import pytest
+
+from loopmdm_model import stats
+
+
+def test_mean_and_error_by_hand_and_with_gaps():
+    mean, error, n = stats.mean_and_error(np.array([1.0, 2.0, 3.0, np.nan]))
+    assert (mean, n) == (2.0, 3) and error == pytest.approx(1 / 3**0.5)
+    mean, error, n = stats.mean_and_error(np.array([np.nan, np.nan]))
+    assert np.isnan(mean) and np.isnan(error) and n == 0
+    assert np.isnan(stats.mean_and_error(np.array([4.0]))[1])
+
+
+def test_clusters_of_identical_copies_do_not_add_information():
+    generator = np.random.default_rng(0)
+    values = generator.normal(size=40)
+    copies, clusters = np.repeat(values, 5), np.repeat(np.arange(40), 5)
+    expected = stats.mean_and_error(values)[1]
+    np.testing.assert_allclose(stats.mean_and_error(copies, clusters)[1], expected)
+    assert stats.mean_and_error(copies)[1] < 0.5 * expected
+
+
+def test_log_ratio_of_means_and_its_coverage():
+    generator = np.random.default_rng(1)
+    inside = 0
+    for _ in range(400):
+        above = generator.gamma(4, 0.1, size=(120, 1))
+        below = generator.gamma(4, 0.2, size=(120, 1))
+        ones = np.ones_like(above)
+        value, error = stats.log_ratio_and_error(above, ones, below, ones)
+        inside += abs(float(value[0]) - np.log(0.5)) < stats.Z95 * float(error[0])
+    assert 0.92 < inside / 400 < 0.98
+
+
+def test_empty_denominators_are_nan():
+    zeros, ones = np.zeros((5, 1)), np.ones((5, 1))
+    value, error = stats.log_ratio_and_error(ones, ones, ones, zeros)
+    assert np.isnan(value).all() and np.isnan(error).all()

@@ -1,0 +1,39 @@
+"""Tensor annotations of both packages hold: a session of ordinary use under beartype."""
+
+import subprocess
+import sys
+
+SESSION = """
+from jaxtyping import install_import_hook
+install_import_hook(["loopmdm_model", "analysis"], "beartype.beartype")
+import torch
+from analysis import attention_across_loops, mask_attention, read_loops, representation_change
+from loopmdm_model import HookedLoopMDM, StateDelta, mask_tokens, nelbo
+from loopmdm_model.data.batches import dataset
+from loopmdm_model.evaluation import puzzles, solve_one_shot
+
+m = HookedLoopMDM.from_pretrained("sudoku-loop")
+grids = dataset("sudoku6", 36, 7, 0).batch(0, 4)
+b = puzzles(grids, 16)
+logits, cache = m.run_with_cache(b.tokens, n_loops=3)
+m.model(b.tokens, 2, torch.ones_like(b.tokens), m.taps)
+m.run(b.tokens, stop=StateDelta(0.5, max_loops=4))
+nelbo(m, grids, n_loops=2, n_samples=2)
+solve_one_shot(m.model, b, 2)
+mask_attention(m, b, n_loops=2)
+representation_change(m, b, n_loops=2)
+read_loops(m, b, n_loops=2)
+attention_across_loops(cache, layer=1)
+mask_tokens(grids, 6, t=0.5)
+try:
+    m.model.blocks[0].attn(torch.zeros(2, 3), (logits, logits), None)
+except Exception as error:
+    assert type(error).__name__ == "TypeCheckError", error
+else:
+    raise SystemExit("the checker is not on")
+"""
+
+
+def test_shapes_hold_under_beartype():
+    outcome = subprocess.run([sys.executable, "-c", SESSION], capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
