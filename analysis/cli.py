@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
+from loopmdm_model.allocator import keep_freed_memory
 from loopmdm_model.errors import DivergedError, UsageError
 
 app = typer.Typer(
@@ -263,6 +264,7 @@ def _describe(error: BaseException) -> str:
 def main() -> None:
     """Entry point: one line for each expected failure."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    keep_freed_memory()
     warnings.showwarning = lambda message, *_, **__: err.print(f"warning: {message}", style="yellow", soft_wrap=True, markup=False, highlight=False)
     try:
         app()

@@ -103,14 +103,13 @@ def mask_to_mask(loaded: Tables) -> MatplotlibFigure:
         attention.plot_log_odds_by_loop(log_odds, ax=row[1])
         row[1].set_title(f"{title}: log-odds")
         for ax in row[:2]:
-            mark_s_max(ax, tables.s_max(model))
+            mark_s_max(ax, tables.s_max(model), len(half["loop"].unique()))
         rest = _looped(df, model, longest=False)
         rest = rest[(rest["segment"] != "loop") & (rest["key_group"] == "masked")]
         attention.plot_log_odds_by_layer(rest, ax=row[2])
         row[2].set_title(f"outside the loop (S = {tables.s_max(model)})")
-        row[2].sharey(row[1])
-    axes[0, 0].legend(frameon=False)
-    axes[0, 1].legend(frameon=False)
+    handles = [*axes[0, 0].get_legend_handles_labels()[0], *axes[0, 1].get_legend_handles_labels()[0]]
+    drawn.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, columnspacing=1.2)
     return drawn
 
 
@@ -123,13 +122,13 @@ def representation_change(loaded: Tables) -> MatplotlibFigure:
         ("kl_previous", "KL to previous read-out (nats)"),
         ("top1_flips", "best token flips (share)"),
     )
-    drawn, axes = plt.subplots(2, 4, figsize=(PAGE, 3.7), layout="constrained", sharex=True)
+    drawn, axes = plt.subplots(2, 4, figsize=(PAGE, 3.7), layout="constrained", )
     for row, (model, title) in zip(axes, PANELS, strict=True):
         part = df[(df["model"] == model) & (df["token_group"] == "masked")]
         for ax, (metric, label) in zip(row, metrics, strict=True):
             representation.plot_metric_by_loop(part, metric, ax=ax)
             ax.set_title(label)
-            mark_s_max(ax, tables.s_max(model))
+            mark_s_max(ax, tables.s_max(model), df["loop"].max() + 1)
         representation.plot_drift_null(part, ax=row[0])
         for ax in (row[0], row[2]):
             ax.set_yscale("log")
@@ -137,7 +136,7 @@ def representation_change(loaded: Tables) -> MatplotlibFigure:
         row[0].set_ylabel(f"{title}\n{row[0].get_ylabel()}")
     for ax in axes[0]:
         ax.set_xlabel("")
-    axes[0, 0].legend(frameon=False, fontsize=5.8)
+    drawn.legend(handles=axes[0, 0].get_legend_handles_labels()[0], loc="outside lower center", ncols=4, frameon=False)
     return drawn
 
 
@@ -159,7 +158,7 @@ def nll_by_loops(loaded: Tables) -> MatplotlibFigure:
             bigram = references.loc[references["reference"] == "bigram", "nll"].iloc[0]
             row[0].axhline(bigram, color="#444444", linewidth=0.8, linestyle=":")
             row[0].annotate(f"bigram {bigram:.2f}", (0.98, bigram), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=6.5)
-            top = max(top, bigram)
+            top, bottom = max(top, bigram), min(bottom, bigram)
         row[0].set_ylim(bottom - 0.08 * (top - bottom), top + 0.25 * (top - bottom))
         row[0].legend(frameon=False, loc="upper right")
     return drawn
@@ -185,10 +184,11 @@ def attention_maps(loaded: Tables) -> MatplotlibFigure:
     head = max(stacks, key=lambda key: np.abs(stacks[key][-1] - stacks[key][0]).mean())
     rows = df[(df["head"] == head) & (df["loop"] == loops[0])].drop_duplicates("query").sort_values("query")
     masked = rows["query_masked"].to_numpy()
-    labels = [f"[{true.strip()}]" if hidden else true.strip() for true, hidden in zip(rows["query_true"], masked, strict=True)]
-    drawn, axes = plt.subplots(1, len(loops) + 1, figsize=(PAGE, 2.6), layout="constrained")
-    attention.draw_maps(axes, stacks[head], loops, labels, masked)
-    drawn.suptitle(f"sotu-loop, layer {rows['layer'].iloc[0]}, head {head}: [hidden words] in brackets", fontsize=8)
+    words = [true.strip() or "␣" for true in rows["query_true"]]
+    labels = [f"[{word}]" if hidden else word for word, hidden in zip(words, masked, strict=True)]
+    drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 6.3), layout="constrained")
+    attention.draw_maps(list(axes.flat), stacks[head], loops, labels, masked)
+    drawn.suptitle(f"sotu-loop, layer {rows['layer'].iloc[0]}, head {head}; [true tokens] of masked positions", fontsize=8)
     return drawn
 
 

@@ -51,6 +51,8 @@ class LoopMDMConfig:
 
     def __post_init__(self):
         """Fill derived fields and refuse shapes that cannot run."""
+        if self.d_head == -1 and self.n_heads > 0 and self.d_model % self.n_heads:
+            raise UsageError(f"d_model {self.d_model} must be divisible by n_heads {self.n_heads}, or give d_head")
         derived = {
             "mask_token_id": (-1, self.d_vocab - 1),
             "d_head": (-1, self.d_model // max(self.n_heads, 1)),
@@ -105,11 +107,13 @@ class LoopMDMConfig:
 
     def layers(self, segment: str) -> range:
         """Physical layer indices of "prelude", "loop" or "coda"."""
-        first = self.n_prelude_layers
-        after = first + self.n_loop_layers
-        return {"prelude": range(first), "loop": range(first, after), "coda": range(after, self.n_layers)}[
-            segment
-        ]
+        after_loop = self.n_prelude_layers + self.n_loop_layers
+        if segment == "prelude":
+            return range(self.n_prelude_layers)
+        if segment == "loop":
+            return range(self.n_prelude_layers, after_loop)
+        assert segment == "coda", segment
+        return range(after_loop, after_loop + self.n_coda_layers)
 
     def segment(self, layer: int) -> str:
         """The segment that physical `layer` belongs to."""

@@ -26,11 +26,11 @@ from loopmdm_model.cache import LoopCache
 from loopmdm_model.checkpoints import RECORD, TOKENIZER, resolve
 from loopmdm_model.config import LoopMDMConfig
 from loopmdm_model.data.tokenizer import PAD, load_tokenizer
-from loopmdm_model.errors import UnknownNameError, UsageError
+from loopmdm_model.errors import UnknownNameError, UsageError, check_count
 from loopmdm_model.masking import MaskedBatch, mask_tokens
 from loopmdm_model.model import Context, LoopMDM, LoopOutput
 from loopmdm_model.stopping import StoppingRule, as_rule
-from loopmdm_model.taps import Tap
+from loopmdm_model.taps import EXPLICIT_TAP, NO_TAP, Tap
 from loopmdm_model.unrolled import unroll
 
 AttnPath = Literal["auto", "eager", "sdpa"]
@@ -41,10 +41,16 @@ LARGE_CACHE = 4 * 2**30
 class HookTap(Tap):
     """Hands the activations of one layer application to its hook points."""
 
-    __slots__ = ("owner", "points")
+    __slots__ = ("listeners", "owner", "points")
 
     def __init__(self, owner: "HookedLoopMDM"):
         self.owner, self.points = owner, {}
+        self.listeners: list[dict] = []
+
+    def add(self, leaf: str, point: HookPoint) -> None:
+        """Take in the hook point of a leaf."""
+        self.points[leaf] = point
+        self.listeners += [point._forward_hooks, point._backward_hooks]
 
     @property
     def explicit(self) -> bool:
@@ -92,7 +98,7 @@ class HookedLoopMDM(HookedRootModule):
         self.hook_dict: dict[str, HookPoint] = {}
         self.attn_path: AttnPath = "auto"
         self.fired: set[str] = set()
-        self._last_run: tuple[Tensor, Tensor] | None = None
+        self._loops_run: int | None = None
         self._rules: list[tuple[Callable[[str], bool], dict[str, Any]]] = []
         self._taps: dict[str, HookTap] = {}
         self._add_points(names.outer_names(self.cfg))
@@ -135,7 +141,18 @@ class HookedLoopMDM(HookedRootModule):
         attn_path: AttnPath = "auto",
     ) -> Tensor:
         """Logits [batch, pos, d_vocab]; `attn_path` pins explicit ("eager") or fused ("sdpa") attention."""
-        return self.run(tokens, n_loops, stop, attention_mask, attn_path).logits
+        if stop is not None:
+            return self.run(tokens, n_loops, stop, attention_mask, attn_path).logits
+        tokens, attention_mask = self._inputs(tokens, attention_mask)
+        n_loops = check_count("n_loops", self.cfg.max_loops if n_loops is None else n_loops)
+        self.grow(n_loops)
+        if attn_path == self.attn_path:
+            logits = self.model(tokens, n_loops, attention_mask, self.taps)
+        else:
+            with self._path(attn_path):
+                logits = self.model(tokens, n_loops, attention_mask, self.taps)
+        self._loops_run = n_loops
+        return logits
 
     def run(
         self,
@@ -150,7 +167,7 @@ class HookedLoopMDM(HookedRootModule):
         self.grow(as_rule(n_loops, stop, self.cfg.max_loops).max_loops)
         with self._path(attn_path):
             output = self.model.run(tokens, n_loops, stop, attention_mask, self.taps)
-        self._last_run = output.loops_used, tokens
+        self._loops_run = int(output.loops_used.max())
         return output
 
     def states(
@@ -161,7 +178,7 @@ class HookedLoopMDM(HookedRootModule):
         attn_path: AttnPath = "auto",
     ) -> Iterator[tuple[Tensor, Context]]:
         """H(0), H(1), .. with hooks, as `LoopMDM.states`."""
-        self.grow(as_rule(n_loops, None, self.cfg.max_loops).max_loops)
+        self.grow(check_count("n_loops", n_loops))
         with self._path(attn_path):
             yield from self.model.states(tokens, n_loops, attention_mask, self.taps)
 
@@ -169,9 +186,12 @@ class HookedLoopMDM(HookedRootModule):
         """Coda and unembedding with hooks, as `LoopMDM.readout`."""
         return self.model.readout(state, context, self.taps)
 
-    def taps(self, prefix: str) -> HookTap:
-        """The tap of a layer application (a tap source for LoopMDM)."""
-        return self._taps[prefix]
+    def taps(self, prefix: str) -> Tap:
+        """The tap of a layer application (a tap source for LoopMDM); a silent one where nobody listens."""
+        tap = self._taps[prefix]
+        if any(tap.listeners):
+            return tap
+        return EXPLICIT_TAP if self.attn_path == "eager" else NO_TAP
 
     @contextmanager
     def _path(self, attn_path: AttnPath) -> Iterator[None]:
@@ -203,7 +223,7 @@ class HookedLoopMDM(HookedRootModule):
             point.name = name
             self.hook_dict[name] = self.mod_dict[name] = point
             prefix, leaf = self._split(name)
-            self._taps.setdefault(prefix, HookTap(self)).points[leaf] = point
+            self._taps.setdefault(prefix, HookTap(self)).add(leaf, point)
             for matches, arguments in self._rules:
                 if matches(name):
                     point.add_hook(**arguments)
@@ -282,7 +302,7 @@ class HookedLoopMDM(HookedRootModule):
         for name, _ in fwd_hooks + bwd_hooks:  # refuse wrong names before adding anything
             self._known(name) if isinstance(name, str) else self._matcher(name)
         explicit = [name for name, _ in fwd_hooks if isinstance(name, str)]
-        before, self.fired, self._last_run = self.fired, set(), None
+        before, self.fired, self._loops_run = self.fired, set(), None
         try:
             with super().hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
                 yield self
@@ -292,11 +312,10 @@ class HookedLoopMDM(HookedRootModule):
 
     def _warn_unfired(self, explicit: list[str]) -> None:
         missing = [name for name in dict.fromkeys(explicit) if name not in self.fired]
-        if missing and self._last_run is not None:
-            ran = int(self._last_run[0].max())
+        if missing and self._loops_run is not None:
             warnings.warn(
                 f"never fired: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''} "
-                f"({ran} loops ran); raise n_loops or the rule's max_loops",
+                f"({self._loops_run} loops ran); raise n_loops or the rule's max_loops",
                 stacklevel=4,
             )
 

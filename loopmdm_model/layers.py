@@ -22,42 +22,47 @@ ACTIVATIONS = {
 class Norm(nn.Module):
     """LayerNorm ("LN") or RMSNorm ("RMS") over the last axis."""
 
-    def __init__(self, cfg: LoopMDMConfig):
+    def __init__(self, cfg: LoopMDMConfig, prefix: str):
         super().__init__()
         self.eps = cfg.eps
+        self.shape = (cfg.d_model,)
+        self.scale_name, self.normalized_name = f"{prefix}hook_scale", f"{prefix}hook_normalized"
         self.centred = cfg.normalization_type == "LN"
         self.weight = nn.Parameter(torch.ones(cfg.d_model))
         self.bias = nn.Parameter(torch.zeros(cfg.d_model)) if self.centred and cfg.norm_bias else None
 
-    def forward(self, x: Tensor, tap: Tap = NO_TAP, prefix: str = "") -> Tensor:
+    def forward(self, x: Tensor, tap: Tap = NO_TAP) -> Tensor:
         """Normalise x [..., d_model]; offers `hook_scale` [..., 1] and `hook_normalized` [..., d_model]."""
-        scale_name = prefix + "hook_scale"
-        if tap.wants(scale_name):
+        if tap.wants(self.scale_name):
             if self.centred:
                 x = x - x.mean(-1, keepdim=True)
-            scale = tap(scale_name, (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+            scale = tap(self.scale_name, (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
             x = x / scale * self.weight
             x = x if self.bias is None else x + self.bias
         elif self.centred:
-            x = F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+            x = F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
         else:
-            x = F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-        return tap(prefix + "hook_normalized", x)
+            x = F.rms_norm(x, self.shape, self.weight, self.eps)
+        return tap(self.normalized_name, x)
 
 
 def rotary_tables(cfg: LoopMDMConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [n_ctx, 1, d_head] of the half-split rotary embedding."""
+    """Cosines, and sines signed for `rotate` (first half negative): [n_ctx, 1, 1, d_head]."""
     half = torch.arange(0, cfg.d_head, 2, dtype=torch.float64) / cfg.d_head
     angle = torch.arange(cfg.n_ctx, dtype=torch.float64)[:, None] * cfg.rotary_base**-half
-    angle = torch.cat([angle, angle], dim=-1)[:, None, :]
-    return angle.cos().float(), angle.sin().float()
+    cos, sin = angle.cos(), angle.sin()
+    cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+    return cos[:, None, None, :].float(), sin[:, None, None, :].float()
 
 
-def rotate(x: Float[Tensor, "batch pos head d_head"], cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-split rotary embedding of x, in float32, back in x's dtype."""
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (x.float() * cos + turned * sin).to(x.dtype)
+def rotate(x: Float[Tensor, "batch pos two head d_head"], cos: Tensor, sin: Tensor) -> Tensor:
+    """Half-split rotary embedding of x, in float32, back in x's dtype.
+
+    Swapping the halves and a signed sine give [a cos - b sin, b cos + a sin] in three operations.
+    """
+    wide = x if x.dtype == torch.float32 else x.float()
+    turned = torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin)
+    return turned if wide is x else turned.to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -78,11 +83,13 @@ class Attention(nn.Module):
         tap: Tap = NO_TAP,
     ) -> Float[Tensor, "batch pos d_model"]:
         """Attend; SDPA unless the tap listens inside attention. `allowed`: False = may not attend."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, self.d_head)).unbind(-3)
-        q, k, v = tap("attn.hook_q", q), tap("attn.hook_k", k), tap("attn.hook_v", v)
-        q = tap("attn.hook_rot_q", rotate(q, *rotary))
-        k = tap("attn.hook_rot_k", rotate(k, *rotary))
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        qkv = self.qkv(x).unflatten(-1, (3, self.n_heads, self.d_head))
+        qk = qkv[:, :, :2]  # rotated in one go
+        if tap.wants("attn.hook_q", "attn.hook_k"):
+            qk = torch.stack([tap("attn.hook_q", qk[:, :, 0]), tap("attn.hook_k", qk[:, :, 1])], dim=2)
+        q, k = rotate(qk, *rotary).unbind(2)
+        q, k = tap("attn.hook_rot_q", q).transpose(1, 2), tap("attn.hook_rot_k", k).transpose(1, 2)
+        v = tap("attn.hook_v", qkv[:, :, 2]).transpose(1, 2)
         if tap.explicit or tap.wants("attn.hook_attn_scores", "attn.hook_pattern"):
             z = self._explicit(q, k, v, allowed, tap)
         else:
@@ -132,15 +139,15 @@ class Block(nn.Module):
 
     def __init__(self, cfg: LoopMDMConfig):
         super().__init__()
-        self.ln1, self.attn = Norm(cfg), Attention(cfg)
-        self.ln2, self.mlp = Norm(cfg), MLP(cfg)
+        self.ln1, self.attn = Norm(cfg, "ln1."), Attention(cfg)
+        self.ln2, self.mlp = Norm(cfg, "ln2."), MLP(cfg)
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], allowed: Tensor | None, tap: Tap = NO_TAP
     ) -> Tensor:
         """Run one application of the layer on x [batch, pos, d_model]."""
         x = tap("hook_resid_pre", x)
-        x = x + tap("hook_attn_out", self.attn(self.ln1(x, tap, "ln1."), rotary, allowed, tap))
+        x = x + tap("hook_attn_out", self.attn(self.ln1(x, tap), rotary, allowed, tap))
         x = tap("hook_resid_mid", x)
-        x = x + tap("hook_mlp_out", self.mlp(self.ln2(x, tap, "ln2."), tap))
+        x = x + tap("hook_mlp_out", self.mlp(self.ln2(x, tap), tap))
         return tap("hook_resid_post", x)

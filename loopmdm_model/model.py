@@ -19,28 +19,41 @@ from torch import Tensor, nn
 
 from loopmdm_model import checkpoints
 from loopmdm_model.config import SEGMENTS, LoopMDMConfig
-from loopmdm_model.errors import UsageError
+from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.layers import Block, Norm, rotary_tables
 from loopmdm_model.stopping import LoopView, StoppingRule, as_rule
 from loopmdm_model.taps import TapSource, no_taps
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Context:
     """What layer applications need beside their input; rows can be dropped as sequences stop.
 
-    `allowed` [batch, 1, 1 or query, key] or None per segment; `masked` and `real` [batch, pos].
+    `allowed` [batch, 1, 1 or query, key] or None per segment; `tokens` and `masked` [batch, pos];
+    `keys` [batch, pos] tells real tokens from padding, None: all are real.
     """
 
     rotary: tuple[Tensor, Tensor]
     allowed: dict[str, Tensor | None]
-    masked: Bool[Tensor, "batch pos"]
-    real: Bool[Tensor, "batch pos"]
+    tokens: Int[Tensor, "batch pos"]
+    mask_token_id: int
+    keys: Bool[Tensor, "batch pos"] | None
+
+    @property
+    def masked(self) -> Bool[Tensor, "batch pos"]:
+        """Which positions hold [MASK]."""
+        return self.tokens == self.mask_token_id
+
+    @property
+    def real(self) -> Bool[Tensor, "batch pos"]:
+        """Which positions are not padding."""
+        return torch.ones_like(self.tokens, dtype=torch.bool) if self.keys is None else self.keys
 
     def rows(self, keep: Tensor) -> "Context":
         """The context of the sequences `keep` (index or boolean [batch])."""
         allowed = {name: None if mask is None else mask[keep] for name, mask in self.allowed.items()}
-        return Context(self.rotary, allowed, self.masked[keep], self.real[keep])
+        keys = None if self.keys is None else self.keys[keep]
+        return Context(self.rotary, allowed, self.tokens[keep], self.mask_token_id, keys)
 
 
 @dataclass(frozen=True)
@@ -91,7 +104,7 @@ class LoopMDM(nn.Module):
         self.cfg = cfg
         self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
-        self.ln_final = Norm(cfg)
+        self.ln_final = Norm(cfg, "ln_final.")
         self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=cfg.unembed_bias)
         cos, sin = rotary_tables(cfg)
         self.register_buffer("rotary_cos", cos, persistent=False)
@@ -120,7 +133,12 @@ class LoopMDM(nn.Module):
 
         `attention_mask` [batch, pos] is 1 for real tokens, 0 for padding.
         """
-        return self.run(tokens, n_loops=n_loops, attention_mask=attention_mask, taps=taps).logits
+        n_loops = check_count("n_loops", self.cfg.max_loops if n_loops is None else n_loops)
+        context = self.context(tokens, attention_mask)
+        x = self.prelude(tokens, context, taps)
+        for loop in range(n_loops):
+            x = self.loop(x, context, loop, taps)
+        return self.readout(x, context, taps)
 
     def run(
         self,
@@ -162,20 +180,16 @@ class LoopMDM(nn.Module):
     def context(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Context:
         """Check the input and build what all layers share."""
         self._check_tokens(tokens)
-        masked = tokens == self.cfg.mask_token_id
-        real = torch.ones_like(masked)
-        keys = None
-        if attention_mask is not None:
-            real = self._check_attention_mask(attention_mask, tokens)
-            keys = real[:, None, None, :]
-        allowed = dict.fromkeys(SEGMENTS, keys)
+        keys = None if attention_mask is None else self._check_attention_mask(attention_mask, tokens)
+        allowed = dict.fromkeys(SEGMENTS, None if keys is None else keys[:, None, None, :])
         if self.cfg.forbid_mask_to_mask:
+            masked = tokens == self.cfg.mask_token_id
             apart = ~(masked[:, None, :, None] & masked[:, None, None, :])
             apart |= torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)
-            apart = apart if keys is None else apart & keys
+            apart = apart if keys is None else apart & keys[:, None, None, :]
             allowed |= dict.fromkeys(self.cfg.forbid_mask_to_mask, apart)
-        length = tokens.shape[1]
-        return Context((self.rotary_cos[:length], self.rotary_sin[:length]), allowed, masked, real)
+        rotary = self.rotary_cos[: tokens.shape[1]], self.rotary_sin[: tokens.shape[1]]
+        return Context(rotary, allowed, tokens, self.cfg.mask_token_id, keys)
 
     def prelude(self, tokens: Tensor, context: Context, taps: TapSource = no_taps) -> Tensor:
         """Embed and run the prelude layers: H(-1), [batch, pos, d_model]."""
@@ -197,7 +211,7 @@ class LoopMDM(nn.Module):
     def unembedding(self, x: Tensor, taps: TapSource = no_taps) -> Tensor:
         """Final norm and unembedding of states [..., d_model]; [MASK] gets -inf."""
         tap = taps("")
-        logits = self.unembed(self.ln_final(x, tap, "ln_final."))
+        logits = self.unembed(self.ln_final(x, tap))
         logits[..., self.cfg.mask_token_id] = float("-inf")
         return tap("hook_logits", logits)
 
@@ -205,17 +219,16 @@ class LoopMDM(nn.Module):
         self, tokens: Tensor, n_loops: int, attention_mask: Tensor | None = None, taps: TapSource = no_taps
     ) -> Iterator[tuple[Tensor, Context]]:
         """Yield H(0), H(1), .. of one trajectory with its context; `readout(H(i), ...)` is S = i + 1."""
-        rule = as_rule(n_loops, None, self.cfg.max_loops)
         context = self.context(tokens, attention_mask)
         x = self.prelude(tokens, context, taps)
-        for loop in range(rule.max_loops):
+        for loop in range(check_count("n_loops", n_loops)):
             x = self.loop(x, context, loop, taps)
             yield x, context
 
     def _layers(self, segment: str, x: Tensor, context: Context, taps: TapSource, prefix: str) -> Tensor:
+        blocks, allowed = list(self.blocks), context.allowed[segment]
         for layer in self.cfg.layers(segment):
-            tap = taps(f"{prefix}blocks.{layer}.")
-            x = self.blocks[layer](x, context.rotary, context.allowed[segment], tap)
+            x = blocks[layer](x, context.rotary, allowed, taps(f"{prefix}blocks.{layer}."))
         return x
 
     # --- input checks ---

@@ -1,5 +1,6 @@
 """Plots of attention between masked and clean positions, and of maps across loop counts."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
@@ -10,6 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.plots.style import KEY_STYLE, NULL, RATIO_STYLE, band, style
+
+if TYPE_CHECKING:
+    from analysis.maps import AttentionMaps
 
 Z95 = 1.96
 
@@ -64,43 +68,45 @@ def plot_log_odds_by_layer(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-if TYPE_CHECKING:
-    from analysis.maps import AttentionMaps
-
-
 def plot_map(weights: np.ndarray, labels: list[str], masked: np.ndarray, *, ax: Axes, **heat) -> Axes:  # noqa: ANN003
-    """One attention map [query, key]; masked positions carry a square on both axes."""
-    shown = [f"{text.strip() or '␣'} ■" if hidden else text.strip() or "␣" for text, hidden in zip(labels, masked, strict=True)]
-    sns.heatmap(weights, ax=ax, square=True, xticklabels=shown, yticklabels=shown, **heat)
-    ax.tick_params(axis="both", length=0, labelsize=max(3.5, min(6.5, 150 / max(len(labels), 1))))
+    """One attention map [query, key]; labels of masked positions are coloured."""
+    sns.heatmap(weights, ax=ax, square=True, xticklabels=labels, yticklabels=labels, **heat)
+    size = max(3.5, min(6.5, 160 / max(len(labels), 1)))
+    ax.tick_params(axis="x", length=0, labelsize=size, rotation=90, pad=1)
+    ax.tick_params(axis="y", length=0, labelsize=size, rotation=0, pad=1)
+    for tick, hidden in zip([*ax.get_xticklabels(), *ax.get_yticklabels()], [*masked, *masked], strict=True):
+        tick.set_color("#b35806" if hidden else "black")
     ax.set(xlabel="key", ylabel="query")
     return ax
 
 
-def plot_maps(maps: "AttentionMaps") -> Figure:
-    """Maps of the same head side by side across loops, and last minus first."""
-    n = len(maps.loops)
-    with style():
-        figure, axes = plt.subplots(1, n + 1, figsize=(6.9, 6.9 / (n + 1) + 0.7), layout="constrained")
-        labels = ["■" if hidden else text for text, hidden in zip(maps.labels, maps.masked, strict=True)]
-        draw_maps(axes, maps.maps, maps.loops, labels, maps.masked)
-        figure.suptitle(f"layer {maps.layer}, head {maps.head}; ■ = [MASK]", fontsize=8)
-    plt.close(figure)
-    return figure
-
-
-def draw_maps(axes, maps: np.ndarray, loops, labels: list[str], masked: np.ndarray) -> None:  # noqa: ANN001
-    """Fill a row of axes: one map a loop on one scale, then their difference on its own."""
+def draw_maps(axes: list[Axes], maps: np.ndarray, loops: Sequence[int], labels: list[str], masked: np.ndarray) -> None:
+    """Fill axes with one map a loop on a common scale, then last minus first on its own."""
     top = float(maps.max())
-    shown = [label or "␣" for label in labels]
-    for index, (ax, loop) in enumerate(zip(axes[:-1], loops, strict=True)):
-        heat = {"vmin": 0, "vmax": top, "cmap": "Greys", "cbar": index == len(loops) - 1}
-        plot_map(maps[index], shown, np.zeros_like(masked), ax=ax, cbar_kws={"shrink": 0.55, "label": "attention"}, **heat)
+    for ax, loop, weights in zip(axes, loops, maps, strict=False):
+        heat = {"vmin": 0, "vmax": top, "cmap": "Greys", "cbar_kws": {"shrink": 0.6, "label": "attention"}}
+        plot_map(weights, labels, masked, ax=ax, **heat)
         ax.set_title(f"loop {loop + 1}")
     change = maps[-1] - maps[0]
     limit = float(np.abs(change).max()) or 1.0
-    heat = {"vmin": -limit, "vmax": limit, "cmap": "RdBu_r", "cbar_kws": {"shrink": 0.55, "label": "change"}}
-    plot_map(change, shown, np.zeros_like(masked), ax=axes[-1], **heat)
-    axes[-1].set_title(f"loop {loops[-1] + 1} − loop {loops[0] + 1}")
-    for ax in axes[1:]:
-        ax.set(ylabel="", yticklabels=[])
+    heat = {"vmin": -limit, "vmax": limit, "cmap": "RdBu_r", "cbar_kws": {"shrink": 0.6, "label": "change"}}
+    plot_map(change, labels, masked, ax=axes[len(loops)], **heat)
+    axes[len(loops)].set_title(f"loop {loops[-1] + 1} − loop {loops[0] + 1}")
+
+
+def plot_maps(maps: "AttentionMaps") -> Figure:
+    """Maps of the same head side by side across loops, and last minus first."""
+    n = len(maps.loops) + 1
+    columns = 2 if n <= 4 else 3
+    rows = -(-n // columns)
+    with style():
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(7.2, 6.6 / columns * rows), layout="constrained", squeeze=False
+        )
+        labels = ["■" if hidden else text.strip() or "␣" for text, hidden in zip(maps.labels, maps.masked, strict=True)]
+        draw_maps(list(axes.flat), maps.maps, maps.loops, labels, maps.masked)
+        for ax in list(axes.flat)[n:]:
+            ax.set_axis_off()
+        figure.suptitle(f"layer {maps.layer}, head {maps.head}; ■ = [MASK]", fontsize=8)
+    plt.close(figure)
+    return figure

@@ -16,7 +16,8 @@ def plot_nll_by_loops(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         look = MODEL_STYLE[str(model).rsplit("-", maxsplit=1)[-1]]
         low, high = part["nll"] - Z95 * part["standard_error"], part["nll"] + Z95 * part["standard_error"]
         band(ax, part["n_loops"], part["nll"], low, high, label=str(model), **look)
-    mark_s_max(ax, df["s_max"].iloc[0])
+    _base_level(df, "nll", ax)
+    mark_s_max(ax, df["s_max"].iloc[0], df["n_loops"].max())
     ax.set(xlabel="n_loops (S)", ylabel="test NELBO (nats per token)")
     return ax
 
@@ -30,8 +31,8 @@ def plot_change_by_loops(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         change = part["change_from_s1"]
         band(ax, part["n_loops"], change, change - half, change + half, label=str(model), **look)
     ax.axhline(0, **NULL)
-    mark_s_max(ax, df["s_max"].iloc[0])
-    ax.set(xlabel="n_loops (S)", ylabel="change from S = 1 (nats per token)")
+    mark_s_max(ax, df["s_max"].iloc[0], df["n_loops"].max())
+    ax.set(xlabel="n_loops (S)", ylabel="change from S = 1 (nats)")
     return ax
 
 
@@ -41,7 +42,8 @@ def plot_solve_rate(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     for model, part in df.groupby("model"):
         look = MODEL_STYLE[str(model).rsplit("-", maxsplit=1)[-1]]
         band(ax, part["n_loops"], part["solve_rate"], part["low"], part["high"], label=str(model), **look)
-    mark_s_max(ax, df["s_max"].iloc[0])
+    _base_level(df, "solve_rate", ax)
+    mark_s_max(ax, df["s_max"].iloc[0], df["n_loops"].max())
     ax.set(xlabel="n_loops (S)", ylabel="puzzles solved in one shot", ylim=(0, None))
     return ax
 
@@ -54,5 +56,12 @@ def plot_learning_curves(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         look = look | ({"linestyle": ":", "marker": "v"} if "loop" in str(model) and n_loops == 1 else {})
         low, high = part["nelbo"] - Z95 * part["standard_error"], part["nelbo"] + Z95 * part["standard_error"]
         band(ax, part["flops"], part["nelbo"], low, high, label=f"{model}, S = {n_loops}", **look)
-    ax.set(xlabel="training FLOPs", ylabel="validation NELBO (nats per token)", xscale="log")
+    ax.set(xlabel="training FLOPs", ylabel="validation NELBO (nats per token)")
     return ax
+
+
+def _base_level(df: pd.DataFrame, column: str, ax: Axes) -> None:
+    """The base model as it was trained, at S = 1, carried across as a thin line."""
+    base = df[df["model"].str.endswith("-base") & (df["n_loops"] == 1)]
+    for level in base[column]:
+        ax.axhline(level, color=MODEL_STYLE["base"]["color"], linewidth=0.8, linestyle="--", zorder=0)

@@ -44,6 +44,13 @@ PARAMETERS = {
     "pdf.fonttype": 42,
     "svg.fonttype": "path",
     "svg.hashsalt": "loopmdm",
+    "axes.linewidth": 0.7,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "ytick.minor.width": 0.5,
+    "xtick.major.size": 3,
+    "ytick.major.size": 3,
+    "ytick.minor.size": 1.5,
     "axes.grid": True,
     "grid.color": "#e6e6e6",
     "grid.linewidth": 0.6,
@@ -56,6 +63,8 @@ def style() -> Iterator[None]:
     with mpl.rc_context():
         sns.set_theme(style="ticks", rc=PARAMETERS)
         yield
+        interactive = mpl.is_interactive()
+    mpl.interactive(interactive)  # a notebook's backend may have switched it on inside
 
 
 def band(ax: Axes, x, y, low, high, **line) -> None:  # noqa: ANN001, ANN003
@@ -64,12 +73,11 @@ def band(ax: Axes, x, y, low, high, **line) -> None:  # noqa: ANN001, ANN003
     ax.fill_between(x, low, high, color=line.get("color"), alpha=0.18, linewidth=0)
 
 
-def mark_s_max(ax: Axes, at: float, label: str = "$S_{max}$") -> None:
-    """A thin line at the largest loop count of training."""
-    ax.axvline(at, color="#666666", linewidth=0.8, linestyle="-.", zorder=0)
-    ax.annotate(
-        label, (at, 1), xycoords=("data", "axes fraction"), xytext=(2, -8), textcoords="offset points", fontsize=6.5
-    )
+def mark_s_max(ax: Axes, s_max: int, last: int) -> None:
+    """A thin line at the largest loop count of training, and ticks at 1 and its multiples."""
+    ax.axvline(s_max, color="#666666", linewidth=0.8, linestyle="-.", zorder=0)
+    ticks = [1, *range(s_max, last + 1, s_max)]
+    ax.set_xticks(ticks, [f"{tick}\n$S_{{max}}$" if tick == s_max else str(tick) for tick in ticks])
 
 
 def png_bytes(figure: Figure) -> bytes:

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from loopmdm_model.checkpoints import write_tensors
 from loopmdm_model.errors import UsageError
-from loopmdm_model.files import write_atomic
 
 STATE_FILE = "state/state.safetensors"
 
@@ -59,7 +58,7 @@ def scatter(
 def save(folder: Path, tensors: dict[str, Tensor], progress: Progress, identity: dict[str, Any]) -> None:
     """Write the state atomically; `identity` is what must not change on resume."""
     header = {"progress": json.dumps(asdict(progress)), "identity": json.dumps(identity)}
-    write_atomic(folder / STATE_FILE, lambda path: save_file(tensors, path, metadata=header))
+    write_tensors(folder / STATE_FILE, tensors, header)
 
 
 def load(folder: Path, identity: dict[str, Any]) -> tuple[dict[str, Tensor], Progress] | None:

