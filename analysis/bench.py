@@ -110,14 +110,15 @@ def at_least(name: str, value: float, goal: float) -> Row:
 
 
 def forward() -> Iterator[Row]:
-    """Forward without listeners against a plain twin, hooked and unhooked."""
-    for name, cfg, batch, goal, inner in (
-        ("forward, d=256 6 layers T=128, / plain twin", shape(256, 6, 128), 8, 1.05, 1),
-        ("forward, tiny (d=32 4 layers T=16), / plain twin", shape(32, 4, 16, vocab=64), 1, 1.10, 50),
-    ):
-        hooked, plain, tokens = HookedLoopMDM(cfg), PlainMDM(cfg).eval(), _tokens(cfg, batch)
-        with torch.inference_mode():
-            yield at_most(name, ratio(lambda: hooked(tokens), lambda: plain(tokens), 41, inner), goal)
+    """Forward without listeners against a plain twin."""
+    yield _forward("forward, d=256 6 layers T=128, / plain twin", shape(256, 6, 128), 8, 1.05, 1)
+    yield _forward("forward, tiny (d=32 4 layers T=16), / plain twin", shape(32, 4, 16, vocab=64), 1, 1.10, 50)
+
+
+def _forward(name: str, cfg: LoopMDMConfig, batch: int, goal: float, inner: int) -> Row:
+    hooked, plain, tokens = HookedLoopMDM(cfg), PlainMDM(cfg).eval(), _tokens(cfg, batch)
+    with torch.inference_mode():
+        return at_most(name, ratio(lambda: hooked(tokens), lambda: plain(tokens), 41, inner), goal)
 
 
 def caching() -> Iterator[Row]:
@@ -184,7 +185,11 @@ def training() -> Iterator[Row]:
         masked_cross_entropy(model(b.tokens, n_loops=3), b).mean().backward()
         model.zero_grad()
 
-    yield at_least("training with compiled blocks, / eager", 1 / ratio(lambda: step(compiled), lambda: step(eager), 15), 1.25)
+    yield at_least(
+        "training with compiled blocks, / eager",
+        1 / ratio(lambda: step(compiled), lambda: step(eager), 15),
+        1.25,
+    )
 
 
 BENCHMARKS = {

@@ -27,7 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-data_app = typer.Typer(help="Corpora: what there is, and fetching it.", no_args_is_help=True, rich_markup_mode=None)
+data_app = typer.Typer(
+    help="Corpora: what there is, and fetching it.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(data_app, name="data")
 err = Console(stderr=True)
 
@@ -125,7 +127,9 @@ def train(
         def on_step(progress: Any) -> None:
             share = 100 * min(1.0, progress.flops / loaded.training.flops)
             loss = progress.window.get("loss", 0.0) / max(1.0, progress.window.get("steps", 1.0))
-            bar.update(task, completed=int(share), description=f"{loaded.name} step {progress.step} loss {loss:.3f}")
+            bar.update(
+                task, completed=int(share), description=f"{loaded.name} step {progress.step} loss {loss:.3f}"
+            )
 
         trainer.train(on_step)
     last = trainer.progress.rows[-1]
@@ -147,7 +151,10 @@ def _dry_run(spec: Any) -> None:
         ("parameters", parameters),
         ("effective depth at E[S]", cfg.effective_depth),
         ("forward FLOPs per token at S = 1", flops_per_token(cfg, spec.data.length, 1)),
-        (f"forward FLOPs per token at S = {cfg.max_loops}", flops_per_token(cfg, spec.data.length, cfg.max_loops)),
+        (
+            f"forward FLOPs per token at S = {cfg.max_loops}",
+            flops_per_token(cfg, spec.data.length, cfg.max_loops),
+        ),
         ("E[S] over the run", planned.e_s),
         ("training FLOPs", spec.training.flops),
         ("steps", planned.steps),
@@ -200,7 +207,10 @@ def table(
     from analysis import tables
 
     if name == "list":
-        show(["table", "models", "columns"], [(t.name, ",".join(t.models), ",".join(t.columns)) for t in tables.TABLES.values()])
+        show(
+            ["table", "models", "columns"],
+            [(t.name, ",".join(t.models), ",".join(t.columns)) for t in tables.TABLES.values()],
+        )
         return
     item = tables.table(name)
     with err.status(f"measuring {name}") if err.is_terminal else _nothing():
@@ -217,7 +227,9 @@ def _nothing() -> Any:
 @app.command()
 def figures(
     names: Annotated[list[str] | None, typer.Argument(help="figures; default all")] = None,
-    source: Annotated[str, typer.Option("--from", help="tables | checkpoints (measure the tables again)")] = "tables",
+    source: Annotated[
+        str, typer.Option("--from", help="tables | checkpoints (measure the tables again)")
+    ] = "tables",
     out: Annotated[Path, typer.Option(help="folder for pdf, png, svg and json")] = Path("figures/out"),
 ) -> None:
     """Draw figures from the committed tables, or from the checkpoints."""
@@ -265,7 +277,9 @@ def main() -> None:
     """Entry point: one line for each expected failure."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     keep_freed_memory()
-    warnings.showwarning = lambda message, *_, **__: err.print(f"warning: {message}", style="yellow", soft_wrap=True, markup=False, highlight=False)
+    warnings.showwarning = lambda message, *_, **__: err.print(
+        f"warning: {message}", style="yellow", soft_wrap=True, markup=False, highlight=False
+    )
     try:
         app()
     except UsageError as error:

@@ -1,7 +1,7 @@
 """The registry of figures: name -> tables, builder, caption. Batch, notebooks and tests all use it.
 
-    from analysis import figures
-    figures.FIGURES["mask-to-mask-by-loop"].draw(out="figures/out")
+from analysis import figures
+figures.FIGURES["mask-to-mask-by-loop"].draw(out="figures/out")
 """
 
 import textwrap
@@ -122,7 +122,12 @@ def representation_change(loaded: Tables) -> MatplotlibFigure:
         ("kl_previous", "KL to previous read-out (nats)"),
         ("top1_flips", "best token flips (share)"),
     )
-    drawn, axes = plt.subplots(2, 4, figsize=(PAGE, 3.7), layout="constrained", )
+    drawn, axes = plt.subplots(
+        2,
+        4,
+        figsize=(PAGE, 3.7),
+        layout="constrained",
+    )
     for row, (model, title) in zip(axes, PANELS, strict=True):
         part = df[(df["model"] == model) & (df["token_group"] == "masked")]
         for ax, (metric, label) in zip(row, metrics, strict=True):
@@ -136,7 +141,9 @@ def representation_change(loaded: Tables) -> MatplotlibFigure:
         row[0].set_ylabel(f"{title}\n{row[0].get_ylabel()}")
     for ax in axes[0]:
         ax.set_xlabel("")
-    drawn.legend(handles=axes[0, 0].get_legend_handles_labels()[0], loc="outside lower center", ncols=4, frameon=False)
+    drawn.legend(
+        handles=axes[0, 0].get_legend_handles_labels()[0], loc="outside lower center", ncols=4, frameon=False
+    )
     return drawn
 
 
@@ -157,7 +164,14 @@ def nll_by_loops(loaded: Tables) -> MatplotlibFigure:
         if task == "sotu":
             bigram = references.loc[references["reference"] == "bigram", "nll"].iloc[0]
             row[0].axhline(bigram, color="#444444", linewidth=0.8, linestyle=":")
-            row[0].annotate(f"bigram {bigram:.2f}", (0.98, bigram), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=6.5)
+            row[0].annotate(
+                f"bigram {bigram:.2f}",
+                (0.98, bigram),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                va="bottom",
+                fontsize=6.5,
+            )
             top, bottom = max(top, bigram), min(bottom, bigram)
         row[0].set_ylim(bottom - 0.08 * (top - bottom), top + 0.25 * (top - bottom))
         row[0].legend(frameon=False, loc="upper right")
@@ -188,7 +202,10 @@ def attention_maps(loaded: Tables) -> MatplotlibFigure:
     labels = [f"[{word}]" if hidden else word for word, hidden in zip(words, masked, strict=True)]
     drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 6.3), layout="constrained")
     attention.draw_maps(list(axes.flat), stacks[head], loops, labels, masked)
-    drawn.suptitle(f"sotu-loop, layer {rows['layer'].iloc[0]}, head {head}; [true tokens] of masked positions", fontsize=8)
+    drawn.suptitle(
+        f"sotu-loop, layer {rows['layer'].iloc[0]}, head {head}; [true tokens] of masked positions",
+        fontsize=8,
+    )
     return drawn
 
 

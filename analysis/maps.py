@@ -53,7 +53,7 @@ class AttentionMaps:
         assert len(loop) == len(self.loops) * n * n
         return pd.DataFrame(columns | {"attention": self.maps.ravel()})
 
-    def plot(self):  # noqa: ANN201
+    def plot(self):
         """Maps side by side with their difference; returns the Figure."""
         from analysis.plots.attention import plot_maps
 

@@ -145,7 +145,7 @@ def representation_change(
 class LoopReadout(pd.DataFrame):
     """A DataFrame of read-outs by position and loop, whose `plot` shows them as a table of tokens."""
 
-    def plot(self, sequence: int = 0, masked_only: bool = True, ax=None):  # noqa: ANN001, D417
+    def plot(self, sequence: int = 0, masked_only: bool = True, ax=None):
         """Positions x loops, coloured by p(true), flips of the best token outlined; returns Axes."""
         from analysis.plots.representation import plot_read_loops
 

@@ -78,7 +78,7 @@ def load(name: str) -> pd.DataFrame:
 # --- what is measured ---
 
 
-def _open(name: str):  # noqa: ANN202
+def _open(name: str):
     """The hooked model, its test set, and n_loops up to which it is read."""
     from loopmdm_model.hooked import HookedLoopMDM
 
@@ -92,7 +92,7 @@ def s_max(name: str) -> int:
     return json.loads((resolve(twin) / RECORD).read_text())["spec"]["model"]["max_loops"]
 
 
-def _masked(m, test: TestSet, ratio: float) -> tuple[MaskedBatch, np.ndarray | None]:  # noqa: ANN001
+def _masked(m, test: TestSet, ratio: float) -> tuple[MaskedBatch, np.ndarray | None]:
     tokens = spread(test.tokens, N_SEQUENCES)
     clusters = None
     if test.clusters is not None:
@@ -109,7 +109,11 @@ def mask_attention_table() -> pd.DataFrame:
         m, test = _open(name)
         for ratio in RATIOS:
             b, clusters = _masked(m, test, ratio)
-            for n_loops, by_head in ((s_max(name), False), (READ_TO * s_max(name), False), (s_max(name), True)):
+            for n_loops, by_head in (
+                (s_max(name), False),
+                (READ_TO * s_max(name), False),
+                (s_max(name), True),
+            ):
                 frame = mask_attention(m, b, n_loops, by_head=by_head, clusters=clusters)
                 rows.append(frame.assign(model=name, nominal_mask_ratio=ratio))
     return pd.concat(rows, ignore_index=True)

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 class LoopCache(Mapping[str, Tensor]):
     """Cached activations of one run.
 
-    `owner` is the model that ran, `tokens` [batch, pos] what it saw. `n_loops` is the number of loops the longest-running sequence made, `loops_used` [batch] each
-    sequence's own. In an adaptive run an entry of loop i holds only the sequences still running;
-    `stack` puts them back in place, NaN for the others.
+    `owner` is the model that ran, `tokens` [batch, pos] what it saw. `n_loops` is the number of loops
+    the longest-running sequence made, `loops_used` [batch] each sequence's own. In an adaptive run an
+    entry of loop i holds only the sequences still running; `stack` puts them back in place, NaN for
+    the others.
     """
 
     def __init__(
@@ -93,7 +94,9 @@ class LoopCache(Mapping[str, Tensor]):
         """
         if layer is not None and layer % self.cfg.n_layers not in self.cfg.layers("loop"):
             looped = list(self.cfg.layers("loop"))
-            raise UsageError(f"layer {layer} is not looped (looped layers: {looped}); it has one entry, not a stack")
+            raise UsageError(
+                f"layer {layer} is not looped (looped layers: {looped}); it has one entry, not a stack"
+            )
         place = () if layer is None else (layer, *within)
         return torch.stack([self._full(self[(name, "loop", i, *place)], i) for i in range(self.n_loops)])
 

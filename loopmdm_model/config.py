@@ -138,8 +138,8 @@ class LoopMDMConfig:
         missing = [key for key in ("d_vocab", "n_ctx", "d_model", "n_heads") if key not in values]
         if missing:
             raise UsageError(f"config: missing {', '.join(missing)}")
-        segments = tuple(values.get("forbid_mask_to_mask", ()))
-        return cls(**values | {"forbid_mask_to_mask": segments})
+        complete: dict[str, Any] = values | {"forbid_mask_to_mask": tuple(values.get("forbid_mask_to_mask", ()))}
+        return cls(**complete)
 
     def save(self, path: Path | str) -> None:
         """Write as JSON."""

@@ -85,7 +85,9 @@ class NGrams:
         stream = np.concatenate(encode(tokenizer, corpora.load(corpus, "train")))
         counts = np.bincount(stream, minlength=size)
         keys, numbers = np.unique(stream[:-1] * size + stream[1:], return_counts=True)
-        pairs = {(int(key // size), int(key % size)): int(number) for key, number in zip(keys, numbers, strict=True)}
+        pairs = {
+            (int(key // size), int(key % size)): int(number) for key, number in zip(keys, numbers, strict=True)
+        }
         totals = np.bincount(stream[:-1], minlength=size)
         models = [cls((counts + 1) / (counts + 1).sum(), pairs, totals, w) for w in np.linspace(0.5, 0.99, 11)]
         held_out, _ = evaluation_blocks(tokenizer, corpora.load(corpus, "validation"), 64)

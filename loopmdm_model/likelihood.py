@@ -29,7 +29,8 @@ class NelboResult:
     """NELBO in nats per maskable token; `per_sequence` [batch] is NaN where nothing is maskable.
 
     `mean` weights sequences by their maskable tokens (perplexity = exp(mean)); `standard_error` is
-    over sequences, or over documents where they share one. `n` counts sequences, `mean_loops` the loops run on average.
+    over sequences, or over documents where they share one. `n` counts sequences, `mean_loops` the
+    loops run on average.
     """
 
     mean: float

@@ -61,8 +61,7 @@ def check_maskable(tokens: Tensor, maskable: Tensor | None, attention_mask: Tens
             continue
         if given.is_floating_point() or given.shape[-1:] != tokens.shape[-1:]:
             raise UsageError(
-                f"{name} must be boolean with {tokens.shape[-1]} positions, "
-                f"got {given.dtype} {list(given.shape)}"
+                f"{name} must be boolean with {tokens.shape[-1]} positions, got {given.dtype} {list(given.shape)}"
             )
         result = result & (given != 0).expand_as(tokens)
     return result
@@ -120,6 +119,4 @@ def hide(
     attention_mask: Tensor | None = None,
 ) -> MaskedBatch:
     """Put [MASK] at the `masked` positions."""
-    return MaskedBatch(
-        tokens.masked_fill(masked, mask_token_id), tokens, masked, maskable, attention_mask
-    )
+    return MaskedBatch(tokens.masked_fill(masked, mask_token_id), tokens, masked, maskable, attention_mask)

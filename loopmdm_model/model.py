@@ -99,6 +99,9 @@ class LoopedModel(Protocol):
 class LoopMDM(nn.Module):
     """The model in plain torch. `taps` arguments let others listen (see `taps.py`)."""
 
+    rotary_cos: Tensor
+    rotary_sin: Tensor
+
     def __init__(self, cfg: LoopMDMConfig):
         super().__init__()
         self.cfg = cfg
@@ -181,7 +184,8 @@ class LoopMDM(nn.Module):
         """Check the input and build what all layers share."""
         self._check_tokens(tokens)
         keys = None if attention_mask is None else self._check_attention_mask(attention_mask, tokens)
-        allowed = dict.fromkeys(SEGMENTS, None if keys is None else keys[:, None, None, :])
+        shared = None if keys is None else keys[:, None, None, :]
+        allowed: dict[str, Tensor | None] = {segment: shared for segment in SEGMENTS}
         if self.cfg.forbid_mask_to_mask:
             masked = tokens == self.cfg.mask_token_id
             apart = ~(masked[:, None, :, None] & masked[:, None, None, :])

@@ -65,12 +65,12 @@ class UnrolledModel:
         self.ln_final = self.model.ln_final
 
     @property
-    def W_U(self) -> Tensor:  # noqa: N802
+    def W_U(self) -> Tensor:
         """Unembedding [d_model, d_vocab]."""
         return self.model.unembed.weight.T
 
     @property
-    def b_U(self) -> Tensor:  # noqa: N802
+    def b_U(self) -> Tensor:
         """Unembedding bias [d_vocab]."""
         bias = self.model.unembed.bias
         return self.W_U.new_zeros(self.W_U.shape[1]) if bias is None else bias

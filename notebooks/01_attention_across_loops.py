@@ -19,10 +19,11 @@ seed = 0
 
 # %%
 import torch
-from loopmdm_model import HookedLoopMDM, LoopMDM, mask_tokens
-from analysis import attention_across_loops, figures, mask_attention, read_loops, representation_change
 
-torch.set_grad_enabled(False);
+from analysis import attention_across_loops, figures, mask_attention, read_loops, representation_change
+from loopmdm_model import HookedLoopMDM, LoopMDM, mask_tokens
+
+torch.set_grad_enabled(False)
 
 # %%
 m = HookedLoopMDM.from_pretrained(model)
@@ -92,6 +93,7 @@ hidden.groupby("loop")[["p_true", "entropy", "correct", "flipped"]].mean().round
 # A hook is a function of the activation. This one removes the edges from masked queries to *other* masked
 # keys in the first loop only. Both runs are pinned to the explicit attention path: fused and explicit
 # attention differ in the last bits, and a comparison should differ in the intervention alone.
+
 
 # %%
 def cut_masked_to_masked(scores, hook):

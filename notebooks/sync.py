@@ -1,7 +1,7 @@
 """Generate the .ipynb files from their text sources: no outputs, stable cell ids, byte-identical.
 
-    python notebooks/sync.py           writes them
-    python notebooks/sync.py --check   exits 1 if one is not what its source gives
+python notebooks/sync.py           writes them
+python notebooks/sync.py --check   exits 1 if one is not what its source gives
 """
 
 import sys

@@ -62,13 +62,15 @@ def plot_log_odds_by_layer(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         bars = {"color": look["color"], "marker": look["marker"], "linestyle": "none"}
         ax.errorbar(x, part["log_odds"], yerr=Z95 * part["log_odds_se"], label=f"{ratio:.0%} masked", **bars)
     names = [df.loc[df["layer"] == layer, "segment"].iloc[0] for layer in layers]
-    ax.set_xticks(range(len(layers)), [f"{name}\nlayer {layer}" for name, layer in zip(names, layers, strict=True)])
+    ax.set_xticks(
+        range(len(layers)), [f"{name}\nlayer {layer}" for name, layer in zip(names, layers, strict=True)]
+    )
     ax.set_xlim(-0.6, len(layers) - 0.4)
     ax.axhline(0, **NULL)
     return ax
 
 
-def plot_map(weights: np.ndarray, labels: list[str], masked: np.ndarray, *, ax: Axes, **heat) -> Axes:  # noqa: ANN003
+def plot_map(weights: np.ndarray, labels: list[str], masked: np.ndarray, *, ax: Axes, **heat) -> Axes:
     """One attention map [query, key]; labels of masked positions are coloured."""
     sns.heatmap(weights, ax=ax, square=True, xticklabels=labels, yticklabels=labels, **heat)
     size = max(3.5, min(6.5, 160 / max(len(labels), 1)))
@@ -80,7 +82,9 @@ def plot_map(weights: np.ndarray, labels: list[str], masked: np.ndarray, *, ax: 
     return ax
 
 
-def draw_maps(axes: list[Axes], maps: np.ndarray, loops: Sequence[int], labels: list[str], masked: np.ndarray) -> None:
+def draw_maps(
+    axes: list[Axes], maps: np.ndarray, loops: Sequence[int], labels: list[str], masked: np.ndarray
+) -> None:
     """Fill axes with one map a loop on a common scale, then last minus first on its own."""
     top = float(maps.max())
     for ax, loop, weights in zip(axes, loops, maps, strict=False):
@@ -103,7 +107,9 @@ def plot_maps(maps: "AttentionMaps") -> Figure:
         figure, axes = plt.subplots(
             rows, columns, figsize=(7.2, 6.6 / columns * rows), layout="constrained", squeeze=False
         )
-        labels = ["■" if hidden else text.strip() or "␣" for text, hidden in zip(maps.labels, maps.masked, strict=True)]
+        labels = [
+            "■" if hidden else text.strip() or "␣" for text, hidden in zip(maps.labels, maps.masked, strict=True)
+        ]
         draw_maps(list(axes.flat), maps.maps, maps.loops, labels, maps.masked)
         for ax in list(axes.flat)[n:]:
             ax.set_axis_off()

@@ -67,7 +67,7 @@ def style() -> Iterator[None]:
     mpl.interactive(interactive)  # a notebook's backend may have switched it on inside
 
 
-def band(ax: Axes, x, y, low, high, **line) -> None:  # noqa: ANN001, ANN003
+def band(ax: Axes, x, y, low, high, **line) -> None:
     """A line with its interval as a shade."""
     ax.plot(x, y, **line)
     ax.fill_between(x, low, high, color=line.get("color"), alpha=0.18, linewidth=0)

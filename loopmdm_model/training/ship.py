@@ -1,6 +1,6 @@
 """Ship a finished run: fp16 weights into the zoo, evaluated as shipped.
 
-    python -m loopmdm_model.training.ship runs/sotu-loop
+python -m loopmdm_model.training.ship runs/sotu-loop
 """
 
 import json
@@ -26,12 +26,12 @@ def ship(run: Path, target: Path | None = None) -> Path:
     """Copy a finished run as fp16 with its record; the record gains `evaluation` on the test split."""
     record = json.loads(need(run, RECORD).read_text())
     model = LoopMDM.from_pretrained(run)
-    target = target or ZOO / record["spec"]["name"]
-    model.save_pretrained(target, dtype=torch.float16)
+    home = target or ZOO / str(record["spec"]["name"])
+    model.save_pretrained(home, dtype=torch.float16)
     for name in (TOKENIZER, METRICS):
-        shutil.copyfile(need(run, name), target / name)
-    write_json(target / RECORD, record | {"evaluation": evaluate(target, record)})
-    return target
+        shutil.copyfile(need(run, name), home / name)
+    write_json(home / RECORD, record | {"evaluation": evaluate(home, record)})
+    return home
 
 
 def evaluate(folder: Path, record: dict[str, Any]) -> dict[str, Any]:

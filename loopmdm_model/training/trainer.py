@@ -69,20 +69,26 @@ class Trainer:
             compile_blocks(model)
         decay = [p for p in model.parameters() if p.ndim >= 2]
         plain = [p for p in model.parameters() if p.ndim < 2]
-        groups = [{"params": decay, "weight_decay": training.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(
-            groups, lr=training.learning_rate, betas=(0.9, training.beta2), fused=True
-        )
+        groups = [
+            {"params": decay, "weight_decay": training.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, betas=(0.9, training.beta2), fused=True)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.ema.to(self.accelerator.device)
 
     def _bare(self) -> LoopMDM:
         return self.accelerator.unwrap_model(self.model)
 
+    def _averaged(self) -> LoopMDM:
+        module = self.ema.module
+        assert isinstance(module, LoopMDM)
+        return module
+
     def _optimizer(self) -> torch.optim.Optimizer:
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
-    def train(self, on_step: OnStep = lambda progress: None) -> None:
+    def train(self, on_step: OnStep | None = None) -> None:
         """Run to the end of the budget, if not there yet; metrics and state are written at every curve point."""
         progress, total = self.progress, self.spec.training.flops
         if progress.finished:
@@ -90,7 +96,8 @@ class Trainer:
         started, before = time.monotonic(), progress.seconds
         while progress.flops < total:
             self._step()
-            on_step(progress)
+            if on_step is not None:
+                on_step(progress)
             points = self.spec.training.curve_points
             due = min(int(points * progress.flops / total), points)
             if due > len(progress.rows):
@@ -104,7 +111,11 @@ class Trainer:
         n_loops = budget.draw_loops(spec, progress.step, progress.flops / spec.training.flops)
         tokens = self.data.batch(progress.step, spec.training.batch_size).to(self.accelerator.device)
         batch = draw_masks(
-            tokens, spec.config.mask_token_id, torch.ones_like(tokens, dtype=torch.bool), spec.seed, progress.step
+            tokens,
+            spec.config.mask_token_id,
+            torch.ones_like(tokens, dtype=torch.bool),
+            spec.seed,
+            progress.step,
         )
         rate = spec.training.learning_rate * min(1.0, (progress.step + 1) / max(1, spec.training.warmup_steps))
         for group in self.optimizer.param_groups:
@@ -138,7 +149,7 @@ class Trainer:
         row |= {key: window[key] / window["steps"] for key in ("loss", "gradient_norm", "n_loops")}
         tokens = self.data.evaluation("validation", self.spec.training.curve_sequences)
         for n_loops in sorted({1, self.spec.config.max_loops}):
-            result = nelbo(self.ema.module, tokens, n_loops=n_loops, n_samples=2, seed=self.spec.seed)
+            result = nelbo(self._averaged(), tokens, n_loops=n_loops, n_samples=2, seed=self.spec.seed)
             row[f"validation_nelbo_{n_loops}"] = result.mean
             row[f"validation_nelbo_{n_loops}_se"] = result.standard_error
         row["seconds"] = round(progress.seconds, 1)
@@ -149,13 +160,11 @@ class Trainer:
         tensors = state.gather(self._bare(), self.ema, self._optimizer())
         state.save(self.folder, tensors, self.progress, self.identity)
         lines = [json.dumps(row) for row in self.progress.rows]
-        write_atomic(
-            self.folder / checkpoints.METRICS, lambda path: path.write_text("\n".join(lines) + "\n")
-        )
+        write_atomic(self.folder / checkpoints.METRICS, lambda path: path.write_text("\n".join(lines) + "\n"))
 
     def _finish(self) -> None:
         self.progress.finished = True
-        self.ema.module.save_pretrained(self.folder)
+        self._averaged().save_pretrained(self.folder)
         record = run_record(self.spec, self.progress, self.data.fingerprint)
         write_json(self.folder / checkpoints.RECORD, record)
         self._checkpoint()

@@ -29,7 +29,10 @@ def test_tables_into_a_pipe_are_tsv():
 
 
 def test_every_command_has_help():
-    for command in (["--help"], *([c, "--help"] for c in ("models", "data", "train", "evaluate", "table", "figures", "bench"))):
+    for command in (
+        ["--help"],
+        *([c, "--help"] for c in ("models", "data", "train", "evaluate", "table", "figures", "bench")),
+    ):
         assert "Usage" in run(*command)[0]
 
 

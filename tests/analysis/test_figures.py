@@ -40,7 +40,7 @@ def test_committed_tables_belong_to_the_shipped_models(name):
     item = tables.TABLES[name]
     frame = item.read(tables.tables_folder())
     assert frame.attrs["models"] == model_hashes(item.models)
-    assert set(frame["model"] if "model" in frame else item.models) <= set(item.models)
+    assert set(frame.get("model", item.models)) <= set(item.models)
 
 
 def test_solve_rate_table_is_what_the_models_do_now():

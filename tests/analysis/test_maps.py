@@ -66,7 +66,9 @@ def test_adaptive_caches_are_indexed_by_sequence(hooked, batch):
     longest = int(cache.loops_used.argmax())
     maps = attention_across_loops(cache, layer=1, head=0, loops=(-1,), sequence=longest)
     alone = hooked.run_with_cache(batch.tokens[longest : longest + 1], n_loops=cache.n_loops)[1]
-    torch.testing.assert_close(torch.tensor(maps.maps[0]).float(), alone["pattern", "loop", -1, 1][0, 0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        torch.tensor(maps.maps[0]).float(), alone["pattern", "loop", -1, 1][0, 0], atol=1e-5, rtol=1e-4
+    )
     shortest = int(cache.loops_used.argmin())
     with pytest.raises(UsageError, match="stopped after"):
         attention_across_loops(cache, layer=1, loops=(-1,), sequence=shortest)

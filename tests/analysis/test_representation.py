@@ -59,7 +59,12 @@ def test_a_state_that_stands_still_changes_nothing(hooked, batch):
 
 def test_metrics_equal_a_naive_walk(hooked, batch):
     frame = representation_change(hooked, batch, n_loops=3, batch_size=3)
-    _, cache = hooked.run_with_cache(batch.tokens, n_loops=3, attn_path="sdpa", names_filter=lambda n: "hook_" in n and n.endswith(("_in", "_out")))
+    _, cache = hooked.run_with_cache(
+        batch.tokens,
+        n_loops=3,
+        attn_path="sdpa",
+        names_filter=lambda n: "hook_" in n and n.endswith(("_in", "_out")),
+    )
     before, after = cache.stack("in")[2], cache.stack("out")[2]
     change = ((after - before).norm(dim=-1) / after.norm(dim=-1))[batch.masked].view(4, -1).mean(-1).mean()
     assert value(frame, 2, "relative_change") == pytest.approx(float(change), rel=1e-4)

@@ -19,7 +19,11 @@ def test_defaults_follow_the_shape():
 def test_segments_and_depths():
     cfg = toy_config()
     assert [cfg.segment(layer) for layer in range(4)] == ["prelude", "loop", "loop", "coda"]
-    depths = [cfg.depth(0, 0, 3), *(cfg.depth(layer, i, 3) for i in range(3) for layer in (1, 2)), cfg.depth(3, 0, 3)]
+    depths = [
+        cfg.depth(0, 0, 3),
+        *(cfg.depth(layer, i, 3) for i in range(3) for layer in (1, 2)),
+        cfg.depth(3, 0, 3),
+    ]
     assert depths == list(range(8))
 
 

@@ -44,7 +44,11 @@ def test_iterations_have_different_gradients_and_parameters_keep_theirs(hooked, 
     with torch.enable_grad():
         hooked.model.embed.weight.grad = torch.ones_like(hooked.model.embed.weight)
         _, cache = hooked.run_with_cache(
-            batch.tokens, n_loops=3, incl_bwd=True, loss_fn=loss_of, names_filter=lambda n: n.endswith("hook_out")
+            batch.tokens,
+            n_loops=3,
+            incl_bwd=True,
+            loss_fn=loss_of,
+            names_filter=lambda n: n.endswith("hook_out"),
         )
     first, last = cache["loop.0.hook_out_grad"], cache["loop.2.hook_out_grad"]
     assert not torch.allclose(first, last)
@@ -53,7 +57,9 @@ def test_iterations_have_different_gradients_and_parameters_keep_theirs(hooked, 
 
 def test_listening_changes_no_result(hooked, batch):
     silent = hooked(batch.tokens, n_loops=4, attn_path="eager")
-    heard, cache = hooked.run_with_cache(batch.tokens, n_loops=4, names_filter=lambda n: "ln" not in n and "result" not in n)
+    heard, cache = hooked.run_with_cache(
+        batch.tokens, n_loops=4, names_filter=lambda n: "ln" not in n and "result" not in n
+    )
     assert torch.equal(silent, heard)
     assert torch.equal(cache["hook_logits"], heard)
 
@@ -114,7 +120,7 @@ def test_unknown_names_offer_near_ones_and_add_nothing(hooked, batch, name, near
 
 
 def test_a_filter_that_matches_nothing_is_an_error(hooked, batch):
-    with pytest.raises(KeyError, match="attn.hook_pattern"):
+    with pytest.raises(KeyError, match=r"attn\.hook_pattern"):
         hooked.run_with_cache(batch.tokens, names_filter=lambda name: "hook_patern" in name)
 
 

@@ -158,7 +158,7 @@ def test_sequences_stop_on_their_own_and_match_fixed_runs(model, batch):
     assert full.criterion[0].isnan().all() and full.criterion[1:].isfinite().all()
     threshold = float(full.criterion[3].median()) + 1e-5
     run = model.run(batch.tokens, stop=StateDelta(threshold, max_loops=6))
-    assert 1 < len(set(run.loops_used.tolist()))  # some stop early, some do not
+    assert len(set(run.loops_used.tolist())) > 1  # some stop early, some do not
     for row, used in enumerate(run.loops_used.tolist()):
         alone = model(batch.tokens[row : row + 1], n_loops=used)
         torch.testing.assert_close(run.logits[row : row + 1], alone, atol=2e-5, rtol=1e-4)

@@ -1,0 +1,81 @@
+"""Text in and out of a hooked model: tokens, pieces, padding masks, masked batches."""
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from loopmdm_model.config import LoopMDMConfig
+from loopmdm_model.data.tokenizer import PAD
+from loopmdm_model.errors import UsageError
+from loopmdm_model.masking import MaskedBatch, mask_tokens
+from loopmdm_model.model import LoopMDM
+
+
+class TextEntries:
+    """What a model with a tokenizer offers for text; mixed into HookedLoopMDM."""
+
+    cfg: LoopMDMConfig
+    tokenizer: Tokenizer | None
+    model: LoopMDM
+
+    def _inputs(self, tokens: Tensor | str | list[str], mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if isinstance(tokens, Tensor):
+            return tokens, mask
+        tokens = self.to_tokens(tokens)
+        return tokens, self._padding_mask(tokens) if mask is None else mask
+
+    def _text(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UsageError("this model has no tokenizer; give token ids, or set .tokenizer")
+        return self.tokenizer
+
+    def to_tokens(self, text: str | list[str]) -> Tensor:
+        """Token ids [batch, pos] of a text or several; shorter ones are padded with [PAD]."""
+        texts = [text] if isinstance(text, str) else list(text)
+        rows = [encoding.ids for encoding in self._text().encode_batch(texts)]
+        longest = max(len(row) for row in rows)
+        pad = self._text().token_to_id(PAD)
+        if pad is None and any(len(row) != longest for row in rows):
+            raise UsageError("this tokenizer has no [PAD]; give texts of one length")
+        if longest == 0:
+            raise UsageError("the text is empty; give at least one token")
+        tokens = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+        return tokens.to(self.model.rotary_cos.device)
+
+    def _padding_mask(self, tokens: Tensor) -> Tensor | None:
+        pad = self._text().token_to_id(PAD) if self.tokenizer else None
+        return None if pad is None or not bool((tokens == pad).any()) else tokens != pad
+
+    def to_str_tokens(self, tokens: Tensor | str | list[int]) -> list[str]:
+        """The pieces of one sequence (a text, or ids [pos] or [1, pos])."""
+        ids = self.to_tokens(tokens) if isinstance(tokens, str) else torch.as_tensor(tokens)
+        if ids.ndim == 2 and len(ids) != 1:
+            raise UsageError(f"to_str_tokens takes one sequence, got {len(ids)}; pick a row")
+        return [self._text().decode([int(token)], skip_special_tokens=False) for token in ids.flatten()]
+
+    def to_string(self, tokens: Tensor) -> str | list[str]:
+        """Text of ids [pos], or a list of texts of ids [batch, pos]."""
+        if tokens.ndim == 1:
+            return self._text().decode(tokens.tolist(), skip_special_tokens=False)
+        return self._text().decode_batch(tokens.tolist(), skip_special_tokens=False)
+
+    def mask(
+        self,
+        text: str | list[str] | Tensor,
+        ratio: float | None = None,
+        *,
+        t: float | None = None,
+        seed: int = 0,
+        maskable: Tensor | None = None,
+    ) -> MaskedBatch:
+        """Text in, MaskedBatch out: hide an exact share `ratio`, or each token with probability `t`."""
+        tokens, attention_mask = self._inputs(text, None)
+        return mask_tokens(
+            tokens,
+            self.cfg.mask_token_id,
+            mask_ratio=ratio,
+            t=t,
+            maskable=maskable,
+            attention_mask=attention_mask,
+            seed=seed,
+        )
