@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := pyproject.toml constraints.txt
 
-.PHONY: figures test lab lint bench reproduce clean
+.PHONY: figures test lab lint bench reproduce gallery clean
 
 figures: $(VENV)/.base
 	$(BIN)/loopmdm figures
@@ -49,6 +49,10 @@ $(VENV)/.dev: $(VENV)/.base
 	rm -f $@
 	$(PIP) install --quiet -c constraints.txt -e '.[notebooks,dev]'
 	touch $@
+
+# The committed PNGs of the README, drawn from the committed tables.
+gallery: figures
+	cp figures/out/*.png figures/gallery/
 
 clean:
 	rm -rf $(VENV) figures/out

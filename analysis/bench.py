@@ -142,7 +142,8 @@ def masses() -> Iterator[Row]:
     yield at_most("mask_attention masses at S=12, / eager forward", value, 1.5)
     peaks = [[peak_memory(loops) for _ in range(3)] for loops in (2, 12)]
     growth = statistics.median(peaks[1]) / statistics.median(peaks[0])
-    yield at_most("peak memory of mask_attention, S=12 / S=2", growth, 1.02)
+    # Keeping the patterns of ten more loops would add a third; what is left is the allocator's scatter.
+    yield at_most("peak memory of mask_attention, S=12 / S=2", growth, 1.05)
 
 
 def peak_memory(n_loops: int) -> float:

@@ -5,7 +5,7 @@ by seed. Committed tables lie in figures/tables; a missing one is measured again
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +18,10 @@ from loopmdm_model import stats
 from loopmdm_model.checkpoints import METRICS, RECORD, ZOO, resolve
 from loopmdm_model.data.batches import spread
 from loopmdm_model.errors import unknown_name
-from loopmdm_model.evaluation import TestSet, load_test_set, puzzles, solve_one_shot, task_of
+from loopmdm_model.evaluation import load_test_set, puzzles, solve_one_shot, task_of
 from loopmdm_model.flops import flops_per_token
 from loopmdm_model.likelihood import nelbo_by_loop
-from loopmdm_model.masking import MaskedBatch, mask_tokens
+from loopmdm_model.masking import mask_tokens
 
 LOOPED, BASE = ("sotu-loop", "sudoku-loop"), ("sotu-base", "sudoku-base")
 MODELS = ("sotu-base", "sotu-loop", "sudoku-base", "sudoku-loop")
@@ -92,12 +92,16 @@ def s_max(name: str) -> int:
     return json.loads((resolve(twin) / RECORD).read_text())["spec"]["model"]["max_loops"]
 
 
-def _masked(m, test: TestSet, ratio: float) -> tuple[MaskedBatch, np.ndarray | None]:
-    tokens = spread(test.tokens, N_SEQUENCES)
-    clusters = None
-    if test.clusters is not None:
-        clusters = spread(torch.from_numpy(test.clusters), N_SEQUENCES).numpy()
-    return mask_tokens(tokens, m.cfg.mask_token_id, mask_ratio=ratio, seed=0), clusters
+def _looped_batches() -> Iterator[tuple]:
+    """(model name, model, mask ratio, masked test batch, clusters) for each looped model and ratio."""
+    for name in LOOPED:
+        m, test = _open(name)
+        tokens, clusters = spread(test.tokens, N_SEQUENCES), None
+        if test.clusters is not None:
+            clusters = spread(torch.from_numpy(test.clusters), N_SEQUENCES).numpy()
+        for ratio in RATIOS:
+            b = mask_tokens(tokens, m.cfg.mask_token_id, mask_ratio=ratio, seed=0)
+            yield name, m, ratio, b, clusters
 
 
 def mask_attention_table() -> pd.DataFrame:
@@ -105,17 +109,10 @@ def mask_attention_table() -> pd.DataFrame:
     from analysis.attention import mask_attention
 
     rows = []
-    for name in LOOPED:
-        m, test = _open(name)
-        for ratio in RATIOS:
-            b, clusters = _masked(m, test, ratio)
-            for n_loops, by_head in (
-                (s_max(name), False),
-                (READ_TO * s_max(name), False),
-                (s_max(name), True),
-            ):
-                frame = mask_attention(m, b, n_loops, by_head=by_head, clusters=clusters)
-                rows.append(frame.assign(model=name, nominal_mask_ratio=ratio))
+    for name, m, ratio, b, clusters in _looped_batches():
+        for n_loops, by_head in ((s_max(name), False), (READ_TO * s_max(name), False), (s_max(name), True)):
+            frame = mask_attention(m, b, n_loops, by_head=by_head, clusters=clusters)
+            rows.append(frame.assign(model=name, nominal_mask_ratio=ratio))
     return pd.concat(rows, ignore_index=True)
 
 
@@ -124,12 +121,9 @@ def representation_table() -> pd.DataFrame:
     from analysis.representation import representation_change
 
     rows = []
-    for name in LOOPED:
-        m, test = _open(name)
-        for ratio in RATIOS:
-            b, clusters = _masked(m, test, ratio)
-            frame = representation_change(m, b, READ_TO * s_max(name), clusters=clusters)
-            rows.append(frame.assign(model=name, nominal_mask_ratio=ratio))
+    for name, m, ratio, b, clusters in _looped_batches():
+        frame = representation_change(m, b, READ_TO * s_max(name), clusters=clusters)
+        rows.append(frame.assign(model=name, nominal_mask_ratio=ratio))
     return pd.concat(rows, ignore_index=True)
 
 
