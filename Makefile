@@ -35,11 +35,12 @@ reproduce: $(VENV)/.base
 	  $(BIN)/python -m loopmdm_model.training.ship runs/$$spec || exit; done
 	$(BIN)/loopmdm figures --from checkpoints
 
-$(VENV)/bin/python:
+$(VENV)/.made:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
+	touch $@
 
-$(VENV)/.base: $(PINS) | $(VENV)/bin/python
+$(VENV)/.base: $(PINS) | $(VENV)/.made
 	rm -f $@
 	$(PIP) install --quiet -c constraints.txt torch==2.13.0
 	$(PIP) install --quiet -c constraints.txt -e .

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -140,15 +141,18 @@ def train(
 def _dry_run(spec: Any) -> None:
     import torch
 
-    from loopmdm_model.flops import flops_per_token
+    from loopmdm_model.flops import applied_parameters, flops_per_token
     from loopmdm_model.model import LoopMDM
     from loopmdm_model.training.budget import plan
 
     cfg, planned = spec.config, plan(spec)
     with torch.device("meta"):
-        parameters = LoopMDM(cfg).n_parameters
+        model = LoopMDM(cfg)
+    parameters = model.n_parameters
+    layer = sum(parameter.numel() for parameter in model.get_submodule("blocks.0").parameters())
     rows = [
         ("parameters", parameters),
+        (f"parameters applied at S = {cfg.max_loops}", applied_parameters(cfg, parameters, layer, cfg.max_loops)),
         ("effective depth at E[S]", cfg.effective_depth),
         ("forward FLOPs per token at S = 1", flops_per_token(cfg, spec.data.length, 1)),
         (
@@ -281,12 +285,20 @@ def main() -> None:
         f"warning: {message}", style="yellow", soft_wrap=True, markup=False, highlight=False
     )
     try:
-        app()
+        raise SystemExit(app(standalone_mode=False) or 0)
+    except click.exceptions.Exit as error:
+        raise SystemExit(error.exit_code) from None
+    except click.ClickException as error:
+        error.show()
+        raise SystemExit(error.exit_code) from None
     except UsageError as error:
         _fail(f"error: {_describe(error)}", 2)
-    except (OSError, DivergedError) as error:
+    except DivergedError as error:
         _fail(f"error: {_describe(error)}", 1)
-    except KeyboardInterrupt:
+    except OSError as error:
+        place = "" if error.filename is None else "; give another --out (or LOOPMDM_CACHE), or free some space"
+        _fail(f"error: {_describe(error)}{place}", 1)
+    except (KeyboardInterrupt, click.Abort):
         _fail("interrupted; finished files are intact, `--resume` continues a training run", 130)
 
 

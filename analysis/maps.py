@@ -14,14 +14,15 @@ import torch
 from numpy.typing import NDArray
 
 from loopmdm_model.cache import LoopCache
-from loopmdm_model.errors import UsageError
+from loopmdm_model.errors import UsageError, check_count
 
 
 @dataclass(frozen=True)
 class AttentionMaps:
     """Maps of one sequence and head; rows are queries, columns keys, in the shown order.
 
-    `maps` [shown loop, query, key]; `positions`, `labels` and `masked` [query] in the shown order.
+    `maps` [shown loop, query, key]; `positions`, `labels` and `masked` [query] in the shown order. Rows sum to 1
+    unless a hook changed the pattern.
     """
 
     maps: NDArray
@@ -31,10 +32,6 @@ class AttentionMaps:
     positions: NDArray
     labels: list[str]
     masked: NDArray
-
-    def __post_init__(self):
-        """Rows are attention distributions."""
-        assert np.allclose(self.maps.sum(-1), 1, atol=1e-3)
 
     @property
     def difference(self) -> NDArray:
@@ -90,8 +87,9 @@ def attention_across_loops(
     n_heads = stacked.shape[1]
     if head == "auto":
         head = int(np.abs(stacked[-1] - stacked[0]).mean(axis=(-2, -1)).argmax())
-    if not isinstance(head, int) or not 0 <= head < n_heads:
+    if isinstance(head, str) or check_count("head", head, least=0) >= n_heads:
         raise UsageError(f'head must be "auto" or 0..{n_heads - 1}, got {head!r}')
+    head = int(head)
     return _arrange(cache, stacked[:, head], tuple(range_index(cache, chosen)), layer, head, order, sequence)
 
 

@@ -68,7 +68,7 @@ def _state_metrics(step: LoopStep) -> dict[str, Tensor]:
     metrics = {
         "step_norm": change.norm(dim=-1),
         "relative_change": relative_change(step.state, step.previous),
-        "drift_null": torch.full(change.shape[:-1], 1 / (step.loop + 1)),
+        "drift_null": torch.full_like(change[..., 0], 1 / (step.loop + 1)),
         "state_norm": step.state.norm(dim=-1),
         "state_cosine": F.cosine_similarity(step.state, step.previous, dim=-1),
     }
@@ -102,14 +102,15 @@ def _batch_metrics(m: HookedLoopMDM, b: MaskedBatch, n_loops: int) -> dict[tuple
         for name, value in metrics.items():
             rows[loop, group, name] = (value * member).sum(-1) / member.sum(-1)
 
-    readouts: list[Tensor] = []
+    # One more forward for the last read-out, so that no read-outs pile up over the loops.
+    last = m(b.tokens, n_loops, attention_mask=b.attention_mask).float().log_softmax(-1)
+    previous = None
     for step in _steps(m, b, n_loops):
         for group in TOKEN_GROUPS:
             put(step.loop, group, _state_metrics(step))
-        put(step.loop, "masked", _readout_metrics(step.log_probs, readouts[-1] if readouts else None, b.clean))
-        readouts.append(step.log_probs)
-    for loop, log_probs in enumerate(readouts):
-        put(loop, "masked", {"kl_last": _kl(readouts[-1], log_probs)})
+        put(step.loop, "masked", _readout_metrics(step.log_probs, previous, b.clean))
+        put(step.loop, "masked", {"kl_last": _kl(last, step.log_probs)})
+        previous = step.log_probs
     return rows
 
 
@@ -160,6 +161,8 @@ def read_loops(m: HookedLoopMDM, b: MaskedBatch, n_loops: int | None = None) -> 
     top1_id p_top1 p_true entropy (nats) correct flipped (best token differs from the loop before).
     """
     n_loops = check_count("n_loops", m.cfg.max_loops if n_loops is None else n_loops)
+    if not isinstance(b, MaskedBatch):
+        raise UsageError("read_loops takes a MaskedBatch; make one with m.mask(text, ratio=.5)")
     real = torch.ones_like(b.masked) if b.attention_mask is None else b.attention_mask != 0
     sequence, position = (index.cpu() for index in torch.nonzero(real, as_tuple=True))
     frames, before = [], None

@@ -5,6 +5,7 @@ by seed. Committed tables lie in figures/tables; a missing one is measured again
 """
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,9 +71,14 @@ def table(name: str) -> Table:
 def load(name: str) -> pd.DataFrame:
     """The committed table, measured from the shipped models if it is missing."""
     item, folder = table(name), tables_folder()
-    if (folder / f"{name}.parquet").exists():
-        return item.read(folder)
-    return item.measure(folder)
+    if not (folder / f"{name}.parquet").exists():
+        return item.measure(folder)
+    frame = item.read(folder)
+    if frame.attrs["models"] != provenance.model_hashes(item.models):
+        warnings.warn(
+            f"table {name} is of other weights than those shipped; run `loopmdm table {name}`", stacklevel=2
+        )
+    return frame
 
 
 # --- what is measured ---
@@ -167,7 +173,7 @@ def wilson(successes: int, n: int, z: float = stats.Z95) -> tuple[float, float]:
 
 
 def attention_maps_table() -> pd.DataFrame:
-    """Maps of one test block of sotu-loop, drawn by seed, at loops 0, S_max // 2 and S_max - 1.
+    """Maps of one test block of sotu-loop, drawn by seed, at its first, middle and last trained loop.
 
     All heads of the looped layer are kept; the figure shows the one that changes most.
     """

@@ -55,7 +55,7 @@ class LoopCache(Mapping[str, Tensor]):
         """Whether a name or key is cached."""
         try:
             return isinstance(key, str | tuple) and self[key] is not None
-        except KeyError:
+        except (KeyError, UsageError):
             return False
 
     def __iter__(self) -> Iterator[str]:

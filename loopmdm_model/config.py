@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from loopmdm_model.errors import UsageError, check_keys
+from loopmdm_model.errors import UsageError, check_count, check_keys
+from loopmdm_model.files import read_json
 
 SEGMENTS = ("prelude", "loop", "coda")
 
@@ -51,6 +52,7 @@ class LoopMDMConfig:
 
     def __post_init__(self):
         """Fill derived fields and refuse shapes that cannot run."""
+        self._check_types()
         if self.d_head == -1 and self.n_heads > 0 and self.d_model % self.n_heads:
             raise UsageError(f"d_model {self.d_model} must be divisible by n_heads {self.n_heads}, or give d_head")
         derived = {
@@ -64,13 +66,23 @@ class LoopMDMConfig:
         self._check_sizes()
         self._check_choices()
 
+    def _check_types(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int:
+                check_count(field.name, value, least=-1)
+            elif field.type is bool and not isinstance(value, bool):
+                raise UsageError(f"{field.name} must be true or false, got {value!r}")
+            elif field.type is float and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise UsageError(f"{field.name} must be a number, got {value!r}")
+            elif field.type is float and not value > 0:
+                raise UsageError(f"{field.name} must be positive, got {value!r}")
+
     def _check_sizes(self) -> None:
         least = {"d_vocab": 2, "n_ctx": 1, "d_model": 1, "n_heads": 1, "d_head": 2, "d_mlp": 1}
         least |= {"n_prelude_layers": 0, "n_loop_layers": 0, "n_coda_layers": 0, "max_loops": 1}
         for field, low in least.items():
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise UsageError(f"{field} must be an integer of at least {low}, got {value!r}")
+            check_count(field, getattr(self, field), least=low)
         if self.d_head % 2:
             raise UsageError(f"d_head must be even for rotary embeddings, got {self.d_head}")
         if self.mask_token_id != self.d_vocab - 1:
@@ -148,8 +160,7 @@ class LoopMDMConfig:
     @classmethod
     def load(cls, path: Path | str) -> "LoopMDMConfig":
         """Read JSON; UsageError names what is wrong with the file."""
-        try:
-            values = json.loads(Path(path).read_text())
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{path} is not JSON ({error}); restore the file") from error
+        values = read_json(Path(path))
+        if not isinstance(values, dict):
+            raise UsageError(f"{path} holds no config (a JSON object is expected); restore the file")
         return cls.from_dict(values)

@@ -1,6 +1,7 @@
 """Errors a user can cause. The command line prints them in one line and exits with 2."""
 
 import difflib
+import operator
 from collections.abc import Iterable
 
 
@@ -35,9 +36,12 @@ def unknown_name(kind: str, name: str, known: Iterable[str], remedy: str = "") -
 
 def check_count(name: str, value: object, least: int = 1) -> int:
     """Return `value` if it is an int (not a bool) of at least `least`, else raise UsageError."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    try:
+        number = operator.index(value)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
         raise UsageError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
-    number = value.__index__()  # pyright: ignore[reportAttributeAccessIssue]
     if number < least:
         raise UsageError(f"{name} must be at least {least}, got {number}")
     return number

@@ -34,7 +34,7 @@ def task_of(record: dict) -> str:
     """The corpus or task a model was trained on, from its train.json."""
     try:
         return record["spec"]["data"]["corpus"]
-    except KeyError as error:
+    except (KeyError, TypeError) as error:
         raise UsageError("this model has no train.json that names its corpus; evaluate it from Python") from error
 
 
@@ -102,7 +102,7 @@ class NGrams:
         left, right = tokens[:, :-1], tokens[:, 1:]
         flat = zip(left.ravel().tolist(), right.ravel().tolist(), strict=True)
         count = np.array([self.pairs.get(pair, 0) for pair in flat]).reshape(left.shape)
-        seen = count / np.maximum(self.totals[left], 1)
+        seen = np.where(self.totals[left] > 0, count / np.maximum(self.totals[left], 1), self.unigram[right])
         probability = self.weight * seen + (1 - self.weight) * self.unigram[right]
         first = -np.log(self.unigram[tokens[:, :1]])
         return np.concatenate([first, -np.log(probability)], axis=1).mean(-1)

@@ -42,5 +42,5 @@ def read_json(path: Path) -> Any:
     """Read JSON; UsageError names a damaged file."""
     try:
         return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not UTF-8, or not JSON
         raise UsageError(f"{path} is not JSON ({error}); restore the file") from error

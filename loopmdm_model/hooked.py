@@ -4,7 +4,6 @@ The hook points are those of `points.py`, the text entries those of `text.py`; h
 and without a cache. Attention is computed explicitly only where somebody listens to it.
 """
 
-import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -24,6 +23,7 @@ from loopmdm_model.checkpoints import RECORD, TOKENIZER, resolve
 from loopmdm_model.config import LoopMDMConfig
 from loopmdm_model.data.tokenizer import load_tokenizer
 from loopmdm_model.errors import UsageError, check_count
+from loopmdm_model.files import read_json
 from loopmdm_model.model import Context, LoopMDM, LoopOutput
 from loopmdm_model.points import AttnPath, LoopHooks
 from loopmdm_model.stopping import StoppingRule, as_rule
@@ -56,7 +56,7 @@ class HookedLoopMDM(TextEntries, LoopHooks):
         hooked = cls(model, load_tokenizer(path, model.cfg.d_vocab) if path.is_file() else None)
         hooked.model_name = folder.name
         if (folder / RECORD).is_file():
-            hooked.record = json.loads((folder / RECORD).read_text())
+            hooked.record = read_json(folder / RECORD)
         return hooked
 
     def __repr__(self) -> str:
@@ -201,6 +201,8 @@ class HookedLoopMDM(TextEntries, LoopHooks):
             raise UsageError(f"remove_batch_dim needs one sequence, got {len(tokens)}")
         if incl_bwd and loss_fn is None:
             raise UsageError("incl_bwd needs loss_fn=, a function from logits to a scalar")
+        if incl_bwd and not torch.is_grad_enabled():
+            raise UsageError("incl_bwd needs gradients; wrap the call in `with torch.enable_grad():`")
         most = as_rule(n_loops, stop, self.cfg.max_loops).max_loops
         self.grow(most)
         with self._path(attn_path):

@@ -100,6 +100,7 @@ def nelbo(
     several share one; the error is then over documents. Only as many sequences as `batch_size` run at a time.
     """
     check_count("n_samples", n_samples)
+    check_count("batch_size", batch_size)
     as_rule(n_loops, stop, model.cfg.max_loops)
     tokens, allowed = _check_clean(model, tokens, maskable, attention_mask)
     total, loops = torch.zeros(len(tokens), dtype=torch.float64), 0.0
@@ -142,6 +143,8 @@ def nelbo_by_loop(
 def _check_clean(
     model: LoopedModel, tokens: Tensor, maskable: Tensor | None, attention_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise UsageError(f"tokens must be a non-empty [batch, pos] tensor, got shape {list(tokens.shape)}")
     if bool((tokens == model.cfg.mask_token_id).any()):
         raise UsageError("tokens already hold [MASK]; the likelihood needs clean tokens")
     return tokens, check_maskable(tokens, maskable, attention_mask)

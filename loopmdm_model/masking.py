@@ -43,7 +43,12 @@ class MaskedBatch:
     @property
     def mask_ratio(self) -> float:
         """Realised share of maskable positions that are masked, over the whole batch."""
-        total = self.masked.numel() if self.maskable is None else int(self.maskable.sum())
+        could = (
+            self.attention_mask != 0
+            if self.maskable is None and self.attention_mask is not None
+            else self.maskable
+        )
+        total = self.masked.numel() if could is None else int(could.sum())
         return int(self.masked.sum()) / total if total else float("nan")
 
     def rows(self, keep: slice | Tensor) -> "MaskedBatch":
@@ -59,10 +64,11 @@ def check_maskable(tokens: Tensor, maskable: Tensor | None, attention_mask: Tens
     for name, given in (("maskable", maskable), ("attention_mask", attention_mask)):
         if given is None:
             continue
-        if given.is_floating_point() or given.shape[-1:] != tokens.shape[-1:]:
-            raise UsageError(
-                f"{name} must be boolean with {tokens.shape[-1]} positions, got {given.dtype} {list(given.shape)}"
-            )
+        wanted = f"{name} must be a boolean tensor of {tokens.shape[-1]} positions, one row or one a sequence"
+        if not isinstance(given, Tensor) or given.is_floating_point():
+            raise UsageError(f"{wanted}; got {given.dtype if isinstance(given, Tensor) else type(given).__name__}")
+        if given.shape not in (tokens.shape, tokens.shape[-1:], (1, tokens.shape[-1])):
+            raise UsageError(f"{wanted}; got shape {list(given.shape)}")
         result = result & (given != 0).expand_as(tokens)
     return result
 
@@ -85,13 +91,12 @@ def mask_tokens(
     """
     if (mask_ratio is None) == (t is None):
         raise UsageError("give exactly one of mask_ratio= (an exact share) and t= (a probability)")
-    if tokens.ndim != 2 or tokens.is_floating_point():
-        raise UsageError(f"tokens must be integer [batch, pos], got {tokens.dtype} {list(tokens.shape)}")
-    if bool((tokens == mask_token_id).any()):
-        raise UsageError(f"tokens already hold [MASK] ({mask_token_id}); give clean tokens")
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point():
+        raise UsageError("tokens must be an integer tensor [batch, pos]; text goes through HookedLoopMDM.mask")
+    if bool((tokens >= mask_token_id).any()):
+        raise UsageError(f"tokens must lie below [MASK] ({mask_token_id}): give clean tokens of this model")
     for name, value in (("mask_ratio", mask_ratio), ("t", t)):
-        if value is not None and not bool(((torch.as_tensor(value) >= 0) & (torch.as_tensor(value) <= 1)).all()):
-            raise UsageError(f"{name} must lie in 0..1, got {value}")
+        _check_share(name, value, len(tokens))
     allowed = check_maskable(tokens, maskable, attention_mask)
     uniforms = row_uniforms(seed, "positions", *tokens.shape, first_index=first_index, step=step)
     uniforms = uniforms.to(tokens.device)
@@ -103,6 +108,16 @@ def mask_tokens(
         count = (float(mask_ratio or 0) * total).round().long()
         masked = pick_positions(uniforms, allowed, count.clamp(min=1 if mask_ratio else 0))
     return hide(tokens, masked, mask_token_id, allowed, attention_mask)
+
+
+def _check_share(name: str, value: float | Tensor | None, n: int) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int | float | Tensor):
+        raise UsageError(f"{name} must be a number, got {value!r}")
+    shares = torch.as_tensor(value)
+    if shares.numel() not in (1, n) or not bool(((shares >= 0) & (shares <= 1)).all()):
+        raise UsageError(f"{name} must lie in 0..1 (one number, or t= one a sequence), got {value}")
 
 
 def pick_positions(uniforms: Tensor, allowed: Tensor, count: Tensor) -> Bool[Tensor, "batch pos"]:

@@ -189,8 +189,8 @@ class LoopMDM(nn.Module):
         if self.cfg.forbid_mask_to_mask:
             masked = tokens == self.cfg.mask_token_id
             apart = ~(masked[:, None, :, None] & masked[:, None, None, :])
-            apart |= torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)
             apart = apart if keys is None else apart & keys[:, None, None, :]
+            apart = apart | torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)
             allowed |= dict.fromkeys(self.cfg.forbid_mask_to_mask, apart)
         rotary = self.rotary_cos[: tokens.shape[1]], self.rotary_sin[: tokens.shape[1]]
         return Context(rotary, allowed, tokens, self.cfg.mask_token_id, keys)
@@ -254,6 +254,8 @@ class LoopMDM(nn.Module):
 
     @staticmethod
     def _check_attention_mask(attention_mask: Tensor, tokens: Tensor) -> Tensor:
+        if not isinstance(attention_mask, Tensor):
+            raise UsageError(f"attention_mask must be a tensor, got {type(attention_mask).__name__}")
         if attention_mask.shape != tokens.shape:
             raise UsageError(
                 f"attention_mask has shape {list(attention_mask.shape)}, tokens {list(tokens.shape)}; "

@@ -94,6 +94,8 @@ def resolve(cfg: LoopMDMConfig, key: str | tuple, n_loops: int) -> str:
     """
     if isinstance(key, str):
         return key if "hook_" in key else f"hook_{key}"
+    if not isinstance(key, tuple) or not key or not isinstance(key[0], str):
+        raise UsageError(f'{key!r} is no key; give a name, or a tuple such as ("pattern", "loop", 0, 1)')
     short, *place = key
     loop = None
     if place and place[0] == "loop":
@@ -102,7 +104,8 @@ def resolve(cfg: LoopMDMConfig, key: str | tuple, n_loops: int) -> str:
         loop = _wrap("loop", place[1], n_loops)
         place = place[2:]
     if not place:
-        return f"loop.{loop}.hook_{short}" if loop is not None else f"hook_{short}"
+        name = f"hook_{short.removeprefix('hook_')}"
+        return f"loop.{loop}.{name}" if loop is not None else name
     layer = _wrap("layer", place[0], cfg.n_layers)
     prefix = f"loop.{loop}." if loop is not None else ""
     return f"{prefix}blocks.{layer}.{leaf(cfg, short, *place[1:])}"

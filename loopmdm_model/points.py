@@ -20,6 +20,8 @@ from loopmdm_model.errors import UnknownNameError, UsageError
 from loopmdm_model.taps import EXPLICIT_TAP, NO_TAP, Tap
 
 AttnPath = Literal["auto", "eager", "sdpa"]
+MOST_LOOPS = 512
+"""Explicit names make their hook points at once; beyond this many loops that is surely a slip."""
 
 
 class HookTap(Tap):
@@ -130,6 +132,8 @@ class LoopHooks(HookedRootModule):
         """Check an explicit name and make its point if it belongs to a loop not grown yet."""
         names.check_name(self.cfg, name, self.n_grown)
         loop = names.parse_loop(name)
+        if loop is not None and loop >= max(MOST_LOOPS, self.n_grown):
+            raise UsageError(f"{name}: loop {loop} is beyond {MOST_LOOPS}; use a predicate to reach it")
         if loop is not None:
             self.grow(loop + 1)
         return name

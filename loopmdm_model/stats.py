@@ -7,6 +7,8 @@ from the influence of each sequence (the delta method), summed within clusters f
 import numpy as np
 from numpy.typing import NDArray
 
+from loopmdm_model.errors import UsageError
+
 Z95 = 1.959963984540054
 Array = NDArray
 
@@ -16,6 +18,8 @@ def influence_error(influence: Array, clusters: NDArray | None = None) -> Array:
 
     NaN influences are sequences that do not count.
     """
+    if clusters is not None and len(clusters) != len(influence):
+        raise UsageError(f"clusters must name one per sequence: {len(influence)} expected, got {len(clusters)}")
     known = np.isfinite(influence)
     n = np.asarray(known.sum(axis=0))
     influence = np.where(known, influence, 0.0)

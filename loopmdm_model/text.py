@@ -19,9 +19,9 @@ class TextEntries:
     model: LoopMDM
 
     def _inputs(self, tokens: Tensor | str | list[str], mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if isinstance(tokens, Tensor):
-            return tokens, mask
-        tokens = self.to_tokens(tokens)
+        """Token ids of text or ids, and the padding mask that [PAD] implies unless one is given."""
+        if not isinstance(tokens, Tensor):
+            tokens = self.to_tokens(tokens)
         return tokens, self._padding_mask(tokens) if mask is None else mask
 
     def _text(self) -> Tokenizer:
@@ -32,6 +32,8 @@ class TextEntries:
     def to_tokens(self, text: str | list[str]) -> Tensor:
         """Token ids [batch, pos] of a text or several; shorter ones are padded with [PAD]."""
         texts = [text] if isinstance(text, str) else list(text)
+        if not texts or not all(isinstance(item, str) for item in texts):
+            raise UsageError("give a text or a list of texts; token ids go in as a tensor")
         rows = [encoding.ids for encoding in self._text().encode_batch(texts)]
         longest = max(len(row) for row in rows)
         pad = self._text().token_to_id(PAD)

@@ -76,8 +76,12 @@ class UnrolledModel:
         return self.W_U.new_zeros(self.W_U.shape[1]) if bias is None else bias
 
     def tokens_to_residual_directions(self, tokens: Tensor) -> Tensor:
-        """Unembedding directions of token ids, [..., d_model]."""
-        return self.W_U.T[torch.as_tensor(tokens)]
+        """Directions [..., d_model] of token ids in the normalised stream: W_U with the final norm's weight.
+
+        ActivationCache only centres and scales its components, so the weight belongs here; the norm's
+        bias and b_U are constants beside the attributions.
+        """
+        return self.W_U.T[torch.as_tensor(tokens)] * self.model.ln_final.weight
 
     def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Tensor:
         """Sum of the output biases up to virtual `layer`."""

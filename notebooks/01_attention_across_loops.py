@@ -188,8 +188,8 @@ figures.FIGURES["sudoku-solve-rate"].draw()
 #   from the rest is no rise.
 # * *The claim about quality* stands if NELBO falls with S and the looped model ends below its non-looped
 #   twin at S = 1. Where the twin is better, looping did not pay at this size and budget.
-# * *Mass is not communication.* All [MASK] embeddings are equal, so in the first layers attending to
-#   masked keys moves nothing (see `content`). Cutting edges, not looking at them, tells what they carry.
+# * *Mass is not communication.* All [MASK] embeddings are equal, so in layer 0 attending to masked keys
+#   moves no content (see `content`). Cutting edges, not looking at them, tells what they carry.
 #
 # Limits: one seed of training, small models, one corpus and one puzzle; intervals are over test items,
 # not over training runs.

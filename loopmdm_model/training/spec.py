@@ -1,6 +1,7 @@
 """What a run is: a TOML file read into frozen, validated records; unknown keys are refused."""
 
 import dataclasses
+import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,11 +75,16 @@ class TrainingSpec:
         check_count("training.batch_size", self.batch_size)
         check_count("training.threads", self.threads)
         check_count("training.curve_points", self.curve_points)
+        check_count("training.curve_sequences", self.curve_sequences)
+        check_count("training.warmup_steps", self.warmup_steps, least=0)
         for name in ("flops", "learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"training.{name} must be positive, got {getattr(self, name)!r}")
-        if not 0 <= self.ema < 1:
-            raise UsageError(f"training.ema must lie in [0, 1), got {self.ema!r}")
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UsageError(f"training.{name} must be positive and finite, got {getattr(self, name)!r}")
+        for name in ("ema", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"training.{name} must lie in [0, 1), got {getattr(self, name)!r}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise UsageError(f"training.weight_decay must be at least 0, got {self.weight_decay!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +116,8 @@ class RunSpec:
             built[name] = kind(**_build(kind, values.get(name, {}), f"{origin} [{name}]"))
         spec = cls(**built)
         check_count("seed", spec.seed, least=0)
+        if not re.fullmatch(r"[\w.-]+", spec.name) or spec.name.startswith("."):
+            raise UsageError(f"{origin}: name must be letters, digits, '-', '_' or '.', got {spec.name!r}")
         reserved = {"d_vocab", "n_ctx", "mask_token_id"} & spec.model.keys()
         if reserved:
             raise UsageError(f"{origin} [model]: {', '.join(sorted(reserved))} follow from [data]; remove them")

@@ -122,17 +122,21 @@ class Trainer:
             group["lr"] = rate
         loss = masked_cross_entropy(self.model(batch.tokens, n_loops=n_loops), batch).mean()
         value = loss.item()
-        if not math.isfinite(value):
-            raise DivergedError(
-                f"loss is {value} at step {progress.step} (S = {n_loops}); the last good state is in "
-                f"{self.folder}; lower training.learning_rate"
-            )
+        self._check_finite("loss", value, n_loops)
         self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), spec.training.clip)
+        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), spec.training.clip) or 0.0)
+        self._check_finite("gradient norm", norm, n_loops)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update_parameters(self._bare())
-        self._count(n_loops, value, float(norm if norm is not None else 0.0), tokens.numel())
+        self._count(n_loops, value, norm, tokens.numel())
+
+    def _check_finite(self, what: str, value: float, n_loops: int) -> None:
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"{what} is {value} at step {self.progress.step} (S = {n_loops}); the last good state is in "
+                f"{self.folder}; lower training.learning_rate"
+            )
 
     def _count(self, n_loops: int, loss: float, norm: float, tokens: int) -> None:
         progress = self.progress

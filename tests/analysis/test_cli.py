@@ -1,8 +1,10 @@
 """The real command line, as a user or a script meets it."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,26 @@ def test_no_network_exits_1_and_keeps_nothing(tmp_path):
     _, err = run("data", "fetch", "sotu", code=1, env=environment)
     assert "check the network" in err and one_line(err)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_training_says_how_to_go_on(tmp_path):
+    command = [str(Path(sys.executable).parent / "loopmdm"), "train", str(ROOT / "figures/specs/smoke.toml")]
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "run")], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "tokenizer.json").exists():
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130 and "--resume" in err and one_line(err)
+
+
+def test_damaged_records_exit_2(tmp_path):
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_bytes((ROOT / "loopmdm_model/zoo/sudoku-loop" / name).read_bytes())
+    for damaged, says in ((b"{", "not JSON"), (b"[]", "names its corpus"), (b"\xff\xfe", "not JSON")):
+        (tmp_path / "train.json").write_bytes(damaged)
+        _, err = run("evaluate", tmp_path, code=2)
+        assert says in err and one_line(err)
 
 
 def test_a_closed_pipe_is_no_error():

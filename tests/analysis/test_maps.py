@@ -35,6 +35,14 @@ def test_auto_takes_the_head_that_changes_most(cache):
     assert attention_across_loops(cache, layer=1, loops=(0, 3)).head == int(change.argmax())
 
 
+def test_heads_from_a_frame_and_changed_patterns_are_shown(cache, hooked, batch):
+    assert attention_across_loops(cache, layer=1, head=np.int64(1)).head == 1
+    place = "loop.0.blocks.1.attn.hook_pattern"
+    with hooked.hooks([(place, lambda x, hook: torch.zeros_like(x))]):
+        _, silenced = hooked.run_with_cache(batch.tokens, n_loops=2)
+    assert attention_across_loops(silenced, layer=1, head=0, loops=(0, 1)).maps[0].sum() == 0
+
+
 def test_plot_has_a_panel_a_loop_and_the_difference(cache):
     figure = attention_across_loops(cache, layer=1, loops=(0, 1, 3)).plot()
     titles = [ax.get_title() for ax in figure.axes if ax.get_title()]

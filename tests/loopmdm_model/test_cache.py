@@ -18,6 +18,8 @@ def test_keys_lead_to_the_same_tensor(cache):
     assert cache["out", "loop", 1] is cache["loop.1.hook_out"]
     assert cache["scale", "loop", 0, 1, "ln2"] is cache["loop.0.blocks.1.ln2.hook_scale"]
     assert cache["embed"] is cache["hook_embed"]
+    assert cache["hook_out", "loop", 1] is cache["loop.1.hook_out"]
+    assert ("scale", 0) not in cache and ("pattern", "loop", 9, 1) not in cache
 
 
 @pytest.mark.parametrize(
@@ -29,6 +31,8 @@ def test_keys_lead_to_the_same_tensor(cache):
         (("pattern", 1), "looped"),
         (("pattern", 9), "there are 4"),
         (("scale", 0), "ln1 and ln2"),
+        (3, "no key"),
+        ((), "no key"),
         ("loop.9.hook_out", "only 4 loops ran"),
         ("nothing", "unknown hook"),
     ],
@@ -61,7 +65,10 @@ def test_rows_of_all_patterns_sum_to_one(cache):
         torch.testing.assert_close(pattern.sum(-1), torch.ones_like(pattern[..., 0]))
 
 
-def test_unrolled_decompositions_close(cache, model):
+def test_unrolled_decompositions_close(hooked, model, batch):
+    model.ln_final.weight.uniform_(0.5, 2.0)  # a norm whose weight and bias matter
+    model.ln_final.bias.normal_()
+    cache = hooked.run_with_cache(batch.tokens, n_loops=4, names_filter=lambda name: True)[1]
     unrolled = cache.unrolled()
     final = cache["resid_post", -1]
     assert unrolled.model.cfg.n_layers == 10
@@ -74,5 +81,12 @@ def test_unrolled_decompositions_close(cache, model):
     results = unrolled.stack_head_results(layer=3)
     by_layer = results.view(3, 2, *results.shape[1:]).sum(1)
     torch.testing.assert_close(by_layer[2], cache["attn_out", "loop", 0, 2], atol=1e-5, rtol=1e-4)
+    total = unrolled.logit_attrs(
+        parts, tokens=torch.full((4, 10), 3), incorrect_tokens=torch.full((4, 10), 5)
+    ).sum(0)
+    apart = cache["hook_logits"][..., 3] - cache["hook_logits"][..., 5]
+    row = unrolled.model.W_U[:, 3] - unrolled.model.W_U[:, 5]
+    constant = model.ln_final.bias @ row + unrolled.model.b_U[3] - unrolled.model.b_U[5]
+    torch.testing.assert_close(total + constant, apart, atol=1e-4, rtol=1e-4)
     normed = unrolled.accumulated_resid(apply_ln=True)[-1] @ unrolled.model.W_U + unrolled.model.b_U
     torch.testing.assert_close(normed[..., :22], cache["hook_logits"][..., :22], atol=1e-4, rtol=1e-4)

@@ -134,6 +134,25 @@ def test_hooks_that_never_fired_are_named(hooked, batch):
         hooked.run_with_hooks(batch.tokens, n_loops=2, fwd_hooks=[("loop.1.hook_out", lambda x, hook: None)])
 
 
+def test_an_absurd_loop_is_a_slip_and_gradients_need_gradients(hooked, batch):
+    with pytest.raises(UsageError, match="beyond 512"):
+        hooked.run_with_hooks(batch.tokens, fwd_hooks=[("loop.3000.hook_in", lambda x, hook: None)])
+    assert hooked.n_grown < 10
+    with pytest.raises(UsageError, match="enable_grad"):
+        hooked.run_with_cache(batch.tokens, incl_bwd=True, loss_fn=loss_of)
+
+
+def test_padding_is_seen_in_token_tensors_too():
+    m = HookedLoopMDM.from_pretrained("sotu-loop")
+    texts = ["Hi there", "The state of our union is strong"]
+    tokens = m.to_tokens(texts)
+    torch.testing.assert_close(m(tokens), m(texts))
+    short = m.to_tokens(texts[0])
+    torch.testing.assert_close(m(tokens)[:1, : short.shape[1]], m(short), atol=2e-5, rtol=1e-4)
+    b = m.mask(tokens, ratio=1.0)
+    assert int(b.masked[0].sum()) == short.shape[1] and b.mask_ratio == 1.0
+
+
 def test_a_wrong_shape_is_refused_not_broadcast(hooked, batch):
     with pytest.raises(UsageError, match="returned shape"):
         hooked.run_with_hooks(batch.tokens, fwd_hooks=[("hook_embed", lambda x, hook: x[:, :1])])
@@ -198,6 +217,9 @@ def test_text_goes_in_and_out():
     b = m.mask("123456", ratio=0.5, seed=3)
     assert int(b.masked.sum()) == 3 and torch.equal(b.clean, tokens)
     assert m("123456", n_loops=2).shape == (1, 6, 7)
+    for wrong in ([], [1, 2]):
+        with pytest.raises(UsageError, match="list of texts"):
+            m.to_tokens(wrong)
     with pytest.raises(UsageError, match="one length"):
         m.to_tokens(["12", "123"])
     with pytest.raises(UsageError, match="no tokenizer"):

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,11 @@ from loopmdm_model.likelihood import draw_counts, masked_cross_entropy, nelbo, n
 from loopmdm_model.masking import hide
 from loopmdm_model.stopping import StateDelta
 from tests.conftest import toy_model
+
+
+def same(left, right):
+    # float32 sums differ in the last bits with the batch's shape
+    torch.testing.assert_close(left, right, atol=1e-5, rtol=1e-5, equal_nan=True)
 
 
 def enumerated_nelbo(model, sequence: torch.Tensor, n_loops: int) -> float:
@@ -63,7 +69,7 @@ def test_all_loops_off_one_trajectory_equal_separate_runs(model, clean):
     together = nelbo_by_loop(model, clean, 4, n_samples=3, seed=1)
     for n_loops, result in enumerate(together, start=1):
         alone = nelbo(model, clean, n_loops=n_loops, n_samples=3, seed=1)
-        torch.testing.assert_close(result.per_sequence, alone.per_sequence)
+        same(result.per_sequence, alone.per_sequence)
 
 
 def test_only_maskable_positions_count(model, clean):
@@ -79,18 +85,18 @@ def test_padding_changes_no_value(model, clean):
     padded = torch.nn.functional.pad(clean, (0, 4), value=3)
     mask = torch.nn.functional.pad(torch.ones_like(clean), (0, 4))
     ours = nelbo(model, padded, n_loops=2, n_samples=3, attention_mask=mask)
-    torch.testing.assert_close(ours.per_sequence, nelbo(model, clean, n_loops=2, n_samples=3).per_sequence)
+    same(ours.per_sequence, nelbo(model, clean, n_loops=2, n_samples=3).per_sequence)
 
 
 def test_chunks_change_no_value(model, clean):
     whole = nelbo(model, clean, n_loops=2, n_samples=2)
     parts = nelbo(model, clean, n_loops=2, n_samples=2, batch_size=3)
-    torch.testing.assert_close(whole.per_sequence, parts.per_sequence)
+    same(whole.per_sequence, parts.per_sequence)
 
 
 def test_a_stopping_rule_reports_its_loops(model, clean):
     r = nelbo(model, clean, stop=StateDelta(float("inf"), max_loops=6), n_samples=2)
-    torch.testing.assert_close(r.per_sequence, nelbo(model, clean, n_loops=2, n_samples=2).per_sequence)
+    same(r.per_sequence, nelbo(model, clean, n_loops=2, n_samples=2).per_sequence)
     assert r.mean_loops == 2
 
 
@@ -99,5 +105,10 @@ def test_misuse_is_refused(model, clean):
         nelbo(model, clean, n_loops=2, stop=StateDelta(0.1, max_loops=3))
     with pytest.raises(UsageError, match=r"\[MASK\]"):
         nelbo(model, torch.full_like(clean, 22))
+    for tokens in (clean[0], clean[:0]):
+        with pytest.raises(UsageError, match="non-empty"):
+            nelbo(model, tokens)
+    with pytest.raises(UsageError, match="clusters"):
+        nelbo(model, clean, n_samples=1, clusters=np.zeros(2))
     with pytest.raises(UsageError, match="n_samples"):
         nelbo(model, clean, n_samples=0)

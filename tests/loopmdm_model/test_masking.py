@@ -62,6 +62,10 @@ def test_share_of_independent_masking_follows_t():
         ({"t": -0.1}, "0..1"),
         ({"mask_ratio": 0.5, "maskable": torch.ones(4, 3, dtype=torch.bool)}, "10 positions"),
         ({"mask_ratio": 0.5, "seed": -1}, "at least 0"),
+        ({"mask_ratio": 0.5, "maskable": [True] * 10}, "boolean tensor"),
+        ({"mask_ratio": 0.5, "maskable": torch.ones(2, 10, dtype=torch.bool)}, "one a sequence"),
+        ({"mask_ratio": "half"}, "must be a number"),
+        ({"t": torch.ones(3)}, "one a sequence"),
     ],
 )
 def test_misuse_is_refused(clean, arguments, says):
@@ -70,5 +74,5 @@ def test_misuse_is_refused(clean, arguments, says):
 
 
 def test_masked_input_is_refused(clean):
-    with pytest.raises(UsageError, match="already hold"):
+    with pytest.raises(UsageError, match="below"):
         mask_tokens(clean.masked_fill(clean == clean[0, 0], 22), 22, mask_ratio=0.5)

@@ -136,6 +136,15 @@ def test_forbidding_mask_to_mask_leaves_masked_queries_blind_to_other_masked_key
     torch.testing.assert_close(run(x)[0, query], run(moved)[0, query])
 
 
+def test_forbidding_with_padded_masks_has_no_nan():
+    model = toy_model(forbid_mask_to_mask=("loop",))
+    tokens, real = torch.full((1, 6), 22), torch.tensor([[1, 1, 1, 1, 0, 0]])
+    explicit = model(tokens, n_loops=2, attention_mask=real, taps=explicit_taps)
+    fused = model(tokens, n_loops=2, attention_mask=real)
+    assert explicit[..., :22].isfinite().all()
+    torch.testing.assert_close(explicit[:, :4], fused[:, :4], atol=2e-5, rtol=1e-4)
+
+
 def test_initial_output_projections_shrink_with_effective_depth():
     shallow = toy_model(d_model=64, n_heads=4, max_loops=1, initializer_range=0.02)
     deep = toy_model(d_model=64, n_heads=4, max_loops=12, initializer_range=0.02)
