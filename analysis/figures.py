@@ -166,7 +166,7 @@ def nll_by_loops(loaded: Tables) -> MatplotlibFigure:
             row[0].axhline(bigram, color="#444444", linewidth=0.8, linestyle=":")
             row[0].annotate(
                 f"bigram {bigram:.2f}",
-                (0.98, bigram),
+                (0.36, bigram),
                 xycoords=("axes fraction", "data"),
                 ha="right",
                 va="bottom",

@@ -40,7 +40,7 @@ PARAMETERS = {
     "lines.linewidth": 1.3,
     "lines.markersize": 3.2,
     "figure.dpi": 110,
-    "savefig.dpi": 200,
+    "savefig.dpi": 180,
     "pdf.fonttype": 42,
     "svg.fonttype": "path",
     "svg.hashsalt": "loopmdm",
