@@ -8,11 +8,11 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -33,6 +33,19 @@ data_app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 err = Console(stderr=True)
+
+
+class Interrupted(RuntimeError):
+    """Ctrl-C, with what is left and how to go on."""
+
+
+@contextmanager
+def interruptible(message: str) -> Iterator[None]:
+    """Turn Ctrl-C into one line (typer itself would end without a word)."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(message) from None
 
 
 def show(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -121,18 +134,18 @@ def train(
     from loopmdm_model.training.trainer import Trainer
 
     folder = out or Path("runs") / loaded.name
-    trainer = Trainer(loaded, folder, resume=resume)
-    with progress_bar() as bar:
-        task = bar.add_task(loaded.name, total=100)
+    with interruptible(f"add --resume to go on from the last checkpoint in {folder}"):
+        trainer = Trainer(loaded, folder, resume=resume)
+        with progress_bar() as bar:
+            task = bar.add_task(loaded.name, total=100)
 
-        def on_step(progress: Any) -> None:
-            share = 100 * min(1.0, progress.flops / loaded.training.flops)
-            loss = progress.window.get("loss", 0.0) / max(1.0, progress.window.get("steps", 1.0))
-            bar.update(
-                task, completed=int(share), description=f"{loaded.name} step {progress.step} loss {loss:.3f}"
-            )
+            def on_step(progress: Any) -> None:
+                share = 100 * min(1.0, progress.flops / loaded.training.flops)
+                loss = progress.window.get("loss", 0.0) / max(1.0, progress.window.get("steps", 1.0))
+                text = f"{loaded.name} step {progress.step} loss {loss:.3f}"
+                bar.update(task, completed=int(share), description=text)
 
-        trainer.train(on_step)
+            trainer.train(on_step)
     last = trainer.progress.rows[-1]
     show(list(last), [list(last.values())])
     print(folder)
@@ -217,15 +230,10 @@ def table(
         )
         return
     item = tables.table(name)
-    with err.status(f"measuring {name}") if err.is_terminal else _nothing():
+    status = err.status(f"measuring {name}") if err.is_terminal else nullcontext()
+    with interruptible("the old table is intact"), status:
         frame = item.measure(out or tables.tables_folder())
     show(list(frame.columns), frame.itertuples(index=False))
-
-
-def _nothing() -> Any:
-    from contextlib import nullcontext
-
-    return nullcontext()
 
 
 @app.command()
@@ -249,7 +257,7 @@ def figures(
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
         raise PermissionError(f"cannot write into {out}; give another --out")
-    with progress_bar() as bar:
+    with interruptible("pictures that were finished are whole, the others as they were"), progress_bar() as bar:
         if source == "checkpoints":
             needed = dict.fromkeys(name for figure in chosen for name in figure.tables)
             for name in bar.track(list(needed), description="tables"):
@@ -285,12 +293,7 @@ def main() -> None:
         f"warning: {message}", style="yellow", soft_wrap=True, markup=False, highlight=False
     )
     try:
-        raise SystemExit(app(standalone_mode=False) or 0)
-    except click.exceptions.Exit as error:
-        raise SystemExit(error.exit_code) from None
-    except click.ClickException as error:
-        error.show()
-        raise SystemExit(error.exit_code) from None
+        app()
     except UsageError as error:
         _fail(f"error: {_describe(error)}", 2)
     except DivergedError as error:
@@ -298,8 +301,8 @@ def main() -> None:
     except OSError as error:
         place = "" if error.filename is None else "; give another --out (or LOOPMDM_CACHE), or free some space"
         _fail(f"error: {_describe(error)}{place}", 1)
-    except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; finished files are intact, `--resume` continues a training run", 130)
+    except Interrupted as error:
+        _fail(f"interrupted: {error}", 130)
 
 
 def _fail(message: str, code: int) -> None:

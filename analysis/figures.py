@@ -174,7 +174,7 @@ def nll_by_loops(loaded: Tables) -> MatplotlibFigure:
             )
             top, bottom = max(top, bigram), min(bottom, bigram)
         row[0].set_ylim(bottom - 0.08 * (top - bottom), top + 0.25 * (top - bottom))
-        row[0].legend(frameon=False, loc="upper right")
+        row[0].legend(frameon=False, loc="upper center")
     return drawn
 
 

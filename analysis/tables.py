@@ -134,8 +134,12 @@ def representation_table() -> pd.DataFrame:
 
 
 def nll_table() -> pd.DataFrame:
-    """Test NELBO at every S to 3 x S_max for all four models, and its paired difference from S = 1."""
-    rows = []
+    """Test NELBO at every S to 3 x S_max for all four models.
+
+    Differences are paired by sequence and mask: `change_from_s1` from the model's own S = 1,
+    `change_from_base` from its non-looped twin at S = 1 (same tokenizer, seed and masks).
+    """
+    rows, base = [], {}
     for name in MODELS:
         m, test = _open(name)
         results = nelbo_by_loop(m.model, test.tokens, READ_TO * s_max(name), n_samples=2)
@@ -144,6 +148,9 @@ def nll_table() -> pd.DataFrame:
         change, change_error, _ = stats.mean_and_error(values - values[:, :1], test.clusters)
         frame = pd.DataFrame({"n_loops": np.arange(1, len(results) + 1), "nll": nll, "standard_error": error})
         frame["change_from_s1"], frame["change_standard_error"] = change, change_error
+        twin = base.setdefault(test.task, values[:, :1])
+        against, against_error, _ = stats.mean_and_error(values - twin, test.clusters)
+        frame["change_from_base"], frame["change_from_base_se"] = against, against_error
         frame["n"] = n
         frame["n_clusters"] = n if test.clusters is None else len(np.unique(test.clusters))
         frame["flops_per_token"] = [flops_per_token(m.cfg, m.cfg.n_ctx, s) for s in frame["n_loops"]]

@@ -23,7 +23,7 @@ import torch
 from analysis import attention_across_loops, figures, mask_attention, read_loops, representation_change
 from loopmdm_model import HookedLoopMDM, LoopMDM, mask_tokens
 
-torch.set_grad_enabled(False)
+_ = torch.set_grad_enabled(False)
 
 # %%
 m = HookedLoopMDM.from_pretrained(model)

@@ -24,7 +24,8 @@ def test_generated_notebooks_match_their_sources():
         ("01_attention_across_loops", {"model": "sudoku-loop", "text": "123456" * 6}),
     ],
 )
-def test_each_notebook_runs_top_to_bottom(name, parameters, tmp_path):
+def test_each_notebook_runs_top_to_bottom(name, parameters, tmp_path, monkeypatch):
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # pictures as in Jupyter
     source, target = NOTEBOOKS / f"{name}.ipynb", tmp_path / "out.ipynb"
     done = papermill.execute_notebook(source, target, parameters, progress_bar=False, cwd=str(tmp_path))
     outputs = [output for cell in done.cells for output in cell.get("outputs", [])]
