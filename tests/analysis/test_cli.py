@@ -108,7 +108,10 @@ def test_no_network_exits_1_and_keeps_nothing(tmp_path):
 
 def test_an_interrupted_training_says_how_to_go_on(tmp_path):
     command = [str(Path(sys.executable).parent / "loopmdm"), "train", str(ROOT / "figures/specs/smoke.toml")]
-    process = subprocess.Popen([*command, "--out", str(tmp_path / "run")], stderr=subprocess.PIPE, text=True)
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  # a background shell ignores it
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "run")], stderr=subprocess.PIPE, text=True, preexec_fn=listen
+    )
     while not (tmp_path / "run" / "tokenizer.json").exists():
         time.sleep(0.05)
     time.sleep(1)
