@@ -1,7 +1,5 @@
 """Where a number came from: models by hash, commit, versions, command."""
 
-import sys
-from pathlib import Path
 from typing import Any
 
 from loopmdm_model.checkpoints import CONFIG, WEIGHTS, need, resolve
@@ -30,8 +28,3 @@ def of_table(name: str, models: tuple[str, ...]) -> dict[str, Any]:
         "versions": versions(PACKAGES),
         "command": f"loopmdm table {name}",
     }
-
-
-def command() -> str:
-    """The command line that runs now, without the machine's paths."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])

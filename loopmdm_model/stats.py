@@ -64,8 +64,3 @@ def log_ratio_and_error(
     value = np.where(np.isfinite(value), value, np.nan)
     error = influence_error(influence, clusters)
     return value, np.where(np.isfinite(value), error, np.nan)
-
-
-def interval(mean: Array, error: Array) -> tuple[Array, Array]:
-    """Normal 95% interval."""
-    return mean - Z95 * error, mean + Z95 * error

@@ -10,12 +10,10 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.plots.style import KEY_STYLE, NULL, RATIO_STYLE, band, style
+from analysis.plots.style import KEY_STYLE, NULL, RATIO_STYLE, Z95, band, style
 
 if TYPE_CHECKING:
     from analysis.maps import AttentionMaps
-
-Z95 = 1.96
 
 
 def plot_mass_by_loop(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:

@@ -4,9 +4,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analysis.plots.style import MODEL_STYLE, NULL, band, mark_s_max
-
-Z95 = 1.96
+from analysis.plots.style import MODEL_STYLE, NULL, Z95, band, mark_s_max
 
 
 def plot_nll_by_loops(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:

@@ -6,9 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from analysis.plots.style import NULL, RATIO_STYLE, band, style
-
-Z95 = 1.96
+from analysis.plots.style import NULL, RATIO_STYLE, Z95, band, style
 
 
 def plot_metric_by_loop(df: pd.DataFrame, metric: str, *, ax: Axes | None = None) -> Axes:

@@ -13,6 +13,9 @@ from matplotlib.figure import Figure
 COLUMN, PAGE = 3.35, 6.9
 """Widths in inches: one column, full page."""
 
+Z95 = 1.96
+"""Half-width of a 95% interval in standard errors."""
+
 MODEL_STYLE = {
     "base": {"color": "#8c8c8c", "marker": "s", "linestyle": "--"},
     "loop": {"color": "#1b4f8f", "marker": "o", "linestyle": "-"},

@@ -80,9 +80,3 @@ def is_valid(grids: Int[Tensor, "batch 36"]) -> Bool[Tensor, " batch"]:
     boxes = boxes.transpose(2, 3).reshape(-1, SIZE, SIZE)
     units = torch.cat([boards, boards.transpose(1, 2), boxes], dim=1)
     return (units.sort(-1).values == torch.arange(SIZE, device=grids.device)).all(-1).all(-1)
-
-
-def render(grid: Int[Tensor, " 36"]) -> str:
-    """A grid as six lines of digits, "." for [MASK]."""
-    symbols = [str(int(cell) + 1) if int(cell) < SIZE else "." for cell in grid]
-    return "\n".join(" ".join(symbols[row * SIZE : (row + 1) * SIZE]) for row in range(SIZE))
