@@ -5,20 +5,27 @@ element-wise work free; training costs 3 forwards. Agrees with torch's FlopCount
 explicit attention path.
 """
 
+from typing import Any
+
 from loopmdm_model.config import LoopMDMConfig
 
 
-def layer_flops(cfg: LoopMDMConfig, length: int) -> int:
-    """One layer applied to one sequence of `length` tokens."""
+def layer_flops(cfg: LoopMDMConfig, length: int, moving: Any = None) -> Any:
+    """One layer applied to one sequence of `length` tokens.
+
+    `moving` (a number or a tensor; default all) is how many tokens are updated; held ones only give
+    keys and values.
+    """
+    moving = length if moving is None else moving
     width = cfg.n_heads * cfg.d_head
-    projections = 2 * cfg.d_model * 4 * width
+    projections = 2 * cfg.d_model * 2 * width * (moving + length)
     attention = 2 * 2 * length * width
     mlp = 2 * cfg.d_model * cfg.d_mlp * (3 if cfg.gated_mlp else 2)
-    return length * (projections + attention + mlp)
+    return projections + moving * (attention + mlp)
 
 
-def unembedding_flops(cfg: LoopMDMConfig, n_rows: int) -> int:
-    """Logits of `n_rows` positions."""
+def unembedding_flops(cfg: LoopMDMConfig, n_rows: Any) -> Any:
+    """Logits of `n_rows` positions (a number or a tensor)."""
     return n_rows * 2 * cfg.d_model * cfg.d_vocab
 
 

@@ -18,6 +18,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
 
 from loopmdm_model import names
+from loopmdm_model.adaptive import OnLoop
 from loopmdm_model.cache import LoopCache
 from loopmdm_model.checkpoints import RECORD, TOKENIZER, resolve
 from loopmdm_model.config import LoopMDMConfig
@@ -103,12 +104,20 @@ class HookedLoopMDM(TextEntries, LoopHooks):
         stop: StoppingRule | None = None,
         attention_mask: Tensor | None = None,
         attn_path: AttnPath = "auto",
+        *,
+        rows: Tensor | None = None,
+        on_loop: OnLoop | None = None,
     ) -> LoopOutput:
-        """Forward with hooks; a stopping rule makes it adaptive."""
+        """Forward with hooks; a stopping rule makes it adaptive. `rows`, `on_loop`: see `LoopMDM.run`.
+
+        What a rule reads through the coda fires no hooks; the final read-out does.
+        """
         tokens, attention_mask = self._inputs(tokens, attention_mask)
         self.grow(as_rule(n_loops, stop, self.cfg.max_loops).max_loops)
         with self._path(attn_path):
-            output = self.model.run(tokens, n_loops, stop, attention_mask, self.taps)
+            output = self.model.run(
+                tokens, n_loops, stop, attention_mask, self.taps, rows=rows, on_loop=on_loop
+            )
         self._loops_run = int(output.loops_used.max())
         return output
 
@@ -124,9 +133,9 @@ class HookedLoopMDM(TextEntries, LoopHooks):
         with self._path(attn_path):
             yield from self.model.states(tokens, n_loops, attention_mask, self.taps)
 
-    def readout(self, state: Tensor, context: Context) -> Tensor:
+    def readout(self, state: Tensor, context: Context, *, rows: Tensor | None = None) -> Tensor:
         """Coda and unembedding with hooks, as `LoopMDM.readout`."""
-        return self.model.readout(state, context, self.taps)
+        return self.model.readout(state, context, self.taps, rows=rows)
 
     # --- caching ---
 

@@ -6,7 +6,7 @@ q/k/v/z and [batch, head, query, key] for scores and patterns.
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from loopmdm_model.config import LoopMDMConfig
@@ -107,6 +107,25 @@ class Attention(nn.Module):
         pattern = tap("attn.hook_pattern", scores.float().softmax(dim=-1).to(v.dtype))
         return pattern @ v
 
+    def rows(
+        self,
+        x: Float[Tensor, "batch pos d_model"],
+        index: Int[Tensor, "batch row"],
+        rotary: tuple[Tensor, Tensor],
+        allowed: Bool[Tensor, "batch one query key"] | None,
+    ) -> Float[Tensor, "batch row d_model"]:
+        """As `forward`, for the queries at positions `index` of each sequence only."""
+        batch, width = torch.arange(len(x), device=x.device)[:, None], self.n_heads * self.d_head
+        bias = (None, None) if self.qkv.bias is None else (self.qkv.bias[:width], self.qkv.bias[width:])
+        q = F.linear(x[batch, index], self.qkv.weight[:width], bias[0]).unflatten(-1, (1, self.n_heads, -1))
+        kv = F.linear(x, self.qkv.weight[width:], bias[1]).unflatten(-1, (2, self.n_heads, -1))
+        q = rotate(q, rotary[0][index], rotary[1][index])[:, :, 0]
+        k, v = rotate(kv[:, :, :1], *rotary)[:, :, 0], kv[:, :, 1]
+        if allowed is not None and allowed.shape[2] > 1:
+            allowed = allowed[batch, :, index].transpose(1, 2)
+        z = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)), attn_mask=allowed)
+        return self.out(z.transpose(1, 2).flatten(-2))
+
     def _per_head(self, z: Tensor, tap: Tap) -> Tensor:
         weight = self.out.weight.unflatten(1, (self.n_heads, self.d_head))
         result = tap("attn.hook_result", torch.einsum("bphd,mhd->bphm", z, weight))
@@ -151,3 +170,15 @@ class Block(nn.Module):
         x = tap("hook_resid_mid", x)
         x = x + tap("hook_mlp_out", self.mlp(self.ln2(x, tap), tap))
         return tap("hook_resid_post", x)
+
+    def skip(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], allowed: Tensor | None, held: Bool[Tensor, "batch pos"]
+    ) -> Tensor:
+        """As `forward`, but `held` positions keep x; they are attended to, and cost keys and values only."""
+        batch = torch.arange(len(x), device=x.device)[:, None]
+        first = held.long().argsort(dim=1, stable=True)  # who moves comes first
+        index = first[:, : int((~held).sum(1).max())]
+        before = x[batch, index]
+        after = before + self.attn.rows(self.ln1(x), index, rotary, allowed)
+        after = after + self.mlp(self.ln2(after))
+        return x.index_put((batch, index), torch.where(held[batch, index][..., None], before, after))

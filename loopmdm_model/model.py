@@ -17,12 +17,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from loopmdm_model import checkpoints
+from loopmdm_model import checkpoints, flops
+from loopmdm_model.adaptive import OnLoop, iterate
 from loopmdm_model.config import SEGMENTS, LoopMDMConfig
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.layers import Block, Norm, rotary_tables
-from loopmdm_model.stopping import LoopView, StoppingRule, as_rule
-from loopmdm_model.taps import TapSource, no_taps
+from loopmdm_model.stopping import StoppingRule, as_rule
+from loopmdm_model.taps import NO_TAP, TapSource, no_taps
 
 
 @dataclass(slots=True)
@@ -30,7 +31,8 @@ class Context:
     """What layer applications need beside their input; rows can be dropped as sequences stop.
 
     `allowed` [batch, 1, 1 or query, key] or None per segment; `tokens` and `masked` [batch, pos];
-    `keys` [batch, pos] tells real tokens from padding, None: all are real.
+    `keys` [batch, pos] tells real tokens from padding, None: all are real; `held` [batch, pos] which
+    tokens skip the looped layers, None: none does.
     """
 
     rotary: tuple[Tensor, Tensor]
@@ -38,6 +40,7 @@ class Context:
     tokens: Int[Tensor, "batch pos"]
     mask_token_id: int
     keys: Bool[Tensor, "batch pos"] | None
+    held: Bool[Tensor, "batch pos"] | None = None
 
     @property
     def masked(self) -> Bool[Tensor, "batch pos"]:
@@ -53,20 +56,29 @@ class Context:
         """The context of the sequences `keep` (index or boolean [batch])."""
         allowed = {name: None if mask is None else mask[keep] for name, mask in self.allowed.items()}
         keys = None if self.keys is None else self.keys[keep]
-        return Context(self.rotary, allowed, self.tokens[keep], self.mask_token_id, keys)
+        held = None if self.held is None else self.held[keep]
+        return Context(self.rotary, allowed, self.tokens[keep], self.mask_token_id, keys, held)
+
+    def hold(self, held: Bool[Tensor, "batch pos"]) -> "Context":
+        """The context with some tokens held."""
+        return Context(self.rotary, self.allowed, self.tokens, self.mask_token_id, self.keys, held)
 
 
 @dataclass(frozen=True)
 class LoopOutput:
     """What one forward with a stopping rule gives.
 
-    `logits` [batch, pos, d_vocab]; `loops_used` [batch]; `criterion` [loop, batch], the rule's raw
-    number, NaN where it does not exist or the sequence had stopped.
+    `logits` [batch, pos, d_vocab], or [row, d_vocab] where rows were chosen; `loops_used` [batch];
+    `criterion` [loop, batch], the rule's raw number, NaN where it does not exist or the sequence had
+    stopped ([loop, batch, pos] with scope "token", which also gives `token_loops` [batch, pos]);
+    `flops` [batch] of the whole forward, what the rule read included.
     """
 
-    logits: Float[Tensor, "batch pos d_vocab"]
+    logits: Float[Tensor, "batch pos d_vocab"] | Float[Tensor, "row d_vocab"]
     loops_used: Int[Tensor, " batch"]
-    criterion: Float[Tensor, "loop batch"]
+    criterion: Float[Tensor, "loop batch *pos"]
+    flops: Float[Tensor, " batch"]
+    token_loops: Int[Tensor, "batch pos"] | None = None
 
 
 @runtime_checkable
@@ -81,6 +93,9 @@ class LoopedModel(Protocol):
         n_loops: int | None = None,
         stop: StoppingRule | None = None,
         attention_mask: Tensor | None = None,
+        *,
+        rows: Tensor | None = None,
+        on_loop: OnLoop | None = None,
     ) -> LoopOutput:
         """Forward with a fixed number of loops or with a stopping rule."""
         ...
@@ -91,8 +106,8 @@ class LoopedModel(Protocol):
         """The states of one trajectory."""
         ...
 
-    def readout(self, state: Tensor, context: Context) -> Tensor:
-        """Logits from a state."""
+    def readout(self, state: Tensor, context: Context, *, rows: Tensor | None = None) -> Tensor:
+        """Logits from a state, at the positions `rows` or at all."""
         ...
 
 
@@ -150,35 +165,31 @@ class LoopMDM(nn.Module):
         stop: StoppingRule | None = None,
         attention_mask: Tensor | None = None,
         taps: TapSource = no_taps,
+        *,
+        rows: Bool[Tensor, "batch pos"] | None = None,
+        on_loop: OnLoop | None = None,
     ) -> LoopOutput:
-        """Forward with a fixed number of loops or with a stopping rule."""
+        """Forward with a fixed number of loops or with a stopping rule.
+
+        With `rows` logits are computed at those positions only and come packed, [row, d_vocab], in
+        reading order. `on_loop` is called with a `LoopView` after every loop.
+        """
         rule = as_rule(n_loops, stop, self.cfg.max_loops)
         context = self.context(tokens, attention_mask)
         x = self.prelude(tokens, context, taps)
-        x, loops_used, criterion = self._iterate(x, context, rule, taps)
-        return LoopOutput(self.readout(x, context, taps), loops_used, criterion)
+        done = iterate(self, x, context, rule, taps, on_loop)
+        if done.after_coda is not None and taps is no_taps:  # the rule has been there already
+            logits = self.unembedding(done.after_coda, rows=rows)
+        else:
+            logits = self.readout(done.state, context, taps, rows=rows)
+        cost = done.flops + self._ends_flops(tokens, rows, coda=done.after_coda is None)
+        return LoopOutput(logits, done.loops_used, done.criterion, cost, done.token_loops)
 
-    def _iterate(
-        self, x: Tensor, context: Context, rule: StoppingRule, taps: TapSource
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        batch = x.shape[0]
-        loops_used = torch.full((batch,), rule.max_loops, device=x.device)
-        criterion = torch.full((rule.max_loops, batch), float("nan"), device=x.device)
-        running, final = torch.arange(batch, device=x.device), x
-        for loop in range(rule.max_loops):
-            previous, x = x, self.loop(x, context, loop, taps)
-            value = rule.criterion(LoopView(loop, x, previous, context.masked, context.real))
-            if value is None:
-                continue
-            criterion[loop, running] = value
-            stopped = rule.stops(loop, value)
-            if loop + 1 < rule.max_loops and stopped.any():
-                final = final.index_copy(0, running[stopped], x[stopped])
-                loops_used[running[stopped]] = loop + 1
-                running, x, context = running[~stopped], x[~stopped], context.rows(~stopped)
-                if not len(running):
-                    return final, loops_used, criterion
-        return (x if len(running) == batch else final.index_copy(0, running, x)), loops_used, criterion
+    def _ends_flops(self, tokens: Tensor, rows: Tensor | None, coda: bool) -> Tensor | int:
+        cfg, length = self.cfg, tokens.shape[1]
+        layers = cfg.n_prelude_layers + (cfg.n_coda_layers if coda else 0)
+        drawn = length if rows is None else rows.sum(-1)
+        return layers * flops.layer_flops(cfg, length) + flops.unembedding_flops(cfg, drawn)
 
     def context(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Context:
         """Check the input and build what all layers share."""
@@ -207,17 +218,28 @@ class LoopMDM(nn.Module):
         x = self._layers("loop", tap("hook_in", x), context, taps, prefix)
         return tap("hook_out", x)
 
-    def readout(self, state: Tensor, context: Context, taps: TapSource = no_taps) -> Tensor:
-        """Coda, final norm, unembedding: logits [batch, pos, d_vocab] from a loop's output."""
-        x = self._layers("coda", state, context, taps, "")
-        return self.unembedding(x, taps)
+    def coda(self, state: Tensor, context: Context, taps: TapSource = no_taps) -> Tensor:
+        """Run the coda layers on a loop's output, [batch, pos, d_model]."""
+        return self._layers("coda", state, context, taps, "")
 
-    def unembedding(self, x: Tensor, taps: TapSource = no_taps) -> Tensor:
-        """Final norm and unembedding of states [..., d_model]; [MASK] gets -inf."""
+    def readout(
+        self, state: Tensor, context: Context, taps: TapSource = no_taps, *, rows: Tensor | None = None
+    ) -> Tensor:
+        """Coda, final norm, unembedding: logits [batch, pos, d_vocab] from a loop's output.
+
+        With `rows` [batch, pos] only those positions are unembedded: [row, d_vocab].
+        """
+        return self.unembedding(self.coda(state, context, taps), taps, rows)
+
+    def unembedding(self, x: Tensor, taps: TapSource = no_taps, rows: Tensor | None = None) -> Tensor:
+        """Final norm and unembedding of states [..., d_model], or of `rows` of them; [MASK] gets -inf."""
         tap = taps("")
+        late = rows is not None and tap is not NO_TAP  # who listens sees all positions
+        x = x if rows is None or late else x[rows]
         logits = self.unembed(self.ln_final(x, tap))
         logits[..., self.cfg.mask_token_id] = float("-inf")
-        return tap("hook_logits", logits)
+        logits = tap("hook_logits", logits)
+        return logits[rows] if late else logits
 
     def states(
         self, tokens: Tensor, n_loops: int, attention_mask: Tensor | None = None, taps: TapSource = no_taps
@@ -231,8 +253,15 @@ class LoopMDM(nn.Module):
 
     def _layers(self, segment: str, x: Tensor, context: Context, taps: TapSource, prefix: str) -> Tensor:
         blocks, allowed = list(self.blocks), context.allowed[segment]
+        held = context.held if segment == "loop" else None
         for layer in self.cfg.layers(segment):
-            x = blocks[layer](x, context.rotary, allowed, taps(f"{prefix}blocks.{layer}."))
+            tap = taps(f"{prefix}blocks.{layer}.")
+            if held is None:
+                x = blocks[layer](x, context.rotary, allowed, tap)
+            elif tap is NO_TAP:
+                x = blocks[layer].skip(x, context.rotary, allowed, held)
+            else:  # listeners see every position
+                x = torch.where(held[..., None], x, blocks[layer](x, context.rotary, allowed, tap))
         return x
 
     # --- input checks ---

@@ -1,0 +1,177 @@
+"""Whoever stops is what a fixed run of as many loops gives; nothing depends on who else is in the batch."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from loopmdm_model.flops import forward_flops
+from loopmdm_model.stopping import (
+    ArgmaxStable,
+    EntropyDelta,
+    KLDelta,
+    NoiseSchedule,
+    SecondDifference,
+    StateDelta,
+)
+from loopmdm_model.taps import explicit_taps
+from tests.conftest import toy_model
+
+RULES = [
+    (StateDelta, {}),
+    (StateDelta, {"positions": "masked"}),
+    (StateDelta, {"patience": 2, "min_loops": 3}),
+    (SecondDifference, {}),
+    (KLDelta, {}),
+    (KLDelta, {"lens": "direct"}),
+    (EntropyDelta, {"positions": "all"}),
+    (ArgmaxStable, {"patience": 1}),
+    (ArgmaxStable, {"patience": 2, "lens": "direct"}),
+]
+MOST = 6
+
+
+def same(left, right):
+    torch.testing.assert_close(left, right, atol=2e-5, rtol=1e-4, equal_nan=True)
+
+
+def between(criterion: torch.Tensor) -> float:
+    """A threshold in the widest gap between the middle values: far from every criterion."""
+    values = criterion[criterion.isfinite()].unique()
+    if len(values) < 3:
+        return 1e-6
+    middle = values[len(values) // 4 : 3 * len(values) // 4 + 2]
+    gap = int(middle.diff().argmax())
+    return float(middle[gap] + middle[gap + 1]) / 2
+
+
+@pytest.mark.parametrize(("kind", "arguments"), RULES)
+def test_replay_stops_where_the_rule_stops_and_logits_are_those_of_fixed_runs(model, batch, kind, arguments):
+    record = model.run(batch.tokens, stop=kind(0.0, max_loops=MOST, **arguments))
+    assert record.loops_used.tolist() == [MOST] * 4
+    same(record.logits, model(batch.tokens, n_loops=MOST))
+    rule = kind(between(record.criterion), max_loops=MOST, **arguments)
+    run = model.run(batch.tokens, stop=rule)
+    assert run.loops_used.tolist() == rule.replay(record.criterion).tolist()
+    assert run.loops_used.min() < MOST  # somebody stops
+    for row, used in enumerate(run.loops_used.tolist()):
+        same(run.logits[row : row + 1], model(batch.tokens[row : row + 1], n_loops=used))
+        same(run.criterion[:used, row], record.criterion[:used, row])
+        assert run.criterion[used:, row].isnan().all()
+
+
+@pytest.mark.parametrize(("kind", "arguments"), RULES)
+@pytest.mark.parametrize("scope", ["sequence", "token"])
+def test_infinite_threshold_gives_the_minimum(model, batch, kind, arguments, scope):
+    rule = kind(float("inf"), max_loops=MOST, scope=scope, **arguments)
+    first = 2 if kind is SecondDifference else 1  # loop at which the criterion first exists
+    least = max(rule.min_loops, first + rule.patience)
+    run = model.run(batch.tokens, stop=rule)
+    assert run.loops_used.tolist() == [least] * 4
+    if scope == "token":
+        assert (run.token_loops == least).all()
+
+
+@pytest.mark.parametrize(("kind", "arguments"), RULES)
+def test_token_scope_with_threshold_zero_is_the_full_run(model, batch, kind, arguments):
+    run = model.run(batch.tokens, stop=kind(0.0, max_loops=MOST, scope="token", **arguments))
+    same(run.logits, model(batch.tokens, n_loops=MOST))
+    assert (run.token_loops == MOST).all()
+
+
+@pytest.mark.parametrize("changes", [{}, {"forbid_mask_to_mask": ("loop",)}, {"attn_bias": True}])
+@pytest.mark.parametrize(("kind", "arguments"), RULES)
+def test_held_tokens_skip_the_looped_layers(batch, kind, arguments, changes):
+    """The cheap path against a twin that runs every token through every layer and puts held ones back."""
+    model = toy_model(**changes)
+    record = model.run(batch.tokens, stop=kind(0.0, max_loops=MOST, scope="token", **arguments))
+    rule = kind(between(record.criterion), max_loops=MOST, scope="token", **arguments)
+    run = model.run(batch.tokens, stop=rule)
+    assert run.token_loops.min() < MOST
+    context = model.context(batch.tokens)
+    x = model.prelude(batch.tokens, context)
+    for loop in range(MOST):
+        moving = (run.token_loops > loop)[..., None]
+        for layer in model.cfg.layers("loop"):
+            new = model.blocks[layer](x, context.rotary, context.allowed["loop"])
+            x = torch.where(moving, new, x)
+    same(run.logits, model.readout(x, context))
+    slow = model.run(batch.tokens, stop=rule, taps=explicit_taps)  # the path for listeners
+    assert torch.equal(slow.token_loops, run.token_loops)
+    same(slow.logits, run.logits)
+
+
+@pytest.mark.parametrize(("kind", "arguments"), RULES)
+@pytest.mark.parametrize("scope", ["sequence", "token"])
+def test_a_sequence_alone_is_the_sequence_in_a_batch(model, batch, kind, arguments, scope):
+    record = model.run(batch.tokens, stop=kind(0.0, max_loops=MOST, scope=scope, **arguments))
+    rule = kind(between(record.criterion), max_loops=MOST, scope=scope, **arguments)
+    together = model.run(batch.tokens, stop=rule)
+    for row in range(4):
+        alone = model.run(batch.tokens[row : row + 1], stop=rule)
+        assert alone.loops_used == together.loops_used[row]
+        assert alone.flops == together.flops[row]
+        same(alone.logits[0], together.logits[row])
+
+
+def test_noise_schedule_runs_what_it_planned(model, clean):
+    tokens = clean.clone()
+    for row, count in enumerate((1, 4, 6, 10)):
+        tokens[row, :count] = 22
+    run = model.run(tokens, stop=NoiseSchedule(loops=(1, 2, 5)))
+    assert run.loops_used.tolist() == [1, 2, 2, 5]
+    assert NoiseSchedule(loops=(1, 2, 5)).replay(run.criterion.nan_to_num(-1.0)).tolist() == [1, 2, 2, 5]
+
+
+def test_rows_choose_where_logits_are_computed(model, hooked, batch):
+    full = model(batch.tokens, n_loops=2)
+    for runner in (model, hooked):
+        same(runner.run(batch.tokens, n_loops=2, rows=batch.masked).logits, full[batch.masked])
+    seen = []
+    hook = ("hook_logits", lambda value, hook: seen.append(value.shape))  # noqa: ARG005
+    with hooked.hooks(fwd_hooks=[hook]):
+        same(hooked.run(batch.tokens, n_loops=2, rows=batch.masked).logits, full[batch.masked])
+    assert seen == [full.shape]
+
+
+def test_flops_are_those_torch_counts(model, batch):
+    cfg, tokens = model.cfg, batch.tokens[:1]
+
+    def counted(**arguments) -> float:
+        with FlopCounterMode(display=False) as counter:
+            model.run(tokens, taps=explicit_taps, **arguments)
+        return counter.get_total_flops()
+
+    fixed = model.run(tokens, n_loops=3)
+    assert float(fixed.flops) == forward_flops(cfg, 10, 3) == counted(n_loops=3)
+    few = model.run(tokens, n_loops=3, rows=batch.masked[:1])
+    assert float(few.flops) == float(fixed.flops) - 5 * 2 * cfg.d_model * cfg.d_vocab
+    direct = KLDelta(0.0, max_loops=3, lens="direct")
+    assert float(model.run(tokens, stop=direct).flops) == counted(stop=direct)
+    through = KLDelta(0.0, max_loops=3)
+    with FlopCounterMode(display=False) as counter:  # no listener: the last reading is the read-out
+        model.run(tokens, stop=through)
+    applications = cfg.n_prelude_layers + 3 * cfg.n_loop_layers + 3 * cfg.n_coda_layers
+    fused = applications * 4 * 10 * 10 * cfg.n_heads * cfg.d_head  # attention that torch does not count
+    assert float(model.run(tokens, stop=through).flops) == counter.get_total_flops() + fused
+
+
+def test_held_tokens_cost_keys_and_values_only(model, batch):
+    record = model.run(batch.tokens, stop=StateDelta(0.0, max_loops=MOST, scope="token"))
+    rule = StateDelta(between(record.criterion), max_loops=MOST, scope="token")
+    run = model.run(batch.tokens[:1], stop=rule)
+    with FlopCounterMode(display=False) as counter:
+        model.run(batch.tokens[:1], stop=rule)
+    d, n = 16, 10
+    moving = int(run.token_loops.sum()) * model.cfg.n_loop_layers
+    attention = (moving + 2 * n) * 4 * n * d  # fused: not counted by torch
+    assert float(run.flops) == counter.get_total_flops() + attention
+
+
+def test_on_loop_sees_every_loop_of_who_still_runs(model, batch):
+    seen = []
+    record = model.run(batch.tokens, stop=StateDelta(0.0, max_loops=MOST))
+    rule = StateDelta(between(record.criterion), max_loops=MOST)
+    run = model.run(batch.tokens, stop=rule, on_loop=lambda view: seen.append((view.loop, view.running.tolist())))
+    for loop, rows in seen:
+        assert rows == (run.loops_used > loop).nonzero().flatten().tolist()
+    assert len(seen) == run.loops_used.max()
