@@ -1,4 +1,4 @@
-"""The NELBO of a masked diffusion model, in its exact-count form.
+"""The NELBO of a masked diffusion model, by its exact-count form.
 
     NELBO = E over l ~ Uniform{1..L} and a random set of l masked positions of
             (L / l) * (sum of cross-entropies at the masked positions)
@@ -6,9 +6,15 @@
 with L the sequence's own number of maskable positions. It equals the continuous-time NELBO with
 weight 1/t (Sahoo et al. 2024, "MDLM"; Ou et al. 2024) without its singularity at t = 0. Divided by
 L it is in nats per maskable token: the mean cross-entropy over the masked positions.
+
+Padding is neither masked, scored nor attended to. An end-of-text token is a token like any other:
+where a corpus holds it, it is scored.
 """
 
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -16,21 +22,25 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from loopmdm_model import stats
+from loopmdm_model import flops, stats
+from loopmdm_model.data.windows import sliding_windows
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.masking import MaskedBatch, check_maskable, hide, pick_positions
 from loopmdm_model.model import LoopedModel
 from loopmdm_model.randomness import row_uniforms, step_generator
 from loopmdm_model.stopping import StoppingRule, as_rule
 
+Estimator = Literal["exact-count", "stratified-t", "independent-t"]
+LEAST_T = 1e-3
+
 
 @dataclass(frozen=True)
 class NelboResult:
     """NELBO in nats per maskable token; `per_sequence` [batch] is NaN where nothing is maskable.
 
-    `mean` weights sequences by their maskable tokens (perplexity = exp(mean)); `standard_error` is
-    over sequences, or over documents where they share one. `n` counts sequences, `mean_loops` the
-    loops run on average.
+    `mean` weights sequences by their maskable tokens (`lengths` [batch]); `standard_error` is over
+    sequences, or over documents where they share one. `n` counts sequences, `mean_loops` the loops run
+    on average, `flops` all that the forwards cost.
     """
 
     mean: float
@@ -38,6 +48,17 @@ class NelboResult:
     per_sequence: Float[Tensor, " batch"]
     n: int
     mean_loops: float
+    lengths: Int[Tensor, " batch"]
+    flops: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(mean): per token, as the mean runs over tokens."""
+        return math.exp(self.mean)
+
+    def bits_per_byte(self, bytes_per_token: float) -> float:
+        """Bits per byte of text whose tokens hold `bytes_per_token` bytes on average."""
+        return self.mean / math.log(2) / bytes_per_token
 
 
 def draw_counts(
@@ -72,11 +93,51 @@ def draw_masks(
     return hide(tokens, pick_positions(uniforms, maskable, counts), mask_token_id, maskable, attention_mask)
 
 
+def draw_times(n: int, seed: int, draw: int, stratified: bool = True) -> Float[Tensor, " batch"]:
+    """Diffusion times in [LEAST_T, 1], one a sequence: independent, or one in each of n strata."""
+    times = row_uniforms(seed, "counts", n, 1, step=draw)[:, 0]
+    if stratified:
+        times = (times + torch.from_numpy(step_generator(seed, "order", draw).permutation(n))) / n
+    return LEAST_T + (1 - LEAST_T) * times
+
+
+def _draw(
+    estimator: Estimator,
+    tokens: Tensor,
+    mask_token_id: int,
+    maskable: Tensor,
+    seed: int,
+    draw: int,
+    n_draws: int,
+    attention_mask: Tensor | None,
+) -> tuple[MaskedBatch, Float[Tensor, " batch"]]:
+    """Masks, and the weight that turns a sequence's sum of cross-entropies into nats per token."""
+    lengths = maskable.sum(-1)
+    if estimator == "exact-count":
+        batch = draw_masks(tokens, mask_token_id, maskable, seed, draw, n_draws, attention_mask)
+        return batch, 1 / batch.masked.sum(-1).double()
+    times = draw_times(len(tokens), seed, draw, estimator == "stratified-t").to(tokens.device)
+    uniforms = row_uniforms(seed, "positions", *tokens.shape, step=draw).to(tokens.device)
+    masked = (uniforms < times[:, None]) & maskable
+    return hide(tokens, masked, mask_token_id, maskable, attention_mask), 1 / (times * lengths)
+
+
 def masked_cross_entropy(logits: Tensor, batch: MaskedBatch) -> Float[Tensor, " batch"]:
     """Mean cross-entropy over the masked positions of each sequence, float32; NaN where none is."""
     losses = F.cross_entropy(logits.float().flatten(0, 1), batch.clean.flatten().long(), reduction="none")
     losses = losses.view(batch.clean.shape).masked_fill(~batch.masked, 0.0)
     return losses.sum(-1) / batch.masked.sum(-1)
+
+
+def row_cross_entropy(logits: Float[Tensor, "row d_vocab"], batch: MaskedBatch) -> Float[Tensor, " row"]:
+    """Cross-entropies at the masked positions of a batch, in reading order, float64."""
+    return F.cross_entropy(logits.float(), batch.clean[batch.masked].long(), reduction="none").double()
+
+
+def row_sums(values: Float[Tensor, "*loop row"], batch: MaskedBatch) -> Float[Tensor, "*loop batch"]:
+    """Sums of such values over each sequence."""
+    owner = batch.masked.nonzero()[:, 0]
+    return values.new_zeros(*values.shape[:-1], len(batch)).index_add(-1, owner, values)
 
 
 @torch.no_grad()
@@ -91,6 +152,7 @@ def nelbo(
     seed: int = 0,
     batch_size: int = 64,
     clusters: np.ndarray | None = None,
+    estimator: Estimator = "exact-count",
 ) -> NelboResult:
     """Estimate the NELBO of clean `tokens` with `n_samples` masks a sequence.
 
@@ -98,20 +160,55 @@ def nelbo(
     may be a LoopMDM or a HookedLoopMDM. The same seed gives the same masks, so two models or two
     settings are compared on paired draws. `clusters` [batch] names the document of each sequence where
     several share one; the error is then over documents. Only as many sequences as `batch_size` run at a time.
+
+    `estimator` "stratified-t" and "independent-t" draw a time t in [1e-3, 1], mask each position with
+    probability t and weigh by 1 / t, as usual elsewhere: for comparison, as they scatter more.
     """
-    check_count("n_samples", n_samples)
     check_count("batch_size", batch_size)
     as_rule(n_loops, stop, model.cfg.max_loops)
     tokens, allowed = _check_clean(model, tokens, maskable, attention_mask)
-    total, loops = torch.zeros(len(tokens), dtype=torch.float64), 0.0
-    for draw in range(n_samples):
-        batch = draw_masks(tokens, model.cfg.mask_token_id, allowed, seed, draw, n_samples, attention_mask)
+    total, loops, cost = torch.zeros(len(tokens), dtype=torch.float64), 0.0, 0.0
+    for batch, weight in _draws(estimator, model, tokens, allowed, seed, n_samples, attention_mask):
+        for start in range(0, len(tokens), batch_size):
+            span = slice(start, start + batch_size)
+            part = batch.rows(span)
+            run = model.run(
+                part.tokens, n_loops=n_loops, stop=stop, attention_mask=part.attention_mask, rows=part.masked
+            )
+            total[span] += (row_sums(row_cross_entropy(run.logits, part), part) * weight[span]).cpu()
+            loops += run.loops_used.sum().item()
+            cost += run.flops.sum().item()
+    mean_loops = loops / (n_samples * len(tokens))
+    return summarise(total / n_samples, allowed.sum(-1).cpu(), mean_loops, clusters, cost)
+
+
+def loop_losses(
+    model: LoopedModel,
+    tokens: Int[Tensor, "batch pos"],
+    n_loops: int,
+    n_samples: int = 8,
+    maskable: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> Iterator[tuple[slice, MaskedBatch, Float[Tensor, "loop row"]]]:
+    """Cross-entropies at the masked positions after every loop, off one trajectory a batch.
+
+    Yields the span of sequences, their masks, and the losses in reading order; each draw visits all
+    sequences. The draws are those of `nelbo`.
+    """
+    check_count("n_loops", n_loops)
+    check_count("batch_size", batch_size)
+    tokens, allowed = _check_clean(model, tokens, maskable, attention_mask)
+    for batch, _ in _draws("exact-count", model, tokens, allowed, seed, n_samples, attention_mask):
         for start in range(0, len(tokens), batch_size):
             part = batch.rows(slice(start, start + batch_size))
-            run = model.run(part.tokens, n_loops=n_loops, stop=stop, attention_mask=part.attention_mask)
-            total[start : start + batch_size] += masked_cross_entropy(run.logits, part).cpu()
-            loops += run.loops_used.sum().item()
-    return summarise(total / n_samples, allowed.sum(-1).cpu(), loops / (n_samples * len(tokens)), clusters)
+            trajectory = model.states(part.tokens, n_loops, part.attention_mask)
+            losses = [
+                row_cross_entropy(model.readout(state, context, rows=part.masked), part)
+                for state, context in trajectory
+            ]
+            yield slice(start, start + batch_size), part, torch.stack(losses)
 
 
 @torch.no_grad()
@@ -121,23 +218,96 @@ def nelbo_by_loop(
     n_loops: int,
     n_samples: int = 8,
     maskable: Tensor | None = None,
+    attention_mask: Tensor | None = None,
     seed: int = 0,
     batch_size: int = 64,
     clusters: np.ndarray | None = None,
 ) -> list[NelboResult]:
-    """NELBO at every S = 1..n_loops off one trajectory: entry S - 1 equals `nelbo(.., n_loops=S)`."""
-    check_count("n_samples", n_samples)
-    tokens, allowed = _check_clean(model, tokens, maskable, None)
-    total = torch.zeros(n_loops, len(tokens), dtype=torch.float64)
-    for draw in range(n_samples):
-        batch = draw_masks(tokens, model.cfg.mask_token_id, allowed, seed, draw, n_samples)
-        for start in range(0, len(tokens), batch_size):
-            part = batch.rows(slice(start, start + batch_size))
-            for loop, (state, context) in enumerate(model.states(part.tokens, n_loops)):
-                losses = masked_cross_entropy(model.readout(state, context), part)
-                total[loop, start : start + batch_size] += losses.cpu()
-    lengths = allowed.sum(-1).cpu()
-    return [summarise(row / n_samples, lengths, loop + 1.0, clusters) for loop, row in enumerate(total)]
+    """NELBO at every S = 1..n_loops off one trajectory: entry S - 1 equals `nelbo(.., n_loops=S)`.
+
+    Its `flops` is what a run of S loops alone would cost.
+    """
+    total = torch.zeros(check_count("n_loops", n_loops), len(tokens), dtype=torch.float64)
+    rows = 0
+    for span, part, losses in loop_losses(
+        model, tokens, n_loops, n_samples, maskable, attention_mask, seed, batch_size
+    ):
+        total[:, span] += (row_sums(losses, part) / part.masked.sum(-1)).cpu()
+        rows += losses.shape[1]
+    lengths = check_maskable(tokens, maskable, attention_mask).sum(-1).cpu()
+    cfg, forwards = model.cfg, n_samples * len(tokens)
+    unembedding = flops.unembedding_flops(cfg, rows - forwards * tokens.shape[1])
+    cost = [flops.forward_flops(cfg, tokens.shape[1], s, forwards) + unembedding for s in range(1, n_loops + 1)]
+    return [
+        summarise(row / n_samples, lengths, loop + 1.0, clusters, cost[loop]) for loop, row in enumerate(total)
+    ]
+
+
+def continuation_nelbo(
+    model: LoopedModel,
+    prompts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    n_loops: int | None = None,
+    stop: StoppingRule | None = None,
+    n_samples: int = 8,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> NelboResult:
+    """NELBO of each continuation given its prompt (token ids); the log-likelihood is -per_sequence * lengths."""
+    if len(prompts) != len(continuations) or not continuations:
+        raise UsageError(f"give one prompt a continuation, got {len(prompts)} and {len(continuations)}")
+    if not all(len(continuation) for continuation in continuations):
+        raise UsageError("a continuation is empty; give at least one token to predict")
+    length = max(len(p) + len(c) for p, c in zip(prompts, continuations, strict=True))
+    tokens = torch.zeros(len(prompts), length, dtype=torch.long)
+    real, maskable = torch.zeros_like(tokens, dtype=torch.bool), torch.zeros_like(tokens, dtype=torch.bool)
+    for row, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
+        ids = [*prompt, *continuation]
+        tokens[row, : len(ids)] = torch.tensor(ids)
+        real[row, : len(ids)] = True
+        maskable[row, len(prompt) : len(ids)] = True
+    return nelbo(
+        model, tokens, n_loops, stop, n_samples, maskable, attention_mask=real, seed=seed, batch_size=batch_size
+    )
+
+
+def corpus_nelbo(
+    model: LoopedModel,
+    documents: Sequence[Sequence[int]],
+    stride: int | None = None,
+    n_loops: int | None = None,
+    stop: StoppingRule | None = None,
+    n_samples: int = 2,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> NelboResult:
+    """NELBO of whole documents (token ids) in windows of n_ctx; `.perplexity` is the corpus perplexity.
+
+    Windows advance by `stride` (default n_ctx: disjoint); what an earlier window scored is clean context
+    for the next, so every token is scored exactly once. The error is over documents.
+    """
+    windows = sliding_windows(documents, model.cfg.n_ctx, model.cfg.n_ctx if stride is None else stride)
+    return nelbo(
+        model, windows.tokens, n_loops, stop, n_samples, windows.scored, windows.real, seed, batch_size,
+        windows.owners,
+    )  # fmt: skip
+
+
+def _draws(
+    estimator: Estimator,
+    model: LoopedModel,
+    tokens: Tensor,
+    allowed: Tensor,
+    seed: int,
+    n_samples: int,
+    attention_mask: Tensor | None,
+) -> Iterator[tuple[MaskedBatch, Tensor]]:
+    if estimator not in get_args(Estimator):
+        raise UsageError(f"estimator must be one of {', '.join(get_args(Estimator))}, got {estimator!r}")
+    for draw in range(check_count("n_samples", n_samples)):
+        yield _draw(
+            estimator, tokens, model.cfg.mask_token_id, allowed, seed, draw, n_samples, attention_mask
+        )
 
 
 def _check_clean(
@@ -151,15 +321,15 @@ def _check_clean(
 
 
 def summarise(
-    per_sequence: Tensor, lengths: Tensor, mean_loops: float, clusters: np.ndarray | None = None
+    per_sequence: Tensor, lengths: Tensor, mean_loops: float, clusters: np.ndarray | None, cost: float
 ) -> NelboResult:
     """Token-weighted mean with the ratio estimator's standard error over sequences or clusters."""
     values, weights = per_sequence.numpy(), lengths.double().numpy()
     known = weights > 0
     n = int(known.sum())
     if not n:
-        return NelboResult(float("nan"), float("nan"), per_sequence, 0, mean_loops)
+        return NelboResult(float("nan"), float("nan"), per_sequence, 0, mean_loops, lengths, cost)
     mean = float((values[known] * weights[known]).sum() / weights.sum())
     influence = np.where(known, (values - mean) * weights / weights[known].mean(), np.nan)
     error = float(stats.influence_error(influence, clusters))
-    return NelboResult(mean, error, per_sequence, n, mean_loops)
+    return NelboResult(mean, error, per_sequence, n, mean_loops, lengths, cost)

@@ -7,10 +7,18 @@ import numpy as np
 import pytest
 import torch
 
+from loopmdm_model.data.windows import sliding_windows
 from loopmdm_model.errors import UsageError
-from loopmdm_model.likelihood import draw_counts, masked_cross_entropy, nelbo, nelbo_by_loop
+from loopmdm_model.likelihood import (
+    continuation_nelbo,
+    corpus_nelbo,
+    draw_counts,
+    masked_cross_entropy,
+    nelbo,
+    nelbo_by_loop,
+)
 from loopmdm_model.masking import hide
-from loopmdm_model.stopping import StateDelta
+from loopmdm_model.stopping import KLDelta, StateDelta
 from tests.conftest import toy_model
 
 
@@ -30,7 +38,7 @@ def enumerated_nelbo(model, sequence: torch.Tensor, n_loops: int) -> float:
     return float((losses * weights).sum())
 
 
-@pytest.mark.parametrize("length", [2, 4, 8])
+@pytest.mark.parametrize("length", [2, 4, 8, 12])
 def test_estimate_equals_enumeration(length):
     model = toy_model(seed=length)
     sequence = torch.randint(0, 22, (length,), generator=torch.Generator().manual_seed(length))
@@ -41,6 +49,20 @@ def test_estimate_equals_enumeration(length):
     error = float(values.std() / len(values) ** 0.5)
     assert abs(float(values.mean()) - exact) < 4 * error
     assert error < 0.02 * exact  # tight enough to see a 7% bias
+
+
+@pytest.mark.parametrize("estimator", ["stratified-t", "independent-t"])
+def test_estimators_in_t_agree_with_the_enumeration(estimator):
+    model = toy_model(seed=4)
+    sequence = torch.randint(0, 22, (4,), generator=torch.Generator().manual_seed(4))
+    exact = enumerated_nelbo(model, sequence, 2)
+    clean = sequence.expand(64, -1)
+    values = torch.tensor(
+        [nelbo(model, clean, 2, n_samples=30, seed=s, estimator=estimator).mean for s in range(20)]
+    )
+    error = float(values.std() / len(values) ** 0.5)
+    assert abs(float(values.mean()) - exact) < 4 * error + 2e-3 * exact  # t starts at 1e-3
+    assert error < 0.04 * exact
 
 
 @pytest.mark.parametrize("length", [2, 4, 12])
@@ -88,6 +110,76 @@ def test_padding_changes_no_value(model, clean):
     same(ours.per_sequence, nelbo(model, clean, n_loops=2, n_samples=3).per_sequence)
 
 
+def test_padding_and_end_of_text(model, clean):
+    """What padding holds is no matter; an end-of-text id is scored like any other token."""
+    padded = torch.nn.functional.pad(clean, (0, 4), value=3)
+    mask = torch.nn.functional.pad(torch.ones_like(clean), (0, 4))
+    other = torch.where(mask == 1, padded, 21)
+    ours = nelbo(model, padded, n_loops=2, n_samples=2, attention_mask=mask)
+    same(ours.per_sequence, nelbo(model, other, n_loops=2, n_samples=2, attention_mask=mask).per_sequence)
+    assert ours.lengths.tolist() == [10] * 4
+    assert nelbo(model, padded, n_loops=2, n_samples=2).lengths.tolist() == [14] * 4
+
+
+def test_flops_add_up(model, clean):
+    kept = []
+
+    class Counting:
+        cfg = model.cfg
+
+        def run(self, *arguments, **keywords):
+            kept.append(model.run(*arguments, **keywords))
+            return kept[-1]
+
+    for stop in (None, StateDelta(0.5, max_loops=4), KLDelta(0.05, max_loops=4, scope="token")):
+        kept.clear()
+        r = nelbo(Counting(), clean, stop=stop, n_samples=3, batch_size=3)
+        assert len(kept) == 6 and r.flops == sum(float(run.flops.sum()) for run in kept)
+    by_loop = nelbo_by_loop(model, clean, 3, n_samples=2)
+    assert by_loop[2].flops == nelbo(model, clean, 3, n_samples=2).flops
+
+
+def test_a_continuation_is_scored_given_its_prompt(model, clean):
+    prompts = [clean[0, :4].tolist(), clean[1, :2].tolist()]
+    endings = [clean[0, 4:7].tolist(), clean[1, 2:10].tolist()]
+    r = continuation_nelbo(model, prompts, endings, n_loops=2, n_samples=4)
+    assert r.lengths.tolist() == [3, 8]
+    maskable = torch.zeros(1, 7, dtype=torch.bool)
+    maskable[:, 4:] = True
+    alone = nelbo(model, clean[:1, :7], 2, n_samples=400, maskable=maskable).per_sequence
+    many = continuation_nelbo(model, prompts[:1], endings[:1], n_loops=2, n_samples=400).per_sequence
+    same(alone, many)
+    with pytest.raises(UsageError, match="empty"):
+        continuation_nelbo(model, prompts, [[1], []])
+    with pytest.raises(UsageError, match="n_ctx"):
+        continuation_nelbo(model, [[1] * 16], [[2]])
+
+
+@pytest.mark.parametrize("stride", [1, 3, 5])
+def test_windows_score_every_token_once_with_the_context_before_it(stride):
+    documents = [list(range(12)), [7], list(range(5)), [], list(range(100, 106))]
+    windows = sliding_windows(documents, 5, stride)
+    for owner, ids in enumerate(documents):
+        rows = windows.owners == owner
+        scored = windows.tokens[rows][windows.scored[rows]].tolist()
+        assert scored == ids
+    assert bool((windows.real | ~windows.scored).all())
+    assert int((~windows.real).sum()) == 4  # only the short document is padded
+    with pytest.raises(UsageError, match="stride 6"):
+        sliding_windows(documents, 5, 6)
+
+
+def test_corpus_perplexity_over_disjoint_windows_is_the_nelbo_of_the_blocks(model, clean):
+    blocks = torch.cat([clean, clean.flip(0)], dim=1)[:, :16]
+    r = corpus_nelbo(model, blocks.tolist(), n_loops=2, n_samples=2)
+    plain = nelbo(model, blocks, 2, n_samples=2)
+    same(r.per_sequence, plain.per_sequence)
+    assert r.perplexity == pytest.approx(math.exp(plain.mean))
+    assert r.bits_per_byte(2.0) == pytest.approx(plain.mean / math.log(2) / 2)
+    walking = corpus_nelbo(model, [blocks.flatten().tolist()], stride=4, n_loops=2)
+    assert int(walking.lengths.sum()) == 64 and math.isnan(walking.standard_error)  # one document
+
+
 def test_chunks_change_no_value(model, clean):
     whole = nelbo(model, clean, n_loops=2, n_samples=2)
     parts = nelbo(model, clean, n_loops=2, n_samples=2, batch_size=3)
@@ -112,3 +204,5 @@ def test_misuse_is_refused(model, clean):
         nelbo(model, clean, n_samples=1, clusters=np.zeros(2))
     with pytest.raises(UsageError, match="n_samples"):
         nelbo(model, clean, n_samples=0)
+    with pytest.raises(UsageError, match="estimator"):
+        nelbo(model, clean, estimator="exact")

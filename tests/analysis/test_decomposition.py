@@ -1,0 +1,39 @@
+"""The parts add up to the whole."""
+
+import numpy as np
+import pytest
+import torch
+
+from analysis.decomposition import nelbo_decomposition
+from loopmdm_model.errors import UsageError
+from loopmdm_model.likelihood import nelbo_by_loop
+
+
+@pytest.mark.parametrize(("by", "width"), [("mask_ratio", 5), ("position", 10)])
+def test_parts_average_to_the_nelbo(model, clean, by, width):
+    frame = nelbo_decomposition(model, clean, 3, by=by, n_bins=5, n_samples=25, batch_size=3)
+    whole = nelbo_by_loop(model, clean, 3, n_samples=25)
+    assert len(frame) == 3 * width
+    for n_loops, part in frame.groupby("n_loops"):
+        # 100 stratified counts over 10 values: each bin holds its exact share, though not for each sequence
+        rough = 0.0 if by == "position" else 0.02
+        assert part["nll"].mean() == pytest.approx(whole[n_loops - 1].mean, rel=1e-6 + rough)
+    assert (frame.query("n_loops == 1")["gain"] == 0).all()
+
+
+def test_gain_is_paired(model, clean):
+    frame = nelbo_decomposition(model, clean, 2, n_bins=2, n_samples=20)
+    one, two = frame.query("n_loops == 1"), frame.query("n_loops == 2")
+    np.testing.assert_allclose(two["gain"].to_numpy(), one["nll"].to_numpy() - two["nll"].to_numpy(), atol=1e-9)
+    assert (two["gain_standard_error"] < two["standard_error"] + one["standard_error"].to_numpy()).all()
+    assert (frame["n"] == 4).all()
+
+
+def test_positions_that_are_never_masked_are_nan(model, clean):
+    maskable = torch.ones(10, dtype=torch.bool)
+    maskable[:4] = False
+    frame = nelbo_decomposition(model, clean, 1, by="position", maskable=maskable, n_samples=2)
+    assert frame["nll"].isna().tolist() == [True] * 4 + [False] * 6
+    assert frame["n"].tolist() == [0] * 4 + [4] * 6
+    with pytest.raises(UsageError, match="by must be"):
+        nelbo_decomposition(model, clean, 1, by="time")
