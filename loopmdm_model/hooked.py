@@ -115,9 +115,7 @@ class HookedLoopMDM(TextEntries, LoopHooks):
         tokens, attention_mask = self._inputs(tokens, attention_mask)
         self.grow(as_rule(n_loops, stop, self.cfg.max_loops).max_loops)
         with self._path(attn_path):
-            output = self.model.run(
-                tokens, n_loops, stop, attention_mask, self.taps, rows=rows, on_loop=on_loop
-            )
+            output = self.model.run(tokens, n_loops, stop, attention_mask, self.taps, rows=rows, on_loop=on_loop)
         self._loops_run = int(output.loops_used.max())
         return output
 

@@ -305,9 +305,7 @@ def _draws(
     if estimator not in get_args(Estimator):
         raise UsageError(f"estimator must be one of {', '.join(get_args(Estimator))}, got {estimator!r}")
     for draw in range(check_count("n_samples", n_samples)):
-        yield _draw(
-            estimator, tokens, model.cfg.mask_token_id, allowed, seed, draw, n_samples, attention_mask
-        )
+        yield _draw(estimator, tokens, model.cfg.mask_token_id, allowed, seed, draw, n_samples, attention_mask)
 
 
 def _check_clean(

@@ -11,7 +11,7 @@ n_loops = i + 1.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -252,7 +252,7 @@ class LoopMDM(nn.Module):
             yield x, context
 
     def _layers(self, segment: str, x: Tensor, context: Context, taps: TapSource, prefix: str) -> Tensor:
-        blocks, allowed = list(self.blocks), context.allowed[segment]
+        blocks, allowed = cast(list[Block], list(self.blocks)), context.allowed[segment]
         held = context.held if segment == "loop" else None
         for layer in self.cfg.layers(segment):
             tap = taps(f"{prefix}blocks.{layer}.")

@@ -127,7 +127,7 @@ def test_rows_choose_where_logits_are_computed(model, hooked, batch):
     for runner in (model, hooked):
         same(runner.run(batch.tokens, n_loops=2, rows=batch.masked).logits, full[batch.masked])
     seen = []
-    hook = ("hook_logits", lambda value, hook: seen.append(value.shape))  # noqa: ARG005
+    hook = ("hook_logits", lambda value, hook: seen.append(value.shape))
     with hooked.hooks(fwd_hooks=[hook]):
         same(hooked.run(batch.tokens, n_loops=2, rows=batch.masked).logits, full[batch.masked])
     assert seen == [full.shape]

@@ -1,0 +1,357 @@
+"""Sampling: which positions (`orders.py`), how many loops (`stopping.py`), which tokens (here).
+
+Reveal-first: a step first chooses the positions it will fill, then unembeds and draws only there. For the
+random order this has the law of the joint draw of token-or-[MASK], without its logits at every position
+and without the float32 Gumbel noise that truncates small reveal rates. A sequence of which nothing is
+revealed at a step needs no forward there: the next one would see the same ids.
+
+All randomness is a function of (seed, sequence, step, position): a sequence has the same tokens alone
+(with `first_index`) and in any batch.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from loopmdm_model.errors import UsageError, check_count
+from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.model import LoopedModel
+from loopmdm_model.orders import Order, StepView, as_order
+from loopmdm_model.randomness import row_uniforms
+from loopmdm_model.stopping import LoopView, StoppingRule, as_rule
+
+
+@dataclass(frozen=True)
+class SampleLoop:
+    """What a callback sees after every loop of every step.
+
+    `sequences` [batch] numbers (from `first_index`) the sequences still running, `tokens` [batch, pos] are
+    their ids before the step, `view` is the loop as a stopping rule sees it.
+    """
+
+    step: int
+    sequences: Int[Tensor, " batch"]
+    tokens: Int[Tensor, "batch pos"]
+    view: LoopView
+
+
+Callback = Callable[[SampleLoop], None]
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """Finished sequences and how they came about.
+
+    `tokens` [n, pos]; `start` [n, pos] with [MASK] where something was to be filled; `events` [event, 4]:
+    every change of an id as (step, sequence, position, id); `loops_used` and `step_flops` [step, n], 0
+    where a sequence needed no forward; `times` [step + 1, n], NaN for orders without a diffusion time.
+    """
+
+    tokens: Int[Tensor, "n pos"]
+    start: Int[Tensor, "n pos"]
+    events: Int[Tensor, "event 4"]
+    loops_used: Int[Tensor, "step n"]
+    step_flops: Float[Tensor, "step n"]
+    times: Float[Tensor, "time n"]
+
+    @property
+    def history(self) -> Int[Tensor, "time n pos"]:
+        """The ids before the first step and after every step, [step + 1, n, pos]."""
+        history = self.start.expand(len(self.loops_used) + 1, -1, -1).clone()
+        for step in range(len(self.loops_used)):
+            _, row, position, token = self.events[self.events[:, 0] == step].T
+            history[step + 1 :, row, position] = token
+        return history
+
+    @property
+    def forwards(self) -> int:
+        """Forwards run, counted by sequence."""
+        return int((self.loops_used > 0).sum())
+
+    @property
+    def skipped(self) -> int:
+        """Forwards that a sampler with one forward a step would have run beside these."""
+        return self.loops_used.numel() - self.forwards
+
+    @property
+    def flops(self) -> float:
+        """All forward FLOPs."""
+        return float(self.step_flops.sum())
+
+
+@torch.no_grad()
+def sample(
+    model: LoopedModel,
+    n: int | None = None,
+    length: int | None = None,
+    steps: int = 64,
+    n_loops: int | None = None,
+    stop: StoppingRule | None = None,
+    order: str | Sequence[int] | Order = "random",
+    prompt: Any = None,
+    clues: Any = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    first_index: int = 0,
+    callback: Callback | Sequence[Callback] | None = None,
+    batch_size: int = 32,
+    progress: bool = False,
+    partial: bool = False,
+) -> SampleResult:
+    """Fill `n` sequences of `length` tokens (default n_ctx) in `steps` denoising steps.
+
+    `prompt` is a text (a HookedLoopMDM has the tokenizer), ids, or one of these for each sequence;
+    `clues` stay where they are: {position: id}, ids [pos] or [n, pos] with -1 where free, or a
+    MaskedBatch, whose clean positions are the clues. `n` defaults to what they hold, else 1. `order` is
+    a name of `orders.ORDERS`, "blocks:SIZE", a permutation or an Order. `temperature` 0 takes the best
+    token; `top_p` keeps the smallest set of tokens with at least that probability.
+
+    Sequences run in batches of `batch_size`. With `partial` an interruption (Ctrl-C) returns the batches
+    that are finished. `callback` sees every (step, loop); what it reads costs no counted FLOPs.
+    """
+    as_rule(n_loops, stop, model.cfg.max_loops)
+    for name, value in (("steps", steps), ("batch_size", batch_size)):
+        check_count(name, value)
+    check_count("first_index", first_index, least=0)
+    _check_drawing(temperature, top_p)
+    start, free = starting_ids(model, n, length, prompt, clues)
+    plan = as_order(order, start.shape[1])
+    most = int(free.sum(-1).max())
+    sampler = _Sampler(
+        model, plan, plan.n_steps(steps, most) if most else 0, n_loops, stop, temperature, top_p, seed,
+        [] if callback is None else [callback] if callable(callback) else list(callback),
+    )  # fmt: skip
+    parts: list[SampleResult] = []
+    bar = tqdm(total=len(start) * sampler.steps, disable=not progress, unit="step", leave=False)
+    try:
+        for first in range(0, len(start), batch_size):
+            span = slice(first, first + batch_size)
+            parts.append(sampler.run(start[span], free[span], first_index + first, bar))
+    except KeyboardInterrupt:
+        if not partial:
+            raise
+    finally:
+        bar.close()
+    return _join(parts, start)
+
+
+@dataclass(frozen=True)
+class _Sampler:
+    model: LoopedModel
+    order: Order
+    steps: int
+    n_loops: int | None
+    stop: StoppingRule | None
+    temperature: float
+    top_p: float
+    seed: int
+    callbacks: list[Callback]
+
+    def run(self, start: Tensor, free: Tensor, first_index: int, bar: tqdm) -> SampleResult:
+        tokens, mask_id = start.clone(), self.model.cfg.mask_token_id
+        n, device = len(start), start.device
+        time = torch.ones(n, dtype=torch.float64, device=device)
+        confidence = torch.ones(start.shape, dtype=torch.float64, device=device)
+        loops = torch.zeros(self.steps, n, dtype=torch.long, device=device)
+        cost = torch.zeros(self.steps, n, dtype=torch.float64, device=device)
+        events, times = [torch.zeros(0, 4, dtype=torch.long, device=device)], [time]
+        for step in range(self.steps):
+
+            def uniforms(stream: str, step: int = step) -> Tensor:
+                at = 0 if stream == "blocks" else step  # the order of blocks is drawn once
+                return row_uniforms(self.seed, stream, n, start.shape[1], first_index, at).to(device)
+
+            at, of = torch.full_like(loops[0], step), torch.full_like(loops[0], self.steps)
+            view = StepView(at, of, tokens == mask_id, free, time, confidence, uniforms)
+            hidden = self.order.remask(view)
+            chosen, drawn, sure = self._reveal(view, step, tokens, first_index, loops[step], cost[step])
+            before, time = tokens, self.order.advance(view)
+            if hidden is not None:
+                tokens = tokens.masked_fill(hidden, mask_id)
+            tokens = tokens.masked_scatter(chosen, drawn)
+            confidence = confidence.masked_scatter(chosen, sure)
+            row, position = (tokens != before).nonzero().T
+            events.append(torch.stack([torch.full_like(row, step), row, position, tokens[row, position]], dim=1))
+            times.append(time)
+            bar.update(n)
+        return SampleResult(tokens, start, torch.cat(events), loops, cost, torch.stack(times))
+
+    def _reveal(
+        self, view: StepView, step: int, tokens: Tensor, first_index: int, loops: Tensor, cost: Tensor
+    ) -> tuple[Bool[Tensor, "batch pos"], Int[Tensor, " row"], Float[Tensor, " row"]]:
+        """Positions to fill, what to fill them with, and its probability; notes loops and FLOPs [batch]."""
+        rows = self.order.candidates(view) if self.order.reads_logits else self.order.choose(view, None)
+        active = rows.any(-1).nonzero()[:, 0]
+        if not len(active):
+            return rows, tokens.new_zeros(0), torch.zeros(0, dtype=torch.float64, device=tokens.device)
+
+        def on_loop(seen: LoopView) -> None:
+            assert seen.running is not None
+            index = active[seen.running]
+            for callback in self.callbacks:
+                callback(SampleLoop(step, first_index + index, tokens[index], seen))
+
+        run = self.model.run(
+            tokens[active],
+            n_loops=self.n_loops,
+            stop=self.stop,
+            rows=rows[active],
+            on_loop=on_loop if self.callbacks else None,
+        )
+        loops[active], cost[active] = run.loops_used, run.flops
+        logits, chosen = run.logits, rows
+        if self.order.reads_logits:
+            scores = torch.zeros(rows.shape, dtype=torch.float64, device=rows.device)
+            scores[rows] = self.order.scores(logits.float().log_softmax(-1)).double()
+            chosen = self.order.choose(view, scores)
+            logits = logits[chosen[rows]]
+        drawn, sure = draw_tokens(logits, view.uniforms("tokens")[chosen], self.temperature, self.top_p)
+        return chosen, drawn.to(tokens.dtype), sure
+
+
+def draw_tokens(
+    logits: Float[Tensor, "row d_vocab"], uniforms: Float[Tensor, " row"], temperature: float, top_p: float
+) -> tuple[Int[Tensor, " row"], Float[Tensor, " row"]]:
+    """One token a row by the inverse of its cumulative distribution in float64, and its probability."""
+    logits = logits.double()
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+        return tokens, logits.softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    probabilities = (logits / temperature).softmax(-1)
+    if top_p < 1:
+        ordered, index = probabilities.sort(dim=-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p
+        probabilities = torch.zeros_like(ordered).scatter(-1, index, ordered.masked_fill(beyond, 0.0))
+    total = probabilities.cumsum(-1)
+    goal = uniforms[:, None] * total[:, -1:]
+    tokens = torch.searchsorted(total, goal, right=True).clamp(max=logits.shape[-1] - 1)
+    return tokens[:, 0], (probabilities.gather(-1, tokens) / total[:, -1:])[:, 0]
+
+
+def _check_drawing(temperature: float, top_p: float) -> None:
+    for name, value in (("temperature", temperature), ("top_p", top_p)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UsageError(f"{name} must be a number, got {value!r}")
+    if not 0 <= temperature < float("inf"):
+        raise UsageError(f"temperature must be at least 0 and finite, got {temperature!r}")
+    if not 0 < top_p <= 1:
+        raise UsageError(f"top_p must lie in (0, 1], got {top_p!r}")
+
+
+# --- what is given: prompts and clues ---
+
+
+def starting_ids(
+    model: LoopedModel, n: int | None, length: int | None, prompt: Any, clues: Any
+) -> tuple[Int[Tensor, "n pos"], Bool[Tensor, "n pos"]]:
+    """Ids with [MASK] where something is to be filled, and those positions."""
+    cfg = model.cfg
+    prompts = _prompts(model, prompt)
+    clues = _clues(clues, cfg.mask_token_id)
+    held = {len(rows) for rows in (prompts, clues) if isinstance(rows, list | Tensor) and len(rows) > 1}
+    if len(held) > 1 or (held and n not in (None, *held)):
+        raise UsageError(f"n, prompts and clues disagree on the number of sequences: {sorted({n or 1} | held)}")
+    n = held.pop() if held else check_count("n", 1 if n is None else n)
+    if length is None:
+        length = clues.shape[1] if isinstance(clues, Tensor) else cfg.n_ctx
+    if check_count("length", length) > cfg.n_ctx:
+        raise UsageError(f"length {length} exceeds n_ctx = {cfg.n_ctx}; shorten it")
+    known = torch.full((n, length), -1, dtype=torch.long, device=_device(model))
+    if prompts is not None:
+        longest = max(len(ids) for ids in prompts)
+        if longest > length:
+            raise UsageError(
+                f"the prompt of {longest} tokens exceeds the length of {length} (n_ctx = {cfg.n_ctx})"
+            )
+        for row in range(n):
+            ids = prompts[row % len(prompts)]
+            known[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+    if isinstance(clues, dict):
+        for position, token in clues.items():
+            if not 0 <= position < length:
+                raise UsageError(f"clue at position {position} lies outside 0..{length - 1}")
+            known[:, position] = token
+    elif clues is not None:
+        if clues.shape[1] != length:
+            raise UsageError(
+                f"clues have {clues.shape[1]} positions, the sequence {length}; mark free ones with -1"
+            )
+        known = torch.where(clues.to(known) >= 0, clues.to(known), known)
+    if bool((known >= cfg.d_vocab).any()) or bool((known == cfg.mask_token_id).any()):
+        row, position = ((known >= cfg.d_vocab) | (known == cfg.mask_token_id)).nonzero()[0].tolist()
+        token = int(known[row, position])
+        what = "[MASK]" if token == cfg.mask_token_id else f"outside 0..{cfg.d_vocab - 1}"
+        raise UsageError(f"the given id {token} at position {position} is {what}; mark free positions with -1")
+    return known.masked_fill(known < 0, cfg.mask_token_id), known < 0
+
+
+def _device(model: LoopedModel) -> torch.device:
+    return next(model.parameters()).device if isinstance(model, torch.nn.Module) else torch.device("cpu")
+
+
+def _prompts(model: LoopedModel, prompt: Any) -> list[list[int]] | None:
+    if prompt is None:
+        return None
+    if isinstance(prompt, Tensor):
+        prompt = prompt.tolist()
+    if isinstance(prompt, str) or (
+        isinstance(prompt, Sequence) and prompt and not isinstance(prompt[0], Sequence)
+    ):
+        prompt = [prompt]
+    rows = []
+    for item in prompt if isinstance(prompt, Sequence) else [prompt]:
+        if isinstance(item, str):
+            to_tokens = getattr(model, "to_tokens", None)
+            if to_tokens is None:
+                raise UsageError("a text prompt needs a tokenizer: use HookedLoopMDM, or give token ids")
+            item = to_tokens(item)[0].tolist() if item else []
+        if not isinstance(item, Sequence) or not all(isinstance(token, int) and token >= 0 for token in item):
+            raise UsageError(f"a prompt must be a text or token ids, got {item!r}")
+        rows.append(list(item))
+    return rows or None
+
+
+def _clues(clues: Any, mask_token_id: int) -> dict[int, int] | Tensor | None:
+    if clues is None:
+        return None
+    if isinstance(clues, MaskedBatch):
+        clues = clues.clean.masked_fill(clues.masked, -1)
+    if isinstance(clues, Mapping):
+        pairs = {int(position): int(token) for position, token in clues.items()}
+        wrong = [token for token in pairs.values() if token < 0]
+        if wrong:
+            raise UsageError(f"clue {wrong[0]} is no token id; leave free positions out")
+        if mask_token_id in pairs.values():
+            raise UsageError("a clue is [MASK]; leave free positions out")
+        return pairs
+    clues = torch.as_tensor(clues)
+    if clues.ndim not in (1, 2) or clues.is_floating_point() or clues.dtype == torch.bool:
+        raise UsageError("clues must be {position: id}, or ids [pos] or [n, pos] with -1 where free")
+    return clues.reshape(-1, clues.shape[-1])
+
+
+def _join(parts: list[SampleResult], start: Tensor) -> SampleResult:
+    if not parts:
+        none = start[:0]
+        empty = torch.zeros(0, 0, dtype=torch.long)
+        return SampleResult(none, none, torch.zeros(0, 4, dtype=torch.long), empty, empty.double(), empty.double())
+    offset, events = 0, []
+    for part in parts:
+        shift = torch.tensor([0, offset, 0, 0], device=part.events.device)
+        events.append(part.events + shift)
+        offset += len(part.tokens)
+    return SampleResult(
+        torch.cat([part.tokens for part in parts]),
+        torch.cat([part.start for part in parts]),
+        torch.cat(events),
+        *(
+            torch.cat([getattr(part, name) for part in parts], dim=1)
+            for name in ("loops_used", "step_flops", "times")
+        ),
+    )

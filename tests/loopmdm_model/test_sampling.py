@@ -1,0 +1,401 @@
+"""Samplers against the enumerated law of a toy, and against themselves alone and in batches."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare, kstest
+
+from loopmdm_model.errors import UsageError
+from loopmdm_model.masking import hide
+from loopmdm_model.model import LoopOutput
+from loopmdm_model.orders import ORDERS, Ancestral, Blocks, Confidence, FirstHitting, FixedOrder, Remask
+from loopmdm_model.sampling import draw_tokens, sample
+from loopmdm_model.stopping import FixedLoops, KLDelta, NoiseSchedule, StateDelta
+from tests.conftest import toy_config, toy_model
+
+V, L = 3, 3
+MASK = V
+
+
+def tiny():
+    model = toy_model(seed=3, d_vocab=V + 1, n_ctx=4, d_model=8, initializer_range=0.8)
+    return model.double()
+
+
+def conditionals(model) -> dict[tuple, np.ndarray]:
+    """p(token | ids) at every position, for all 4^L partly masked sequences."""
+    states = list(itertools.product(range(V + 1), repeat=L))
+    probabilities = model(torch.tensor(states), n_loops=2).softmax(-1)[..., :V].numpy()
+    return dict(zip(states, probabilities, strict=True))
+
+
+def push(law: dict, moves) -> dict:
+    """One step of a Markov chain: `moves(state)` yields (probability, next state)."""
+    after: dict = {}
+    for state, mass in law.items():
+        for chance, following in moves(state):
+            after[following] = after.get(following, 0.0) + mass * chance
+    return after
+
+
+def independent(choices_of):
+    """Moves whose positions change independently; `choices_of(state, position)` lists (chance, id)."""
+
+    def moves(state):
+        options = [choices_of(state, position) for position in range(L)]
+        for combination in itertools.product(*options):
+            chance = np.prod([c for c, _ in combination])
+            if chance > 0:
+                yield chance, tuple(token for _, token in combination)
+
+    return moves
+
+
+def law_of_steps(model, steps: int, eta: float = 0.0) -> dict:
+    """Ancestral (eta = 0) or capped ReMDM."""
+    table, law = conditionals(model), {(MASK,) * L: 1.0}
+    for step in range(steps):
+        t, s = 1 - step / steps, 1 - (step + 1) / steps
+        sigma = min(eta, s / (1 - t)) if t < 1 else 0.0
+        reveal = ((1 - s) - (1 - sigma) * (1 - t)) / t if s > 0 else 1.0
+
+        def choices(state, position, reveal=reveal, sigma=sigma):
+            if state[position] != MASK:
+                return [(1 - sigma, state[position]), (sigma, MASK)]
+            return [(1 - reveal, MASK)] + [(reveal * table[state][position][v], v) for v in range(V)]
+
+        law = push(law, independent(choices))
+    return law
+
+
+def law_of_one_at_a_time(model, place) -> dict:
+    """`place(state)` lists (chance, position) of what is filled next."""
+    table, law = conditionals(model), {(MASK,) * L: 1.0}
+    for _ in range(L):
+
+        def moves(state):
+            for chance, position in place(state):
+                for v in range(V):
+                    following = (*state[:position], v, *state[position + 1 :])
+                    yield chance * table[state][position][v], following
+
+        law = push(law, moves)
+    return law
+
+
+def anywhere(state):
+    free = [position for position in range(L) if state[position] == MASK]
+    return [(1 / len(free), position) for position in free]
+
+
+def agrees(tokens: torch.Tensor, law: dict) -> float:
+    """p-value of a chi-square test; cells with expectation under 5 pooled."""
+    assert sum(law.values()) == pytest.approx(1.0)
+    n, cells = len(tokens), sorted(law)
+    rows, numbers = np.unique(tokens.numpy(), axis=0, return_counts=True)
+    seen = {tuple(row): number for row, number in zip(rows.tolist(), numbers.tolist(), strict=True)}
+    assert set(seen) <= set(cells)
+    expected = np.array([law[cell] * n for cell in cells])
+    observed = np.array([seen.get(cell, 0) for cell in cells], dtype=float)
+    rare = expected < 5
+    if rare.any():
+        expected = np.append(expected[~rare], expected[rare].sum())
+        observed = np.append(observed[~rare], observed[rare].sum())
+    return float(chisquare(observed, expected * observed.sum() / expected.sum()).pvalue)
+
+
+EXACT = [
+    (Ancestral(), lambda model: law_of_steps(model, 2)),
+    (Ancestral(), lambda model: law_of_steps(model, 5)),
+    (Remask(eta=0.4), lambda model: law_of_steps(model, 5, eta=0.4)),
+    (Remask(eta=0.0), lambda model: law_of_steps(model, 5)),
+    (FirstHitting(), lambda model: law_of_one_at_a_time(model, anywhere)),
+    (FixedOrder(), lambda model: law_of_one_at_a_time(model, lambda state: [(1.0, state.index(MASK))])),
+    (Blocks(1, FirstHitting()), lambda model: law_of_one_at_a_time(model, lambda s: [(1.0, s.index(MASK))])),
+    (Blocks(1, Ancestral(), shuffled=True), lambda model: law_of_one_at_a_time(model, anywhere)),
+]
+
+
+@pytest.mark.parametrize("case", range(len(EXACT)))
+def test_samples_follow_the_enumerated_law(case):
+    order, law = EXACT[case]
+    model = tiny()
+    r = sample(
+        model, 6000, length=L, steps=2 if case == 0 else 5, n_loops=2, order=order, seed=case, batch_size=6000
+    )
+    assert agrees(r.tokens, law(model)) > 1e-4
+
+
+def test_the_test_of_laws_can_fail():
+    model = tiny()
+    r = sample(model, 6000, length=L, steps=2, n_loops=2, batch_size=6000)
+    assert agrees(r.tokens, law_of_steps(model, 50)) < 1e-4
+
+
+def test_reveal_first_has_the_law_of_the_joint_draw():
+    from analysis.textbook import textbook_sample
+
+    model = tiny()
+    ids = textbook_sample(model, 6000, L, 4, n_loops=2, seed=1)
+    law = law_of_steps(model, 4)
+    assert agrees(ids, law) > 1e-4
+    assert agrees(sample(model, 6000, length=L, steps=4, n_loops=2, batch_size=6000).tokens, law) > 1e-4
+
+
+class Stub:
+    """Answers at once; for tests of times and sizes."""
+
+    def __init__(self, d_vocab: int, n_ctx: int):
+        self.cfg = toy_config(d_vocab=d_vocab, n_ctx=n_ctx)
+
+    def run(self, tokens, n_loops=None, stop=None, attention_mask=None, *, rows, on_loop=None):
+        logits = torch.zeros(int(rows.sum()), self.cfg.d_vocab)
+        logits[:, -1] = float("-inf")
+        ones = torch.ones(len(tokens))
+        return LoopOutput(logits, ones.long(), ones[None], ones.double())
+
+
+def test_reveal_rate_at_a_large_vocabulary_is_the_closed_form():
+    """Each position is revealed at a uniform one of 1,024 steps (float32 Gumbel noise gets 15% of that)."""
+    r = sample(Stub(50_258, 1024), 2, steps=1024, n_loops=1)
+    steps = r.events[:, 0].numpy()
+    assert len(steps) == 2048
+    counts = np.histogram(steps, bins=16, range=(0, 1024))[0]
+    assert chisquare(counts).pvalue > 1e-4
+    assert r.forwards + r.skipped == 2048 and r.forwards == len(np.unique(r.events[:, :2].numpy(), axis=0))
+    tokens = r.tokens.flatten().numpy() / 50_257
+    assert tokens.max() < 1 and kstest(tokens, "uniform").pvalue > 1e-4
+
+
+def test_first_hitting_times_are_order_statistics():
+    r = sample(Stub(5, 8), 4000, order="first-hitting", n_loops=1, batch_size=4000)
+    assert r.times.shape == (9, 4000) and bool((r.times.diff(dim=0) < 0).all())
+    for hit in (1, 4, 8):  # the hit-th largest of 8 uniforms has mean (9 - hit) / 9
+        assert float(r.times[hit].mean()) == pytest.approx((9 - hit) / 9, abs=0.02)
+
+
+EVERY = [*ORDERS, "blocks:4", "random-blocks:3", Blocks(4, Ancestral()), Blocks(3, FirstHitting(), shuffled=True),
+         Remask(0.5, "rescale"), Remask(0.9, "confidence"), list(range(11, -1, -1))]  # fmt: skip
+RULES = [
+    None,
+    StateDelta(0.8, max_loops=4),
+    StateDelta(0.8, max_loops=4, scope="token"),
+    KLDelta(0.3, max_loops=4),
+    KLDelta(0.3, max_loops=4, lens="direct", scope="token"),
+    NoiseSchedule(loops=(1, 2, 4)),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("order", EVERY, ids=str)
+def test_a_sequence_alone_is_the_sequence_in_a_batch(model, order, rule):
+    clues = torch.full((16, 12), -1)
+    for row in range(16):  # different numbers of clues
+        clues[row, : row % 5] = torch.arange(row % 5)
+    arguments = {"steps": 6, "order": order, "stop": rule, "seed": 5}
+    together = sample(model, clues=clues, batch_size=16, **arguments)
+    again = sample(model, clues=clues, batch_size=5, **arguments)
+    assert torch.equal(together.tokens, again.tokens)
+    for row in (0, 7, 15):
+        alone = sample(model, clues=clues[row], first_index=row, **arguments)
+        assert torch.equal(alone.tokens[0], together.tokens[row])
+        used = together.loops_used[:, row]
+        assert alone.loops_used[:, 0].tolist() == used[: len(alone.loops_used)].tolist()
+        assert alone.flops == float(together.step_flops[:, row].sum())
+
+
+@pytest.mark.parametrize("order", EVERY, ids=str)
+def test_clues_stay_and_everything_is_filled(model, order):
+    clues = torch.full((8, 12), -1)
+    clues[:, 3], clues[4:, 9] = 7, 2
+    r = sample(model, clues=clues, steps=5, order=order, n_loops=1, seed=2)
+    history = r.history
+    assert (history[:, :, 3] == 7).all() and (history[:, 4:, 9] == 2).all()
+    assert torch.equal(history[0], torch.where(clues >= 0, clues, 22)) and torch.equal(history[-1], r.tokens)
+    assert int((r.tokens == 22).sum()) == 0
+    if not isinstance(order, Remask) and order != "remask":
+        filled = (history[1:] != history[:-1]).sum(0)
+        assert torch.equal(filled, (clues < 0).long())  # once each
+
+
+def test_orders_fill_in_their_order(model):
+    def steps_of(order, **arguments):
+        r = sample(model, 2, 12, order=order, n_loops=1, **arguments)
+        when = torch.zeros(2, 12, dtype=torch.long)
+        when[r.events[:, 1], r.events[:, 2]] = r.events[:, 0]
+        return when
+
+    assert steps_of("left-to-right", steps=12).tolist() == [list(range(12))] * 2
+    assert steps_of("row-major", steps=4).tolist() == [[i // 3 for i in range(12)]] * 2
+    assert steps_of(list(range(11, -1, -1)), steps=12).tolist() == [list(range(11, -1, -1))] * 2
+    assert steps_of("one-shot").tolist() == [[0] * 12] * 2
+    blocks = steps_of("blocks:4", steps=6)
+    assert (blocks // 2 == torch.arange(12) // 4).all()
+    shuffled = steps_of("random-blocks:4", steps=3)
+    assert all(
+        sorted(row[::4].tolist()) == [0, 1, 2] and (row.view(3, 4) == row[::4, None]).all() for row in shuffled
+    )
+
+
+def test_confidence_commits_the_most_confident(model):
+    r = sample(model, 1, 10, steps=10, order=Confidence(), n_loops=2, temperature=0)
+    history = r.history
+    for before, after in itertools.pairwise(history):
+        probabilities = model(before, n_loops=2).softmax(-1)[0].masked_fill((before[0] != 22)[:, None], 0)
+        place = int((before != after)[0].nonzero())
+        assert float(probabilities[place].max()) >= float(probabilities.max()) - 2e-5
+        assert int(after[0, place]) == int(probabilities[place].argmax())
+
+
+def test_hardest_first_is_the_opposite(model):
+    first = sample(model, 1, 10, steps=10, order="confidence", n_loops=2, clues={0: 3, 5: 8}).events[0, 2]
+    last = sample(model, 1, 10, steps=10, order="hardest-first", n_loops=2, clues={0: 3, 5: 8}).events[0, 2]
+    start = torch.full((1, 10), 22)
+    start[0, 0], start[0, 5] = 3, 8
+    top = model(start, n_loops=2).softmax(-1)[0].amax(-1)
+    free = [position for position in range(10) if position not in (0, 5)]
+    assert int(first) == max(free, key=lambda p: float(top[p]))
+    assert int(last) == min(free, key=lambda p: float(top[p]))
+
+
+def test_draws_follow_temperature_and_top_p():
+    logits = torch.tensor([[2.0, 1.0, 0.0, float("-inf")]])
+    uniforms = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    rows = logits.expand(4000, -1)
+    for temperature in (0.5, 1.0, 3.0):
+        tokens, sure = draw_tokens(rows, uniforms, temperature, 1.0)
+        expected = (logits[0].double() / temperature).softmax(-1)
+        share = torch.bincount(tokens, minlength=4) / 4000
+        torch.testing.assert_close(share.double(), expected, atol=1e-3, rtol=0)
+        torch.testing.assert_close(sure, expected[tokens])
+    probabilities = logits[0].softmax(-1)
+    kept, _ = draw_tokens(rows, uniforms, 1.0, float(probabilities[0]) + 0.01)
+    share = torch.bincount(kept, minlength=4) / 4000
+    torch.testing.assert_close(share[:2], probabilities[:2] / probabilities[:2].sum(), atol=1e-3, rtol=0)
+    assert share[2:].sum() == 0
+    assert set(draw_tokens(rows, uniforms, 1.0, 0.3)[0].tolist()) == {0}
+    assert set(draw_tokens(rows, uniforms, 0.0, 1.0)[0].tolist()) == {0}
+
+
+def test_same_seed_same_sample_other_seed_another(model):
+    one, two, other = (sample(model, 4, 12, steps=4, seed=seed).tokens for seed in (1, 1, 2))
+    assert torch.equal(one, two) and not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_flops_are_the_sum_over_the_forwards(model, rule):
+    kept = []
+
+    class Recording:
+        cfg = model.cfg
+
+        def run(self, *arguments, **keywords):
+            kept.append(model.run(*arguments, **keywords))
+            return kept[-1]
+
+    for order in ("random", "confidence"):
+        kept.clear()
+        r = sample(Recording(), 6, 12, steps=5, stop=rule, order=order, batch_size=4)
+        assert r.flops == sum(float(run.flops.sum()) for run in kept)
+        assert r.forwards == sum(len(run.loops_used) for run in kept)
+        assert int(r.loops_used.sum()) == sum(int(run.loops_used.sum()) for run in kept)
+
+
+def test_logits_only_where_something_is_drawn(model):
+    rows = []
+
+    class Watching:
+        cfg = model.cfg
+
+        def run(self, tokens, **keywords):
+            rows.append(int(keywords["rows"].sum()))
+            return model.run(tokens, **keywords)
+
+    r = sample(Watching(), 4, 12, steps=50, n_loops=1)
+    assert sum(rows) == 48 == len(r.events) and r.skipped > 0
+
+
+def test_threshold_zero_and_infinity_in_sampling(model):
+    full = sample(model, 3, 10, steps=4, n_loops=4, seed=1)
+    for scope in ("sequence", "token"):
+        same = sample(model, 3, 10, steps=4, stop=StateDelta(0.0, max_loops=4, scope=scope), seed=1)
+        assert torch.equal(same.tokens, full.tokens) and set(same.loops_used.unique().tolist()) <= {0, 4}
+        least = sample(model, 3, 10, steps=4, stop=StateDelta(float("inf"), max_loops=4, scope=scope), seed=1)
+        assert set(least.loops_used.unique().tolist()) <= {0, 2}
+
+
+def test_prompts_come_first_and_may_differ(model, hooked):
+    r = sample(model, prompt=[[1, 2, 3], [4]], length=8, steps=3)
+    assert r.tokens[0, :3].tolist() == [1, 2, 3] and r.tokens[1, 0] == 4 and len(r.tokens) == 2
+    r = sample(hooked, 3, prompt=torch.tensor([5, 6]), length=8, steps=3)
+    assert r.tokens[:, :2].tolist() == [[5, 6]] * 3
+    full = sample(model, prompt=list(range(8)), length=8)
+    assert full.tokens.tolist() == [list(range(8))] and full.forwards == 0 and full.flops == 0
+
+
+def test_infilling_from_a_masked_batch(model, clean):
+    masked = torch.zeros_like(clean, dtype=torch.bool)
+    masked[:, 4:7] = True
+    b = hide(clean, masked, 22)
+    r = sample(model, clues=b, steps=3)
+    assert torch.equal(r.tokens[~masked], clean[~masked]) and torch.equal(r.start, b.tokens)
+
+
+def test_callbacks_see_every_step_and_loop(model):
+    seen = []
+    r = sample(model, 3, 10, steps=4, n_loops=2, order="confidence", first_index=5,
+               callback=[lambda s: seen.append((s.step, s.view.loop, s.sequences.tolist()))])  # fmt: skip
+    assert seen == [(step, loop, [5, 6, 7]) for step in range(4) for loop in range(2)]
+    assert r.flops == sample(model, 3, 10, steps=4, n_loops=2, order="confidence", first_index=5).flops
+
+
+def test_an_interruption_keeps_finished_batches_if_asked(model):
+    def interrupt(seen):
+        if seen.sequences[0] >= 4:
+            raise KeyboardInterrupt
+
+    arguments = {"n": 6, "length": 8, "steps": 3, "batch_size": 2}
+    r = sample(model, **arguments, callback=interrupt, partial=True)
+    assert torch.equal(r.tokens, sample(model, **arguments).tokens[:4])
+    with pytest.raises(KeyboardInterrupt):
+        sample(model, **arguments, callback=interrupt)
+    nothing = sample(model, 2, 8, steps=3, partial=True, first_index=4, callback=interrupt)
+    assert len(nothing.tokens) == 0 and nothing.history.shape[1:] == (0, 8) and nothing.flops == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"n": 0}, "n must be"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 0.0}, r"top_p must lie in \(0, 1\]"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"length": 17}, "n_ctx = 16"),
+        ({"prompt": [1] * 17}, "prompt of 17 tokens"),
+        ({"prompt": "text"}, "tokenizer"),
+        ({"prompt": [1.5]}, "token ids"),
+        ({"clues": {2: 22}}, r"a clue is \[MASK\]"),
+        ({"clues": torch.tensor([1, 22, -1])}, r"id 22 at position 1 is \[MASK\]"),
+        ({"clues": torch.tensor([1, 40, -1])}, "outside 0..22"),
+        ({"clues": {99: 1}}, "position 99"),
+        ({"clues": {0: -1}}, "leave free"),
+        ({"clues": torch.zeros(3)}, "clues must be"),
+        ({"clues": torch.zeros(3, 4, dtype=torch.long), "n": 2}, "disagree"),
+        ({"order": "sideways"}, "order"),
+        ({"order": "blocks"}, "blocks:8"),
+        ({"order": [0, 1, 1], "length": 3}, "exactly once"),
+        ({"order": [0, 1], "length": 3}, "exactly once"),
+        ({"order": 3}, "order must be"),
+        ({"order": "blocks:1", "steps": 3}, "at least as many steps"),
+        ({"n_loops": 2, "stop": FixedLoops(max_loops=2)}, "not both"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_misuse_is_refused_in_one_line(model, arguments, says):
+    with pytest.raises(UsageError, match=says) as caught:
+        sample(model, **arguments)
+    assert "\n" not in str(caught.value)
