@@ -9,14 +9,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from analysis import figures
     from analysis.attention import mask_attention
+    from analysis.decomposition import nelbo_decomposition
     from analysis.maps import attention_across_loops
     from analysis.representation import read_loops, representation_change
 
-__all__ = ["attention_across_loops", "figures", "mask_attention", "read_loops", "representation_change"]
+__all__ = [
+    "attention_across_loops",
+    "figures",
+    "mask_attention",
+    "nelbo_decomposition",
+    "read_loops",
+    "representation_change",
+]
 
 _HOMES = {
     "mask_attention": "analysis.attention",
     "attention_across_loops": "analysis.maps",
+    "nelbo_decomposition": "analysis.decomposition",
     "read_loops": "analysis.representation",
     "representation_change": "analysis.representation",
 }

@@ -4,25 +4,35 @@ Machines are noisy: the two sides alternate, every ratio is the median of paired
 printed is the ratio and its goal, never a time.
 """
 
+import dataclasses
+import itertools
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from analysis.attention import mask_attention
+from analysis.textbook import enumerated_nelbo, textbook_sample
+from loopmdm_model.checkpoints import TOKENIZER, resolve
 from loopmdm_model.config import LoopMDMConfig
+from loopmdm_model.data.batches import spread as rows_of
+from loopmdm_model.data.tokenizer import load_tokenizer
 from loopmdm_model.errors import unknown_name
+from loopmdm_model.evaluation import load_test_set
 from loopmdm_model.hooked import HookedLoopMDM
 from loopmdm_model.layers import rotary_tables
-from loopmdm_model.likelihood import draw_masks, masked_cross_entropy
+from loopmdm_model.likelihood import Estimator, draw_masks, masked_cross_entropy, nelbo, nelbo_by_loop
 from loopmdm_model.masking import mask_tokens
 from loopmdm_model.model import LoopMDM
+from loopmdm_model.sampling import sample
+from loopmdm_model.stopping import NoiseSchedule, StateDelta
 from loopmdm_model.training.trainer import compile_blocks
 
 Row = tuple[str, str, str, str]
@@ -193,12 +203,96 @@ def training() -> Iterator[Row]:
     )
 
 
+def sampling() -> Iterator[Row]:
+    """Ancestral sampling, one sequence of 128 tokens in 32 steps, against the textbook sampler."""
+    for vocab, goal in ((50_258, 3.0), (2_048, None)):
+        model = LoopMDM(shape(512, 8, 128, vocab=vocab, heads=8)).eval()
+        seeds = itertools.count()
+        value = 1 / ratio(
+            lambda model=model, seeds=seeds: sample(model, 1, 128, 32, n_loops=1, seed=next(seeds)),
+            lambda model=model, seeds=seeds: textbook_sample(model, 1, 128, 32, n_loops=1, seed=next(seeds)),
+            7,
+        )
+        name = f"sampling speed, V={vocab:,} d=512 8 layers L=128 32 steps, / textbook"
+        yield at_least(name, value, goal) if goal else (name, f"{value:.3f}x", "-", "yes")
+
+
+def spread() -> Iterator[Row]:
+    """Scatter of the NELBO estimators at equal forwards on a shipped model, and bias on toys."""
+    model = LoopMDM.from_pretrained("sotu-loop")
+    tokenizer = load_tokenizer(resolve("sotu-loop") / TOKENIZER, model.cfg.d_vocab)
+    tokens = rows_of(load_test_set("sotu", model.cfg.n_ctx, tokenizer).tokens, 32)
+    deviation = {}
+    for estimator in get_args(Estimator):
+        means = [nelbo(model, tokens, n_samples=1, seed=s, estimator=estimator).mean for s in range(200)]
+        deviation[estimator] = statistics.stdev(means)
+    against = deviation["stratified-t"]
+    yield at_most("NELBO std, exact counts / stratified t (200 repeats)", deviation["exact-count"] / against, 0.7)
+    independent = deviation["independent-t"] / against
+    yield "NELBO std, independent t / stratified t", f"{independent:.3f}x", "-", "yes"
+    for length in (2, 4, 8, 12):
+        torch.manual_seed(length)
+        toy = LoopMDM(dataclasses.replace(shape(16, 4, 16, loops=3, vocab=23), initializer_range=0.4)).eval()
+        sequence = torch.randint(0, 22, (length,))
+        means = [nelbo(toy, sequence.expand(32, -1), 2, n_samples=4, seed=s).mean for s in range(200)]
+        error = statistics.stdev(means) / len(means) ** 0.5
+        bias = abs(statistics.mean(means) - enumerated_nelbo(toy, sequence, 2)) / error
+        yield at_most(f"NELBO |bias| against enumeration, L={length}", bias, 2.0, " s.e.")
+
+
+def adaptive() -> Iterator[Row]:
+    """Time saved by stopping sequences, as a share of the FLOPs saved, at batch 32."""
+    cfg = shape(256, 6, 128, loops=12)
+    model = LoopMDM(cfg).eval()
+    clean = torch.randint(0, cfg.d_vocab - 1, (32, 128), generator=torch.Generator().manual_seed(0))
+    shares = torch.linspace(0.02, 0.98, 32)
+    tokens = mask_tokens(clean, cfg.mask_token_id, t=shares).tokens
+    for rule in (NoiseSchedule(loops=tuple(range(1, 13))), _halfway(model, tokens)):
+        with torch.inference_mode():
+            full, less = model.run(tokens, n_loops=12), model.run(tokens, stop=rule)
+            saved = 1 - float(less.flops.sum() / full.flops.sum())
+            time_ratio = ratio(
+                lambda rule=rule: model.run(tokens, stop=rule), lambda: model.run(tokens, n_loops=12), 15
+            )
+        name = f"{type(rule).__name__}, batch 32, {saved:.0%} of FLOPs saved: time saved / FLOPs saved"
+        yield at_least(name, (1 - time_ratio) / saved, 0.85)
+
+
+def _halfway(model: LoopMDM, tokens: Tensor) -> StateDelta:
+    """The rule under which half of the loops are run."""
+    with torch.inference_mode():
+        record = model.run(tokens, stop=StateDelta(0.0, max_loops=12)).criterion
+    thresholds = record[record.isfinite()].sort().values.tolist()
+    rules = [StateDelta(value, max_loops=12) for value in thresholds]
+    return min(rules, key=lambda rule: abs(float(rule.replay(record).float().mean()) - 6))
+
+
+def all_loops() -> Iterator[Row]:
+    """NELBO at every S = 1..12 against one trajectory of 12 loops and 12 codas."""
+    cfg = shape(256, 6, 128, loops=12)
+    model = LoopMDM(cfg).eval()
+    clean = torch.randint(0, cfg.d_vocab - 1, (32, 128), generator=torch.Generator().manual_seed(0))
+    b = draw_masks(clean, cfg.mask_token_id, torch.ones_like(clean, dtype=torch.bool), 0, 0)
+
+    def trajectory() -> None:
+        for state, context in model.states(b.tokens, 12):
+            model.readout(state, context, rows=b.masked)
+
+    with torch.inference_mode():
+        value = ratio(lambda: nelbo_by_loop(model, clean, 12, n_samples=1), trajectory, 15)
+    yield at_most("NELBO at S = 1..12, / one trajectory and 12 codas", value, 1.1)
+
+
 BENCHMARKS = {
     "forward": forward,
     "caching": caching,
     "masses": masses,
     "import": importing,
     "training": training,
+    "sampling": sampling,
+    "spread": spread,
+    "adaptive": adaptive,
+    "all-loops": all_loops,
 }
 
 

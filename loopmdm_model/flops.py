@@ -29,6 +29,18 @@ def unembedding_flops(cfg: LoopMDMConfig, n_rows: Any) -> Any:
     return n_rows * 2 * cfg.d_model * cfg.d_vocab
 
 
+def readout_flops(cfg: LoopMDMConfig, length: int, n_rows: Any = None, coda: bool = True) -> Any:
+    """Coda and unembedding of one sequence.
+
+    If only `n_rows` positions are read (a number or a tensor; default all) the last coda layer updates
+    those alone. Without `coda` it is the unembedding only.
+    """
+    cost = unembedding_flops(cfg, length if n_rows is None else n_rows)
+    if coda and cfg.n_coda_layers:
+        cost += (cfg.n_coda_layers - 1) * layer_flops(cfg, length) + layer_flops(cfg, length, n_rows)
+    return cost
+
+
 def forward_flops(cfg: LoopMDMConfig, length: int, n_loops: float, batch: int = 1) -> float:
     """One forward of `batch` sequences at `n_loops` loops (an expectation E[S] may be fractional)."""
     applications = cfg.n_prelude_layers + n_loops * cfg.n_loop_layers + cfg.n_coda_layers

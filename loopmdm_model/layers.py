@@ -174,7 +174,7 @@ class Block(nn.Module):
     def skip(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], allowed: Tensor | None, held: Bool[Tensor, "batch pos"]
     ) -> Tensor:
-        """As `forward`, but `held` positions keep x; they are attended to, and cost keys and values only."""
+        """As `forward`, but `held` positions keep x: attended to as they are, they cost keys and values only."""
         batch = torch.arange(len(x), device=x.device)[:, None]
         first = held.long().argsort(dim=1, stable=True)  # who moves comes first
         index = first[:, : int((~held).sum(1).max())]

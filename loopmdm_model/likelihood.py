@@ -228,18 +228,18 @@ def nelbo_by_loop(
     Its `flops` is what a run of S loops alone would cost.
     """
     total = torch.zeros(check_count("n_loops", n_loops), len(tokens), dtype=torch.float64)
-    rows = 0
+    cfg, length, cost = model.cfg, tokens.shape[1], 0.0
     for span, part, losses in loop_losses(
         model, tokens, n_loops, n_samples, maskable, attention_mask, seed, batch_size
     ):
         total[:, span] += (row_sums(losses, part) / part.masked.sum(-1)).cpu()
-        rows += losses.shape[1]
+        ends = cfg.n_prelude_layers * flops.layer_flops(cfg, length)
+        cost += float((ends + flops.readout_flops(cfg, length, part.masked.sum(-1))).sum())
     lengths = check_maskable(tokens, maskable, attention_mask).sum(-1).cpu()
-    cfg, forwards = model.cfg, n_samples * len(tokens)
-    unembedding = flops.unembedding_flops(cfg, rows - forwards * tokens.shape[1])
-    cost = [flops.forward_flops(cfg, tokens.shape[1], s, forwards) + unembedding for s in range(1, n_loops + 1)]
+    loop_cost = n_samples * len(tokens) * cfg.n_loop_layers * flops.layer_flops(cfg, length)
     return [
-        summarise(row / n_samples, lengths, loop + 1.0, clusters, cost[loop]) for loop, row in enumerate(total)
+        summarise(row / n_samples, lengths, loop + 1.0, clusters, cost + (loop + 1) * loop_cost)
+        for loop, row in enumerate(total)
     ]
 
 

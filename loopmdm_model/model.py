@@ -186,10 +186,9 @@ class LoopMDM(nn.Module):
         return LoopOutput(logits, done.loops_used, done.criterion, cost, done.token_loops)
 
     def _ends_flops(self, tokens: Tensor, rows: Tensor | None, coda: bool) -> Tensor | int:
-        cfg, length = self.cfg, tokens.shape[1]
-        layers = cfg.n_prelude_layers + (cfg.n_coda_layers if coda else 0)
-        drawn = length if rows is None else rows.sum(-1)
-        return layers * flops.layer_flops(cfg, length) + flops.unembedding_flops(cfg, drawn)
+        drawn = None if rows is None else rows.sum(-1)
+        cost = flops.readout_flops(self.cfg, tokens.shape[1], drawn, coda)
+        return self.cfg.n_prelude_layers * flops.layer_flops(self.cfg, tokens.shape[1]) + cost
 
     def context(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Context:
         """Check the input and build what all layers share."""
@@ -215,12 +214,21 @@ class LoopMDM(nn.Module):
         """Run the looped layers once as iteration `loop`: H(loop) from H(loop - 1)."""
         prefix = f"loop.{loop}."
         tap = taps(prefix)
-        x = self._layers("loop", tap("hook_in", x), context, taps, prefix)
+        x = self._layers("loop", tap("hook_in", x), context, taps, prefix, held=context.held)
         return tap("hook_out", x)
 
-    def coda(self, state: Tensor, context: Context, taps: TapSource = no_taps) -> Tensor:
-        """Run the coda layers on a loop's output, [batch, pos, d_model]."""
-        return self._layers("coda", state, context, taps, "")
+    def coda(
+        self, state: Tensor, context: Context, taps: TapSource = no_taps, *, rows: Tensor | None = None
+    ) -> Tensor:
+        """Run the coda layers on a loop's output, [batch, pos, d_model].
+
+        With `rows` [batch, pos] the last layer updates those positions only: nobody reads the others.
+        """
+        layers = self.cfg.layers("coda")
+        if rows is None or not layers:
+            return self._layers("coda", state, context, taps, "")
+        x = self._layers("coda", state, context, taps, "", layers[:-1])
+        return self._layers("coda", x, context, taps, "", layers[-1:], held=~rows)
 
     def readout(
         self, state: Tensor, context: Context, taps: TapSource = no_taps, *, rows: Tensor | None = None
@@ -229,7 +237,7 @@ class LoopMDM(nn.Module):
 
         With `rows` [batch, pos] only those positions are unembedded: [row, d_vocab].
         """
-        return self.unembedding(self.coda(state, context, taps), taps, rows)
+        return self.unembedding(self.coda(state, context, taps, rows=rows), taps, rows)
 
     def unembedding(self, x: Tensor, taps: TapSource = no_taps, rows: Tensor | None = None) -> Tensor:
         """Final norm and unembedding of states [..., d_model], or of `rows` of them; [MASK] gets -inf."""
@@ -251,10 +259,18 @@ class LoopMDM(nn.Module):
             x = self.loop(x, context, loop, taps)
             yield x, context
 
-    def _layers(self, segment: str, x: Tensor, context: Context, taps: TapSource, prefix: str) -> Tensor:
+    def _layers(
+        self,
+        segment: str,
+        x: Tensor,
+        context: Context,
+        taps: TapSource,
+        prefix: str,
+        layers: range | None = None,
+        held: Tensor | None = None,
+    ) -> Tensor:
         blocks, allowed = cast(list[Block], list(self.blocks)), context.allowed[segment]
-        held = context.held if segment == "loop" else None
-        for layer in self.cfg.layers(segment):
+        for layer in self.cfg.layers(segment) if layers is None else layers:
             tap = taps(f"{prefix}blocks.{layer}.")
             if held is None:
                 x = blocks[layer](x, context.rotary, allowed, tap)

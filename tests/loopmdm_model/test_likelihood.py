@@ -1,23 +1,21 @@
 """The estimator against the enumeration of all masks."""
 
-import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 
+from analysis.textbook import enumerated_nelbo
 from loopmdm_model.data.windows import sliding_windows
 from loopmdm_model.errors import UsageError
 from loopmdm_model.likelihood import (
     continuation_nelbo,
     corpus_nelbo,
     draw_counts,
-    masked_cross_entropy,
     nelbo,
     nelbo_by_loop,
 )
-from loopmdm_model.masking import hide
 from loopmdm_model.stopping import KLDelta, StateDelta
 from tests.conftest import toy_model
 
@@ -25,17 +23,6 @@ from tests.conftest import toy_model
 def same(left, right):
     # float32 sums differ in the last bits with the batch's shape
     torch.testing.assert_close(left, right, atol=1e-5, rtol=1e-5, equal_nan=True)
-
-
-def enumerated_nelbo(model, sequence: torch.Tensor, n_loops: int) -> float:
-    """Exact nats per token: all 2^L - 1 masks, weighted 1 / (L * C(L, l)) each."""
-    length = len(sequence)
-    masks = torch.tensor([m for m in itertools.product([False, True], repeat=length) if any(m)])
-    batch = hide(sequence.expand(len(masks), -1), masks, model.cfg.mask_token_id)
-    losses = masked_cross_entropy(model(batch.tokens, n_loops=n_loops), batch)
-    weights = torch.tensor([1 / (length * math.comb(length, int(m.sum()))) for m in masks])
-    assert abs(float(weights.sum()) - 1) < 1e-5
-    return float((losses * weights).sum())
 
 
 @pytest.mark.parametrize("length", [2, 4, 8, 12])

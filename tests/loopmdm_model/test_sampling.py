@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.stats import chisquare, kstest
 
+from analysis.textbook import textbook_sample
 from loopmdm_model.errors import UsageError
 from loopmdm_model.masking import hide
 from loopmdm_model.model import LoopOutput
@@ -135,8 +136,6 @@ def test_the_test_of_laws_can_fail():
 
 
 def test_reveal_first_has_the_law_of_the_joint_draw():
-    from analysis.textbook import textbook_sample
-
     model = tiny()
     ids = textbook_sample(model, 6000, L, 4, n_loops=2, seed=1)
     law = law_of_steps(model, 4)
