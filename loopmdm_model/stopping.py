@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from loopmdm_model.errors import UsageError, check_count
+from loopmdm_model.errors import UsageError, check_count, unknown_name
 
 Lens = Literal["coda", "direct"]
 
@@ -259,6 +259,28 @@ class NoiseSchedule(StoppingRule):
     def calm(self, criterion: Tensor) -> Tensor:
         """Where no planned loop is left."""
         return criterion <= 0
+
+
+RULES: dict[str, type[StoppingRule]] = {
+    "state-delta": StateDelta,
+    "second-difference": SecondDifference,
+    "kl-delta": KLDelta,
+    "entropy-delta": EntropyDelta,
+    "argmax-stable": ArgmaxStable,
+}
+
+
+def parse_rule(text: str, max_loops: int) -> StoppingRule:
+    """The rule written as NAME or NAME:THRESHOLD, such as state-delta:0.03."""
+    name, _, number = text.partition(":")
+    if name not in RULES:
+        raise unknown_name("stopping rule", name, RULES)
+    if not number:
+        return RULES[name](max_loops=max_loops)
+    try:
+        return RULES[name](max_loops=max_loops, threshold=float(number))
+    except ValueError:
+        raise UsageError(f"the threshold in {text!r} is no number; write {name}:0.03") from None
 
 
 def relative_change(state: Tensor, previous: Tensor) -> Float[Tensor, "batch pos"]:

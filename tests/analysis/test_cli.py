@@ -33,7 +33,7 @@ def test_tables_into_a_pipe_are_tsv():
 def test_every_command_has_help():
     for command in (
         ["--help"],
-        *([c, "--help"] for c in ("models", "data", "train", "evaluate", "table", "figures", "bench")),
+        *([c, "--help"] for c in ("models", "data", "train", "evaluate", "sample", "table", "figures", "bench")),
     ):
         assert "Usage" in run(*command)[0]
 
@@ -54,6 +54,41 @@ def test_evaluate_prints_the_nelbo_that_the_record_holds():
     assert float(row["nelbo"]) == pytest.approx(float(shipped["sudoku-loop"][-2]), abs=1e-4)
 
 
+def test_samples_are_rows_of_a_table_or_a_file(tmp_path):
+    arguments = ["sample", "sudoku-loop", "--n", 3, "--steps", 9, "--order", "confidence", "--clues", "0:4,35:1"]
+    out, _ = run(*arguments)
+    rows = [line.split("\t") for line in out.splitlines()]
+    assert rows[0] == ["sequence", "forwards", "mean_loops", "flops", "text"] and len(rows) == 4
+    for row in rows[1:]:
+        cells = row[-1].split()
+        assert len(cells) == 36 and cells[0] == "5" and cells[-1] == "2" and row[1:3] == ["9", "6"]
+    one, _ = run(*arguments[:2], "--n", 1, *arguments[4:], "--first-index", 2)
+    assert one.splitlines()[1] == out.splitlines()[3]
+    run(*arguments, "--out", tmp_path / "new" / "samples.tsv", "--stop", "state-delta:0.3")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["samples.tsv"]
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_an_interrupted_sample_leaves_what_was_asked_for(tmp_path, partial):
+    command = [str(Path(sys.executable).parent / "loopmdm"), "sample", "sudoku-loop", "--n", "50000"]
+    command += ["--steps", "36", "--batch-size", "4", "--out", str(tmp_path / "samples.tsv")]
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    process = subprocess.Popen(
+        command + ["--partial"] * partial, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=listen,
+    )  # fmt: skip
+    time.sleep(15)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    if not partial:
+        assert process.returncode == 130 and "--partial" in err and one_line(err)
+        assert list(tmp_path.iterdir()) == []
+        return
+    assert process.returncode == 0
+    lines = (tmp_path / "samples.tsv").read_text().splitlines()
+    assert 4 < len(lines) < 50_000 and (len(lines) - 1) % 4 == 0
+
+
 def test_figures_are_drawn_where_asked(tmp_path):
     out, _ = run("figures", "sudoku-solve-rate", "--out", tmp_path / "here")
     assert "sudoku-solve-rate" in out
@@ -71,6 +106,14 @@ def test_figures_are_drawn_where_asked(tmp_path):
         (["table", "nll"], "nll-by-loops"),
         (["train", "nowhere.toml"], "no spec at"),
         (["data", "fetch", "sotuu"], "did you mean sotu"),
+        (["sample", "sudoku-loop", "--steps", "0", "--out", "x.tsv"], "steps must be at least 1"),
+        (["sample", "sudoku-loop", "--order", "confident"], "did you mean confidence"),
+        (["sample", "sudoku-loop", "--stop", "state-deta:1"], "did you mean state-delta"),
+        (["sample", "sudoku-loop", "--stop", "kl-delta:small"], "kl-delta:0.03"),
+        (["sample", "sudoku-loop", "--clues", "0:6"], "[MASK]"),
+        (["sample", "sudoku-loop", "--clues", "0=6"], "POSITION:ID"),
+        (["sample", "sudoku-loop", "--temperature", "-1"], "temperature"),
+        (["sample", "sotu-loop", "--prompt", "word " * 80], "exceeds the length of 64"),
     ],
 )
 def test_misuse_ends_in_one_line_and_exit_2(arguments, says, tmp_path):
