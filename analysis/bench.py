@@ -211,7 +211,7 @@ def sampling() -> Iterator[Row]:
         value = 1 / ratio(
             lambda model=model, seeds=seeds: sample(model, 1, 128, 32, n_loops=1, seed=next(seeds)),
             lambda model=model, seeds=seeds: textbook_sample(model, 1, 128, 32, n_loops=1, seed=next(seeds)),
-            7,
+            5,
         )
         name = f"sampling speed, V={vocab:,} d=512 8 layers L=128 32 steps, / textbook"
         yield at_least(name, value, goal) if goal else (name, f"{value:.3f}x", "-", "yes")
@@ -252,7 +252,7 @@ def adaptive() -> Iterator[Row]:
             full, less = model.run(tokens, n_loops=12), model.run(tokens, stop=rule)
             saved = 1 - float(less.flops.sum() / full.flops.sum())
             time_ratio = ratio(
-                lambda rule=rule: model.run(tokens, stop=rule), lambda: model.run(tokens, n_loops=12), 15
+                lambda rule=rule: model.run(tokens, stop=rule), lambda: model.run(tokens, n_loops=12), 7
             )
         name = f"{type(rule).__name__}, batch 32, {saved:.0%} of FLOPs saved: time saved / FLOPs saved"
         yield at_least(name, (1 - time_ratio) / saved, 0.85)
@@ -279,7 +279,7 @@ def all_loops() -> Iterator[Row]:
             model.readout(state, context, rows=b.masked)
 
     with torch.inference_mode():
-        value = ratio(lambda: nelbo_by_loop(model, clean, 12, n_samples=1), trajectory, 15)
+        value = ratio(lambda: nelbo_by_loop(model, clean, 12, n_samples=1), trajectory, 7)
     yield at_most("NELBO at S = 1..12, / one trajectory and 12 codas", value, 1.1)
 
 
