@@ -146,9 +146,10 @@ def train(
                 bar.update(task, completed=int(share), description=text)
 
             trainer.train(on_step)
-    last = trainer.progress.rows[-1]
-    show(list(last), [list(last.values())])
-    print(folder)
+    if trainer.accelerator.is_main_process:
+        last = trainer.progress.rows[-1]
+        show(list(last), [list(last.values())])
+        print(folder)
 
 
 def _dry_run(spec: Any) -> None:
@@ -240,8 +241,11 @@ def sample(
     from loopmdm_model.sampling import sample as run
     from loopmdm_model.stopping import parse_rule
 
-    if out is not None:
-        _check_folder(out.parent)
+    if out is not None and out.is_dir():
+        raise UsageError(f"{out} is a folder; give --out the name of a file")
+    above = next((path for path in out.absolute().parents if path.exists()), None) if out else None
+    if above is not None and not (above.is_dir() and os.access(above, os.W_OK)):
+        raise PermissionError(f"cannot write into {above}; give another --out")
     m = HookedLoopMDM.from_pretrained(model)
     rule = parse_rule(stop, m.cfg.max_loops if n_loops is None else n_loops) if stop else None
     with interruptible("nothing was written; --partial keeps the finished batches"):

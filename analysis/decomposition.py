@@ -1,8 +1,9 @@
 """Where the NELBO comes from, and where looping helps: by noise level or by position.
 
-With exact counts l uniform on 1..L the NELBO is the plain mean of the cross-entropy over noise levels,
-so the `nll` of equal bins of l / L averages to it (up to the bins' shares). By position, `nll` is the
-mean over masks of (cross-entropy if masked) * L / l: its mean over positions is the NELBO.
+With exact counts l uniform on 1..L the NELBO is the plain mean of the cross-entropy over noise levels, so
+the `nll` of equal bins of l / L averages to it, up to the bins' shares; sequences are weighted by their
+maskable tokens, as in `nelbo`. By position, `nll` is the mean over masks and sequences of (cross-entropy if
+masked) * L / l: its mean over positions, weighted by `n`, is the NELBO.
 """
 
 from typing import Literal
@@ -15,8 +16,7 @@ from torch import Tensor
 
 from loopmdm_model import stats
 from loopmdm_model.errors import UsageError, check_count
-from loopmdm_model.likelihood import loop_losses, row_sums
-from loopmdm_model.masking import check_maskable
+from loopmdm_model.likelihood import check_clean, loop_losses, row_sums
 from loopmdm_model.model import LoopedModel
 
 
@@ -42,8 +42,10 @@ def nelbo_decomposition(
     """
     if by not in ("mask_ratio", "position"):
         raise UsageError(f'by must be "mask_ratio" or "position", got {by!r}')
+    check_count("n_loops", n_loops)
+    allowed, attention_mask = check_clean(m, tokens, maskable, attention_mask)
     width = check_count("n_bins", n_bins) if by == "mask_ratio" else tokens.shape[1]
-    lengths = check_maskable(tokens, maskable, attention_mask).sum(-1)
+    lengths = allowed.sum(-1)
     total = torch.zeros(n_loops, len(tokens), width, dtype=torch.float64)
     draws = torch.zeros(len(tokens), width, dtype=torch.float64)
     for span, part, losses in loop_losses(
@@ -63,10 +65,11 @@ def nelbo_decomposition(
             total[:, span].view(n_loops, -1).index_add_(1, (row * width + position).cpu(), (losses * weight).cpu())
             draws[span] += 1
     values = (total / draws).numpy()  # [loop, batch, bin]; NaN where a sequence has no draw
+    weights = lengths.double().cpu().numpy()
     if by == "position":
-        values = np.where(check_maskable(tokens, maskable, attention_mask).cpu().numpy(), values, np.nan)
-    nll, error, n = stats.mean_and_error(values.swapaxes(0, 1), clusters)
-    gain, gain_error, _ = stats.mean_and_error((values[:1] - values).swapaxes(0, 1), clusters)
+        values, weights = np.where(allowed.cpu().numpy(), values, np.nan), np.ones_like(weights)
+    nll, error, n = stats.weighted_mean_and_error(values.swapaxes(0, 1), weights, clusters)
+    gain, gain_error, _ = stats.weighted_mean_and_error((values[:1] - values).swapaxes(0, 1), weights, clusters)
     loops, place = np.divmod(np.arange(n_loops * width), width)
     frame = pd.DataFrame({"n_loops": loops + 1})
     if by == "mask_ratio":

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from loopmdm_model import flops
+from loopmdm_model.errors import UsageError
 from loopmdm_model.stopping import Lens, LensRule, LoopView, StoppingRule
 from loopmdm_model.taps import TapSource, no_taps
 
@@ -126,6 +127,8 @@ class _Reader:
         return self._coda
 
     def read(self, lens: Lens, rows: Bool[Tensor, "batch pos"]) -> Tensor:
+        if lens not in ("coda", "direct"):
+            raise UsageError(f'lens must be "coda" or "direct", got {lens!r}')
         return self.model.unembedding((self.after_coda() if lens == "coda" else self.state)[rows])
 
 

@@ -21,7 +21,8 @@ class LoopCache(Mapping[str, Tensor]):
     `owner` is the model that ran, `tokens` [batch, pos] what it saw. `n_loops` is the number of loops
     the longest-running sequence made, `loops_used` [batch] each sequence's own. In an adaptive run an
     entry of loop i holds only the sequences still running; `stack` puts them back in place, NaN for
-    the others.
+    the others. Tokens that a rule of scope "token" has stopped (`token_loops` [batch, pos]) show q, k, v and
+    patterns, but nothing of theirs is added: `hook_attn_out` and `hook_mlp_out` are 0 there.
     """
 
     def __init__(
@@ -31,8 +32,10 @@ class LoopCache(Mapping[str, Tensor]):
         loops_used: Tensor,
         tokens: Tensor,
         has_batch_dim: bool = True,
+        token_loops: Tensor | None = None,
     ):
         self._activations, self.owner, self.cfg = activations, owner, owner.cfg
+        self.token_loops = token_loops
         self.loops_used, self.tokens = loops_used, tokens
         self.n_loops = int(loops_used.max())
         self.has_batch_dim = has_batch_dim
@@ -111,10 +114,11 @@ class LoopCache(Mapping[str, Tensor]):
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "LoopCache":
         """A copy on another device or in another dtype."""
         moved = {name: value.to(device, dtype) for name, value in self.items()}
-        return LoopCache(moved, self.owner, self.loops_used, self.tokens, self.has_batch_dim)
+        return LoopCache(moved, self.owner, self.loops_used, self.tokens, self.has_batch_dim, self.token_loops)
 
     def unrolled(self) -> "ActivationCache":
         """A TransformerLens ActivationCache over virtual layers blocks.{depth}, one per application."""
-        if bool((self.loops_used != self.n_loops).any()):
-            raise UsageError("sequences stopped at different loops; unroll a run with a fixed n_loops")
+        used = self.loops_used if self.token_loops is None else self.token_loops
+        if bool((used != self.n_loops).any()):
+            raise UsageError("sequences or tokens stopped at different loops; unroll a run with a fixed n_loops")
         return self.owner.unroll(self)

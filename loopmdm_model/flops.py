@@ -41,15 +41,23 @@ def readout_flops(cfg: LoopMDMConfig, length: int, n_rows: Any = None, coda: boo
     return cost
 
 
-def forward_flops(cfg: LoopMDMConfig, length: int, n_loops: float, batch: int = 1) -> float:
-    """One forward of `batch` sequences at `n_loops` loops (an expectation E[S] may be fractional)."""
+def forward_flops(
+    cfg: LoopMDMConfig, length: int, n_loops: float, batch: int = 1, embedding: bool = False
+) -> float:
+    """One forward of `batch` sequences at `n_loops` loops (an expectation E[S] may be fractional).
+
+    With `embedding` the look-up is counted as the product of a one-hot matrix, as some do.
+    """
     applications = cfg.n_prelude_layers + n_loops * cfg.n_loop_layers + cfg.n_coda_layers
-    return batch * (applications * layer_flops(cfg, length) + unembedding_flops(cfg, length))
+    ends = (2 if embedding else 1) * unembedding_flops(cfg, length)
+    return batch * (applications * layer_flops(cfg, length) + ends)
 
 
-def training_flops(cfg: LoopMDMConfig, length: int, n_loops: float, batch: int = 1) -> float:
+def training_flops(
+    cfg: LoopMDMConfig, length: int, n_loops: float, batch: int = 1, embedding: bool = False
+) -> float:
     """One training step: forward, and a backward of twice its cost."""
-    return 3 * forward_flops(cfg, length, n_loops, batch)
+    return 3 * forward_flops(cfg, length, n_loops, batch, embedding)
 
 
 def flops_per_token(cfg: LoopMDMConfig, length: int, n_loops: float) -> float:

@@ -127,6 +127,7 @@ class HookedLoopMDM(TextEntries, LoopHooks):
         attn_path: AttnPath = "auto",
     ) -> Iterator[tuple[Tensor, Context]]:
         """H(0), H(1), .. with hooks, as `LoopMDM.states`."""
+        tokens, attention_mask = self._inputs(tokens, attention_mask)
         self.grow(check_count("n_loops", n_loops))
         with self._path(attn_path):
             yield from self.model.states(tokens, n_loops, attention_mask, self.taps)
@@ -223,7 +224,8 @@ class HookedLoopMDM(TextEntries, LoopHooks):
             if loss_fn is not None and incl_bwd:
                 self._backward(loss_fn(output.logits))
         self._warn_absent(names_filter, store)
-        return output.logits, LoopCache(store, self, output.loops_used, tokens, not remove_batch_dim)
+        kept = LoopCache(store, self, output.loops_used, tokens, not remove_batch_dim, output.token_loops)
+        return output.logits, kept
 
     def unroll(self, cache: LoopCache) -> ActivationCache:
         """What `cache.unrolled()` gives."""

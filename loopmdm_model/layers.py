@@ -162,13 +162,21 @@ class Block(nn.Module):
         self.ln2, self.mlp = Norm(cfg, "ln2."), MLP(cfg)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], allowed: Tensor | None, tap: Tap = NO_TAP
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        allowed: Tensor | None,
+        tap: Tap = NO_TAP,
+        held: Bool[Tensor, "batch pos"] | None = None,
     ) -> Tensor:
-        """Run one application of the layer on x [batch, pos, d_model]."""
+        """Run one application of the layer on x [batch, pos, d_model].
+
+        What attention and MLP would add at `held` positions is 0: the slow twin of `skip`, for listeners.
+        """
         x = tap("hook_resid_pre", x)
-        x = x + tap("hook_attn_out", self.attn(self.ln1(x, tap), rotary, allowed, tap))
+        x = x + tap("hook_attn_out", _silent(self.attn(self.ln1(x, tap), rotary, allowed, tap), held))
         x = tap("hook_resid_mid", x)
-        x = x + tap("hook_mlp_out", self.mlp(self.ln2(x, tap), tap))
+        x = x + tap("hook_mlp_out", _silent(self.mlp(self.ln2(x, tap), tap), held))
         return tap("hook_resid_post", x)
 
     def skip(
@@ -182,3 +190,7 @@ class Block(nn.Module):
         after = before + self.attn.rows(self.ln1(x), index, rotary, allowed)
         after = after + self.mlp(self.ln2(after))
         return x.index_put((batch, index), torch.where(held[batch, index][..., None], before, after))
+
+
+def _silent(update: Tensor, held: Tensor | None) -> Tensor:
+    return update if held is None else update.masked_fill(held[..., None], 0.0)

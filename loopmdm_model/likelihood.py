@@ -19,7 +19,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from loopmdm_model import flops, stats
@@ -39,8 +39,9 @@ class NelboResult:
     """NELBO in nats per maskable token; `per_sequence` [batch] is NaN where nothing is maskable.
 
     `mean` weights sequences by their maskable tokens (`lengths` [batch]); `standard_error` is over
-    sequences, or over documents where they share one. `n` counts sequences, `mean_loops` the loops run
-    on average, `flops` all that the forwards cost.
+    sequences, or over documents where they share one. `per_sequence_error` [batch] is each sequence's own
+    error, over its masks (NaN for one mask; on the safe side, as masks are stratified). `n` counts sequences,
+    `mean_loops` the loops run on average, `flops` all that the forwards cost.
     """
 
     mean: float
@@ -50,6 +51,7 @@ class NelboResult:
     mean_loops: float
     lengths: Int[Tensor, " batch"]
     flops: float
+    per_sequence_error: Float[Tensor, " batch"]
 
     @property
     def perplexity(self) -> float:
@@ -166,8 +168,8 @@ def nelbo(
     """
     check_count("batch_size", batch_size)
     as_rule(n_loops, stop, model.cfg.max_loops)
-    tokens, allowed = _check_clean(model, tokens, maskable, attention_mask)
-    total, loops, cost = torch.zeros(len(tokens), dtype=torch.float64), 0.0, 0.0
+    allowed, attention_mask = check_clean(model, tokens, maskable, attention_mask)
+    total, loops, cost = torch.zeros(2, len(tokens), dtype=torch.float64), 0.0, 0.0
     for batch, weight in _draws(estimator, model, tokens, allowed, seed, n_samples, attention_mask):
         for start in range(0, len(tokens), batch_size):
             span = slice(start, start + batch_size)
@@ -175,11 +177,12 @@ def nelbo(
             run = model.run(
                 part.tokens, n_loops=n_loops, stop=stop, attention_mask=part.attention_mask, rows=part.masked
             )
-            total[span] += (row_sums(row_cross_entropy(run.logits, part), part) * weight[span]).cpu()
+            value = (row_sums(row_cross_entropy(run.logits, part), part) * weight[span]).cpu()
+            total[:, span] += torch.stack([value, value**2])
             loops += run.loops_used.sum().item()
             cost += run.flops.sum().item()
     mean_loops = loops / (n_samples * len(tokens))
-    return summarise(total / n_samples, allowed.sum(-1).cpu(), mean_loops, clusters, cost)
+    return summarise(total, n_samples, allowed.sum(-1).cpu(), mean_loops, clusters, cost)
 
 
 def loop_losses(
@@ -199,7 +202,7 @@ def loop_losses(
     """
     check_count("n_loops", n_loops)
     check_count("batch_size", batch_size)
-    tokens, allowed = _check_clean(model, tokens, maskable, attention_mask)
+    allowed, attention_mask = check_clean(model, tokens, maskable, attention_mask)
     for batch, _ in _draws("exact-count", model, tokens, allowed, seed, n_samples, attention_mask):
         for start in range(0, len(tokens), batch_size):
             part = batch.rows(slice(start, start + batch_size))
@@ -227,18 +230,20 @@ def nelbo_by_loop(
 
     Its `flops` is what a run of S loops alone would cost.
     """
-    total = torch.zeros(check_count("n_loops", n_loops), len(tokens), dtype=torch.float64)
+    allowed, attention_mask = check_clean(model, tokens, maskable, attention_mask)
+    total = torch.zeros(check_count("n_loops", n_loops), 2, len(tokens), dtype=torch.float64)
     cfg, length, cost = model.cfg, tokens.shape[1], 0.0
     for span, part, losses in loop_losses(
         model, tokens, n_loops, n_samples, maskable, attention_mask, seed, batch_size
     ):
-        total[:, span] += (row_sums(losses, part) / part.masked.sum(-1)).cpu()
+        value = (row_sums(losses, part) / part.masked.sum(-1)).cpu()
+        total[:, :, span] += torch.stack([value, value**2], dim=1)
         ends = cfg.n_prelude_layers * flops.layer_flops(cfg, length)
         cost += float((ends + flops.readout_flops(cfg, length, part.masked.sum(-1))).sum())
-    lengths = check_maskable(tokens, maskable, attention_mask).sum(-1).cpu()
+    lengths = allowed.sum(-1).cpu()
     loop_cost = n_samples * len(tokens) * cfg.n_loop_layers * flops.layer_flops(cfg, length)
     return [
-        summarise(row / n_samples, lengths, loop + 1.0, clusters, cost + (loop + 1) * loop_cost)
+        summarise(row, n_samples, lengths, loop + 1.0, clusters, cost + (loop + 1) * loop_cost)
         for loop, row in enumerate(total)
     ]
 
@@ -256,6 +261,9 @@ def continuation_nelbo(
     """NELBO of each continuation given its prompt (token ids); the log-likelihood is -per_sequence * lengths."""
     if len(prompts) != len(continuations) or not continuations:
         raise UsageError(f"give one prompt a continuation, got {len(prompts)} and {len(continuations)}")
+    for ids in (*prompts, *continuations):
+        if isinstance(ids, str) or not all(isinstance(token, int) for token in ids):
+            raise UsageError(f"give prompts and continuations as lists of token ids, got {ids!r:.60}")
     if not all(len(continuation) for continuation in continuations):
         raise UsageError("a continuation is empty; give at least one token to predict")
     length = max(len(p) + len(c) for p, c in zip(prompts, continuations, strict=True))
@@ -283,8 +291,8 @@ def corpus_nelbo(
 ) -> NelboResult:
     """NELBO of whole documents (token ids) in windows of n_ctx; `.perplexity` is the corpus perplexity.
 
-    Windows advance by `stride` (default n_ctx: disjoint); what an earlier window scored is clean context
-    for the next, so every token is scored exactly once. The error is over documents.
+    Windows advance by `stride` (default n_ctx), the last of a document ends with it; what an earlier window
+    scored is clean context for the next, so every token is scored exactly once. The error is over documents.
     """
     windows = sliding_windows(documents, model.cfg.n_ctx, model.cfg.n_ctx if stride is None else stride)
     return nelbo(
@@ -308,26 +316,39 @@ def _draws(
         yield _draw(estimator, tokens, model.cfg.mask_token_id, allowed, seed, draw, n_samples, attention_mask)
 
 
-def _check_clean(
+def check_clean(
     model: LoopedModel, tokens: Tensor, maskable: Tensor | None, attention_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Bool[Tensor, "batch pos"], Tensor | None]:
+    """What may be masked, and the attention mask (a HookedLoopMDM knows its [PAD]); refuses unclean tokens."""
+    if not isinstance(tokens, Tensor) or tokens.is_floating_point():
+        raise UsageError("tokens must be an integer tensor [batch, pos]; text goes through to_tokens")
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise UsageError(f"tokens must be a non-empty [batch, pos] tensor, got shape {list(tokens.shape)}")
-    if bool((tokens == model.cfg.mask_token_id).any()):
+    if attention_mask is None:
+        infer = getattr(model, "padding_mask", None)
+        attention_mask = None if infer is None else infer(tokens)
+    allowed = check_maskable(tokens, maskable, attention_mask)
+    attention_mask = None if attention_mask is None else attention_mask.expand_as(tokens)
+    real = tokens if attention_mask is None else tokens[attention_mask != 0]
+    if bool((real == model.cfg.mask_token_id).any()):
         raise UsageError("tokens already hold [MASK]; the likelihood needs clean tokens")
-    return tokens, check_maskable(tokens, maskable, attention_mask)
+    if bool(((real < 0) | (real >= model.cfg.d_vocab)).any()):
+        raise UsageError(f"tokens hold ids outside 0..{model.cfg.d_vocab - 1}; use this model's own tokenizer")
+    return allowed, attention_mask
 
 
 def summarise(
-    per_sequence: Tensor, lengths: Tensor, mean_loops: float, clusters: np.ndarray | None, cost: float
+    totals: Float[Tensor, "two batch"],
+    n_samples: int,
+    lengths: Tensor,
+    mean_loops: float,
+    clusters: np.ndarray | None,
+    cost: float,
 ) -> NelboResult:
-    """Token-weighted mean with the ratio estimator's standard error over sequences or clusters."""
-    values, weights = per_sequence.numpy(), lengths.double().numpy()
-    known = weights > 0
-    n = int(known.sum())
-    if not n:
-        return NelboResult(float("nan"), float("nan"), per_sequence, 0, mean_loops, lengths, cost)
-    mean = float((values[known] * weights[known]).sum() / weights.sum())
-    influence = np.where(known, (values - mean) * weights / weights[known].mean(), np.nan)
-    error = float(stats.influence_error(influence, clusters))
-    return NelboResult(mean, error, per_sequence, n, mean_loops, lengths, cost)
+    """Token-weighted mean with its error, from sums over masks of each sequence's value and its square."""
+    per_sequence, square = totals / n_samples
+    scatter = (square - per_sequence**2).clamp(min=0) / max(1, n_samples - 1)
+    own_error = scatter.sqrt() if n_samples > 1 else torch.full_like(scatter, float("nan"))
+    weights = lengths.double().numpy()
+    mean, error, n = stats.weighted_mean_and_error(per_sequence.numpy(), weights, clusters)
+    return NelboResult(float(mean), float(error), per_sequence, int(n), mean_loops, lengths, cost, own_error)

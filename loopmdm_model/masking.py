@@ -98,6 +98,7 @@ def mask_tokens(
     for name, value in (("mask_ratio", mask_ratio), ("t", t)):
         _check_share(name, value, len(tokens))
     allowed = check_maskable(tokens, maskable, attention_mask)
+    attention_mask = None if attention_mask is None else attention_mask.expand_as(tokens)
     uniforms = row_uniforms(seed, "positions", *tokens.shape, first_index=first_index, step=step)
     uniforms = uniforms.to(tokens.device)
     if t is not None:

@@ -176,9 +176,11 @@ class LoopMDM(nn.Module):
         """
         rule = as_rule(n_loops, stop, self.cfg.max_loops)
         context = self.context(tokens, attention_mask)
+        if rows is not None and (rows.dtype != torch.bool or rows.shape != tokens.shape):
+            raise UsageError(f"rows must be boolean with one entry per token, {list(tokens.shape)}")
         x = self.prelude(tokens, context, taps)
         done = iterate(self, x, context, rule, taps, on_loop)
-        if done.after_coda is not None and taps is no_taps:  # the rule has been there already
+        if done.after_coda is not None and not self._heard(taps):  # the rule has been there already
             logits = self.unembedding(done.after_coda, rows=rows)
         else:
             logits = self.readout(done.state, context, taps, rows=rows)
@@ -235,19 +237,24 @@ class LoopMDM(nn.Module):
     ) -> Tensor:
         """Coda, final norm, unembedding: logits [batch, pos, d_vocab] from a loop's output.
 
-        With `rows` [batch, pos] only those positions are unembedded: [row, d_vocab].
+        With `rows` [batch, pos] only those positions are unembedded: [row, d_vocab]. If anybody listens to
+        the coda or what follows, all positions are computed, and `rows` chosen at the end.
         """
+        if rows is not None and self._heard(taps):
+            return self.unembedding(self.coda(state, context, taps), taps)[rows]
         return self.unembedding(self.coda(state, context, taps, rows=rows), taps, rows)
+
+    def _heard(self, taps: TapSource) -> bool:
+        """Whether anybody listens to the coda or to what follows it."""
+        prefixes = ["", *(f"blocks.{layer}." for layer in self.cfg.layers("coda"))]
+        return any(taps(prefix) is not NO_TAP for prefix in prefixes)
 
     def unembedding(self, x: Tensor, taps: TapSource = no_taps, rows: Tensor | None = None) -> Tensor:
         """Final norm and unembedding of states [..., d_model], or of `rows` of them; [MASK] gets -inf."""
         tap = taps("")
-        late = rows is not None and tap is not NO_TAP  # who listens sees all positions
-        x = x if rows is None or late else x[rows]
-        logits = self.unembed(self.ln_final(x, tap))
+        logits = self.unembed(self.ln_final(x if rows is None else x[rows], tap))
         logits[..., self.cfg.mask_token_id] = float("-inf")
-        logits = tap("hook_logits", logits)
-        return logits[rows] if late else logits
+        return tap("hook_logits", logits)
 
     def states(
         self, tokens: Tensor, n_loops: int, attention_mask: Tensor | None = None, taps: TapSource = no_taps
@@ -276,8 +283,8 @@ class LoopMDM(nn.Module):
                 x = blocks[layer](x, context.rotary, allowed, tap)
             elif tap is NO_TAP:
                 x = blocks[layer].skip(x, context.rotary, allowed, held)
-            else:  # listeners see every position
-                x = torch.where(held[..., None], x, blocks[layer](x, context.rotary, allowed, tap))
+            else:
+                x = blocks[layer](x, context.rotary, allowed, tap, held)
         return x
 
     # --- input checks ---

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from loopmdm_model.errors import UsageError, check_count, unknown_name
 
-TIE = 1e-5
-"""Scores closer than this are ties: equal in exact arithmetic, apart by rounding (all-masked input)."""
+TIE = 2e-6
+"""Runs of scores closer than this are ties: equal in exact arithmetic, apart by rounding (all-masked input)."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class StepView:
 
     @property
     def quota(self) -> Int[Tensor, " batch"]:
-        """Reveals due now so that the masked positions last evenly until the last step."""
+        """Reveals due now: what is left, shared evenly by the steps left, rounded up."""
         return -(-self.masked.sum(-1) // (self.steps - self.step))
 
     @property
@@ -216,7 +216,7 @@ class Blocks(Order):
     def __post_init__(self):
         """A size, and an inner order that keeps what it revealed."""
         check_count("block size", self.size)
-        if isinstance(self.inner, Blocks | Remask):
+        if not isinstance(self.inner, Order) or isinstance(self.inner, Blocks | Remask):
             raise UsageError(f"blocks cannot hold {type(self.inner).__name__}; give a plain order as inner=")
 
     @property
@@ -231,10 +231,10 @@ class Blocks(Order):
     def n_steps(self, steps: int, most: int) -> int:
         """As many as asked for, unless the inner order has its own number."""
         blocks = -(-most // self.size)
-        own = self.inner.n_steps(steps, self.size)
-        if own == steps and blocks > steps:
+        own = self.inner.n_steps(0, self.size)  # 0: it takes what it is given
+        if not own and blocks > steps:
             raise UsageError(f"{blocks} blocks need at least as many steps, got {steps}; raise steps or the size")
-        return steps if own == steps else blocks * own
+        return blocks * own or steps
 
     def _part(self, view: StepView) -> StepView:
         """The view of the current block; a sequence with fewer blocks has more steps for each."""
@@ -268,9 +268,10 @@ class Blocks(Order):
 class Remask(Ancestral):
     """Ancestral steps that also hide filled positions again (ReMDM; Wang et al. 2025, arXiv 2503.00307).
 
-    From t to s a filled position is hidden with chance sigma, at most s / (1 - t) so that the marginals
-    stay: `schedule` "cap": min(eta, that); "rescale": eta times that; "confidence": the rescaled chance,
-    shared out by softmax of minus the probability with which each was drawn.
+    From t to s a filled position is hidden with chance sigma, at most s / (1 - t), and reveals make up for it, so
+    that the share of masked positions stays s: `schedule` "cap": min(eta, that); "rescale": eta times that.
+    "confidence" shares the rescaled chance out by softmax of minus the probability with which each was drawn,
+    and does not make up for it.
     """
 
     eta: float = 0.1
@@ -325,14 +326,18 @@ def as_order(order: Any, length: int) -> Order:
     if isinstance(order, str):
         kind, _, size = order.partition(":")
         if kind in ("blocks", "random-blocks"):
-            if not size.isdigit():
+            if not (size.isascii() and size.isdigit()):
                 raise UsageError(f"{kind} needs a size, such as {kind}:8, got {order!r}")
             return Blocks(int(size), shuffled=kind == "random-blocks")
         if order not in ORDERS:
             raise unknown_name("order", order, [*ORDERS, "blocks:SIZE", "random-blocks:SIZE"])
         return ORDERS[order]
-    if isinstance(order, Sequence | Tensor):
-        order = FixedOrder(tuple(int(position) for position in order) or (-1,))
+    if isinstance(order, Tensor):
+        order = order.tolist()
+    if isinstance(order, Sequence):
+        if not all(isinstance(position, int) for position in order):
+            raise UsageError(f"an order must hold the positions 0..{length - 1} as integers, got {order!r:.80}")
+        order = FixedOrder(tuple(order) or (-1,))
     if not isinstance(order, Order):
         raise UsageError(f"order must be a name, a permutation or an Order, got {order!r}")
     order.check(length)
@@ -349,6 +354,6 @@ def best(scores: Tensor, among: Tensor, count: Tensor, lots: Tensor) -> Bool[Ten
     """The `count` positions with the highest scores; within runs of near-equal ones the lowest lots go first."""
     ordered, index = scores.double().masked_fill(~among, float("-inf")).sort(dim=-1, descending=True)
     apart = ordered[:, :-1] - ordered[:, 1:] > TIE
-    group = torch.cat([torch.zeros_like(apart[:, :1]), apart], dim=1).cumsum(-1)
+    group = torch.cat([torch.zeros_like(among[:, :1]), apart], dim=1).cumsum(-1)
     place = torch.empty_like(ordered).scatter(1, index, group + lots.gather(1, index))
     return lowest(place, among, count)

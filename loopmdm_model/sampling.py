@@ -113,14 +113,15 @@ def sample(
     token; `top_p` keeps the smallest set of tokens with at least that probability.
 
     Sequences run in batches of `batch_size`. With `partial` an interruption (Ctrl-C) returns the batches
-    that are finished. `callback` sees every (step, loop); what it reads costs no counted FLOPs.
+    that are finished; callbacks have then seen part of the next one, too. `callback` sees every (step, loop);
+    what it reads costs no counted FLOPs.
     """
     as_rule(n_loops, stop, model.cfg.max_loops)
     for name, value in (("steps", steps), ("batch_size", batch_size)):
         check_count(name, value)
     check_count("first_index", first_index, least=0)
     _check_drawing(temperature, top_p)
-    start, free = starting_ids(model, n, length, prompt, clues)
+    start, free, real = starting_ids(model, n, length, prompt, clues)
     plan = as_order(order, start.shape[1])
     most = int(free.sum(-1).max())
     sampler = _Sampler(
@@ -132,7 +133,8 @@ def sample(
     try:
         for first in range(0, len(start), batch_size):
             span = slice(first, first + batch_size)
-            parts.append(sampler.run(start[span], free[span], first_index + first, bar))
+            part = None if real is None else real[span]
+            parts.append(sampler.run(start[span], free[span], part, first_index + first, bar))
     except KeyboardInterrupt:
         if not partial:
             raise
@@ -153,7 +155,7 @@ class _Sampler:
     seed: int
     callbacks: list[Callback]
 
-    def run(self, start: Tensor, free: Tensor, first_index: int, bar: tqdm) -> SampleResult:
+    def run(self, start: Tensor, free: Tensor, real: Tensor | None, first_index: int, bar: tqdm) -> SampleResult:
         tokens, mask_id = start.clone(), self.model.cfg.mask_token_id
         n, device = len(start), start.device
         time = torch.ones(n, dtype=torch.float64, device=device)
@@ -168,9 +170,9 @@ class _Sampler:
                 return row_uniforms(self.seed, stream, n, start.shape[1], first_index, at).to(device)
 
             at, of = torch.full_like(loops[0], step), torch.full_like(loops[0], self.steps)
-            view = StepView(at, of, tokens == mask_id, free, time, confidence, uniforms)
+            view = StepView(at, of, (tokens == mask_id) & free, free, time, confidence, uniforms)
             hidden = self.order.remask(view)
-            chosen, drawn, sure = self._reveal(view, step, tokens, first_index, loops[step], cost[step])
+            chosen, drawn, sure = self._reveal(view, step, tokens, real, first_index, loops[step], cost[step])
             before, time = tokens, self.order.advance(view)
             if hidden is not None:
                 tokens = tokens.masked_fill(hidden, mask_id)
@@ -183,7 +185,14 @@ class _Sampler:
         return SampleResult(tokens, start, torch.cat(events), loops, cost, torch.stack(times))
 
     def _reveal(
-        self, view: StepView, step: int, tokens: Tensor, first_index: int, loops: Tensor, cost: Tensor
+        self,
+        view: StepView,
+        step: int,
+        tokens: Tensor,
+        real: Tensor | None,
+        first_index: int,
+        loops: Tensor,
+        cost: Tensor,
     ) -> tuple[Bool[Tensor, "batch pos"], Int[Tensor, " row"], Float[Tensor, " row"]]:
         """Positions to fill, what to fill them with, and its probability; notes loops and FLOPs [batch]."""
         rows = self.order.candidates(view) if self.order.reads_logits else self.order.choose(view, None)
@@ -201,6 +210,7 @@ class _Sampler:
             tokens[active],
             n_loops=self.n_loops,
             stop=self.stop,
+            attention_mask=None if real is None else real[active],
             rows=rows[active],
             on_loop=on_loop if self.callbacks else None,
         )
@@ -238,8 +248,8 @@ def _check_drawing(temperature: float, top_p: float) -> None:
     for name, value in (("temperature", temperature), ("top_p", top_p)):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UsageError(f"{name} must be a number, got {value!r}")
-    if not 0 <= temperature < float("inf"):
-        raise UsageError(f"temperature must be at least 0 and finite, got {temperature!r}")
+    if not (temperature == 0 or 1e-4 <= temperature < float("inf")):
+        raise UsageError(f"temperature must be 0 (best token) or at least 1e-4 and finite, got {temperature!r}")
     if not 0 < top_p <= 1:
         raise UsageError(f"top_p must lie in (0, 1], got {top_p!r}")
 
@@ -249,10 +259,13 @@ def _check_drawing(temperature: float, top_p: float) -> None:
 
 def starting_ids(
     model: LoopedModel, n: int | None, length: int | None, prompt: Any, clues: Any
-) -> tuple[Int[Tensor, "n pos"], Bool[Tensor, "n pos"]]:
-    """Ids with [MASK] where something is to be filled, and those positions."""
+) -> tuple[Int[Tensor, "n pos"], Bool[Tensor, "n pos"], Bool[Tensor, "n pos"] | None]:
+    """Ids with [MASK] where something is to be filled, those positions, and which are not padding."""
     cfg = model.cfg
     prompts = _prompts(model, prompt)
+    real = None
+    if isinstance(clues, MaskedBatch) and clues.attention_mask is not None:
+        real = clues.attention_mask != 0
     clues = _clues(clues, cfg.mask_token_id)
     held = {len(rows) for rows in (prompts, clues) if isinstance(rows, list | Tensor) and len(rows) > 1}
     if len(held) > 1 or (held and n not in (None, *held)):
@@ -288,7 +301,8 @@ def starting_ids(
         token = int(known[row, position])
         what = "[MASK]" if token == cfg.mask_token_id else f"outside 0..{cfg.d_vocab - 1}"
         raise UsageError(f"the given id {token} at position {position} is {what}; mark free positions with -1")
-    return known.masked_fill(known < 0, cfg.mask_token_id), known < 0
+    free = known < 0 if real is None else (known < 0) & real.to(known.device)
+    return known.masked_fill(known < 0, cfg.mask_token_id), free, real
 
 
 def _device(model: LoopedModel) -> torch.device:
@@ -323,16 +337,23 @@ def _clues(clues: Any, mask_token_id: int) -> dict[int, int] | Tensor | None:
     if isinstance(clues, MaskedBatch):
         clues = clues.clean.masked_fill(clues.masked, -1)
     if isinstance(clues, Mapping):
-        pairs = {int(position): int(token) for position, token in clues.items()}
+        pairs = dict(clues)
+        if not all(isinstance(word, int) for pair in pairs.items() for word in pair):
+            raise UsageError(f"clues must be {{position: id}} with integers, got {clues!r:.80}")
         wrong = [token for token in pairs.values() if token < 0]
         if wrong:
             raise UsageError(f"clue {wrong[0]} is no token id; leave free positions out")
         if mask_token_id in pairs.values():
             raise UsageError("a clue is [MASK]; leave free positions out")
         return pairs
-    clues = torch.as_tensor(clues)
-    if clues.ndim not in (1, 2) or clues.is_floating_point() or clues.dtype == torch.bool:
-        raise UsageError("clues must be {position: id}, or ids [pos] or [n, pos] with -1 where free")
+    wanted = "clues must be {position: id}, or integer ids [pos] or [n, pos] with -1 where free"
+    try:
+        clues = torch.as_tensor(clues)
+    except (TypeError, ValueError, RuntimeError):
+        raise UsageError(f"{wanted}; got {clues!r:.60}") from None
+    wrong_kind = clues.is_floating_point() or clues.dtype == torch.bool
+    if clues.ndim not in (1, 2) or 0 in clues.shape or wrong_kind or bool((clues < -1).any()):
+        raise UsageError(wanted)
     return clues.reshape(-1, clues.shape[-1])
 
 

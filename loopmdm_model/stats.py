@@ -47,6 +47,20 @@ def mean_and_error(values: Array, clusters: NDArray | None = None) -> tuple[Arra
     return mean, influence_error(values - mean, clusters), n
 
 
+def weighted_mean_and_error(
+    values: Array, weights: Array, clusters: NDArray | None = None
+) -> tuple[Array, Array, Array]:
+    """As `mean_and_error`, for values [n, ...] that count `weights` [n]: a ratio of means, and its error."""
+    weights = weights.reshape(-1, *[1] * (values.ndim - 1))
+    known = np.isfinite(values) & (weights > 0)
+    n = np.asarray(known.sum(axis=0))
+    heavy = np.where(known, weights, 0.0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.where(known, heavy * np.where(known, values, 0.0), 0.0).sum(axis=0) / heavy.sum(axis=0)
+        influence = np.where(known, (values - mean) * heavy / (heavy.sum(axis=0) / n), np.nan)
+    return np.asarray(mean), influence_error(influence, clusters), n
+
+
 def log_ratio_and_error(
     above: Array, above_chance: Array, below: Array, below_chance: Array, clusters: NDArray | None = None
 ) -> tuple[Array, Array]:

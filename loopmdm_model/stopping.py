@@ -11,7 +11,7 @@ and give `read` and `change`. What a rule does not ask for is not computed.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -82,7 +82,10 @@ class StoppingRule:
         return None
 
     def criterion(self, view: LoopView) -> Tensor | None:
-        """What is compared with `threshold`: [batch], or [batch, pos] with scope "token"."""
+        """What is compared with `threshold`: [batch], or [batch, pos] with scope "token".
+
+        None if the rule looks at nothing, or needs the reading of the loop before (`LensRule`).
+        """
         values = self.values(view)
         return None if values is None else self.reduce(values, self.group(view.masked, view.real))
 
@@ -240,14 +243,14 @@ class NoiseSchedule(StoppingRule):
 
     def __post_init__(self):
         """Check the counts; sequence scope only."""
-        if not self.loops:
+        if isinstance(self.loops, str) or not isinstance(self.loops, Sequence) or not self.loops:
             raise UsageError("NoiseSchedule needs loop counts for equal bins of the mask ratio, such as (2, 4, 6)")
         object.__setattr__(self, "loops", tuple(check_count("loops", count) for count in self.loops))
         if self.max_loops == 0:
             object.__setattr__(self, "max_loops", max(self.loops))
         super().__post_init__()
-        if self.scope == "token":
-            raise UsageError('NoiseSchedule plans whole sequences; scope "token" does not apply')
+        if self.scope == "token" or self.patience > 1:
+            raise UsageError('NoiseSchedule plans whole sequences; scope "token" and patience do not apply')
 
     def criterion(self, view: LoopView) -> Tensor:
         """Planned loops left, [batch]."""
@@ -278,9 +281,10 @@ def parse_rule(text: str, max_loops: int) -> StoppingRule:
     if not number:
         return RULES[name](max_loops=max_loops)
     try:
-        return RULES[name](max_loops=max_loops, threshold=float(number))
+        threshold = float(number)
     except ValueError:
         raise UsageError(f"the threshold in {text!r} is no number; write {name}:0.03") from None
+    return RULES[name](max_loops=max_loops, threshold=threshold)
 
 
 def relative_change(state: Tensor, previous: Tensor) -> Float[Tensor, "batch pos"]:

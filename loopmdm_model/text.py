@@ -22,7 +22,7 @@ class TextEntries:
         """Token ids of text or ids, and the padding mask that [PAD] implies unless one is given."""
         if not isinstance(tokens, Tensor):
             tokens = self.to_tokens(tokens)
-        return tokens, self._padding_mask(tokens) if mask is None else mask
+        return tokens, self.padding_mask(tokens) if mask is None else mask
 
     def _text(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -44,7 +44,8 @@ class TextEntries:
         tokens = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
         return tokens.to(self.model.rotary_cos.device)
 
-    def _padding_mask(self, tokens: Tensor) -> Tensor | None:
+    def padding_mask(self, tokens: Tensor) -> Tensor | None:
+        """The attention mask that [PAD] in `tokens` implies, [batch, pos]; None if there is none."""
         pad = self._text().token_to_id(PAD) if self.tokenizer else None
         return None if pad is None or not bool((tokens == pad).any()) else tokens != pad
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from loopmdm_model.errors import UsageError
 from loopmdm_model.sampling import SampleLoop
 from loopmdm_model.stopping import Lens, entropy, relative_change
 
@@ -33,6 +34,8 @@ class Trajectory:
         lens: Lens = "coda",
         masked_only: bool = True,
     ):
+        if lens not in ("coda", "direct"):
+            raise UsageError(f'lens must be "coda" or "direct", got {lens!r}')
         self.steps, self.loops, self.masked_only = steps, loops, masked_only
         self.lens: Lens = lens
         self._parts: list[dict] = []

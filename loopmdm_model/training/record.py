@@ -45,7 +45,7 @@ def run_record(spec: RunSpec, progress: Progress, corpus_sha256: str) -> dict[st
         "versions": versions(),
         "steps": {"planned": planned.steps, "realised": progress.step},
         "mean_loops": {"planned": planned.e_s, "realised": progress.loops / max(1, progress.step)},
-        "training_flops": {"planned": spec.training.flops, "realised": progress.flops},
+        "training_flops": {"planned": planned.flops, "realised": progress.flops},
         "tokens": progress.tokens,
         "flops_per_token_s1": flops_per_token(cfg, spec.data.length, 1),
         "flops_per_token_s_max": flops_per_token(cfg, spec.data.length, cfg.max_loops),

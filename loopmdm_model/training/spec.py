@@ -8,38 +8,58 @@ from pathlib import Path
 from typing import Any
 
 from loopmdm_model.config import LoopMDMConfig
-from loopmdm_model.data.batches import TASKS
-from loopmdm_model.data.sudoku import N_CELLS, SIZE
+from loopmdm_model.data.batches import TASK_SIZES, check_name
+from loopmdm_model.data.tokenizer import GPT2_IDS
 from loopmdm_model.errors import UsageError, check_count, check_keys, unknown_name
+
+DISTRIBUTIONS = ("uniform", "fixed", "flop-proportional", "flop-balanced")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """`corpus` is a text corpus or the task sudoku6; `length` tokens a sequence, `d_vocab` ids in all."""
+    """`corpus` is a text corpus or a task; `length` tokens a sequence, `d_vocab` ids in all.
+
+    `tokenizer` "bpe" is trained on the corpus, "gpt2" is GPT-2's; `tokens` is how many training tokens to
+    take of a hub corpus (default: as many as the run needs). Tasks fix length, vocabulary and tokenizer.
+    """
 
     corpus: str
     length: int = 64
     d_vocab: int = 1024
+    tokenizer: str = "bpe"
+    tokens: int = 0
 
     def __post_init__(self):
-        """Sudoku fixes its own length and vocabulary."""
-        if self.corpus not in TASKS:
-            raise unknown_name("corpus or task", self.corpus, TASKS)
-        if self.corpus == "sudoku6":
-            object.__setattr__(self, "length", N_CELLS)
-            object.__setattr__(self, "d_vocab", SIZE + 1)
+        """Sizes that the task or the tokenizer fixes."""
+        check_name(self.corpus)
+        if self.corpus in TASK_SIZES:
+            length, d_vocab = TASK_SIZES[self.corpus]
+            object.__setattr__(self, "length", length)
+            object.__setattr__(self, "d_vocab", d_vocab)
+        if self.tokenizer not in ("bpe", "gpt2"):
+            raise UsageError(f'data.tokenizer must be "bpe" or "gpt2", got {self.tokenizer!r}')
+        if self.tokenizer == "gpt2":
+            object.__setattr__(self, "d_vocab", GPT2_IDS)
         check_count("data.length", self.length, least=2)
+        check_count("data.tokens", self.tokens, least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSchedule:
-    """S ~ Uniform{1..cap}; cap is 1 until `widen_from` of the budget and max_loops from `widen_until` on."""
+    """How S is drawn, below a cap that is 1 until `widen_from` of the budget and max_loops from `widen_until` on.
+
+    `distribution`: "uniform" on 1..cap (the paper's), "fixed" (always the cap), "flop-proportional" (the chance
+    of S grows with the cost of a step) or "flop-balanced" (it falls with it: equal FLOPs for every S).
+    """
 
     widen_from: float = 0.0
     widen_until: float = 0.0
+    distribution: str = "uniform"
 
     def __post_init__(self):
-        """Shares of the budget in order."""
+        """A known distribution; shares of the budget in order."""
+        if self.distribution not in DISTRIBUTIONS:
+            raise unknown_name("loops.distribution", self.distribution, DISTRIBUTIONS)
         if not 0 <= self.widen_from <= self.widen_until <= 1:
             raise UsageError("loops needs 0 <= widen_from <= widen_until <= 1")
 
@@ -55,10 +75,18 @@ class LoopSchedule:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSpec:
-    """AdamW with warm-up and then a constant rate; `flops` is the whole budget; EMA weights are kept."""
+    """AdamW with warm-up and then a constant rate; EMA weights are kept.
 
-    flops: float
+    The whole budget is exactly one of `flops`, `tokens` and `steps`. A step sees `batch_size` sequences in
+    `accumulate` parts on each process. `precision` "bf16" or "no"; "" leaves it to accelerate's configuration.
+    """
+
     batch_size: int
+    flops: float = 0.0
+    tokens: int = 0
+    steps: int = 0
+    accumulate: int = 1
+    precision: str = ""
     learning_rate: float = 1e-3
     warmup_steps: int = 200
     weight_decay: float = 0.01
@@ -74,10 +102,23 @@ class TrainingSpec:
         """Positive sizes and rates."""
         check_count("training.batch_size", self.batch_size)
         check_count("training.threads", self.threads)
+        check_count("training.accumulate", self.accumulate)
+        check_count("training.tokens", self.tokens, least=0)
+        check_count("training.steps", self.steps, least=0)
+        if self.batch_size % self.accumulate:
+            raise UsageError(
+                f"training.batch_size {self.batch_size} does not divide into {self.accumulate} parts (accumulate)"
+            )
+        if self.precision not in ("", "no", "bf16"):
+            raise UsageError(f'training.precision must be "no" or "bf16", got {self.precision!r}')
+        if not 0 <= self.flops < float("inf"):
+            raise UsageError(f"training.flops must be positive and finite, got {self.flops!r}")
+        if sum(bool(budget) for budget in (self.flops, self.tokens, self.steps)) != 1:
+            raise UsageError("training needs exactly one budget: flops, tokens or steps (or match = SPEC)")
         check_count("training.curve_points", self.curve_points)
         check_count("training.curve_sequences", self.curve_sequences)
         check_count("training.warmup_steps", self.warmup_steps, least=0)
-        for name in ("flops", "learning_rate", "clip"):
+        for name in ("learning_rate", "clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UsageError(f"training.{name} must be positive and finite, got {getattr(self, name)!r}")
         for name in ("ema", "beta2"):
@@ -134,7 +175,21 @@ class RunSpec:
             values = tomllib.loads(path.read_text())
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UsageError(f"{path} is not TOML: {error}") from error
+        training = values.get("training")
+        if isinstance(training, dict) and "match" in training:
+            training["flops"] = matched_flops(path, training.pop("match"), training)
         return cls.from_dict(values, path.name)
+
+
+def matched_flops(path: Path, other: Any, training: dict[str, Any]) -> float:
+    """Training FLOPs of the whole run that another spec (a file beside this one) describes."""
+    from loopmdm_model.training.budget import plan
+
+    if {"flops", "tokens", "steps"} & training.keys():
+        raise UsageError(f"{path.name}: match takes the place of flops, tokens and steps; remove them")
+    if not isinstance(other, str) or Path(other).name == path.name:
+        raise UsageError(f"{path.name}: match must name another spec beside it, got {other!r}")
+    return plan(RunSpec.load(path.parent / other)).flops
 
 
 def _build(kind: type, values: Any, origin: str, skip: Any = ()) -> dict[str, Any]:

@@ -8,11 +8,20 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from loopmdm_model.checkpoints import write_tensors
 from loopmdm_model.errors import UsageError
+from loopmdm_model.training.ema import Ema
 
 STATE_FILE = "state/state.safetensors"
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass
@@ -29,30 +38,40 @@ class Progress:
     window: dict[str, float] = field(default_factory=dict)
 
 
-def gather(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All tensors a resumed run needs, by name."""
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    tensors |= {f"ema.{name}": value for name, value in ema.state_dict().items()}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer.{name}.{key}"] = value
+def gather(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema) -> dict[str, Tensor]:
+    """All tensors a resumed run needs, by name, whole and on the CPU, however they are sharded.
+
+    Every process must call it; only the first is sure to get the tensors.
+    """
+    tensors: dict[str, Any] = dict(_named("model.", get_model_state_dict(model, options=WHOLE)))
+    with ema.swapped():
+        averages = get_model_state_dict(model, options=WHOLE)
+        tensors |= {name: value.clone() for name, value in _named("ema.", averages)}
+    moments: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=WHOLE))
+    for name, kept in moments.get("state", {}).items():
+        tensors |= _named(f"optimizer.{name}.", kept)
     return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
 
 
-def scatter(
-    tensors: dict[str, Tensor], model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
-    """Inverse of `gather`."""
+def _named(prefix: str, values: Any) -> list[tuple[str, Any]]:
+    return [(prefix + name, value) for name, value in values.items()]
 
-    def part(prefix: str) -> dict[str, Tensor]:
+
+def scatter(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema) -> None:
+    """Inverse of `gather`; `ema.n` must be set besides."""
+
+    def part(prefix: str) -> dict[str, Any]:
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
-    model.load_state_dict(part("model."))
-    ema.load_state_dict(part("ema."))
-    for name, parameter in model.named_parameters():
-        optimizer.state[parameter] = {
-            key: value.to(parameter.device) for key, value in part(f"optimizer.{name}.").items()
-        }
+    with ema.swapped():
+        set_model_state_dict(model, part("ema."), options=WHOLE)
+    set_model_state_dict(model, part("model."), options=WHOLE)
+    moments: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer))
+    moments["state"] = {}
+    for name, value in part("optimizer.").items():
+        parameter, _, key = name.rpartition(".")
+        moments["state"].setdefault(parameter, {})[key] = value
+    set_optimizer_state_dict(model, optimizer, moments, options=WHOLE)
 
 
 def save(folder: Path, tensors: dict[str, Tensor], progress: Progress, identity: dict[str, Any]) -> None:

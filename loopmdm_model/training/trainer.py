@@ -1,8 +1,10 @@
-"""The training loop: AdamW, S drawn per step, EMA weights, exact resume.
+"""The training loop: AdamW, S drawn per step, EMA weights, exact resume, one process or many.
 
-Step k draws its batch, masks and S from (seed, k) alone, so a run killed at any moment and resumed
-gives the same weights, bit for bit, as one that was never interrupted (one thread count, one
-machine). The EMA weights are what is evaluated and shipped.
+Step k draws its batch, masks and S from (seed, k) alone, and each process takes its rows of that batch: the
+data order does not depend on how many there are, and a run killed at any moment and resumed gives the same
+weights, bit for bit, as one that was never interrupted (one thread count, one machine). The EMA weights
+are what is evaluated and shipped. Several processes, GPUs, bf16 and FSDP are accelerate's configuration:
+`accelerate launch --module analysis.cli train SPEC.toml`.
 """
 
 import json
@@ -10,14 +12,14 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor, nn
 
 from loopmdm_model import checkpoints
 from loopmdm_model.allocator import keep_freed_memory
@@ -26,8 +28,10 @@ from loopmdm_model.data.tokenizer import load_tokenizer
 from loopmdm_model.errors import DivergedError, UsageError
 from loopmdm_model.files import write_atomic, write_json
 from loopmdm_model.likelihood import draw_masks, masked_cross_entropy, nelbo
+from loopmdm_model.masking import MaskedBatch
 from loopmdm_model.model import LoopMDM
 from loopmdm_model.training import budget, state
+from loopmdm_model.training.ema import Ema
 from loopmdm_model.training.record import run_record
 from loopmdm_model.training.spec import RunSpec
 
@@ -39,24 +43,41 @@ class Trainer:
 
     def __init__(self, spec: RunSpec, folder: Path, resume: bool = False):
         self.spec, self.folder = spec, folder
-        if not resume and folder.exists() and any(folder.iterdir()):
-            raise UsageError(f"{folder} is not empty; add --resume to continue it or give another --out")
-        torch.set_num_threads(spec.training.threads)
-        keep_freed_memory()
-        self.data = self._dataset()
-        self.accelerator = Accelerator()
+        self.accelerator = Accelerator(mixed_precision=spec.training.precision or None)
+        self._check_shares()
+        with self.accelerator.main_process_first():
+            if self._first and not resume and folder.exists() and any(folder.iterdir()):
+                raise UsageError(f"{folder} is not empty; add --resume to continue it or give another --out")
+            torch.set_num_threads(spec.training.threads)
+            keep_freed_memory()
+            self.data = self._dataset()
         self._build()
         self.identity = spec.to_dict() | {"corpus sha256": self.data.fingerprint}
         found = state.load(folder, self.identity)
         self.progress = found[1] if found else state.Progress()
         if found:
-            state.scatter(found[0], self._bare(), self.ema, self._optimizer())
+            state.scatter(found[0], self.model, self._optimizer(), self.ema)
+            self.ema.n = self.progress.step
+            self._write_metrics()
+
+    @property
+    def _first(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def _check_shares(self) -> None:
+        training, processes = self.spec.training, self.accelerator.num_processes
+        if training.batch_size % (training.accumulate * processes):
+            raise UsageError(
+                f"training.batch_size {training.batch_size} does not divide into {training.accumulate} parts on "
+                f"each of {processes} processes; change accumulate or the number of processes"
+            )
 
     def _dataset(self) -> Dataset:
         data, path = self.spec.data, self.folder / checkpoints.TOKENIZER
         tokenizer = load_tokenizer(path, data.d_vocab) if path.is_file() else None
-        built = dataset(data.corpus, data.length, data.d_vocab, self.spec.seed, tokenizer)
-        if tokenizer is None:
+        limit = data.tokens or budget.plan(self.spec).tokens + data.length
+        built = dataset(data.corpus, data.length, data.d_vocab, self.spec.seed, tokenizer, data.tokenizer, limit)
+        if tokenizer is None and self._first:
             write_atomic(path, lambda temporary: built.tokenizer.save(str(temporary)))
         return built
 
@@ -64,7 +85,6 @@ class Trainer:
         training = self.spec.training
         set_seed(self.spec.seed)
         model = LoopMDM(self.spec.config)
-        self.ema = AveragedModel(model, multi_avg_fn=ema_update(training.ema))
         if training.compile:
             compile_blocks(model)
         decay = [p for p in model.parameters() if p.ndim >= 2]
@@ -75,74 +95,92 @@ class Trainer:
         ]
         optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, betas=(0.9, training.beta2), fused=True)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.ema.to(self.accelerator.device)
+        self.ema = Ema(self.model, training.ema)
+        if self.accelerator.distributed_type.value == "FSDP":
+            from torch.distributed.fsdp import register_fsdp_forward_method
+
+            register_fsdp_forward_method(self._bare(), "run")  # evaluation calls it in place of forward
 
     def _bare(self) -> LoopMDM:
         return self.accelerator.unwrap_model(self.model)
 
-    def _averaged(self) -> LoopMDM:
-        module = self.ema.module
-        assert isinstance(module, LoopMDM)
-        return module
-
     def _optimizer(self) -> torch.optim.Optimizer:
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
+    def _share(self) -> float:
+        return budget.share_spent(self.spec, self.progress.step, self.progress.flops)
+
     def train(self, on_step: OnStep | None = None) -> None:
         """Run to the end of the budget, if not there yet; metrics and state are written at every curve point."""
-        progress, total = self.progress, self.spec.training.flops
+        progress = self.progress
         if progress.finished:
             return
         started, before = time.monotonic(), progress.seconds
-        while progress.flops < total:
+        while self._share() < 1:
             self._step()
             if on_step is not None:
                 on_step(progress)
             points = self.spec.training.curve_points
-            due = min(int(points * progress.flops / total), points)
+            due = min(int(points * self._share()), points)
             if due > len(progress.rows):
                 progress.seconds = before + time.monotonic() - started
                 self._record_row()
                 self._checkpoint()
-        self._finish()
+        self._checkpoint(finished=True)
 
     def _step(self) -> None:
         spec, progress = self.spec, self.progress
-        n_loops = budget.draw_loops(spec, progress.step, progress.flops / spec.training.flops)
-        tokens = self.data.batch(progress.step, spec.training.batch_size).to(self.accelerator.device)
-        batch = draw_masks(
-            tokens,
-            spec.config.mask_token_id,
-            torch.ones_like(tokens, dtype=torch.bool),
-            spec.seed,
-            progress.step,
-        )
+        n_loops = budget.draw_loops(spec, progress.step, self._share())
+        parts = self._parts()
         rate = spec.training.learning_rate * min(1.0, (progress.step + 1) / max(1, spec.training.warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = masked_cross_entropy(self.model(batch.tokens, n_loops=n_loops), batch).mean()
-        value = loss.item()
+        total = torch.zeros((), device=self.accelerator.device)
+        for number, part in enumerate(parts):
+            waits = number + 1 < len(parts)
+            with self.accelerator.no_sync(self.model) if waits else nullcontext():
+                logits = self.model(part.tokens, n_loops=n_loops)
+                loss = masked_cross_entropy(logits, part).mean() / len(parts)
+                self.accelerator.backward(loss)
+            total = total + loss.detach()
+        reduced = self.accelerator.reduce(total, "mean")
+        assert isinstance(reduced, Tensor)
+        value = reduced.item()
         self._check_finite("loss", value, n_loops)
-        self.accelerator.backward(loss)
         norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), spec.training.clip) or 0.0)
         self._check_finite("gradient norm", norm, n_loops)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ema.update_parameters(self._bare())
-        self._count(n_loops, value, norm, tokens.numel())
+        self.ema.update()
+        self._count(n_loops, value, norm)
+
+    def _parts(self) -> list[MaskedBatch]:
+        """Rows of the step's batch that fall to this process, in parts for gradient accumulation."""
+        spec, step = self.spec, self.progress.step
+        tokens = self.data.batch(step, spec.training.batch_size)
+        batch = draw_masks(tokens, spec.config.mask_token_id, self.data.maskable(tokens), spec.seed, step)
+        count = spec.training.accumulate * self.accelerator.num_processes
+        size, device = len(batch) // count, self.accelerator.device
+        parts = []
+        for number in range(self.accelerator.process_index, count, self.accelerator.num_processes):
+            part = batch.rows(slice(number * size, (number + 1) * size))
+            parts.append(MaskedBatch(part.tokens.to(device), part.clean.to(device), part.masked.to(device)))
+        return parts
 
     def _check_finite(self, what: str, value: float, n_loops: int) -> None:
         if not math.isfinite(value):
+            first = self.progress.step * self.spec.training.batch_size
             raise DivergedError(
-                f"{what} is {value} at step {self.progress.step} (S = {n_loops}); the last good state is in "
+                f"{what} is {value} at step {self.progress.step} (S = {n_loops}, sequences {first} to "
+                f"{first + self.spec.training.batch_size - 1} of the data order); the last good state is in "
                 f"{self.folder}; lower training.learning_rate"
             )
 
-    def _count(self, n_loops: int, loss: float, norm: float, tokens: int) -> None:
+    def _count(self, n_loops: int, loss: float, norm: float) -> None:
         progress = self.progress
         progress.step += 1
         progress.flops += budget.step_cost(self.spec, n_loops)
-        progress.tokens += tokens
+        progress.tokens += self.spec.training.batch_size * self.spec.data.length
         progress.loops += n_loops
         for key, value in (("loss", loss), ("gradient_norm", norm), ("n_loops", n_loops), ("steps", 1)):
             progress.window[key] = progress.window.get(key, 0.0) + value
@@ -152,36 +190,40 @@ class Trainer:
         row: dict[str, Any] = {"step": progress.step, "flops": progress.flops, "tokens": progress.tokens}
         row |= {key: window[key] / window["steps"] for key in ("loss", "gradient_norm", "n_loops")}
         tokens = self.data.evaluation("validation", self.spec.training.curve_sequences)
-        for n_loops in sorted({1, self.spec.config.max_loops}):
-            result = nelbo(self._averaged(), tokens, n_loops=n_loops, n_samples=2, seed=self.spec.seed)
-            row[f"validation_nelbo_{n_loops}"] = result.mean
-            row[f"validation_nelbo_{n_loops}_se"] = result.standard_error
+        tokens = tokens.to(self.accelerator.device)
+        model = self._bare()
+        model.eval()
+        with self.ema.swapped():
+            for n_loops in sorted({1, self.spec.config.max_loops}):
+                result = nelbo(
+                    model, tokens, n_loops, n_samples=2, maskable=self.data.maskable(tokens), seed=self.spec.seed
+                )
+                row[f"validation_nelbo_{n_loops}"] = result.mean
+                row[f"validation_nelbo_{n_loops}_se"] = result.standard_error
+        model.train()
         row["seconds"] = round(progress.seconds, 1)
         progress.rows.append(row)
         progress.window = {}
 
-    def _checkpoint(self) -> None:
-        tensors = state.gather(self._bare(), self.ema, self._optimizer())
-        state.save(self.folder, tensors, self.progress, self.identity)
-        lines = [json.dumps(row) for row in self.progress.rows]
-        write_atomic(self.folder / checkpoints.METRICS, lambda path: path.write_text("\n".join(lines) + "\n"))
+    def _checkpoint(self, finished: bool = False) -> None:
+        tensors = state.gather(self.model, self._optimizer(), self.ema)
+        if finished:
+            self.progress.finished = True
+            averages = {n.removeprefix("ema."): value for n, value in tensors.items() if n.startswith("ema.")}
+            if self._first:
+                checkpoints.save_weights(self.folder, self.spec.config, averages)
+                record = run_record(self.spec, self.progress, self.data.fingerprint)
+                write_json(self.folder / checkpoints.RECORD, record)
+        if self._first:
+            state.save(self.folder, tensors, self.progress, self.identity)
+        self._write_metrics()
+        self.accelerator.wait_for_everyone()
 
-    def _finish(self) -> None:
-        self.progress.finished = True
-        self._averaged().save_pretrained(self.folder)
-        record = run_record(self.spec, self.progress, self.data.fingerprint)
-        write_json(self.folder / checkpoints.RECORD, record)
-        self._checkpoint()
-
-
-def ema_update(decay: float) -> Callable[..., None]:
-    """An exponential moving average whose decay warms up as (1 + n) / (10 + n)."""
-
-    def update(averaged: list, current: list, n_averaged: torch.Tensor) -> None:
-        n = float(n_averaged)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
-
-    return torch.no_grad()(update)
+    def _write_metrics(self) -> None:
+        """The rows are part of the state; the file is made from them, so that none is lost or doubled."""
+        if self._first:
+            text = "".join(json.dumps(row) + "\n" for row in self.progress.rows)
+            write_atomic(self.folder / checkpoints.METRICS, lambda path: path.write_text(text))
 
 
 def compile_blocks(model: LoopMDM) -> bool:

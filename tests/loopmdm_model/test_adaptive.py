@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from loopmdm_model.errors import UsageError
 from loopmdm_model.flops import forward_flops
 from loopmdm_model.stopping import (
     ArgmaxStable,
@@ -126,11 +127,57 @@ def test_rows_choose_where_logits_are_computed(model, hooked, batch):
     full = model(batch.tokens, n_loops=2)
     for runner in (model, hooked):
         same(runner.run(batch.tokens, n_loops=2, rows=batch.masked).logits, full[batch.masked])
-    seen = []
-    hook = ("hook_logits", lambda value, hook: seen.append(value.shape))
-    with hooked.hooks(fwd_hooks=[hook]):
-        same(hooked.run(batch.tokens, n_loops=2, rows=batch.masked).logits, full[batch.masked])
-    assert seen == [full.shape]
+    for name in ("hook_logits", "ln_final.hook_normalized", "blocks.3.hook_resid_post"):
+        _, whole = hooked.run_with_cache(batch.tokens, n_loops=2, names_filter=name)
+        seen = []
+        with hooked.hooks(fwd_hooks=[(name, lambda value, hook: seen.append(value))]):  # noqa: B023
+            same(hooked.run(batch.tokens, n_loops=2, rows=batch.masked).logits, full[batch.masked])
+        same(seen[0], whole[name])  # who listens sees every position
+    with pytest.raises(UsageError, match="rows must be boolean"):
+        model.run(batch.tokens, rows=batch.masked.long())
+
+
+def test_a_hooked_model_costs_what_it_says(model, hooked, batch):
+    rule = KLDelta(0.0, max_loops=3)
+    with FlopCounterMode(display=False) as plain:
+        expected = model.run(batch.tokens, stop=rule)
+    with FlopCounterMode(display=False) as counter:
+        run = hooked.run(batch.tokens, stop=rule)
+    assert counter.get_total_flops() == plain.get_total_flops()
+    assert torch.equal(run.flops, expected.flops)
+
+
+def test_hooks_see_no_update_of_held_tokens(hooked, batch):
+    record = hooked.run(batch.tokens, stop=StateDelta(0.0, max_loops=MOST, scope="token"))
+    rule = StateDelta(between(record.criterion), max_loops=MOST, scope="token")
+    _, cache = hooked.run_with_cache(batch.tokens[:1], stop=rule)
+    for loop in range(cache.n_loops):
+        held = cache.token_loops[0] <= loop
+        for layer in hooked.cfg.layers("loop"):
+            prefix = f"loop.{loop}.blocks.{layer}."
+            total = sum(cache[prefix + leaf] for leaf in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out"))
+            same(cache[prefix + "hook_resid_post"], total)
+            assert not cache[prefix + "hook_mlp_out"][0, held].any()
+        assert torch.equal(cache[prefix + "hook_resid_post"], cache[f"loop.{loop}.hook_out"])
+    with pytest.raises(UsageError, match="tokens stopped"):
+        cache.unrolled()
+
+
+def test_criteria_are_those_of_the_states(model, batch):
+    """The bookkeeping of previous states and readings, against the whole trajectory."""
+    states = [model.prelude(batch.tokens, model.context(batch.tokens))]
+    states += [state for state, _ in model.states(batch.tokens, MOST)]
+    context = model.context(batch.tokens)
+    second = model.run(batch.tokens, stop=SecondDifference(0.0, max_loops=MOST)).criterion
+    kl = model.run(batch.tokens, stop=KLDelta(0.0, max_loops=MOST)).criterion
+    for loop in range(2, MOST):
+        now, previous, earlier = states[loop + 1], states[loop], states[loop - 1]
+        expected = ((now - 2 * previous + earlier).norm(dim=-1) / now.norm(dim=-1)).mean(-1)
+        same(second[loop], expected)
+        p, q = (model.readout(x, context)[..., :22].log_softmax(-1) for x in (now, previous))
+        divergence = ((p.exp() * (p - q)).sum(-1) * batch.masked).sum(-1) / batch.masked.sum(-1)
+        same(kl[loop], divergence)
+    assert second[:2].isnan().all() and kl[:1].isnan().all()
 
 
 def test_flops_are_those_torch_counts(model, batch):

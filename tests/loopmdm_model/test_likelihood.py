@@ -9,10 +9,12 @@ import torch
 from analysis.textbook import enumerated_nelbo
 from loopmdm_model.data.windows import sliding_windows
 from loopmdm_model.errors import UsageError
+from loopmdm_model.hooked import HookedLoopMDM
 from loopmdm_model.likelihood import (
     continuation_nelbo,
     corpus_nelbo,
     draw_counts,
+    draw_times,
     nelbo,
     nelbo_by_loop,
 )
@@ -108,6 +110,50 @@ def test_padding_and_end_of_text(model, clean):
     assert nelbo(model, padded, n_loops=2, n_samples=2).lengths.tolist() == [14] * 4
 
 
+def test_a_hooked_model_leaves_its_padding_out():
+    hooked = HookedLoopMDM.from_pretrained("sotu-loop")
+    tokens = hooked.to_tokens(
+        ["The state of our union is strong.", "We the people of the United States are at peace with all."]
+    )
+    real = tokens != hooked.tokenizer.token_to_id("[PAD]")
+    assert not bool(real.all())
+    plain = nelbo(hooked.model, tokens, 3, n_samples=4, attention_mask=real)
+    ours = nelbo(hooked, tokens, 3, n_samples=4)
+    same(ours.per_sequence, plain.per_sequence)
+    assert ours.lengths.tolist() == real.sum(-1).tolist()
+    same(nelbo_by_loop(hooked, tokens, 3, n_samples=4)[2].per_sequence, plain.per_sequence)
+    # an end-of-text id is a token like any other
+    ended = torch.cat([tokens[:1], torch.full((1, 1), hooked.tokenizer.token_to_id("[EOS]"))], dim=1)
+    assert nelbo(hooked, ended, 1, n_samples=1).lengths.tolist() == [int(real[0].sum()) + 1]
+
+
+def test_errors_are_the_scatter_that_is_seen(model):
+    """Each sequence's own error over seeds, and the error of the mean over draws of the sequences."""
+    tokens = torch.randint(0, 22, (40, 6), generator=torch.Generator().manual_seed(2))
+    runs = [nelbo(model, tokens, 1, n_samples=8, seed=seed) for seed in range(60)]
+    seen = torch.stack([r.per_sequence for r in runs]).std(0)
+    said = torch.stack([r.per_sequence_error for r in runs]).square().mean(0).sqrt()
+    assert 1.0 < float((said / seen).median()) < 2.5  # on the safe side: masks are stratified
+    parts = [nelbo(model, tokens[i : i + 10], 1, n_samples=40) for i in range(0, 40, 10)]
+    across = torch.tensor([r.mean for r in parts]).std()
+    assert 0.3 < float(across / np.mean([r.standard_error for r in parts])) < 2.5
+    assert nelbo(model, tokens, 1, n_samples=1).per_sequence_error.isnan().all()
+
+
+def test_one_attention_mask_serves_all_rows(model, clean):
+    row = torch.ones(10, dtype=torch.long)
+    row[7:] = 0
+    whole = nelbo(model, clean, 1, n_samples=2, attention_mask=row.expand(4, -1))
+    same(nelbo(model, clean, 1, n_samples=2, attention_mask=row).per_sequence, whole.per_sequence)
+
+
+def test_strata_in_t_are_filled_once():
+    times = draw_times(50, seed=0, draw=3)
+    assert sorted(((times - 1e-3) / (1 - 1e-3) * 50).floor().long().tolist()) == list(range(50))
+    loose = draw_times(50, seed=0, draw=3, stratified=False)
+    assert len(set((loose * 50).floor().long().tolist())) < 50
+
+
 def test_flops_add_up(model, clean):
     kept = []
 
@@ -191,5 +237,14 @@ def test_misuse_is_refused(model, clean):
         nelbo(model, clean, n_samples=1, clusters=np.zeros(2))
     with pytest.raises(UsageError, match="n_samples"):
         nelbo(model, clean, n_samples=0)
+    for wrong in (-100, 40):
+        with pytest.raises(UsageError, match="outside"):
+            nelbo(model, torch.full((1, 1), wrong))
+    with pytest.raises(UsageError, match="integer tensor"):
+        nelbo(model, [[1, 2]])
+    with pytest.raises(UsageError, match="non-empty"):
+        nelbo_by_loop(model, clean[0], 2)
+    with pytest.raises(UsageError, match="lists of token ids"):
+        continuation_nelbo(model, ["a"], ["b"])
     with pytest.raises(UsageError, match="estimator"):
         nelbo(model, clean, estimator="exact")

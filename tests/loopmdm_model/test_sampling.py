@@ -9,11 +9,32 @@ from scipy.stats import chisquare, kstest
 
 from analysis.textbook import textbook_sample
 from loopmdm_model.errors import UsageError
-from loopmdm_model.masking import hide
+from loopmdm_model.masking import MaskedBatch, hide, mask_tokens
 from loopmdm_model.model import LoopOutput
-from loopmdm_model.orders import ORDERS, Ancestral, Blocks, Confidence, FirstHitting, FixedOrder, Remask
+from loopmdm_model.orders import (
+    ORDERS,
+    Ancestral,
+    Blocks,
+    Confidence,
+    FirstHitting,
+    FixedOrder,
+    LowEntropy,
+    Margin,
+    OneShot,
+    Remask,
+    StepView,
+    best,
+)
 from loopmdm_model.sampling import draw_tokens, sample
-from loopmdm_model.stopping import FixedLoops, KLDelta, NoiseSchedule, StateDelta
+from loopmdm_model.stopping import (
+    ArgmaxStable,
+    EntropyDelta,
+    FixedLoops,
+    KLDelta,
+    NoiseSchedule,
+    SecondDifference,
+    StateDelta,
+)
 from tests.conftest import toy_config, toy_model
 
 V, L = 3, 3
@@ -54,12 +75,13 @@ def independent(choices_of):
     return moves
 
 
-def law_of_steps(model, steps: int, eta: float = 0.0) -> dict:
-    """Ancestral (eta = 0) or capped ReMDM."""
+def law_of_steps(model, steps: int, eta: float = 0.0, rescale: bool = False) -> dict:
+    """Ancestral (eta = 0), capped or rescaled ReMDM."""
     table, law = conditionals(model), {(MASK,) * L: 1.0}
     for step in range(steps):
         t, s = 1 - step / steps, 1 - (step + 1) / steps
-        sigma = min(eta, s / (1 - t)) if t < 1 else 0.0
+        most = min(1.0, s / (1 - t)) if t < 1 else 0.0
+        sigma = eta * most if rescale else min(eta, most)
         reveal = ((1 - s) - (1 - sigma) * (1 - t)) / t if s > 0 else 1.0
 
         def choices(state, position, reveal=reveal, sigma=sigma):
@@ -112,6 +134,7 @@ EXACT = [
     (Ancestral(), lambda model: law_of_steps(model, 5)),
     (Remask(eta=0.4), lambda model: law_of_steps(model, 5, eta=0.4)),
     (Remask(eta=0.0), lambda model: law_of_steps(model, 5)),
+    (Remask(0.7, "rescale"), lambda model: law_of_steps(model, 5, eta=0.7, rescale=True)),
     (FirstHitting(), lambda model: law_of_one_at_a_time(model, anywhere)),
     (FixedOrder(), lambda model: law_of_one_at_a_time(model, lambda state: [(1.0, state.index(MASK))])),
     (Blocks(1, FirstHitting()), lambda model: law_of_one_at_a_time(model, lambda s: [(1.0, s.index(MASK))])),
@@ -183,6 +206,9 @@ RULES = [
     StateDelta(0.8, max_loops=4, scope="token"),
     KLDelta(0.3, max_loops=4),
     KLDelta(0.3, max_loops=4, lens="direct", scope="token"),
+    SecondDifference(0.4, max_loops=4),
+    EntropyDelta(0.2, max_loops=4, scope="token"),
+    ArgmaxStable(0.3, max_loops=4, patience=1),
     NoiseSchedule(loops=(1, 2, 4)),
 ]
 
@@ -246,6 +272,66 @@ def test_confidence_commits_the_most_confident(model):
         place = int((before != after)[0].nonzero())
         assert float(probabilities[place].max()) >= float(probabilities.max()) - 2e-5
         assert int(after[0, place]) == int(probabilities[place].argmax())
+
+
+def test_ranks_by_hand():
+    probabilities = torch.tensor([[0.6, 0.35, 0.05], [0.5, 0.25, 0.25], [0.9, 0.1, 0.0]])
+    log_probs = probabilities.log()
+    assert Margin().scores(log_probs).tolist() == pytest.approx([0.25, 0.25, 0.8], abs=1e-6)
+    entropy = -(probabilities * log_probs).nan_to_num(0.0).sum(-1)
+    assert LowEntropy().scores(log_probs).tolist() == pytest.approx((-entropy).tolist(), abs=1e-5)
+
+
+def test_equal_scores_go_by_lot_and_others_by_rank():
+    scores = torch.tensor([[0.5, 0.5 + 1e-7, 0.9, 0.1]]).double()
+    among, count = torch.ones(1, 4, dtype=torch.bool), torch.tensor([2])
+    for lots, expected in (([0.1, 0.2, 0.9, 0.0], [0, 2]), ([0.2, 0.1, 0.9, 0.0], [1, 2])):
+        chosen = best(scores, among, count, torch.tensor([lots]).double())
+        assert chosen[0].nonzero().flatten().tolist() == expected
+    assert best(scores[:, :1], among[:, :1], torch.tensor([1]), scores[:, :1]).tolist() == [[True]]
+
+
+def test_doubtful_tokens_are_hidden_again_most():
+    n = 4000
+    confidence = torch.tensor([0.1, 0.5, 0.9, 1.0]).double().expand(n, 4)
+    masked = torch.tensor([False, False, False, True]).expand(n, 4)
+    view = StepView(
+        torch.full((n,), 5), torch.full((n,), 10), masked, torch.ones_like(masked), torch.ones(n), confidence,
+        lambda _: torch.rand(n, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+    )  # fmt: skip
+    share = Remask(0.9, "confidence").remask(view).double().mean(0)
+    sigma = 0.9 * min(1.0, 0.4 / 0.5)
+    expected = torch.tensor([0.1, 0.5, 0.9]).double().neg().softmax(-1) * sigma
+    torch.testing.assert_close(share[:3], expected, atol=0.025, rtol=0)
+    assert share[3] == 0
+
+
+def test_results_hold_the_probability_of_what_was_drawn_and_the_times():
+    r = sample(Stub(5, 8), 3, steps=10, n_loops=1)
+    assert r.times[:, 0].tolist() == pytest.approx([1 - step / 10 for step in range(11)])
+
+
+@pytest.mark.parametrize("order", ["random", "confidence", "blocks:1", "first-hitting", "remask"])
+def test_one_token_is_a_sequence(model, order):
+    assert int((sample(model, 2, 1, steps=2, order=order, n_loops=1).tokens == 22).sum()) == 0
+
+
+@pytest.mark.parametrize("inner", [FirstHitting(), OneShot(), Confidence(), Ancestral()])
+@pytest.mark.parametrize("steps", [3, 4, 5, 12])
+def test_blocks_fill_everything_whatever_the_steps(model, inner, steps):
+    r = sample(model, 2, 12, steps=steps, order=Blocks(4, inner), n_loops=1)
+    assert int((r.tokens == 22).sum()) == 0
+
+
+def test_padding_of_a_masked_batch_is_neither_filled_nor_seen(model, clean):
+    real = torch.ones_like(clean)
+    real[0, 6:] = 0
+    b = mask_tokens(clean, 22, mask_ratio=0.5, attention_mask=real)
+    r = sample(model, clues=b, steps=3, seed=1)
+    short = MaskedBatch(b.tokens[:1, :6], clean[:1, :6], b.masked[:1, :6])
+    alone = sample(model, clues=short, steps=3, seed=1)
+    assert torch.equal(r.tokens[0, :6], alone.tokens[0])
+    assert torch.equal(r.tokens[0, 6:], clean[0, 6:])
 
 
 def test_hardest_first_is_the_opposite(model):
@@ -383,6 +469,15 @@ def test_an_interruption_keeps_finished_batches_if_asked(model):
         ({"clues": {99: 1}}, "position 99"),
         ({"clues": {0: -1}}, "leave free"),
         ({"clues": torch.zeros(3)}, "clues must be"),
+        ({"clues": [[1, 2], [3]]}, "clues must be"),
+        ({"clues": "abc"}, "clues must be"),
+        ({"clues": {0.7: 1}}, "integers"),
+        ({"clues": torch.full((3,), -5)}, "clues must be"),
+        ({"clues": torch.zeros(0, 4, dtype=torch.long)}, "clues must be"),
+        ({"temperature": 1e-310}, "temperature"),
+        ({"order": ["a", "b"]}, "as integers"),
+        ({"order": [0.0, 1.0]}, "as integers"),
+        ({"order": "blocks:²"}, "blocks:8"),
         ({"clues": torch.zeros(3, 4, dtype=torch.long), "n": 2}, "disagree"),
         ({"order": "sideways"}, "order"),
         ({"order": "blocks"}, "blocks:8"),

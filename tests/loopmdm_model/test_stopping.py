@@ -94,8 +94,11 @@ def test_noise_schedule_plans_by_share_of_masked_among_real():
     assert left.tolist() == [1.0, 1.0, 4.0] and rule.max_loops == 5
     with pytest.raises(UsageError, match="equal bins"):
         NoiseSchedule()
-    with pytest.raises(UsageError, match="token"):
-        NoiseSchedule(loops=(1, 2), scope="token")
+    for wrong in ({"scope": "token"}, {"patience": 2}):
+        with pytest.raises(UsageError, match="do not apply"):
+            NoiseSchedule(loops=(1, 2), **wrong)
+    with pytest.raises(UsageError, match="equal bins"):
+        NoiseSchedule(loops=3)
 
 
 def test_replay_follows_patience_and_minimum():

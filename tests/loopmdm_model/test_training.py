@@ -1,6 +1,8 @@
 """A run killed anywhere and resumed ends bit for bit where an uninterrupted one does."""
 
+import dataclasses
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import torch
 from loopmdm_model.errors import DivergedError, UsageError
 from loopmdm_model.flops import training_flops
 from loopmdm_model.training import budget, trainer
+from loopmdm_model.training.ema import Ema
 from loopmdm_model.training.spec import LoopSchedule, RunSpec
 
 SPECS = Path(__file__).parents[2] / "figures" / "specs"
@@ -65,7 +68,7 @@ def test_killed_and_resumed_equals_uninterrupted(spec_file, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finished(loopmdm("train", spec_file, "--out", whole))
     state = broken / "state" / "state.safetensors"
-    for _ in range(2):  # kill after the next checkpoint, whatever it is doing then
+    for _ in range(3):  # kill after the next checkpoint, whatever it is doing then
         before = state.stat().st_mtime_ns if state.exists() else 0
         process = loopmdm("train", spec_file, "--out", broken, "--resume")
         while process.poll() is None and (not state.exists() or state.stat().st_mtime_ns == before):
@@ -89,6 +92,110 @@ def test_killed_and_resumed_equals_uninterrupted(spec_file, tmp_path):
     assert "training was" in err and err.count("\n") == 1
     _, err = finished(loopmdm("train", spec_file, "--out", broken), code=2)
     assert "--resume" in err
+
+
+def test_two_processes_follow_one(tmp_path):
+    """Same batches, masks and S; gradients are averaged, so losses agree to float32 rounding grown over steps."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY.replace("4e10", "8e9").replace("curve_points = 20", "curve_points = 5"))
+    program = ["-c", "from analysis.cli import main; main()", "train", str(path), "--out"]
+    finished(subprocess.Popen([sys.executable, *program, str(tmp_path / "one")], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True))  # fmt: skip
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, "--no-python", sys.executable, *program, str(tmp_path / "two")],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert len(one) == len(two) == 5
+    for left, right in zip(one, two, strict=True):
+        assert left["step"] == right["step"] and left["flops"] == right["flops"]
+        assert left["loss"] == pytest.approx(right["loss"], abs=1e-4)
+        assert left["validation_nelbo_3"] == pytest.approx(right["validation_nelbo_3"], abs=1e-4)
+    resumed = [*launch, "--no-python", sys.executable, *program, str(tmp_path / "two"), "--resume"]
+    assert subprocess.run(resumed, capture_output=True, check=False, env=environment, timeout=300).returncode == 0
+
+
+def test_accumulated_parts_are_the_whole_batch(tmp_path):
+    losses = []
+    for parts in (1, 4):
+        spec = RunSpec.from_dict(_values(flops=4e9, accumulate=parts, curve_points=3))
+        run = trainer.Trainer(spec, tmp_path / str(parts))
+        with torch.enable_grad():
+            run.train()
+        losses.append([row["loss"] for row in run.progress.rows])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_averages_start_as_copies_and_are_put_back():
+    layer = torch.nn.Linear(1, 1, bias=False)
+    ema = Ema(layer, 0.5)
+    values, expected = [3.0, 5.0, -1.0], None
+    for n, value in enumerate(values):
+        layer.weight.data.fill_(value)
+        ema.update()
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = value if expected is None else decay * expected + (1 - decay) * value
+    with ema.swapped():
+        assert float(layer.weight) == pytest.approx(expected)
+    assert float(layer.weight) == -1.0 and float(ema.shadows[0]) == pytest.approx(expected)
+
+
+def test_a_budget_may_be_tokens_or_steps(tmp_path):
+    values = _values(flops=0.0, steps=7, curve_points=2)
+    planned = budget.plan(RunSpec.from_dict(values))
+    assert planned.steps == 7 and planned.tokens == 7 * 8 * 36
+    values["training"] |= {"steps": 0, "tokens": 7 * 8 * 36 - 5}
+    assert budget.plan(RunSpec.from_dict(values)).steps == 7
+    run = trainer.Trainer(RunSpec.from_dict(values), tmp_path / "run")
+    with torch.enable_grad():
+        run.train()
+    assert run.progress.step == 7 and len(run.progress.rows) == 2
+
+
+@pytest.mark.parametrize("kind", ["uniform", "fixed", "flop-proportional", "flop-balanced"])
+def test_loops_are_drawn_as_the_spec_says(kind):
+    spec = RunSpec.from_dict(_values() | {"loops": {"distribution": kind}})
+    chances = budget.loop_chances(spec.config, spec.loops, 3, 36)
+    cost = [training_flops(spec.config, 36, s) for s in (1, 2, 3)]
+    if kind == "flop-balanced":
+        assert chances * cost == pytest.approx([chances[0] * cost[0]] * 3)
+    if kind == "flop-proportional":
+        assert chances / cost == pytest.approx([chances[0] / cost[0]] * 3)
+    drawn = torch.tensor([budget.draw_loops(spec, step, 1.0) for step in range(3000)])
+    share = torch.bincount(drawn, minlength=4)[1:] / 3000
+    torch.testing.assert_close(share, torch.from_numpy(chances).float(), atol=0.03, rtol=0)
+
+
+def test_the_walk_through_a_budget_equals_its_steps_one_by_one():
+    spec = RunSpec.from_dict(_values(flops=3e9))
+    spent, steps = 0.0, 0
+    while spent < 3e9:
+        cap = spec.loops.cap(spent / 3e9, 3)
+        spent, steps = spent + budget.step_cost(spec, (1 + cap) / 2), steps + 1
+    planned = budget.plan(spec)
+    assert planned.steps == steps and planned.flops == pytest.approx(spent)
+
+
+@pytest.mark.parametrize("corpus", ["owt", "lm1b", "fineweb-edu"])
+def test_the_papers_runs_are_matched_in_flops(corpus):
+    base, loop = (RunSpec.load(SPECS / f"paper-{corpus}-{arm}.toml") for arm in ("base", "loop"))
+    assert (base.config.n_prelude_layers, base.config.n_loop_layers, base.config.n_coda_layers) == (1, 2, 9)
+    one, other = budget.plan(base), budget.plan(loop)
+    assert one.steps == 1_000_000 and other.e_s == 6.5
+    assert 0 <= other.flops - one.flops <= budget.step_cost(loop, 6.5)
+    assert base.training.batch_size == loop.training.batch_size == 512
+    assert base.data == loop.data and base.data.length == (128 if corpus == "lm1b" else 1024)
+
+
+def test_with_the_embedding_as_a_product_the_matched_steps_are_those_a_public_follow_up_prints():
+    cfg = dataclasses.replace(
+        RunSpec.load(SPECS / "paper-owt-loop.toml").config, d_vocab=50_257, mask_token_id=50_256
+    )
+    base, loop = (training_flops(cfg, 1024, s, embedding=True) for s in (1, 6.5))
+    assert abs(1e6 * base / loop - 655_420) < 20
 
 
 def test_a_full_disk_ends_in_one_line_with_exit_1(spec_file, tmp_path):
@@ -180,7 +287,14 @@ def test_a_corrupted_state_is_refused(tmp_path):
     ("line", "instead", "says"),
     [
         ("flops = 4e10", "flops = 4e10\nflop = 1", "did you mean flops"),
-        ("flops = 4e10", "", "missing key 'flops'"),
+        ("flops = 4e10", "", "exactly one budget"),
+        ("flops = 4e10", "flops = 4e10\nsteps = 5", "exactly one budget"),
+        ("flops = 4e10", 'flops = 4e10\nmatch = "x.toml"', "match takes the place"),
+        ("flops = 4e10", 'match = "nowhere.toml"', "no spec at"),
+        ("flops = 4e10", 'match = "tiny.toml"', "another spec"),
+        ("batch_size = 8", "batch_size = 8\naccumulate = 3", "does not divide"),
+        ("batch_size = 8", 'batch_size = 8\nprecision = "fp8"', "precision"),
+        ("widen_from = 0.2", 'widen_from = 0.2\ndistribution = "normal"', "loops.distribution"),
         ("flops = 4e10", "flops = -1.0", "positive"),
         ("batch_size = 8", "batch_size = 'x'", "must be int"),
         ("flops = 4e10", "flops = inf", "finite"),
