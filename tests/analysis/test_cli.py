@@ -44,6 +44,17 @@ def test_dry_run_needs_neither_corpus_nor_folder(tmp_path):
     values = dict(line.split("\t") for line in out.splitlines())
     assert values["parameters"] == "1054464" and int(values["steps"]) > 1000
     assert list(tmp_path.iterdir()) == []
+    paper, _ = run("train", ROOT / "figures/specs/paper-owt-loop.toml", "--dry-run", cwd=tmp_path, env=environment)
+    values = dict(line.split("\t") for line in paper.splitlines())
+    assert values["parameters"] == "162265682" and values["E[S] over the run"] == "6.5"
+    assert abs(int(values["steps"]) - 599_444) <= 1
+    assert float(values["hours here at 70% of that"]) > 1e4
+    other, _ = run(
+        "train", ROOT / "figures/specs/smoke.toml", "--dry-run", "--set", "model.max_loops=1", "--seed", 2
+    )
+    assert "parameters applied at S = 1" in other
+    _, err = run("train", ROOT / "figures/specs/smoke.toml", "--dry-run", "--set", "seed", code=2)
+    assert "KEY=VALUE" in err and one_line(err)
 
 
 def test_evaluate_prints_the_nelbo_that_the_record_holds():
