@@ -218,29 +218,23 @@ def _dry_run(spec: Any) -> None:
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="shipped name, run folder or hub id")],
+    measure: Annotated[
+        str, typer.Option(help="nll | noise-level | zero-shot | solve-rate | excess-kl; default nll")
+    ] = "nll",
     n_loops: Annotated[str, typer.Option(help="loop counts, comma-separated; default 1 and S_max")] = "",
     n_samples: Annotated[int, typer.Option(help="masks a sequence")] = 2,
 ) -> None:
-    """Test NELBO by number of loops, nats per token, with its standard error."""
-    from loopmdm_model.checkpoints import RECORD, TOKENIZER, need, resolve
-    from loopmdm_model.data.tokenizer import load_tokenizer
-    from loopmdm_model.evaluation import load_test_set, task_of
-    from loopmdm_model.files import read_json
-    from loopmdm_model.likelihood import nelbo
-    from loopmdm_model.model import LoopMDM
+    """Evaluate a model by number of loops, with standard errors; results are cached by content."""
+    from analysis.evaluations import evaluate as run
+    from loopmdm_model.checkpoints import CONFIG, need, resolve
+    from loopmdm_model.config import LoopMDMConfig
 
-    folder = resolve(model)
-    loaded = LoopMDM.from_pretrained(folder)
-    counts = sorted({1, loaded.cfg.max_loops}) if not n_loops else [_integer(word) for word in n_loops.split(",")]
-    tokenizer = load_tokenizer(need(folder, TOKENIZER), loaded.cfg.d_vocab)
-    test = load_test_set(task_of(read_json(need(folder, RECORD))), loaded.cfg.n_ctx, tokenizer)
-    rows = []
-    with progress_bar() as bar:
-        for count in bar.track(counts, description=model):
-            r = nelbo(loaded, test.tokens, n_loops=count, n_samples=n_samples, clusters=test.clusters)
-            bits = r.mean / math.log(2) / test.bytes_per_token
-            rows.append((model, count, r.mean, r.standard_error, bits, r.n))
-    show(["model", "n_loops", "nelbo", "standard_error", "bits_per_byte", "n"], rows)
+    most = LoopMDMConfig.load(need(resolve(model), CONFIG)).max_loops
+    counts = [_integer(word) for word in n_loops.split(",")] if n_loops else sorted({1, most})
+    status = err.status(f"{measure} of {model}") if err.is_terminal else nullcontext()
+    with interruptible("nothing was written"), status:
+        frame = run(model, measure, counts, n_samples)
+    show(list(frame.columns), frame.itertuples(index=False))
 
 
 def _integer(word: str, option: str = "--n-loops", example: str = "1,2,4") -> int:

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from loopmdm_model.data import corpora, sudoku
-from loopmdm_model.data.batches import encode, evaluation_blocks
+from loopmdm_model.data.batches import HELD_OUT_SEEDS, encode, evaluation_blocks
+from loopmdm_model.data.trees import TREE_TASKS
 from loopmdm_model.errors import UsageError
 from loopmdm_model.masking import MaskedBatch, mask_tokens
 from loopmdm_model.model import LoopedModel
@@ -19,13 +20,14 @@ from loopmdm_model.model import LoopedModel
 class TestSet:
     """Clean test sequences [batch, pos]; `clusters` [batch] tells which share a document (None: none do).
 
-    `bytes_per_token` is NaN where tokens are no text.
+    `bytes_per_token` is NaN where tokens are no text; `maskable` [pos] is None where all positions are predicted.
     """
 
     task: str
     tokens: Int[Tensor, "batch pos"]
     clusters: Int[np.ndarray, " batch"] | None
     bytes_per_token: float
+    maskable: Bool[Tensor, " pos"] | None = None
 
     __test__ = False  # not a pytest class
 
@@ -42,6 +44,9 @@ def load_test_set(task: str, length: int, tokenizer: Tokenizer | None, split: co
     """Held-out sequences; text comes from the embedded slice, which holds the whole split."""
     if task == "sudoku6":
         return TestSet(task, sudoku.sample_grids(split, 1000), None, float("nan"))
+    if task in TREE_TASKS:
+        model = TREE_TASKS[task]
+        return TestSet(task, model.sample(1000, HELD_OUT_SEEDS[split]), None, float("nan"), model.maskable)
     if tokenizer is None:
         raise UsageError(f"evaluating on {task} needs the model's tokenizer.json")
     documents = corpora.load("sotu-slice" if task == "sotu" else task, split)

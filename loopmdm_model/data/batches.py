@@ -144,19 +144,18 @@ class TreeData:
 
     def batch(self, step: int, size: int) -> Int[Tensor, "batch pos"]:
         """Fresh sequences at every step."""
-        return self.model.sample(size, self.seed + N_HELD_OUT_SEEDS, first_index=step * size)
+        return self.model.sample(size, FIRST_TRAINING_SEED + self.seed, first_index=step * size)
 
     def evaluation(self, split: corpora.Split, limit: int | None = None) -> Int[Tensor, "batch pos"]:
         """The same sequences for every run."""
-        return self.model.sample(limit or 1000, {"validation": 0, "test": 1}[split])
+        return self.model.sample(limit or 1000, HELD_OUT_SEEDS[split])
 
     def maskable(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
         """The nodes that are not always observed."""
         return self.model.maskable.to(tokens.device).expand_as(tokens)
 
 
-N_HELD_OUT_SEEDS = 1000
-"""Seeds below it are kept for evaluation sets."""
+HELD_OUT_SEEDS, FIRST_TRAINING_SEED = {"validation": 0, "test": 1}, 1000
 
 
 @dataclass

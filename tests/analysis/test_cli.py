@@ -1,6 +1,7 @@
 """The real command line, as a user or a script meets it."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,6 +114,7 @@ def test_figures_are_drawn_where_asked(tmp_path):
         (["figures", "--from", "nowhere"], "tables or checkpoints"),
         (["evaluate", "sudoku-lop"], "did you mean sudoku-loop"),
         (["evaluate", "sudoku-loop", "--n-loops", "0"], "at least 1"),
+        (["evaluate", "sudoku-loop", "--measure", "nlll"], "did you mean nll"),
         (["evaluate", "sudoku-loop", "--n-loops", "two"], "1,2,4"),
         (["table", "nll"], "nll-by-loops"),
         (["train", "nowhere.toml"], "no spec at"),
@@ -140,8 +142,8 @@ def test_unknown_options_and_commands_exit_2():
     run("figurs", code=2)
 
 
-def test_damaged_checkpoints_exit_2(tmp_path, model):
-    model.save_pretrained(tmp_path)
+def test_damaged_checkpoints_exit_2(tmp_path):
+    shutil.copytree(ROOT / "loopmdm_model/zoo/sudoku-loop", tmp_path, dirs_exist_ok=True)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:500])
     _, err = run("evaluate", tmp_path, code=2)
