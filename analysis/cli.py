@@ -401,3 +401,7 @@ def main() -> None:
 def _fail(message: str, code: int) -> None:
     print(message, file=sys.stderr)
     raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()
