@@ -147,6 +147,7 @@ def train(
     if dry_run:
         _dry_run(loaded)
         return
+    from loopmdm_model.training.budget import share_spent
     from loopmdm_model.training.trainer import Trainer
 
     folder = out or Path("runs") / loaded.name
@@ -156,7 +157,7 @@ def train(
             task = bar.add_task(loaded.name, total=100)
 
             def on_step(progress: Any) -> None:
-                share = 100 * min(1.0, progress.flops / loaded.training.flops)
+                share = 100 * min(1.0, share_spent(loaded, progress.step, progress.flops))
                 loss = progress.window.get("loss", 0.0) / max(1.0, progress.window.get("steps", 1.0))
                 text = f"{loaded.name} step {progress.step} loss {loss:.3f}"
                 bar.update(task, completed=int(share), description=text)

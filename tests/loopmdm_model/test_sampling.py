@@ -306,7 +306,7 @@ def test_doubtful_tokens_are_hidden_again_most():
     assert share[3] == 0
 
 
-def test_results_hold_the_probability_of_what_was_drawn_and_the_times():
+def test_ancestral_times_are_equal_steps():
     r = sample(Stub(5, 8), 3, steps=10, n_loops=1)
     assert r.times[:, 0].tolist() == pytest.approx([1 - step / 10 for step in range(11)])
 

@@ -155,6 +155,14 @@ def test_a_budget_may_be_tokens_or_steps(tmp_path):
     assert run.progress.step == 7 and len(run.progress.rows) == 2
 
 
+def test_the_command_line_trains_on_a_budget_in_steps(spec_file, tmp_path):
+    spec_file.write_text(
+        TINY.replace("flops = 4e10", "steps = 3").replace("curve_points = 20", "curve_points = 2")
+    )
+    out, _ = finished(loopmdm("train", spec_file, "--out", tmp_path / "run"))
+    assert out.splitlines()[1].split("\t")[0] == "3"
+
+
 @pytest.mark.parametrize("kind", ["uniform", "fixed", "flop-proportional", "flop-balanced"])
 def test_loops_are_drawn_as_the_spec_says(kind):
     spec = RunSpec.from_dict(_values() | {"loops": {"distribution": kind}})
