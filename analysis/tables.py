@@ -18,8 +18,10 @@ from analysis import frames, provenance
 from loopmdm_model import stats
 from loopmdm_model.checkpoints import METRICS, RECORD, ZOO, resolve
 from loopmdm_model.data.batches import spread
+from loopmdm_model.data.puzzles import puzzles
+from loopmdm_model.data.sudoku import BOARDS
 from loopmdm_model.errors import unknown_name
-from loopmdm_model.evaluation import load_test_set, puzzles, solve_one_shot, task_of
+from loopmdm_model.evaluation import load_test_set, solve_one_shot, task_of
 from loopmdm_model.flops import flops_per_token
 from loopmdm_model.likelihood import nelbo_by_loop
 from loopmdm_model.masking import mask_tokens
@@ -27,7 +29,7 @@ from loopmdm_model.masking import mask_tokens
 LOOPED, BASE = ("sotu-loop", "sudoku-loop"), ("sotu-base", "sudoku-base")
 MODELS = ("sotu-base", "sotu-loop", "sudoku-base", "sudoku-loop")
 RATIOS = (0.25, 0.5, 0.75)
-N_SEQUENCES, READ_TO, MASKED_CELLS = 256, 3, 16
+N_SEQUENCES, READ_TO, CLUES = 256, 3, 20
 
 
 @dataclass(frozen=True)
@@ -163,20 +165,13 @@ def solve_rate_table() -> pd.DataFrame:
     rows = []
     for name in ("sudoku-base", "sudoku-loop"):
         m, test = _open(name)
-        solved = solve_one_shot(m.model, puzzles(test.tokens, MASKED_CELLS), READ_TO * s_max(name))
+        board = BOARDS[test.task]
+        b = puzzles(board, test.tokens, CLUES)
+        solved = solve_one_shot(m.model, board, b, READ_TO * s_max(name))
         for n_loops, outcome in enumerate(solved, start=1):
-            low, high = wilson(int(outcome.sum()), len(outcome))
+            low, high = stats.wilson(int(outcome.sum()), len(outcome))
             rows.append((name, n_loops, s_max(name), float(outcome.float().mean()), low, high, len(outcome)))
     return pd.DataFrame(rows, columns=["model", "n_loops", "s_max", "solve_rate", "low", "high", "n"])
-
-
-def wilson(successes: int, n: int, z: float = stats.Z95) -> tuple[float, float]:
-    """Wilson's 95% interval of a share."""
-    share = successes / n
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    low = 0.0 if successes == 0 else float(centre - half)
-    return low, 1.0 if successes == n else float(centre + half)
 
 
 def attention_maps_table() -> pd.DataFrame:

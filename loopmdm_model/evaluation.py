@@ -8,26 +8,28 @@ from jaxtyping import Bool, Int
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from loopmdm_model.data import corpora, sudoku
+from loopmdm_model.data import corpora, gsm
 from loopmdm_model.data.batches import HELD_OUT_SEEDS, encode, evaluation_blocks
+from loopmdm_model.data.sudoku import BOARDS, Board
 from loopmdm_model.data.trees import TREE_TASKS
 from loopmdm_model.errors import UsageError
-from loopmdm_model.masking import MaskedBatch, mask_tokens
+from loopmdm_model.masking import MaskedBatch
 from loopmdm_model.model import LoopedModel
 
 
 @dataclass(frozen=True)
 class TestSet:
-    """Clean test sequences [batch, pos]; `clusters` [batch] tells which share a document (None: none do).
+    """Clean test sequences [batch, pos]; `clusters` [batch] tells which share a document or template.
 
-    `bytes_per_token` is NaN where tokens are no text; `maskable` [pos] is None where all positions are predicted.
+    `clusters` is None if none do; `bytes_per_token` is NaN where tokens are not all text; `maskable` ([pos], or
+    [batch, pos] if it differs) is None where all positions are predicted.
     """
 
     task: str
     tokens: Int[Tensor, "batch pos"]
     clusters: Int[np.ndarray, " batch"] | None
     bytes_per_token: float
-    maskable: Bool[Tensor, " pos"] | None = None
+    maskable: Bool[Tensor, "*batch pos"] | None = None
 
     __test__ = False  # not a pytest class
 
@@ -42,27 +44,27 @@ def task_of(record: dict) -> str:
 
 def load_test_set(task: str, length: int, tokenizer: Tokenizer | None, split: corpora.Split = "test") -> TestSet:
     """Held-out sequences; text comes from the embedded slice, which holds the whole split."""
-    if task == "sudoku6":
-        return TestSet(task, sudoku.sample_grids(split, 1000), None, float("nan"))
+    if task in BOARDS:
+        return TestSet(task, BOARDS[task].sample_grids(split, 1000), None, float("nan"))
     if task in TREE_TASKS:
         model = TREE_TASKS[task]
         return TestSet(task, model.sample(1000, HELD_OUT_SEEDS[split]), None, float("nan"), model.maskable)
     if tokenizer is None:
         raise UsageError(f"evaluating on {task} needs the model's tokenizer.json")
+    if task == gsm.NAME:
+        tokens, kept = gsm.fit(tokenizer, gsm.held_out(split), length)
+        maskable = gsm.after_question(tokens, tokenizer)
+        return TestSet(task, tokens, np.array([problem.template for problem in kept]), float("nan"), maskable)
     documents = corpora.load("sotu-slice" if task == "sotu" else task, split)
     tokens, owners = evaluation_blocks(tokenizer, documents, length)
     n_bytes = sum(len(tokenizer.decode(row).encode()) for row in tokens.tolist())
     return TestSet(task, tokens, owners.numpy(), n_bytes / tokens.numel())
 
 
-def puzzles(grids: Int[Tensor, "batch 36"], n_masked: int, seed: int = 0) -> MaskedBatch:
-    """Grids with `n_masked` random cells hidden; the other cells are clues."""
-    ratio = n_masked / grids.shape[1]
-    return mask_tokens(grids, sudoku.SIZE, mask_ratio=ratio, seed=seed)
-
-
 @torch.no_grad()
-def solve_one_shot(model: LoopedModel, b: MaskedBatch, n_loops: int) -> list[Bool[Tensor, " batch"]]:
+def solve_one_shot(
+    model: LoopedModel, board: Board, b: MaskedBatch, n_loops: int
+) -> list[Bool[Tensor, " batch"]]:
     """For S = 1..n_loops: whether filling every hidden cell with its best symbol, at once, is valid.
 
     Any valid completion counts; clues stay.
@@ -70,7 +72,7 @@ def solve_one_shot(model: LoopedModel, b: MaskedBatch, n_loops: int) -> list[Boo
     solved = []
     for state, context in model.states(b.tokens, n_loops):
         guess = model.readout(state, context).argmax(-1)
-        solved.append(sudoku.is_valid(torch.where(b.masked, guess, b.tokens)))
+        solved.append(board.is_valid(torch.where(b.masked, guess, b.tokens)))
     return solved
 
 

@@ -78,3 +78,12 @@ def log_ratio_and_error(
     value = np.where(np.isfinite(value), value, np.nan)
     error = influence_error(influence, clusters)
     return value, np.where(np.isfinite(value), error, np.nan)
+
+
+def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
+    """Wilson's 95% interval of a share."""
+    share = successes / n
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    low = 0.0 if successes == 0 else float(centre - half)
+    return low, 1.0 if successes == n else float(centre + half)

@@ -11,13 +11,14 @@ from jaxtyping import Bool, Int
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from loopmdm_model.data import corpora, hub, sudoku
+from loopmdm_model.data import corpora, gsm, hub
+from loopmdm_model.data.sudoku import BOARDS
 from loopmdm_model.data.tokenizer import EOS, digit_tokenizer, gpt2_tokenizer, train_bpe
 from loopmdm_model.data.trees import TREE_TASKS
 from loopmdm_model.errors import UsageError, unknown_name
 from loopmdm_model.randomness import step_generator
 
-TASK_SIZES = {"sudoku6": (sudoku.N_CELLS, sudoku.SIZE + 1)} | {
+TASK_SIZES = {name: (board.n_cells, board.size + 1) for name, board in BOARDS.items()} | {
     name: (task.n_nodes, task.n_states + 1) for name, task in TREE_TASKS.items()
 }
 """Tasks that fix their own length and number of ids, [MASK] included."""
@@ -30,6 +31,8 @@ class Dataset(Protocol):
     tokenizer: Tokenizer
     length: int
     fingerprint: str
+    epoch_tokens: int
+    """Tokens of one pass over the training data; 0 where every sequence is new."""
 
     def batch(self, step: int, size: int) -> Int[Tensor, "batch pos"]:
         """Clean training sequences of one step."""
@@ -104,6 +107,7 @@ class TextData(Everywhere):
         self.n_blocks = len(self.stream) // self.length - 1
         if self.n_blocks < 1:
             raise UsageError(f"{self.corpus} has fewer than two blocks of {self.length} tokens; shorten length")
+        self.epoch_tokens = self.n_blocks * self.length
         self._epoch = lru_cache(maxsize=2)(self._epoch_order)
 
     def _epoch_order(self, epoch: int) -> tuple[int, np.ndarray]:
@@ -141,6 +145,7 @@ class TreeData:
         self.tokenizer = digit_tokenizer(self.model.n_states)
         self.length = self.model.n_nodes
         self.fingerprint = repr(self.model)
+        self.epoch_tokens = 0
 
     def batch(self, step: int, size: int) -> Int[Tensor, "batch pos"]:
         """Fresh sequences at every step."""
@@ -160,25 +165,28 @@ HELD_OUT_SEEDS, FIRST_TRAINING_SEED = {"validation": 0, "test": 1}, 1000
 
 @dataclass
 class SudokuData(Everywhere):
-    """6x6 grids; every training grid is a random class under a random relabelling."""
+    """Solved grids of one size; every training grid is a random class under a random relabelling."""
 
+    name: str
     seed: int
 
     def __post_init__(self):
         """One token a cell."""
-        self.tokenizer = digit_tokenizer(sudoku.SIZE)
-        self.length = sudoku.N_CELLS
-        self.fingerprint = f"sudoku6 classes {sudoku.SHARES}"
+        self.board = BOARDS[self.name]
+        self.tokenizer = digit_tokenizer(self.board.size)
+        self.length = self.board.n_cells
+        self.fingerprint = f"{self.name} classes {self.board.classes}"
+        self.epoch_tokens = self.board.classes["train"] * self.length  # whatever their relabelling
 
     def batch(self, step: int, size: int) -> Int[Tensor, "batch pos"]:
         """Uniform training grids."""
-        pool = sudoku.classes("train")
+        pool = self.board.pool("train")
         index = step_generator(self.seed, "data", step).integers(len(pool), size=size)
-        return sudoku.relabel(pool[index], self.seed, first_index=step * size)
+        return self.board.relabel(pool[index], self.seed, first_index=step * size)
 
     def evaluation(self, split: corpora.Split, limit: int | None = None) -> Int[Tensor, "batch pos"]:
         """Grids of distinct classes."""
-        return sudoku.sample_grids(split, limit or 1000)
+        return self.board.sample_grids(split, limit or 1000)
 
 
 def spread(blocks: Tensor, limit: int | None) -> Tensor:
@@ -190,12 +198,12 @@ def spread(blocks: Tensor, limit: int | None) -> Tensor:
 
 def check_name(name: str) -> str:
     """The name of a corpus or task, or UsageError with near matches."""
-    if name in TASK_SIZES or hub.is_hub(name):
+    if name in TASK_SIZES or name == gsm.NAME or hub.is_hub(name):
         return name
     try:
         return corpora.check_name(name)
     except UsageError:
-        known = [*TASK_SIZES, *corpora.CORPORA, *hub.HUB, "hub:OWNER/NAME", "files:PATTERN"]
+        known = [*TASK_SIZES, gsm.NAME, *corpora.CORPORA, *hub.HUB, "hub:OWNER/NAME", "files:PATTERN"]
         raise unknown_name("corpus or task", name, known) from None
 
 
@@ -223,8 +231,10 @@ def dataset(
 ) -> Dataset:
     """The data set of a spec; a text tokenizer is made unless given."""
     check_name(name)
-    if name == "sudoku6":
-        return SudokuData(seed)
+    if name in BOARDS:
+        return SudokuData(name, seed)
     if name in TREE_TASKS:
         return TreeData(name, seed)
+    if name == gsm.NAME:
+        return gsm.GSMData(seed, tokenizer or (gpt2_tokenizer() if kind == "gpt2" else None), length, d_vocab)
     return TextData(name, tokenizer or make_tokenizer(kind, name, d_vocab), length, seed, limit)

@@ -1,13 +1,16 @@
-"""Solved 6x6 Sudoku grids, all of them, split by canonical form under relabelling.
+"""Solved Sudoku grids of three sizes, split by canonical form so that no board leaks under another name.
 
-A grid's canonical form renames symbols so that its first row reads 1..6. There are 28,200,960
-grids in only 39,168 classes, so a random split would leak: the same board with other names. Here
-classes are split, at most half of them for training, and a grid is a class with a random
-relabelling, which makes grids uniform within a split. Boxes are 2 rows x 3 columns.
+A grid's canonical form renames symbols so that its first row reads 1..n. 6x6 has 28,200,960 grids in only
+39,168 such classes (4x4: 288 in 12), so a random split would leak. Here classes are split, at most half of
+them for training, and a grid is a class with a random relabelling, which makes grids uniform within a split.
+9x9 has too many classes to list: there a pool is made by seeded search and by the board's symmetries, and a
+grid's split is a function of what no symmetry changes. Boxes are 2x2, 2x3 and 3x3 (rows x columns).
 """
 
+import hashlib
+from dataclasses import dataclass
 from functools import cache
-from itertools import permutations
+from itertools import combinations, permutations
 from typing import Literal
 
 import numpy as np
@@ -15,68 +18,159 @@ import torch
 from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
+from loopmdm_model.data.solver import EMPTY, completions
 from loopmdm_model.errors import unknown_name
 from loopmdm_model.randomness import row_uniforms, step_generator
 
-SIZE, BOX_ROWS, BOX_COLUMNS = 6, 2, 3
-N_CELLS = SIZE * SIZE
-N_CLASSES = 39_168
-SHARES = {"train": 12_000, "validation": 2_000, "test": N_CLASSES - 14_000}
+Split = Literal["train", "validation", "test"]
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, eq=False)
+class Board:
+    """A size of Sudoku; `classes` says how many go into training, validation and test."""
+
+    name: str
+    box_rows: int
+    box_columns: int
+    classes: dict[str, int]
+
+    @property
+    def size(self) -> int:
+        """Symbols; also cells of a row, a column or a box."""
+        return self.box_rows * self.box_columns
+
+    @property
+    def n_cells(self) -> int:
+        """Cells of a board."""
+        return self.size**2
+
+    def is_valid(self, grids: Int[Tensor, "batch cell"]) -> Bool[Tensor, " batch"]:
+        """Whether every row, column and box of each grid holds every symbol once."""
+        size, rows, columns = self.size, self.box_rows, self.box_columns
+        boards = grids.view(-1, size, size)
+        boxes = boards.view(-1, size // rows, rows, size // columns, columns)
+        boxes = boxes.transpose(2, 3).reshape(-1, size, size)
+        units = torch.cat([boards, boards.transpose(1, 2), boxes], dim=1)
+        return (units.sort(-1).values == torch.arange(size, device=grids.device)).all(-1).all(-1)
+
+    def canonical(self, grids: Int[Tensor, "batch cell"]) -> Int[Tensor, "batch cell"]:
+        """Canonical form: symbols renamed so that the first row reads 0..size - 1."""
+        names = torch.empty(len(grids), self.size, dtype=torch.long)
+        names.scatter_(1, grids[:, : self.size], torch.arange(self.size).expand(len(grids), self.size))
+        return names.gather(1, grids)
+
+    @cache  # noqa: B019 - a handful of boards that live as long as the program
+    def all_classes(self) -> UInt8[np.ndarray, "grid cell"]:
+        """Every class of a 4x4 or 6x6 board as its canonical grid, in lexicographic order."""
+        size = self.size
+        rows = np.array(list(permutations(range(size))), dtype=np.uint8)
+        by_column = (rows[:, None, :] != rows[None, :, :]).all(-1)
+        marks = (1 << rows.reshape(-1, size // self.box_columns, self.box_columns).astype(int)).sum(-1)
+        by_box = ((marks[:, None, :] & marks[None, :, :]) == 0).all(-1)
+        grids = np.zeros((1, 1), dtype=int)
+        for row in range(1, size):
+            fits = by_column[grids].all(1)
+            for above in range(row // self.box_rows * self.box_rows, row):
+                fits &= by_box[grids[:, above]]
+            grid, new = np.nonzero(fits)
+            grids = np.column_stack([grids[grid], new])
+        assert len(grids) == sum(self.classes.values())
+        return rows[grids].reshape(len(grids), self.n_cells)
+
+    @cache  # noqa: B019
+    def pool(self, split: Split) -> UInt8[np.ndarray, "grid cell"]:
+        """The canonical grids of one split; the splits are disjoint and fixed for ever."""
+        if split not in SPLITS:
+            raise unknown_name("split", split, SPLITS)
+        if self.size > 6:
+            return _images(self, split)
+        order = step_generator(0, "data").permutation(sum(self.classes.values()))
+        start = sum(self.classes[name] for name in SPLITS[: SPLITS.index(split)])
+        return self.all_classes()[order[start : start + self.classes[split]]]
+
+    def relabel(
+        self, grids: UInt8[np.ndarray, "batch cell"], seed: int, first_index: int = 0
+    ) -> Int[Tensor, "batch cell"]:
+        """The grids under random relabellings; token id = symbol 0..size - 1."""
+        names = row_uniforms(seed, "relabel", len(grids), self.size, first_index=first_index).argsort(-1)
+        return names.gather(1, torch.from_numpy(grids).long())
+
+    def sample_grids(self, split: Split, n: int, seed: int = 0) -> Int[Tensor, "n cell"]:
+        """`n` solved grids of a split, row by row as token ids; distinct classes while they last."""
+        pool = self.pool(split)
+        order = step_generator(seed, "order", 1).permutation(len(pool))
+        return self.relabel(pool[np.resize(order, n)], seed)
+
+
+N_BASES = 1000
+SHARE_OF_SPLIT = {"train": 0.5, "validation": 0.6, "test": 1.0}
+
+
+def signature(grid: Int[np.ndarray, "9 9"]) -> str:
+    """What relabelling, transposing, and permuting bands, stacks, rows and columns leave unchanged.
+
+    Two rows of a band make a permutation of the symbols; its cycle lengths survive all of these.
+    """
+
+    def side(lines: np.ndarray) -> list:
+        bands = [lines[start : start + 3] for start in (0, 3, 6)]
+        return sorted(sorted(_cycles(a, b) for a, b in combinations(band, 2)) for band in bands)
+
+    return repr(sorted([side(grid), side(grid.T)]))
+
+
+def _cycles(first: np.ndarray, second: np.ndarray) -> tuple[int, ...]:
+    image, lengths, seen = dict(zip(first.tolist(), second.tolist(), strict=True)), [], set()
+    for start in image:
+        symbol, length = start, 0
+        while symbol not in seen:
+            seen.add(symbol)
+            symbol, length = image[symbol], length + 1
+        lengths += [length] if length else []
+    return tuple(sorted(lengths))
+
+
+def split_of(grid: Int[np.ndarray, "9 9"]) -> str:
+    """The split a 9x9 grid belongs to; the same for all its images."""
+    share = int(hashlib.sha256(f"loopmdm sudoku9: {signature(grid)}".encode()).hexdigest()[:8], 16) / 2**32
+    return next(name for name in SPLITS if share < SHARE_OF_SPLIT[name])
 
 
 @cache
-def canonical_grids() -> UInt8[np.ndarray, "grid cell"]:
-    """All classes as grids with first row 0..5, in lexicographic order: [39168, 36] uint8."""
-    rows = np.array(list(permutations(range(SIZE))), dtype=np.uint8)
-    by_column = (rows[:, None, :] != rows[None, :, :]).all(-1)
-    boxes = np.sort(rows.reshape(-1, SIZE // BOX_COLUMNS, BOX_COLUMNS), axis=-1)
-    marks = (1 << boxes.astype(int)).sum(-1)
-    by_box = ((marks[:, None, :] & marks[None, :, :]) == 0).all(-1)
-    grids = np.zeros((1, 1), dtype=int)
-    for row in range(1, SIZE):
-        fits = by_column[grids].all(1)
-        if row % BOX_ROWS:
-            fits &= by_box[grids[:, -1]]
-        grid, new = np.nonzero(fits)
-        grids = np.column_stack([grids[grid], new])
-    assert len(grids) == N_CLASSES
-    return rows[grids].reshape(N_CLASSES, N_CELLS)
+def _bases() -> dict[str, list[np.ndarray]]:
+    """Random 9x9 grids found by search, by split."""
+    found: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
+    for number in range(N_BASES):
+        generator = step_generator(0, "grids", number)
+        grid = np.array(next(completions(3, 3, [EMPTY] * 81, generator)), dtype=np.uint8).reshape(9, 9)
+        found[split_of(grid)].append(grid)
+    return found
 
 
-def canonical(grids: Int[Tensor, "batch cell"]) -> Int[Tensor, "batch cell"]:
-    """Canonical form: symbols renamed so that the first row reads 0..5."""
-    names = torch.empty(len(grids), SIZE, dtype=torch.long)
-    names.scatter_(1, grids[:, :SIZE], torch.arange(SIZE).expand(len(grids), SIZE))
-    return names.gather(1, grids)
+def _images(board: Board, split: Split) -> UInt8[np.ndarray, "grid cell"]:
+    """Images of the split's base grids under the symmetries, each base as often as the others."""
+    bases, count = _bases()[split], board.classes[split]
+    uniforms = row_uniforms(SPLITS.index(split), "grids", count, 25).numpy()
+    images = np.empty((count, 9, 9), dtype=np.uint8)
+    for number, row in enumerate(uniforms):
+        grid = bases[number % len(bases)]
+        grid = grid.T if row[24] < 0.5 else grid
+        images[number] = grid[_lines(row[:12])][:, _lines(row[12:24])]
+    return board.canonical(torch.from_numpy(images.reshape(count, 81)).long()).numpy().astype(np.uint8)
 
 
-@cache
-def classes(split: Literal["train", "validation", "test"]) -> Int[np.ndarray, " grid"]:
-    """Indices into `canonical_grids` of one split; the splits are disjoint and fixed for ever."""
-    if split not in SHARES:
-        raise unknown_name("split", split, SHARES)
-    order = step_generator(0, "data").permutation(N_CLASSES)
-    start = {"train": 0, "validation": SHARES["train"], "test": SHARES["train"] + SHARES["validation"]}[split]
-    return order[start : start + SHARES[split]]
+def _lines(uniforms: np.ndarray) -> np.ndarray:
+    """An order of nine lines that keeps bands together, from 12 uniforms."""
+    within = uniforms[3:].reshape(3, 3).argsort(-1)
+    return (3 * np.arange(3)[:, None] + within)[uniforms[:3].argsort()].ravel()
 
 
-def relabel(index: Int[np.ndarray, " batch"], seed: int, first_index: int = 0) -> Int[Tensor, "batch 36"]:
-    """Grids of the classes `index`, each with a random relabelling; token id = symbol 0..5."""
-    names = row_uniforms(seed, "relabel", len(index), SIZE, first_index=first_index).argsort(-1)
-    return names.gather(1, torch.from_numpy(canonical_grids()[index]).long())
-
-
-def sample_grids(split: Literal["train", "validation", "test"], n: int, seed: int = 0) -> Int[Tensor, "n 36"]:
-    """`n` solved grids of a split, row by row as token ids; distinct classes while they last."""
-    pool = classes(split)
-    order = step_generator(seed, "order", 1).permutation(len(pool))
-    return relabel(pool[np.resize(order, n)], seed)
-
-
-def is_valid(grids: Int[Tensor, "batch 36"]) -> Bool[Tensor, " batch"]:
-    """Whether every row, column and box of each grid holds every symbol once."""
-    boards = grids.view(-1, SIZE, SIZE)
-    boxes = boards.view(-1, SIZE // BOX_ROWS, BOX_ROWS, SIZE // BOX_COLUMNS, BOX_COLUMNS)
-    boxes = boxes.transpose(2, 3).reshape(-1, SIZE, SIZE)
-    units = torch.cat([boards, boards.transpose(1, 2), boxes], dim=1)
-    return (units.sort(-1).values == torch.arange(SIZE, device=grids.device)).all(-1).all(-1)
+BOARDS = {
+    board.name: board
+    for board in (
+        Board("sudoku4", 2, 2, {"train": 6, "validation": 2, "test": 4}),
+        Board("sudoku6", 2, 3, {"train": 12_000, "validation": 2_000, "test": 25_168}),
+        Board("sudoku9", 3, 3, {"train": 12_000, "validation": 2_000, "test": 4_000}),
+    )
+}

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from loopmdm_model.data.batches import Dataset
 from loopmdm_model.flops import flops_per_token
 from loopmdm_model.training import budget
 from loopmdm_model.training.spec import RunSpec
@@ -34,19 +35,20 @@ def commit() -> str:
     return revision + ("+" if changes.stdout else "")
 
 
-def run_record(spec: RunSpec, progress: Progress, corpus_sha256: str) -> dict[str, Any]:
+def run_record(spec: RunSpec, progress: Progress, data: Dataset) -> dict[str, Any]:
     """Spec, counts and versions of a finished run; E[S] and FLOPs planned beside realised."""
     planned, cfg = budget.plan(spec), spec.config
     return {
         "spec": spec.to_dict(),
         "seed": spec.seed,
-        "corpus_sha256": corpus_sha256,
+        "corpus_sha256": data.fingerprint,
         "commit": commit(),
         "versions": versions(),
         "steps": {"planned": planned.steps, "realised": progress.step},
         "mean_loops": {"planned": planned.e_s, "realised": progress.loops / max(1, progress.step)},
         "training_flops": {"planned": planned.flops, "realised": progress.flops},
         "tokens": progress.tokens,
+        "epoch_tokens": data.epoch_tokens,
         "flops_per_token_s1": flops_per_token(cfg, spec.data.length, 1),
         "flops_per_token_s_max": flops_per_token(cfg, spec.data.length, cfg.max_loops),
         "seconds": round(progress.seconds, 1),

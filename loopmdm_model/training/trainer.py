@@ -212,7 +212,7 @@ class Trainer:
             averages = {n.removeprefix("ema."): value for n, value in tensors.items() if n.startswith("ema.")}
             if self._first:
                 checkpoints.save_weights(self.folder, self.spec.config, averages)
-                record = run_record(self.spec, self.progress, self.data.fingerprint)
+                record = run_record(self.spec, self.progress, self.data)
                 write_json(self.folder / checkpoints.RECORD, record)
         if self._first:
             state.save(self.folder, tensors, self.progress, self.identity)

@@ -34,7 +34,7 @@ def test_tables_into_a_pipe_are_tsv():
 def test_every_command_has_help():
     for command in (
         ["--help"],
-        *([c, "--help"] for c in ("models", "data", "train", "evaluate", "sample", "table", "figures", "bench")),
+        *([c, "--help"] for c in ("models", "data", "train", "evaluate", "lm-eval", "sample", "table", "figures", "bench")),
     ):
         assert "Usage" in run(*command)[0]
 
@@ -116,6 +116,13 @@ def test_figures_are_drawn_where_asked(tmp_path):
         (["evaluate", "sudoku-loop", "--n-loops", "0"], "at least 1"),
         (["evaluate", "sudoku-loop", "--measure", "nlll"], "did you mean nll"),
         (["evaluate", "sudoku-loop", "--n-loops", "two"], "1,2,4"),
+        (["evaluate", "sudoku-loop", "--n-clues", "20"], "nll takes no n_clues"),
+        (["evaluate", "sudoku-loop", "--measure", "solve-rate", "--n-clues", "40"], "0..35"),
+        (["evaluate", "sudoku-loop", "--measure", "solve-rate", "--n-clues", "5", "--unique"], "more clues"),
+        (["evaluate", "sotu-loop", "--measure", "solve-rate"], "not trained on Sudoku"),
+        (["evaluate", "sotu-loop", "--measure", "word-problems"], "not trained on gsm-symbolic"),
+        (["evaluate", "sotu-loop", "--measure", "multiple-choice", "--tasks", "boolqq"], "did you mean boolq"),
+        (["lm-eval", "--model", "sotu-loop", "--tasks", "nowhere.yaml"], "no task file"),
         (["table", "nll"], "nll-by-loops"),
         (["train", "nowhere.toml"], "no spec at"),
         (["data", "fetch", "sotuu"], "did you mean sotu"),

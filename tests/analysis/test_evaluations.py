@@ -5,7 +5,12 @@ import pytest
 import torch
 
 from analysis import evaluations
-from analysis.evaluations import Subject, evaluate, excess_kl, solve_rate
+from analysis.evaluations import evaluate
+from analysis.evaluations.generation import distinct_pairs, generative, unigram_entropy
+from analysis.evaluations.likelihoods import excess_kl
+from analysis.evaluations.questions import choose, fitted, multiple_choice
+from analysis.evaluations.solving import solve_rate
+from analysis.evaluations.subject import Subject
 from loopmdm_model.data.trees import TREE_TASKS
 from loopmdm_model.errors import UsageError
 from loopmdm_model.evaluation import load_test_set
@@ -34,7 +39,7 @@ class Oracle:
 
 @pytest.mark.parametrize("task", ["tree", "markov"])
 def test_an_oracle_has_no_excess(task):
-    subject = Subject("oracle", Oracle(task), load_test_set(task, 0, None))
+    subject = Subject("oracle", Oracle(task), None, load_test_set(task, 0, None))
     frame = excess_kl(subject, [1, 2], 2)
     after, before = frame.query("n_loops == 2"), frame.query("n_loops == 1")
     np.testing.assert_allclose(after["excess_kl"], 0.0, atol=1e-9)
@@ -45,16 +50,19 @@ def test_an_oracle_has_no_excess(task):
 
 def test_results_are_cached_by_weights_and_question(monkeypatch, tmp_path):
     monkeypatch.setenv("LOOPMDM_CACHE", str(tmp_path))
-    frame = evaluate("sudoku-base", "nll", [1], 1)
+    frame = evaluate("sudoku-base", "nll", [1], n_samples=1)
     assert len(list((tmp_path / "evaluations").iterdir())) == 1
     model = LoopMDM.from_pretrained("sudoku-base")
     expected = nelbo(model, load_test_set("sudoku6", 36, None).tokens, 1, n_samples=1)
     assert frame["nelbo"][0] == pytest.approx(expected.mean) and frame["n"][0] == 1000
-    monkeypatch.setitem(evaluations.MEASURES, "nll", None)  # from the cache, nothing is measured
-    again = evaluate("sudoku-base", "nll", [1, 1], 1)
+    unmeasured = lambda subject, counts, n_samples=2: None  # noqa: E731
+    monkeypatch.setitem(evaluations.MEASURES, "nll", unmeasured)  # from the cache, nothing is measured
+    again = evaluate("sudoku-base", "nll", [1, 1], n_samples=1)
     assert again.equals(frame)
-    with pytest.raises(TypeError):
-        evaluate("sudoku-base", "nll", [1], 2)
+    with pytest.raises(AttributeError):
+        evaluate("sudoku-base", "nll", [1], n_samples=3)
+    with pytest.raises(UsageError, match="nll takes no n_clues; it takes n_samples"):
+        evaluate("sudoku-base", "nll", [1], n_clues=[10])
     with pytest.raises(UsageError, match="did you mean nll"):
         evaluate("sudoku-base", "nl", [1])
     with pytest.raises(UsageError, match="at least 1"):
@@ -71,15 +79,112 @@ def test_zero_shot_scores_short_documents_too(monkeypatch, tmp_path):
     monkeypatch.setenv("LOOPMDM_CACHE", str(tmp_path))
     documents = [corpora.Document(str(i), f"a short text, number {i}", "test") for i in range(5)]
     documents.append(corpora.Document("long", "and a longer one " * 60, "test"))
-    monkeypatch.setattr(evaluations.corpora, "load", lambda *_: documents)
-    frame = evaluate("sotu-loop", "zero-shot", [1, 2], 1)
+    monkeypatch.setattr(corpora, "load", lambda *_: documents)
+    frame = evaluate("sotu-loop", "zero-shot", [1, 2], n_samples=1)
     assert len(frame) == 7 * 2 and (frame["n_documents"] == 6).all() and frame["nelbo"].between(2, 9).all()
 
 
-def test_solving_by_order(monkeypatch):
-    monkeypatch.setattr(evaluations, "HIDDEN", (4,))
-    monkeypatch.setattr(evaluations, "SOLVE_GRIDS", 20)
-    subject = Subject("sudoku-loop", LoopMDM.from_pretrained("sudoku-loop"), load_test_set("sudoku6", 36, None))
-    frame = solve_rate(subject, [6], 1)
-    assert set(frame["order"]) == set(evaluations.ORDERS) and (frame["n"] == 20).all()
+@pytest.fixture(scope="module")
+def sudoku():
+    return Subject.load("sudoku-loop")
+
+
+@pytest.fixture(scope="module")
+def text():
+    return Subject.load("sotu-loop")
+
+
+def test_solving_by_clues_order_and_loops(sudoku):
+    frame = solve_rate(sudoku, [1, 6], n_clues=[32], orders=("confidence", "row-major"), n=20)
+    assert frame[["n_loops", "order"]].apply(tuple, axis=1).tolist() == [
+        (1, "confidence"), (6, "confidence"), (1, "row-major"), (6, "row-major")
+    ]  # fmt: skip
     assert (frame["solve_rate"] > 0.9).all() and (frame["low"] <= frame["solve_rate"]).all()
+    six = frame[frame["n_loops"] == 6].set_index("order")
+    one = frame[frame["n_loops"] == 1].set_index("order")
+    np.testing.assert_allclose(six["gain"], six["solve_rate"] - one["solve_rate"])
+    np.testing.assert_allclose(
+        six["interaction"]["row-major"], six["gain"]["row-major"] - six["gain"]["confidence"], atol=1e-12
+    )
+    assert (one["gain"] == 0).all() and six["interaction"]["confidence"] == 0
+    # One cell a step: the fourth forward runs on a board with one cell hidden.
+    assert (frame["steps"] == 4).all() and (six["flops"] > one["flops"]).all()
+
+
+def test_unique_puzzles_of_another_kind(sudoku):
+    frame = solve_rate(sudoku, [6], n_clues=[14], orders=("confidence",), unique=True, n=10)
+    assert frame["unique"].all() and frame["hidden"].tolist() == [22] and frame["n"].tolist() == [10]
+
+
+def test_diversity_by_hand():
+    tokens = torch.tensor([[0, 1, 0, 1], [2, 2, 2, 2]])
+    np.testing.assert_allclose(unigram_entropy(tokens), [np.log(2), 0])
+    assert distinct_pairs(tokens) == 3 / 6  # (0, 1), (1, 0), (2, 2)
+
+
+def test_judge_scores_equal_one_text_at_a_time():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from analysis.judge import START, judge_nats
+
+    class Letters:
+        def convert_tokens_to_ids(self, token):
+            assert token == START
+            return 0
+
+        def __call__(self, text, add_special_tokens):
+            assert add_special_tokens is False
+            return {"input_ids": [ord(letter) - 96 for letter in text]}
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=27, n_positions=32, n_embd=16, n_layer=2, n_head=2)).eval()
+    texts = ["strong", "", "the union is".replace(" ", ""), "a"]
+    nats, lengths = judge_nats(texts, model, Letters(), batch_size=3)
+    assert lengths.tolist() == [6, 0, 10, 1]
+    for text, value in zip(texts, nats, strict=True):
+        ids = torch.tensor([[0, *(ord(letter) - 96 for letter in text)]])
+        loss = model(ids, labels=ids).loss.item() * (ids.shape[1] - 1) if text else 0.0
+        assert value == pytest.approx(loss, rel=1e-5)
+
+
+def test_generative_table_has_its_diversity_and_a_reference(text, monkeypatch):
+    from analysis.evaluations import generation
+
+    def judge(texts):  # one nat a letter, one token a letter
+        lengths = np.array([len(text) for text in texts])
+        return lengths.astype(float), lengths
+
+    monkeypatch.setattr(generation, "judge_nats", judge)
+    frame = generative(text, [1, 2], steps=(2, 4), n=4)
+    assert frame["source"].tolist() == ["test text"] + ["samples"] * 4
+    np.testing.assert_allclose(frame["generative_perplexity"], np.e)
+    flops = frame.set_index(["n_loops", "steps"])["flops"]
+    assert flops[(1, 4)] > flops[(1, 2)] and flops[(2, 4)] > flops[(1, 4)]
+    assert (frame["unigram_entropy"] > 2).all() and frame["distinct_2"].between(0, 1).all()
+
+
+def test_multiple_choice_prefers_the_likelier_answer(text):
+    from loopmdm_model.data.benchmarks import Choice
+
+    from loopmdm_model.likelihood import continuation_nelbo
+
+    items = [Choice("0", "The people of the United", (" zxqj zxqj", " States of America"), 1)]
+    picks = choose(text, items, 2, n_samples=4)
+    assert picks["total"].tolist() == picks["per byte"].tolist() == [1]
+    prompt, continuation = fitted(text, "w " * 200 + "The people of the United", " States")
+    assert len(prompt) + len(continuation) == text.model.cfg.n_ctx
+    assert text.tokenizer.decode(prompt).endswith("the United")
+    value = continuation_nelbo(text.model, [prompt], [continuation], 2, n_samples=4)
+    assert value.lengths.item() == len(continuation)
+
+
+def test_multiple_choice_accuracy_is_counted(text, monkeypatch):
+    from loopmdm_model.data.benchmarks import Choice
+
+    from analysis.evaluations import questions
+
+    items = [Choice(str(i), "c", ("a", "b"), answer) for i, answer in enumerate([0, 1, 1, 1])]
+    monkeypatch.setattr(questions.benchmarks, "multiple_choice", lambda _: items)
+    monkeypatch.setattr(questions, "choose", lambda *_: {"total": np.array([0, 0, 1, 1])})
+    row = multiple_choice(text, [1], tasks=["piqa"]).iloc[0]
+    assert (row["accuracy"], row["chance"], row["constant"], row["n"]) == (0.75, 0.5, 0.75, 4)

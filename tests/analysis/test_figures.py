@@ -44,13 +44,16 @@ def test_committed_tables_belong_to_the_shipped_models(name):
 
 
 def test_solve_rate_table_is_what_the_models_do_now():
-    from loopmdm_model.evaluation import puzzles, solve_one_shot
+    from loopmdm_model.data.puzzles import puzzles
+    from loopmdm_model.data.sudoku import BOARDS
+    from loopmdm_model.evaluation import solve_one_shot
     from loopmdm_model.model import LoopMDM
 
     frame = tables.load("sudoku-solve-rate")
     model = LoopMDM.from_pretrained("sudoku-loop")
     grids = tables.load_test_set("sudoku6", 36, None).tokens
-    solved = solve_one_shot(model, puzzles(grids, tables.MASKED_CELLS), 3)
+    board = BOARDS["sudoku6"]
+    solved = solve_one_shot(model, board, puzzles(board, grids, tables.CLUES), 3)
     stored = frame[frame["model"] == "sudoku-loop"].set_index("n_loops")["solve_rate"]
     for n_loops, outcome in enumerate(solved, start=1):
         assert float(outcome.float().mean()) == pytest.approx(stored[n_loops], abs=0.003)
@@ -84,9 +87,3 @@ def test_damaged_and_outdated_tables_are_refused(tmp_path):
     changed.to_parquet(path)
     with pytest.raises(UsageError, match="recorded hash"):
         frames.read_table(path)
-
-
-def test_wilson_interval_by_hand():
-    low, high = tables.wilson(5, 10)
-    assert (low, high) == (pytest.approx(0.2366, abs=1e-4), pytest.approx(0.7634, abs=1e-4))
-    assert tables.wilson(0, 10)[0] == 0 and tables.wilson(10, 10)[1] == 1

@@ -2,11 +2,10 @@ import subprocess
 import sys
 import zipfile
 
-import numpy as np
 import pytest
 import torch
 
-from loopmdm_model.data import batches, corpora, fetch, sudoku
+from loopmdm_model.data import batches, corpora, fetch
 from loopmdm_model.data.tokenizer import MASK, load_tokenizer, train_bpe
 from loopmdm_model.errors import UsageError
 from loopmdm_model.files import sha256
@@ -58,40 +57,6 @@ def test_evaluation_blocks_stay_within_documents():
     blocks, owners = batches.evaluation_blocks(data.tokenizer, documents, 64)
     lengths = [len(ids) // 64 for ids in batches.encode(data.tokenizer, documents)]
     assert torch.bincount(owners).tolist() == lengths and blocks.shape == (sum(lengths), 64)
-
-
-def test_all_sudoku_classes_are_there_valid_and_distinct():
-    grids = sudoku.canonical_grids()
-    assert len(grids) == 39_168 == len({grid.tobytes() for grid in grids})
-    assert sudoku.is_valid(torch.from_numpy(grids).long()).all()
-    assert (grids[:, :6] == np.arange(6)).all()
-
-
-def test_sudoku_splits_share_no_class():
-    split = {name: set(sudoku.classes(name).tolist()) for name in ("train", "validation", "test")}
-    assert not split["train"] & split["test"] and not split["train"] & split["validation"]
-    assert len(set().union(*split.values())) == 39_168
-    assert len(split["train"]) <= 39_168 / 2
-    test = sudoku.canonical(sudoku.sample_grids("test", 200, seed=1))
-    train = {sudoku.canonical_grids()[i].tobytes() for i in split["train"]}
-    assert not train & {grid.to(torch.uint8).numpy().tobytes() for grid in test}
-
-
-def test_relabelling_keeps_grids_valid_and_canonical_form():
-    grids = sudoku.sample_grids("test", 50, seed=2)
-    assert sudoku.is_valid(grids).all()
-    again = torch.tensor([3, 4, 5, 0, 2, 1])[grids]
-    assert torch.equal(sudoku.canonical(again), sudoku.canonical(grids))
-
-
-@pytest.mark.parametrize("unit", ["row", "column", "box"])
-def test_validity_sees_each_kind_of_unit(unit):
-    # Swapping two cells breaks the units that do not hold both of them.
-    grid = sudoku.sample_grids("test", 1)[0].view(6, 6)
-    pair = {"row": ((0, 0), (2, 0)), "column": ((0, 0), (0, 4)), "box": ((0, 0), (0, 4))}[unit]
-    broken = grid.clone()
-    broken[pair[0]], broken[pair[1]] = grid[pair[1]], grid[pair[0]]
-    assert not sudoku.is_valid(broken.view(1, 36)).any()
 
 
 @pytest.fixture

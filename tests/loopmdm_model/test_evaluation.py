@@ -3,8 +3,9 @@
 import numpy as np
 import torch
 
-from loopmdm_model.data import sudoku
-from loopmdm_model.evaluation import NGrams, puzzles, solve_one_shot
+from loopmdm_model.data.puzzles import puzzles
+from loopmdm_model.data.sudoku import BOARDS
+from loopmdm_model.evaluation import NGrams, solve_one_shot
 from tests.conftest import toy_model
 
 
@@ -20,10 +21,11 @@ def test_bigram_is_a_distribution_after_seen_and_unseen_tokens():
 
 
 def test_solving_keeps_clues_and_counts_valid_boards():
-    grids = sudoku.sample_grids("test", 6)
-    b = puzzles(grids, 16)
+    board = BOARDS["sudoku6"]
+    grids = board.sample_grids("test", 6)
+    b = puzzles(board, grids, 20)
     assert b.masked.sum(-1).tolist() == [16] * 6
     model = toy_model(d_vocab=7, n_ctx=36)
-    one_cell = puzzles(grids, 1)
+    one_cell = puzzles(board, grids, 35)
     guess = torch.where(one_cell.masked, model(one_cell.tokens, n_loops=1).argmax(-1), one_cell.tokens)
-    assert solve_one_shot(model, one_cell, 1)[0].tolist() == (guess == grids).all(-1).tolist()
+    assert solve_one_shot(model, board, one_cell, 1)[0].tolist() == (guess == grids).all(-1).tolist()

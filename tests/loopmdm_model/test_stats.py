@@ -37,3 +37,9 @@ def test_empty_denominators_are_nan():
     zeros, ones = np.zeros((5, 1)), np.ones((5, 1))
     value, error = stats.log_ratio_and_error(ones, ones, ones, zeros)
     assert np.isnan(value).all() and np.isnan(error).all()
+
+
+def test_wilson_interval_by_hand():
+    low, high = stats.wilson(5, 10)
+    assert (low, high) == (pytest.approx(0.2366, abs=1e-4), pytest.approx(0.7634, abs=1e-4))
+    assert stats.wilson(0, 10)[0] == 0 and stats.wilson(10, 10)[1] == 1

@@ -1,0 +1,110 @@
+"""Training: throughput against the machine's matrix products, data loading, resuming."""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from analysis.bench.common import Row, at_least, at_most, ratio, shape
+from loopmdm_model.data.batches import dataset
+from loopmdm_model.flops import training_flops
+from loopmdm_model.likelihood import draw_masks, masked_cross_entropy
+from loopmdm_model.model import LoopMDM
+from loopmdm_model.training.spec import RunSpec
+from loopmdm_model.training.trainer import Trainer, compile_blocks
+
+
+def compiling() -> Iterator[Row]:
+    """Training steps with compiled blocks against eager ones (throughput)."""
+    cfg = shape(256, 6, 128, loops=4)
+    eager, compiled = LoopMDM(cfg), LoopMDM(cfg)
+    if not compile_blocks(compiled):
+        yield "training with compiled blocks, / eager", "no compiler", ">= 1.25x", "NO"
+        return
+    clean = torch.randint(0, cfg.d_vocab - 1, (8, 128), generator=torch.Generator().manual_seed(0))
+    b = draw_masks(clean, cfg.mask_token_id, torch.ones_like(clean, dtype=torch.bool), 0, 0)
+
+    def step(model: LoopMDM) -> None:
+        masked_cross_entropy(model(b.tokens, n_loops=3), b).mean().backward()
+        model.zero_grad()
+
+    yield at_least(
+        "training with compiled blocks, / eager",
+        1 / ratio(lambda: step(compiled), lambda: step(eager), 15),
+        1.25,
+    )
+
+
+def throughput() -> Iterator[Row]:
+    """FLOP/s of whole training steps at d = 256, as a share of large matrix products measured in between."""
+    cfg = shape(256, 6, 128, loops=4)
+    model, batch = LoopMDM(cfg), 16
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    clean = torch.randint(0, cfg.d_vocab - 1, (batch, 128), generator=torch.Generator().manual_seed(0))
+    b = draw_masks(clean, cfg.mask_token_id, torch.ones_like(clean, dtype=torch.bool), 0, 0)
+    left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    cost = training_flops(cfg, 128, 3, batch=batch)
+    products = max(1, round(cost / (2 * 1024**3)))
+
+    def step() -> None:
+        masked_cross_entropy(model(b.tokens, n_loops=3), b).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def sgemm() -> None:
+        for _ in range(products):
+            torch.mm(left, right)
+
+    value = ratio(sgemm, step, 15) * cost / (products * 2 * 1024**3)
+    yield at_least("training steps at d=256: FLOP/s, / sgemm", value, 0.7)
+
+
+SUDOKU = """
+name = "bench"
+seed = 0
+data = {corpus = "sudoku6"}
+model = {d_model = 128, n_heads = 4, max_loops = 6}
+training = {steps = 40, batch_size = 32, curve_points = 1, curve_sequences = 8}
+"""
+
+
+def loading() -> Iterator[Row]:
+    """Drawing a step's batch and masks, as a share of the whole step, on a text and a task."""
+    for corpus, length, size in (("sotu-slice", 64, 16), ("sudoku6", 36, 32)):
+        data = dataset(corpus, length, 1024, 0)
+        d_vocab = data.tokenizer.get_vocab_size()
+        cfg = shape(128, 3, data.length, loops=6, vocab=d_vocab)
+        model = LoopMDM(cfg)
+        numbers = iter(range(10**9))
+
+        def load(data=data, size=size, cfg=cfg, numbers=numbers):
+            step = next(numbers)
+            tokens = data.batch(step, size)
+            return draw_masks(tokens, cfg.mask_token_id, data.maskable(tokens), 0, step)
+
+        def step(model=model, load=load) -> None:
+            b = load()
+            masked_cross_entropy(model(b.tokens, n_loops=3), b).mean().backward()
+            model.zero_grad()
+
+        yield at_most(f"drawing a batch of {corpus} at d=128, share of the step", ratio(load, step), 0.02)
+
+
+def resuming() -> Iterator[Row]:
+    """Seconds from a stored state to the next step, in this process."""
+    import tomllib
+
+    spec = RunSpec.from_dict(tomllib.loads(SUDOKU))
+    with tempfile.TemporaryDirectory() as folder:
+        run = Trainer(spec, Path(folder) / "run")
+        run._checkpoint()
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            again = Trainer(spec, Path(folder) / "run", resume=True)
+            again._step()
+            times.append(time.perf_counter() - start)
+    yield at_most("resuming a run, up to its next step", statistics.median(times), 5.0, " s")

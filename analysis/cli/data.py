@@ -1,0 +1,44 @@
+"""`loopmdm data list` and `loopmdm data fetch`."""
+
+from typing import Annotated
+
+import typer
+
+from analysis.cli.shared import app, show
+
+data_app = typer.Typer(
+    help="Corpora: what there is, and fetching it.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(data_app, name="data")
+
+
+@data_app.command("list")
+def data_list() -> None:
+    """List corpora and tasks: size, licence, role, whether they are here."""
+    from loopmdm_model.data.fetch import cached_archive, sources
+    from loopmdm_model.data.hub import HUB
+
+    here, made = "embedded", "generated"
+    rows = [
+        ("sotu-slice", "0.95 MB", "public domain", "training", "sotu's test, validation, 4 speeches", here),
+        ("sudoku6", "-", made, "task", "solved 6x6 grids, all 39,168 classes, split by class", here),
+        ("tree", "-", made, "task", "binary tree of 63 nodes, leaves observed; exact posterior known", here),
+        ("markov", "-", made, "task", "chain of 32 nodes; exact posterior known (negative control)", here),
+    ]
+    for item in sources().values():
+        state = "fetched" if cached_archive(item) else f"loopmdm data fetch {item.name}"
+        rows.append((item.name, f"{item.megabytes} MB", item.licence, item.role, item.about, state))
+    for name, (path, _) in HUB.items():
+        rows.append((name, "streamed", "see the hub", "training", f"Hugging Face {path}", "needs the hub extra"))
+    rows.append(("hub:OWNER/NAME", "streamed", "see the hub", "training", "any hub data set with text", ""))
+    rows.append(("files:PATTERN", "-", "yours", "training", "your own UTF-8 files, one document a file", ""))
+    show(["name", "size", "licence", "role", "about", "here"], rows)
+
+
+@data_app.command("fetch")
+def data_fetch(name: Annotated[str, typer.Argument(help="corpus; see `loopmdm data list`")] = "sotu") -> None:
+    """Fetch a corpus into the cache; refuses anything whose hash is not the pinned one."""
+    from loopmdm_model.data.fetch import fetch
+
+    path = fetch(name)
+    show(["corpus", "archive", "bytes"], [(name, path, path.stat().st_size)])

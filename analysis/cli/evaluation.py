@@ -1,0 +1,83 @@
+"""`loopmdm models`, `loopmdm evaluate` and `loopmdm lm-eval`."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from analysis.cli.shared import app, err, integers, interruptible, show
+
+
+@app.command()
+def models() -> None:
+    """List the shipped models."""
+    from loopmdm_model.checkpoints import RECORD, ZOO, list_models
+    from loopmdm_model.config import LoopMDMConfig
+    from loopmdm_model.files import read_json
+
+    rows = []
+    for name in list_models():
+        cfg, record = LoopMDMConfig.load(ZOO / name / "config.json"), read_json(ZOO / name / RECORD)
+        layers = f"{cfg.n_prelude_layers}+{cfg.n_loop_layers}xS+{cfg.n_coda_layers}"
+        reached = record["evaluation"]
+        flops = record["training_flops"]["realised"]
+        corpus = record["spec"]["data"]["corpus"]
+        test = (reached["test_nelbo"], reached["test_nelbo_se"])
+        rows.append((name, corpus, layers, cfg.max_loops, cfg.d_model, flops, *test))
+    show(["model", "trained_on", "layers", "S_max", "d_model", "training_flops", "test_nelbo", "se"], rows)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="shipped name, run folder or hub id")],
+    measure: Annotated[
+        str,
+        typer.Option(
+            help="nll | noise-level | zero-shot | excess-kl | solve-rate | generative | multiple-choice | "
+            "word-problems"
+        ),
+    ] = "nll",
+    n_loops: Annotated[str, typer.Option(help="loop counts, comma-separated; default 1 and S_max")] = "",
+    n_samples: Annotated[int | None, typer.Option(help="masks a sequence")] = None,
+    n: Annotated[int | None, typer.Option(help="puzzles, samples or items")] = None,
+    n_clues: Annotated[str, typer.Option(help="solve-rate: clue counts, such as 10,16,20")] = "",
+    unique: Annotated[bool, typer.Option(help="solve-rate: puzzles with one solution")] = False,
+    orders: Annotated[str, typer.Option(help="solve-rate: generation orders, comma-separated")] = "",
+    steps: Annotated[str, typer.Option(help="generative: denoising steps, such as 8,16,32")] = "",
+    tasks: Annotated[str, typer.Option(help="multiple-choice: benchmarks, comma-separated")] = "",
+) -> None:
+    """Evaluate a model by number of loops, with standard errors; results are cached by content."""
+    from analysis.evaluations import evaluate as run
+    from loopmdm_model.checkpoints import CONFIG, need, resolve
+    from loopmdm_model.config import LoopMDMConfig
+
+    options: dict[str, Any] = {"n_samples": n_samples, "n": n, "unique": unique or None}
+    options |= {"n_clues": integers(n_clues, "--n-clues", "10,16") if n_clues else None}
+    options |= {"steps": integers(steps, "--steps", "8,16") if steps else None}
+    options |= {"orders": orders.split(",") if orders else None, "tasks": tasks.split(",") if tasks else None}
+    if measure == "word-problems" and steps:
+        options["steps"] = options["steps"][0]
+    most = LoopMDMConfig.load(need(resolve(model), CONFIG)).max_loops
+    counts = integers(n_loops, "--n-loops", "1,2,4") if n_loops else sorted({1, most})
+    status = err.status(f"{measure} of {model}") if err.is_terminal else nullcontext()
+    with interruptible("nothing was written"), status:
+        frame = run(model, measure, counts, **{key: value for key, value in options.items() if value is not None})
+    show(list(frame.columns), frame.itertuples(index=False))
+
+
+@app.command("lm-eval")
+def lm_eval(
+    model: Annotated[str, typer.Option(help="shipped name, run folder or hub id")],
+    tasks: Annotated[Path, typer.Option(help="YAML task of the harness, its data files beside it")],
+    n_loops: Annotated[int | None, typer.Option(help="loops; default S_max")] = None,
+    n_samples: Annotated[int, typer.Option(help="masks a continuation")] = 8,
+    steps: Annotated[int, typer.Option(help="denoising steps where the task wants text")] = 64,
+    limit: Annotated[int | None, typer.Option(help="first items only")] = None,
+) -> None:
+    """Run a text model on a local task of the lm-eval harness (extra lm-eval)."""
+    from analysis.harness import run_harness
+
+    with interruptible("nothing was written"):
+        frame = run_harness(model, tasks, n_loops, n_samples, steps, limit)
+    show(list(frame.columns), frame.itertuples(index=False))

@@ -1,0 +1,70 @@
+"""`loopmdm sample`."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from analysis.cli.shared import app, cell, err, integer, interruptible, show
+from loopmdm_model.errors import UsageError
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="shipped name, run folder or hub id")],
+    n: Annotated[int, typer.Option(help="sequences")] = 1,
+    length: Annotated[int | None, typer.Option(help="tokens a sequence; default the model's n_ctx")] = None,
+    steps: Annotated[int, typer.Option(help="denoising steps")] = 64,
+    n_loops: Annotated[int | None, typer.Option(help="loops, or with --stop the most; default S_max")] = None,
+    stop: Annotated[str, typer.Option(help="stopping rule, such as state-delta:0.03")] = "",
+    order: Annotated[str, typer.Option(help="random, confidence, left-to-right, blocks:8, ...")] = "random",
+    prompt: Annotated[str, typer.Option(help="text to begin with")] = "",
+    clues: Annotated[str, typer.Option(help="POSITION:ID,.. that stay")] = "",
+    temperature: Annotated[float, typer.Option(help="0 takes the best token")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="smallest set of tokens with this probability")] = 1.0,
+    seed: Annotated[int, typer.Option(help="same seed, same sample")] = 0,
+    first_index: Annotated[int, typer.Option(help="number of the first sequence, to shard a job")] = 0,
+    batch_size: Annotated[int, typer.Option(help="sequences at a time")] = 32,
+    partial: Annotated[bool, typer.Option(help="on Ctrl-C give the finished batches")] = False,
+    out: Annotated[Path | None, typer.Option(help="TSV file; default standard output")] = None,
+) -> None:
+    """Sample sequences: text, loops and forwards of each."""
+    from loopmdm_model.files import write_atomic
+    from loopmdm_model.hooked import HookedLoopMDM
+    from loopmdm_model.sampling import sample as run
+    from loopmdm_model.stopping import parse_rule
+
+    if out is not None and out.is_dir():
+        raise UsageError(f"{out} is a folder; give --out the name of a file")
+    above = next((path for path in out.absolute().parents if path.exists()), None) if out else None
+    if above is not None and not (above.is_dir() and os.access(above, os.W_OK)):
+        raise PermissionError(f"cannot write into {above}; give another --out")
+    m = HookedLoopMDM.from_pretrained(model)
+    rule = parse_rule(stop, m.cfg.max_loops if n_loops is None else n_loops) if stop else None
+    with interruptible("nothing was written; --partial keeps the finished batches"):
+        r = run(
+            m, n, length, steps, None if rule else n_loops, rule, order, prompt or None, _clues(clues),
+            temperature, top_p, seed, first_index, None, batch_size, err.is_terminal, partial,
+        )  # fmt: skip
+    ran = r.loops_used > 0
+    columns = ["sequence", "forwards", "mean_loops", "flops", "text"]
+    rows = []
+    for index, ids in enumerate(r.tokens):
+        forwards = int(ran[:, index].sum())
+        loops = int(r.loops_used[:, index].sum()) / forwards if forwards else float("nan")
+        text = m.to_string(ids) if m.tokenizer else " ".join(map(str, ids.tolist()))
+        rows.append((first_index + index, forwards, loops, float(r.step_flops[:, index].sum()), text))
+    if out is None:
+        show(columns, rows)
+        return
+    lines = ["\t".join(cell(value) for value in row) for row in (columns, *rows)]
+    write_atomic(out, lambda path: path.write_text("\n".join(lines) + "\n"))
+    print(out)
+
+
+def _clues(text: str) -> dict[int, int] | None:
+    pairs = [pair.split(":") for pair in text.split(",") if pair]
+    if any(len(pair) != 2 for pair in pairs):
+        raise UsageError(f"--clues takes POSITION:ID pairs such as 0:3,7:1; got {text!r}")
+    return {integer(a, "--clues", "0:3"): integer(b, "--clues", "0:3") for a, b in pairs} or None

@@ -1,0 +1,86 @@
+"""What the commands share: the app, printing, progress, interruption."""
+
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table as RichTable
+
+from loopmdm_model.errors import UsageError
+
+app = typer.Typer(
+    help="See inside looped masked-diffusion language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+err = Console(stderr=True)
+
+
+class Interrupted(RuntimeError):
+    """Ctrl-C, with what is left and how to go on."""
+
+
+@contextmanager
+def interruptible(message: str) -> Iterator[None]:
+    """Turn Ctrl-C into one line (typer itself would end without a word)."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(message) from None
+
+
+def show(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print records: aligned on a terminal, TSV in a pipe."""
+    cells = [[cell(value) for value in row] for row in rows]
+    if not sys.stdout.isatty():
+        for row in [list(columns), *cells]:
+            print("\t".join(row))
+        return
+    table = RichTable(box=None, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in cells:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def cell(value: Any) -> str:
+    """A value as one field of a line."""
+    if isinstance(value, float):
+        return "nan" if math.isnan(value) else f"{value:.6g}"
+    return str(value).replace("\t", " ").replace("\n", " ")
+
+
+def progress_bar() -> Progress:
+    """A progress bar on standard error."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+
+
+def integer(word: str, option: str = "--n-loops", example: str = "1,2,4") -> int:
+    """One integer of an option."""
+    try:
+        return int(word)
+    except ValueError:
+        raise UsageError(f"{option} takes integers such as {example}; got {word!r}") from None
+
+
+def integers(text: str, option: str, example: str) -> list[int]:
+    """Comma-separated integers of an option."""
+    return [integer(word, option, example) for word in text.split(",")]
+
+
+def check_folder(folder: Path) -> None:
+    """Make a folder, or say that it cannot be written to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"cannot write into {folder}; give another --out")

@@ -1,0 +1,99 @@
+"""`loopmdm train`."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from analysis.cli.shared import app, interruptible, progress_bar, show
+from loopmdm_model.errors import UsageError
+
+
+@app.command()
+def train(
+    spec: Annotated[Path, typer.Argument(help="TOML spec; examples in figures/specs")],
+    out: Annotated[Path | None, typer.Option(help="run folder; default runs/NAME")] = None,
+    resume: Annotated[bool, typer.Option(help="start, continue, or do nothing if finished")] = False,
+    dry_run: Annotated[bool, typer.Option(help="print sizes, FLOPs and steps; train nothing")] = False,
+    seed: Annotated[int | None, typer.Option(help="another seed; the name gains -seedN")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="another value, such as training.learning_rate=5e-4")
+    ] = None,
+) -> None:
+    """Train a model from a spec."""
+    from loopmdm_model.training.spec import RunSpec
+
+    loaded = RunSpec.load(spec, _changes(changes or []))
+    if seed is not None:
+        loaded = RunSpec.from_dict(loaded.to_dict() | {"seed": seed, "name": f"{loaded.name}-seed{seed}"})
+    if dry_run:
+        _dry_run(loaded)
+        return
+    from loopmdm_model.training.budget import share_spent
+    from loopmdm_model.training.trainer import Trainer
+
+    folder = out or Path("runs") / loaded.name
+    with interruptible(f"add --resume to go on from the last checkpoint in {folder}"):
+        trainer = Trainer(loaded, folder, resume=resume)
+        with progress_bar() as bar:
+            task = bar.add_task(loaded.name, total=100)
+
+            def on_step(progress: Any) -> None:
+                share = 100 * min(1.0, share_spent(loaded, progress.step, progress.flops))
+                loss = progress.window.get("loss", 0.0) / max(1.0, progress.window.get("steps", 1.0))
+                text = f"{loaded.name} step {progress.step} loss {loss:.3f}"
+                bar.update(task, completed=int(share), description=text)
+
+            trainer.train(on_step)
+    if trainer.accelerator.is_main_process:
+        last = trainer.progress.rows[-1]
+        show(list(last), [list(last.values())])
+        print(folder)
+
+
+def _changes(pairs: list[str]) -> dict[str, Any]:
+    found = {}
+    for pair in pairs:
+        key, mark, value = pair.partition("=")
+        try:
+            found[key] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            found[key] = value  # a bare word
+        if not key or not mark:
+            raise UsageError(f"--set takes KEY=VALUE such as training.learning_rate=5e-4, got {pair!r}")
+    return found
+
+
+def _dry_run(spec: Any) -> None:
+    import torch
+
+    from loopmdm_model.flops import applied_parameters, flops_per_token
+    from loopmdm_model.model import LoopMDM
+    from loopmdm_model.training.budget import plan, product_rate, training_memory
+
+    cfg, planned = spec.config, plan(spec)
+    rate = product_rate(spec.training.threads)
+    with torch.device("meta"):
+        model = LoopMDM(cfg)
+    parameters = model.n_parameters
+    layer = sum(parameter.numel() for parameter in model.get_submodule("blocks.0").parameters())
+    rows = [
+        ("parameters", parameters),
+        (f"parameters applied at S = {cfg.max_loops}", applied_parameters(cfg, parameters, layer, cfg.max_loops)),
+        ("effective depth at E[S]", cfg.effective_depth),
+        ("forward FLOPs per token at S = 1", flops_per_token(cfg, spec.data.length, 1)),
+        (
+            f"forward FLOPs per token at S = {cfg.max_loops}",
+            flops_per_token(cfg, spec.data.length, cfg.max_loops),
+        ),
+        ("E[S] over the run", planned.e_s),
+        ("training FLOPs", planned.flops),
+        ("steps", planned.steps),
+        ("tokens", planned.tokens),
+        ("memory of one process, GiB", round(training_memory(spec, parameters) / 2**30, 3)),
+        (f"matrix products here, GFLOP/s with {spec.training.threads} threads", round(rate / 1e9, 1)),
+        ("hours here at 70% of that", round(planned.flops / (0.7 * rate) / 3600, 3)),
+        ("days at 1e15 FLOP/s", round(planned.flops / 1e15 / 86400, 6)),
+    ]
+    show(["quantity", "value"], rows)

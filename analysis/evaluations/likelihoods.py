@@ -1,0 +1,97 @@
+"""Likelihoods by number of loops: test NELBO, by noise level, zero-shot, and against exact posteriors."""
+
+import numpy as np
+import pandas as pd
+import torch
+
+from analysis.decomposition import nelbo_decomposition
+from analysis.evaluations.subject import Subject, at
+from loopmdm_model import stats
+from loopmdm_model.data import corpora
+from loopmdm_model.data.batches import encode, spread
+from loopmdm_model.data.fetch import sources
+from loopmdm_model.data.trees import TREE_TASKS
+from loopmdm_model.data.windows import sliding_windows
+from loopmdm_model.errors import UsageError
+from loopmdm_model.likelihood import draw_masks, nelbo, nelbo_by_loop
+
+ZERO_SHOT_DOCUMENTS, ZERO_SHOT_WINDOWS = 500, 512
+
+
+def nll(subject: Subject, counts: list[int], n_samples: int = 2) -> pd.DataFrame:
+    """Test NELBO in nats per token, and bits per byte for text."""
+    test, rows = subject.test, []
+    for count in counts:
+        r = nelbo(
+            subject.model, test.tokens, count, n_samples=n_samples, maskable=test.maskable, clusters=test.clusters
+        )
+        rows.append((count, r.mean, r.standard_error, r.bits_per_byte(test.bytes_per_token), r.n))
+    return pd.DataFrame(rows, columns=["n_loops", "nelbo", "standard_error", "bits_per_byte", "n"])
+
+
+def noise_level(subject: Subject, counts: list[int], n_samples: int = 2) -> pd.DataFrame:
+    """NELBO and gain over S = 1 by mask ratio."""
+    test = subject.test
+    frame = nelbo_decomposition(
+        subject.model,
+        test.tokens,
+        max(counts),
+        n_samples=n_samples,
+        maskable=test.maskable,
+        clusters=test.clusters,
+    )
+    return at(frame, counts)
+
+
+def zero_shot(subject: Subject, counts: list[int], n_samples: int = 2) -> pd.DataFrame:
+    """NELBO, bits per byte and perplexity per token on the zero-shot corpora; errors over documents."""
+    subject.need_text("zero-shot")
+    length, rows = subject.model.cfg.n_ctx, []
+    for corpus in [item.name for item in sources().values() if item.role == "zero-shot"]:
+        documents = corpora.load(corpus)
+        documents = documents[:: max(1, len(documents) // ZERO_SHOT_DOCUMENTS)]
+        ids = encode(subject.tokenizer, documents)
+        bytes_per_token = sum(len(d.text.encode()) for d in documents) / sum(map(len, ids))
+        w = sliding_windows([row.tolist() for row in ids], length, length)
+        some = spread(torch.arange(len(w.tokens)), ZERO_SHOT_WINDOWS)
+        owners = w.owners[some.numpy()]
+        results = nelbo_by_loop(
+            subject.model, w.tokens[some], max(counts), n_samples, w.scored[some], w.real[some], clusters=owners
+        )
+        for count in counts:
+            r = results[count - 1]
+            rows.append((corpus, count, r.mean, r.standard_error, r.bits_per_byte(bytes_per_token),
+                         r.perplexity, r.n, len(np.unique(owners))))  # fmt: skip
+    columns = ["corpus", "n_loops", "nelbo", "standard_error", "bits_per_byte", "perplexity", "n", "n_documents"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+@torch.no_grad()
+def excess_kl(subject: Subject, counts: list[int], n_samples: int = 2) -> pd.DataFrame:
+    """KL(exact posterior || model) in nats per hidden node, by hops; masks as in the NELBO."""
+    if subject.test.task not in TREE_TASKS:
+        raise UsageError(f"{subject.name}: no exact posterior is known for {subject.test.task}")
+    task, tokens = TREE_TASKS[subject.test.task], subject.test.tokens
+    assert subject.test.maskable is not None
+    most = task.n_nodes
+    total, number = np.zeros((len(counts), len(tokens), most)), np.zeros((len(tokens), most))
+    maskable = subject.test.maskable.expand_as(tokens)
+    for draw in range(n_samples):
+        b = draw_masks(tokens, subject.model.cfg.mask_token_id, maskable, 0, draw, n_samples)
+        exact, hops = task.posterior(tokens, b.masked)[b.masked], task.hops(b.masked)[b.masked].numpy()
+        owner = b.masked.nonzero()[:, 0].numpy()
+        np.add.at(number, (owner, hops), 1)
+        for loop, (state, context) in enumerate(subject.model.states(b.tokens, max(counts))):
+            if loop + 1 in counts:
+                logits = subject.model.readout(state, context, rows=b.masked)
+                log_probs = logits.double().log_softmax(-1)[:, : task.n_states]
+                kl = (exact * (exact.clamp(min=1e-300).log() - log_probs)).sum(-1).numpy()
+                np.add.at(total[counts.index(loop + 1)], (owner, hops), kl)
+    rows = []
+    for index, count in enumerate(counts):
+        for hop in np.flatnonzero(number.sum(0)):
+            known = number[:, hop] > 0
+            values = np.where(known, total[index, :, hop] / np.maximum(number[:, hop], 1), np.nan)
+            mean, error, n = stats.weighted_mean_and_error(values, number[:, hop])
+            rows.append((count, int(hop), float(mean), float(error), int(number[:, hop].sum()), int(n)))
+    return pd.DataFrame(rows, columns=["n_loops", "hops", "excess_kl", "standard_error", "n_nodes", "n"])
