@@ -6,13 +6,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := pyproject.toml constraints.txt
 
-.PHONY: figures test lab lint bench reproduce gallery clean
+.PHONY: figures test soak lab lint bench reproduce gallery clean
 
 figures: $(VENV)/.base
 	$(BIN)/loopmdm figures
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2
+
+# What is too slow for every run: twenty kills at random moments, with one process and with two.
+soak: $(VENV)/.dev
+	$(BIN)/python -m pytest -m soak
 
 lab: $(VENV)/.dev
 	$(BIN)/python notebooks/sync.py
@@ -27,12 +31,15 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.base
 	$(BIN)/loopmdm bench
 
-# Train every shipped model again (hours), then measure and draw everything.
+# Train every shipped model again (many hours), then measure and draw everything.
+SEEDED := sudoku-base sudoku-loop sudoku-deep sudoku-base-isolated sudoku-loop-isolated
+ONCE := sotu-base sotu-loop
 reproduce: $(VENV)/.base
 	$(BIN)/loopmdm data fetch sotu
-	for spec in sudoku-base sudoku-loop sotu-base sotu-loop; do \
-	  $(BIN)/loopmdm train figures/specs/$$spec.toml --resume && \
-	  $(BIN)/python -m loopmdm_model.training.ship runs/$$spec || exit; done
+	for run in $(foreach spec,$(SEEDED),$(spec):0 $(foreach n,1 2 3 4,$(spec):$(n))) $(ONCE:=:0); do \
+	  spec=$${run%:*} seed=$${run#*:}; name=$$spec; [ $$seed = 0 ] || name=$$spec-seed$$seed; \
+	  $(BIN)/loopmdm train figures/specs/$$spec.toml --seed $$seed --resume && \
+	  $(BIN)/python -m loopmdm_model.training.ship runs/$$name || exit; done
 	$(BIN)/loopmdm figures --from checkpoints
 
 $(VENV)/.made:

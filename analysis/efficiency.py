@@ -9,7 +9,8 @@ reaches the target there is no ratio, and `n_reached` says so.
 
 import numpy as np
 import pandas as pd
-from scipy import stats as distributions
+
+from loopmdm_model import stats
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
 
@@ -27,17 +28,9 @@ def first_reach(flops: np.ndarray, nelbo: np.ndarray, target: float) -> float:
 
 
 def log_ratio(over: np.ndarray, under: np.ndarray) -> tuple[float, float, float]:
-    """Geometric mean of `over` by that of `under`, with Welch's 95% interval (NaN for fewer than two values)."""
-    over, under = np.log(over), np.log(under)
-    centre = over.mean() - under.mean()
-    if min(len(over), len(under)) < 2:
-        return float(np.exp(centre)), float("nan"), float("nan")
-    a, b = over.var(ddof=1) / len(over), under.var(ddof=1) / len(under)
-    if a + b == 0:
-        return (float(np.exp(centre)),) * 3
-    freedom = (a + b) ** 2 / (a**2 / (len(over) - 1) + b**2 / (len(under) - 1))
-    half = distributions.t.ppf(0.975, freedom) * np.sqrt(a + b)
-    return float(np.exp(centre)), float(np.exp(centre - half)), float(np.exp(centre + half))
+    """Geometric mean of `over` by that of `under`, with Welch's 95% interval on the logarithms."""
+    ratio, low, high = np.exp(stats.welch(np.log(over), np.log(under)))
+    return float(ratio), float(low), float(high)
 
 
 def flops_to_target(curves: pd.DataFrame, arm: str, against: str, epoch_tokens: float) -> pd.DataFrame:

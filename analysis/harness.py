@@ -128,11 +128,10 @@ def run_harness(
     model = HarnessModel(subject, n_loops or subject.model.cfg.max_loops, n_samples, steps)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()):  # results are ours to print
-        found = simple_evaluate(
+        found: Any = simple_evaluate(
             model, tasks=[task], limit=limit, bootstrap_iters=1000, log_samples=False,
             task_manager=TaskManager(include_defaults=False),
         )  # fmt: skip
-    assert found is not None
     rows = []
     for label, results in found["results"].items():
         for key, value in results.items():

@@ -62,9 +62,7 @@ def load_test_set(task: str, length: int, tokenizer: Tokenizer | None, split: co
 
 
 @torch.no_grad()
-def solve_one_shot(
-    model: LoopedModel, board: Board, b: MaskedBatch, n_loops: int
-) -> list[Bool[Tensor, " batch"]]:
+def solve_one_shot(model: LoopedModel, board: Board, b: MaskedBatch, n_loops: int) -> list[Bool[Tensor, " batch"]]:
     """For S = 1..n_loops: whether filling every hidden cell with its best symbol, at once, is valid.
 
     Any valid completion counts; clues stay.

@@ -10,11 +10,19 @@ from typing import Any
 
 from loopmdm_model.errors import UsageError
 
+PARTIAL = ".partial-"
+
+
+def clear_partial(folder: Path) -> None:
+    """Remove what killed writers left behind; only for a folder that nobody else writes to."""
+    for path in folder.rglob(f"{PARTIAL}*"):
+        path.unlink(missing_ok=True)
+
 
 def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
     """Call `write` on a temporary name in the same folder, flush it to disk, then rename to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=f"{PARTIAL}{path.name}-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     try:
         write(Path(temporary))

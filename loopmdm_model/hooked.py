@@ -89,10 +89,10 @@ class HookedLoopMDM(TextEntries, LoopHooks):
         tokens, attention_mask = self._inputs(tokens, attention_mask)
         n_loops = check_count("n_loops", self.cfg.max_loops if n_loops is None else n_loops)
         self.grow(n_loops)
-        if attn_path == self.attn_path:
+        if attn_path in ("auto", self.attn_path):
             logits = self.model(tokens, n_loops, attention_mask, self.taps)
         else:
-            with self._path(attn_path):
+            with self.attention_path(attn_path):
                 logits = self.model(tokens, n_loops, attention_mask, self.taps)
         self._loops_run = n_loops
         return logits
@@ -114,7 +114,7 @@ class HookedLoopMDM(TextEntries, LoopHooks):
         """
         tokens, attention_mask = self._inputs(tokens, attention_mask)
         self.grow(as_rule(n_loops, stop, self.cfg.max_loops).max_loops)
-        with self._path(attn_path):
+        with self.attention_path(attn_path):
             output = self.model.run(tokens, n_loops, stop, attention_mask, self.taps, rows=rows, on_loop=on_loop)
         self._loops_run = int(output.loops_used.max())
         return output
@@ -129,7 +129,7 @@ class HookedLoopMDM(TextEntries, LoopHooks):
         """H(0), H(1), .. with hooks, as `LoopMDM.states`."""
         tokens, attention_mask = self._inputs(tokens, attention_mask)
         self.grow(check_count("n_loops", n_loops))
-        with self._path(attn_path):
+        with self.attention_path(attn_path):
             yield from self.model.states(tokens, n_loops, attention_mask, self.taps)
 
     def readout(self, state: Tensor, context: Context, *, rows: Tensor | None = None) -> Tensor:
@@ -213,7 +213,7 @@ class HookedLoopMDM(TextEntries, LoopHooks):
             raise UsageError("incl_bwd needs gradients; wrap the call in `with torch.enable_grad():`")
         most = as_rule(n_loops, stop, self.cfg.max_loops).max_loops
         self.grow(most)
-        with self._path(attn_path):
+        with self.attention_path(attn_path):
             self._warn_size(tokens, most, names_filter, dtype)
             found = self.get_caching_hooks(
                 names_filter, incl_bwd, device, remove_batch_dim, pos_slice=pos_slice, dtype=dtype

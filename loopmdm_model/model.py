@@ -216,6 +216,7 @@ class LoopMDM(nn.Module):
         """Run the looped layers once as iteration `loop`: H(loop) from H(loop - 1)."""
         prefix = f"loop.{loop}."
         tap = taps(prefix)
+        tap.enter(context)
         x = self._layers("loop", tap("hook_in", x), context, taps, prefix, held=context.held)
         return tap("hook_out", x)
 
@@ -279,6 +280,7 @@ class LoopMDM(nn.Module):
         blocks, allowed = cast(list[Block], list(self.blocks)), context.allowed[segment]
         for layer in self.cfg.layers(segment) if layers is None else layers:
             tap = taps(f"{prefix}blocks.{layer}.")
+            tap.enter(context)
             if held is None:
                 x = blocks[layer](x, context.rotary, allowed, tap)
             elif tap is NO_TAP:

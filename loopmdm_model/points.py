@@ -8,7 +8,7 @@ import difflib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 from transformer_lens import HookedRootModule
@@ -18,6 +18,9 @@ from loopmdm_model import names
 from loopmdm_model.config import LoopMDMConfig
 from loopmdm_model.errors import UnknownNameError, UsageError
 from loopmdm_model.taps import EXPLICIT_TAP, NO_TAP, Tap
+
+if TYPE_CHECKING:
+    from loopmdm_model.model import Context
 
 AttnPath = Literal["auto", "eager", "sdpa"]
 MOST_LOOPS = 512
@@ -57,6 +60,10 @@ class HookTap(Tap):
             )
         return out
 
+    def enter(self, context: "Context") -> None:
+        """Keep the context for the hooks of this application."""
+        self.owner.context = context
+
     def wants(self, *leaf_names: str) -> bool:
         """Whether a hook listens to one of these leaves."""
         for leaf in leaf_names:
@@ -69,7 +76,13 @@ class HookTap(Tap):
 
 
 class LoopHooks(HookedRootModule):
-    """TransformerLens' hook calls over points named by `names.py`; HookedLoopMDM builds on it."""
+    """TransformerLens' hook calls over points named by `names.py`; HookedLoopMDM builds on it.
+
+    While a hook runs, `context` tells what is running: `context.tokens`, `.masked` and `.real` [batch, pos] of the
+    sequences that have not stopped.
+    """
+
+    context: "Context | None" = None
 
     def __init__(self, cfg: LoopMDMConfig):
         super().__init__()
@@ -93,10 +106,12 @@ class LoopHooks(HookedRootModule):
         return EXPLICIT_TAP if self.attn_path == "eager" else NO_TAP
 
     @contextmanager
-    def _path(self, attn_path: AttnPath) -> Iterator[None]:
+    def attention_path(self, attn_path: AttnPath) -> Iterator[None]:
+        """Pin explicit ("eager") or fused ("sdpa") attention for all runs inside; "auto" leaves it as it is."""
         if attn_path not in ("auto", "eager", "sdpa"):
             raise UsageError(f'attn_path must be "auto", "eager" or "sdpa", got {attn_path!r}')
-        before, self.attn_path = self.attn_path, attn_path
+        before = self.attn_path
+        self.attn_path = before if attn_path == "auto" else attn_path
         try:
             yield
         finally:

@@ -6,6 +6,7 @@ from the influence of each sequence (the delta method), summed within clusters f
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats as distributions
 
 from loopmdm_model.errors import UsageError
 
@@ -80,6 +81,11 @@ def log_ratio_and_error(
     return value, np.where(np.isfinite(value), error, np.nan)
 
 
+def t95(n_units: int) -> float:
+    """Half-width of a 95% interval in standard errors, by Student's t over independent units; NaN below two."""
+    return float(distributions.t.ppf(0.975, n_units - 1)) if n_units > 1 else float("nan")
+
+
 def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
     """Wilson's 95% interval of a share."""
     share = successes / n
@@ -87,3 +93,16 @@ def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
     half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     low = 0.0 if successes == 0 else float(centre - half)
     return low, 1.0 if successes == n else float(centre + half)
+
+
+def welch(ours: Array, theirs: Array) -> tuple[float, float, float]:
+    """Difference of two means with Welch's 95% interval; NaN bounds for fewer than two values on a side."""
+    difference = float(np.mean(ours) - np.mean(theirs))
+    if min(len(ours), len(theirs)) < 2:
+        return difference, float("nan"), float("nan")
+    a, b = np.var(ours, ddof=1) / len(ours), np.var(theirs, ddof=1) / len(theirs)
+    if a + b == 0:
+        return difference, difference, difference
+    freedom = (a + b) ** 2 / (a**2 / (len(ours) - 1) + b**2 / (len(theirs) - 1))
+    half = float(distributions.t.ppf(0.975, freedom) * np.sqrt(a + b))
+    return difference, difference - half, difference + half

@@ -7,8 +7,12 @@ such as "loop.2.blocks.1.", to its tap. Training never meets a hook library.
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from loopmdm_model.model import Context
 
 
 class Tap:
@@ -21,6 +25,9 @@ class Tap:
     def __call__(self, name: str, x: Tensor) -> Tensor:  # noqa: ARG002
         """Offer activation `x` under its leaf name; returns what the model goes on with."""
         return x
+
+    def enter(self, context: "Context") -> None:
+        """Told before each application which sequences it runs on; those that stopped are gone from it."""
 
     def wants(self, *names: str) -> bool:  # noqa: ARG002
         """Whether anyone listens to one of these leaf names."""

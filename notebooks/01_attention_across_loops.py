@@ -123,8 +123,8 @@ print(f"mean p(true) at hidden positions: intact {p_true(intact):.3f}, loop 1 cu
 # while the model runs, so memory does not grow with the number of loops.
 
 # %%
-from analysis.tables import load_test_set
 from loopmdm_model.data.batches import spread
+from loopmdm_model.evaluation import load_test_set
 
 test = load_test_set(m.record["spec"]["data"]["corpus"], m.cfg.n_ctx, m.tokenizer)
 batch = mask_tokens(spread(test.tokens, 32), m.cfg.mask_token_id, mask_ratio=0.5, seed=seed)

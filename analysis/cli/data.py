@@ -1,5 +1,6 @@
 """`loopmdm data list` and `loopmdm data fetch`."""
 
+from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -19,9 +20,13 @@ def data_list() -> None:
     from loopmdm_model.data.hub import HUB
 
     here, made = "embedded", "generated"
+    maths = here if find_spec("reasoning_gym") else "needs the math extra"
     rows = [
         ("sotu-slice", "0.95 MB", "public domain", "training", "sotu's test, validation, 4 speeches", here),
+        ("sudoku4", "-", made, "task", "solved 4x4 grids, all 12 classes under relabelling, split by class", here),
         ("sudoku6", "-", made, "task", "solved 6x6 grids, all 39,168 classes, split by class", here),
+        ("sudoku9", "-", made, "task", "solved 9x9 grids, split so that no symmetry joins two parts", here),
+        ("gsm-symbolic", "-", made, "task", "word problems of reasoning-gym, split by template", maths),
         ("tree", "-", made, "task", "binary tree of 63 nodes, leaves observed; exact posterior known", here),
         ("markov", "-", made, "task", "chain of 32 nodes; exact posterior known (negative control)", here),
     ]

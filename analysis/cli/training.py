@@ -16,7 +16,7 @@ def train(
     out: Annotated[Path | None, typer.Option(help="run folder; default runs/NAME")] = None,
     resume: Annotated[bool, typer.Option(help="start, continue, or do nothing if finished")] = False,
     dry_run: Annotated[bool, typer.Option(help="print sizes, FLOPs and steps; train nothing")] = False,
-    seed: Annotated[int | None, typer.Option(help="another seed; the name gains -seedN")] = None,
+    seed: Annotated[int | None, typer.Option(help="another seed than the spec's; the name gains -seedN")] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="another value, such as training.learning_rate=5e-4")
     ] = None,
@@ -25,7 +25,7 @@ def train(
     from loopmdm_model.training.spec import RunSpec
 
     loaded = RunSpec.load(spec, _changes(changes or []))
-    if seed is not None:
+    if seed not in (None, loaded.seed):
         loaded = RunSpec.from_dict(loaded.to_dict() | {"seed": seed, "name": f"{loaded.name}-seed{seed}"})
     if dry_run:
         _dry_run(loaded)
@@ -82,10 +82,9 @@ def _dry_run(spec: Any) -> None:
         ("parameters", parameters),
         (f"parameters applied at S = {cfg.max_loops}", applied_parameters(cfg, parameters, layer, cfg.max_loops)),
         ("effective depth at E[S]", cfg.effective_depth),
-        ("forward FLOPs per token at S = 1", flops_per_token(cfg, spec.data.length, 1)),
-        (
-            f"forward FLOPs per token at S = {cfg.max_loops}",
-            flops_per_token(cfg, spec.data.length, cfg.max_loops),
+        *(
+            (f"forward FLOPs per token at S = {count}", flops_per_token(cfg, spec.data.length, count))
+            for count in sorted({1, cfg.max_loops})
         ),
         ("E[S] over the run", planned.e_s),
         ("training FLOPs", planned.flops),

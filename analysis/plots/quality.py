@@ -1,19 +1,55 @@
-"""Plots of quality: NLL and solve rate by loops, learning curves."""
+"""Plots of quality over loops or training, one line an arm: NELBO, solve rate, learning curves."""
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from scipy import stats as distributions
 
-from analysis.plots.style import MODEL_STYLE, NULL, Z95, band, mark_s_max
+from analysis.plots.style import ARM_STYLE, NULL, Z95, band, mark_s_max
+
+
+def over_seeds(df: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
+    """Mean of `y` over training seeds at each `x`, `low` and `high` of Student's 95% interval, and n.
+
+    With one seed the bounds are those of the items it was measured on: columns `low` and `high` if there are
+    any, else `y`_se.
+    """
+    rows = []
+    for value, part in df.groupby(x):
+        mean, n = part[y].mean(), len(part)
+        if n > 1:
+            half = distributions.t.ppf(0.975, n - 1) * part[y].std(ddof=1) / np.sqrt(n)
+            low, high = mean - half, mean + half
+        elif "low" in part:
+            low, high = part["low"].iloc[0], part["high"].iloc[0]
+        else:
+            half = Z95 * np.nan_to_num(part[f"{y}_se"].iloc[0])
+            low, high = mean - half, mean + half
+        rows.append((value, mean, low, high, n))
+    return pd.DataFrame(rows, columns=[x, y, "low", "high", "n"])
+
+
+def plot_by_arm(df: pd.DataFrame, x: str, y: str, *, ax: Axes | None = None, **look) -> Axes:
+    """`y` over `x` for each arm: mean over seeds with its interval, and a thin line a seed."""
+    ax = ax or plt.gca()
+    for arm in [name for name in ARM_STYLE if name in set(df["arm"])]:
+        part = df[df["arm"] == arm]
+        style = ARM_STYLE[arm] | look
+        n = part["seed"].nunique()
+        summary = over_seeds(part, x, y)
+        summary = summary[summary["n"] == n]
+        label = f"{arm} ({n} seed{'s' if n > 1 else ''})"
+        band(ax, summary[x], summary[y], summary["low"], summary["high"], label=label, **style)
+        for _, single in part.groupby("seed") if n > 1 else ():
+            ax.plot(single[x], single[y], color=style["color"], linewidth=0.4, alpha=0.6, zorder=1)
+    return ax
 
 
 def plot_nll_by_loops(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Test NELBO over n_loops, one line a model; `df`: model n_loops nll standard_error s_max."""
+    """Test NELBO over n_loops; `df`: arm seed n_loops nll nll_se s_max."""
     ax = ax or plt.gca()
-    for model, part in df.groupby("model"):
-        look = MODEL_STYLE[str(model).rsplit("-", maxsplit=1)[-1]]
-        low, high = part["nll"] - Z95 * part["standard_error"], part["nll"] + Z95 * part["standard_error"]
-        band(ax, part["n_loops"], part["nll"], low, high, label=str(model), **look)
+    plot_by_arm(df, "n_loops", "nll", ax=ax)
     _base_level(df, "nll", ax)
     mark_s_max(ax, df["s_max"].iloc[0], df["n_loops"].max())
     ax.set(xlabel="n_loops (S)", ylabel="test NELBO (nats per token)")
@@ -23,11 +59,7 @@ def plot_nll_by_loops(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 def plot_change_by_loops(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """NELBO minus NELBO at S = 1, paired by sequence and mask; below 0 = looping helps."""
     ax = ax or plt.gca()
-    for model, part in df.groupby("model"):
-        look = MODEL_STYLE[str(model).rsplit("-", maxsplit=1)[-1]]
-        half = Z95 * part["change_standard_error"].fillna(0)
-        change = part["change_from_s1"]
-        band(ax, part["n_loops"], change, change - half, change + half, label=str(model), **look)
+    plot_by_arm(df, "n_loops", "change_from_s1", ax=ax)
     ax.axhline(0, **NULL)
     mark_s_max(ax, df["s_max"].iloc[0], df["n_loops"].max())
     ax.set(xlabel="n_loops (S)", ylabel="change from S = 1 (nats)")
@@ -35,31 +67,27 @@ def plot_change_by_loops(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def plot_solve_rate(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Solve rate over n_loops with intervals; `df`: model n_loops solve_rate low high s_max."""
+    """Solve rate over n_loops; `df`: arm seed n_loops solve_rate low high s_max."""
     ax = ax or plt.gca()
-    for model, part in df.groupby("model"):
-        look = MODEL_STYLE[str(model).rsplit("-", maxsplit=1)[-1]]
-        band(ax, part["n_loops"], part["solve_rate"], part["low"], part["high"], label=str(model), **look)
+    plot_by_arm(df, "n_loops", "solve_rate", ax=ax)
     _base_level(df, "solve_rate", ax)
     mark_s_max(ax, df["s_max"].iloc[0], df["n_loops"].max())
-    ax.set(xlabel="n_loops (S)", ylabel="puzzles solved in one shot", ylim=(0, None))
+    ax.set(xlabel="n_loops (S)", ylabel="puzzles solved in one shot", ylim=(0, 1))
     return ax
 
 
 def plot_learning_curves(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Validation NELBO against training FLOPs; `df`: model flops n_loops nelbo standard_error."""
+    """Validation NELBO over training FLOPs, each arm at its S_max; `df`: arm seed point flops nelbo nelbo_se."""
     ax = ax or plt.gca()
-    for (model, n_loops), part in df.groupby(["model", "n_loops"]):
-        look = MODEL_STYLE[str(model).rsplit("-", maxsplit=1)[-1]]
-        look = look | ({"linestyle": ":", "marker": "v"} if "loop" in str(model) and n_loops == 1 else {})
-        low, high = part["nelbo"] - Z95 * part["standard_error"], part["nelbo"] + Z95 * part["standard_error"]
-        band(ax, part["flops"], part["nelbo"], low, high, label=f"{model}, S = {n_loops}", **look)
+    own = df[df["n_loops"] == df["max_loops"]]
+    flops = own.groupby(["arm", "point"])["flops"].transform("mean")  # seeds differ by less than a step's cost
+    plot_by_arm(own.assign(flops=flops), "flops", "nelbo", ax=ax)
     ax.set(xlabel="training FLOPs", ylabel="validation NELBO (nats per token)")
     return ax
 
 
 def _base_level(df: pd.DataFrame, column: str, ax: Axes) -> None:
-    """The base model as it was trained, at S = 1, carried across as a thin line."""
-    base = df[df["model"].str.endswith("-base") & (df["n_loops"] == 1)]
-    for level in base[column]:
-        ax.axhline(level, color=MODEL_STYLE["base"]["color"], linewidth=0.8, linestyle="--", zorder=0)
+    """The base arm as it was trained, at S = 1, carried across as a thin line."""
+    base = df[(df["arm"] == "base") & (df["n_loops"] == 1)]
+    if len(base):
+        ax.axhline(base[column].mean(), color=ARM_STYLE["base"]["color"], linewidth=0.8, linestyle="--", zorder=0)

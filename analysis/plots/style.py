@@ -16,9 +16,12 @@ COLUMN, PAGE = 3.35, 6.9
 Z95 = 1.96
 """Half-width of a 95% interval in standard errors."""
 
-MODEL_STYLE = {
+ARM_STYLE = {
     "base": {"color": "#8c8c8c", "marker": "s", "linestyle": "--"},
+    "deep": {"color": "#e08214", "marker": "^", "linestyle": "-."},
     "loop": {"color": "#1b4f8f", "marker": "o", "linestyle": "-"},
+    "base-isolated": {"color": "#c9c9c9", "marker": "D", "linestyle": ":"},
+    "loop-isolated": {"color": "#9ecae1", "marker": "v", "linestyle": ":"},
 }
 KEY_STYLE = {
     "masked": {"color": "#1b4f8f", "marker": "o", "linestyle": "-", "label": "masked → masked"},

@@ -49,6 +49,6 @@ def _dig(board: Board, grid: list[int], n_clues: int, seed: int, number: int) ->
         if left == n_clues:
             return np.array(cells) == EMPTY
     raise UsageError(
-        f"no {board.name} puzzle with {n_clues} clues and one solution was found in {ATTEMPTS} attempts at a grid; "
+        f"no {board.name} puzzle with {n_clues} clues and one solution was found in {ATTEMPTS} attempts; "
         "ask for more clues"
     )

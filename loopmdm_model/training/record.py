@@ -21,14 +21,18 @@ def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The repository's commit, with "+" if files differ from it; "unknown" outside a checkout."""
+    """The repository's commit, with "+" if code differs from it; "unknown" outside a checkout."""
     folder = Path(__file__).parent
     try:
         revision = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
         ).stdout.strip()
         changes = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True, check=True
+            ["git", "status", "--porcelain", "-uno", "--", ":/*.py"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

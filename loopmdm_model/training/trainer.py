@@ -26,7 +26,7 @@ from loopmdm_model.allocator import keep_freed_memory
 from loopmdm_model.data.batches import Dataset, dataset
 from loopmdm_model.data.tokenizer import load_tokenizer
 from loopmdm_model.errors import DivergedError, UsageError
-from loopmdm_model.files import write_atomic, write_json
+from loopmdm_model.files import clear_partial, write_atomic, write_json
 from loopmdm_model.likelihood import draw_masks, masked_cross_entropy, nelbo
 from loopmdm_model.masking import MaskedBatch
 from loopmdm_model.model import LoopMDM
@@ -48,6 +48,8 @@ class Trainer:
         with self.accelerator.main_process_first():
             if self._first and not resume and folder.exists() and any(folder.iterdir()):
                 raise UsageError(f"{folder} is not empty; add --resume to continue it or give another --out")
+            if self._first:
+                clear_partial(folder)
             torch.set_num_threads(spec.training.threads)
             keep_freed_memory()
             self.data = self._dataset()

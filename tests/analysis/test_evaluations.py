@@ -165,7 +165,6 @@ def test_generative_table_has_its_diversity_and_a_reference(text, monkeypatch):
 
 def test_multiple_choice_prefers_the_likelier_answer(text):
     from loopmdm_model.data.benchmarks import Choice
-
     from loopmdm_model.likelihood import continuation_nelbo
 
     items = [Choice("0", "The people of the United", (" zxqj zxqj", " States of America"), 1)]
@@ -179,9 +178,8 @@ def test_multiple_choice_prefers_the_likelier_answer(text):
 
 
 def test_multiple_choice_accuracy_is_counted(text, monkeypatch):
-    from loopmdm_model.data.benchmarks import Choice
-
     from analysis.evaluations import questions
+    from loopmdm_model.data.benchmarks import Choice
 
     items = [Choice(str(i), "c", ("a", "b"), answer) for i, answer in enumerate([0, 1, 1, 1])]
     monkeypatch.setattr(questions.benchmarks, "multiple_choice", lambda _: items)

@@ -78,11 +78,12 @@ def test_killed_and_resumed_equals_uninterrupted(spec_file, tmp_path):
         process.communicate()
     killed_at = len(rows(broken))
     assert 0 < killed_at < 20
+    (state.parent / ".partial-state.safetensors-killed").write_bytes(b"half")
     finished(loopmdm("train", spec_file, "--out", broken, "--resume"))
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
     assert rows(whole) == rows(broken) and len(rows(whole)) == 20
-    assert not list(broken.glob(".*"))
+    assert not list(broken.rglob(".*"))
     before = state.stat().st_mtime_ns
     finished(loopmdm("train", spec_file, "--out", broken, "--resume"))  # finished: nothing to do
     assert state.stat().st_mtime_ns == before
@@ -310,7 +311,7 @@ def test_a_corrupted_state_is_refused(tmp_path):
         ("flops = 4e10", "flops = 4e10\nweight_decay = -1.0", "weight_decay"),
         ("curve_sequences = 16", "curve_sequences = 0", "curve_sequences"),
         ('name = "tiny"', 'name = ""', "name must be"),
-        ('corpus = "sudoku6"', 'corpus = "sudoku"', "did you mean sudoku6"),
+        ('corpus = "sudoku6"', 'corpus = "sudoku"', "did you mean sudoku"),
         ("d_model = 32", "d_model = 33", "divisible"),
         ("d_model = 32", "d_modle = 32", "did you mean d_model"),
         ("d_model = 32", "d_model = 32\nd_vocab = 9", "follow from"),

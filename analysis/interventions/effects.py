@@ -1,0 +1,129 @@
+"""Effects of interventions on the NELBO, paired by sequence and mask, with intervals."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analysis.interventions.contexts import cut
+from analysis.interventions.places import Chosen, Loops
+from loopmdm_model import stats
+from loopmdm_model.errors import UsageError, check_count
+from loopmdm_model.hooked import HookedLoopMDM
+from loopmdm_model.likelihood import loop_losses, nelbo_by_loop, row_sums
+
+CONTROLS = (("masked->masked", False), ("masked->clean", False), ("masked->masked", True))
+"""Edges cut, and whether random edges of equal mass and distance take their place."""
+
+
+def mediated_share(
+    m: HookedLoopMDM,
+    tokens: Tensor,
+    n_loops: int | None = None,
+    arms: Sequence[tuple[str, bool]] = CONTROLS,
+    loops: Loops = None,
+    layers: Chosen = None,
+    heads: Chosen = None,
+    n_samples: int = 2,
+    maskable: Tensor | None = None,
+    clusters: np.ndarray | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> pd.DataFrame:
+    """How much of the gain of looping goes through some edges: share = 1 - gain_cut / gain_intact.
+
+    gain = NELBO at S = 1 less NELBO at S = n_loops, each arm by its own S = 1; both arms on the explicit attention
+    path, with the same sequences and masks. 0: the gain survives the cut; 1: nothing of it is left; below 0 it
+    grows. `share` has the 95% interval `low`..`high` (delta method, Student's t over sequences or `clusters`); it
+    is NaN where the intact gain is not above 0 beyond its error: no gain, nothing to mediate.
+
+    Columns: edges matched n_loops gain_intact gain_intact_se gain gain_se share share_se low high n.
+    """
+    n_loops = check_count("n_loops", m.cfg.max_loops if n_loops is None else n_loops)
+    if n_loops < 2:
+        raise UsageError("a gain of looping needs n_loops of at least 2")
+
+    def gains(arm: AbstractContextManager) -> tuple[np.ndarray, np.ndarray]:
+        with arm:
+            by_loop = nelbo_by_loop(m, tokens, n_loops, n_samples, maskable, seed=seed, batch_size=batch_size)
+        return (by_loop[0].per_sequence - by_loop[-1].per_sequence).numpy(), by_loop[0].lengths.double().numpy()
+
+    intact, weights = gains(cut(m, "none", loops, layers, heads))
+    whole, whole_se, n = stats.weighted_mean_and_error(intact, weights, clusters)
+    half = stats.t95(int(n) if clusters is None else len(np.unique(clusters)))
+    rows = []
+    for what, matched in arms:
+        kept, _ = gains(cut(m, what, loops, layers, heads, matched, seed))
+        left, left_se, _ = stats.weighted_mean_and_error(kept, weights, clusters)
+        share, error = share_of_gain(intact, kept, weights, clusters)
+        rows.append((what, matched, n_loops, float(whole), float(whole_se), float(left), float(left_se), share,
+                     error, share - half * error, share + half * error, int(n)))  # fmt: skip
+    columns = ["edges", "matched", "n_loops", "gain_intact", "gain_intact_se", "gain", "gain_se", "share",
+               "share_se", "low", "high", "n"]  # fmt: skip
+    return pd.DataFrame(rows, columns=columns)
+
+
+def share_of_gain(
+    intact: np.ndarray, kept: np.ndarray, weights: np.ndarray, clusters: np.ndarray | None = None
+) -> tuple[float, float]:
+    """1 - mean kept gain / mean intact gain, and its error; NaN where the intact gain may be 0."""
+    whole, whole_se, _ = stats.weighted_mean_and_error(intact, weights, clusters)
+    left, _, _ = stats.weighted_mean_and_error(kept, weights, clusters)
+    if not whole > stats.Z95 * whole_se:
+        return float("nan"), float("nan")
+    influence = (kept - left / whole * intact) / whole * weights / weights[np.isfinite(intact)].mean()
+    return float(1 - left / whole), float(stats.influence_error(influence, clusters))
+
+
+@torch.no_grad()
+def effect_by_loop(
+    m: HookedLoopMDM,
+    tokens: Tensor,
+    intervention: Callable[[Loops], AbstractContextManager],
+    n_loops: int | None = None,
+    onward: bool = False,
+    n_bins: int = 4,
+    n_samples: int = 2,
+    maskable: Tensor | None = None,
+    clusters: np.ndarray | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> pd.DataFrame:
+    """What an intervention at loop i alone (`onward`: from i on) does to the NELBO at n_loops, by mask ratio.
+
+    `intervention` makes the context for some loops, as in `lambda loops: cut(m, "masked->masked", loops)`.
+    `effect` is NELBO with less NELBO without, nats per masked token, paired; above 0 it hurts. Bins without masks
+    are NaN with n = 0. Columns: loop onward mask_ratio effect effect_se nelbo n.
+    """
+    n_loops = check_count("n_loops", m.cfg.max_loops if n_loops is None else n_loops)
+    check_count("n_bins", n_bins)
+
+    def losses(arm: AbstractContextManager) -> tuple[np.ndarray, np.ndarray]:
+        """Mean loss [sequence, bin] at the last loop, NaN where no mask fell into the bin; number of masks."""
+        total, number = np.zeros((2, len(tokens), n_bins))
+        with arm:
+            for span, part, values in loop_losses(
+                m, tokens, n_loops, n_samples, maskable, seed=seed, batch_size=batch_size
+            ):
+                counts = part.masked.sum(-1)
+                sizes = part.masked.shape[1] if part.maskable is None else part.maskable.sum(-1)
+                place = ((counts * n_bins - 1) // sizes).clamp(0, n_bins - 1).cpu().numpy()
+                index = np.arange(len(tokens))[span], place
+                np.add.at(total, index, (row_sums(values[-1], part) / counts).cpu().numpy())
+                np.add.at(number, index, 1)
+        with np.errstate(invalid="ignore"):
+            return total / number, number
+
+    without, _ = losses(cut(m, "none"))
+    level, _, _ = stats.mean_and_error(without, clusters)
+    rows = []
+    for loop in range(n_loops):
+        changed, _ = losses(intervention(slice(loop, None) if onward else loop))
+        effect, error, n = stats.mean_and_error(changed - without, clusters)
+        for place in range(n_bins):
+            rows.append((loop, onward, (place + 0.5) / n_bins, float(effect[place]), float(error[place]),
+                         float(level[place]), int(n[place])))  # fmt: skip
+    return pd.DataFrame(rows, columns=["loop", "onward", "mask_ratio", "effect", "effect_se", "nelbo", "n"])

@@ -1,0 +1,132 @@
+"""The tables behind the figures: name -> models, columns, and how to measure it.
+
+Everything is measured on the shipped models and on the test split; masks and puzzles are drawn
+by seed. Committed tables lie in figures/tables; a missing one is measured again.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from analysis import frames, provenance, zoo
+from analysis.tables import internals, quality, training
+from loopmdm_model.errors import unknown_name
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: `compute` gives a tidy frame with at least `columns`, from `models`."""
+
+    name: str
+    models: tuple[str, ...]
+    columns: tuple[str, ...]
+    compute: Callable[[], pd.DataFrame]
+
+    def measure(self, folder: Path) -> pd.DataFrame:
+        """Compute and write it, then read it back as everyone else will."""
+        path = folder / f"{self.name}.parquet"
+        frames.write_table(self.compute(), path, provenance.of_table(self.name, self.models))
+        return self.read(folder)
+
+    def read(self, folder: Path) -> pd.DataFrame:
+        """The stored table."""
+        return frames.read_table(folder / f"{self.name}.parquet", self.columns)
+
+
+def figures_folder() -> Path:
+    """The repository's figures folder, or ./figures outside a checkout."""
+    beside = Path(__file__).parents[2] / "figures"
+    return beside if beside.is_dir() else Path("figures")
+
+
+def tables_folder() -> Path:
+    """Where tables are kept."""
+    return figures_folder() / "tables"
+
+
+def table(name: str) -> Table:
+    """A table of the registry."""
+    if name not in TABLES:
+        raise unknown_name("table", name, TABLES)
+    return TABLES[name]
+
+
+def load(name: str) -> pd.DataFrame:
+    """The committed table, measured from the shipped models if it is missing."""
+    item, folder = table(name), tables_folder()
+    if not (folder / f"{name}.parquet").exists():
+        return item.measure(folder)
+    frame = item.read(folder)
+    if frame.attrs["models"] != provenance.model_hashes(item.models):
+        warnings.warn(
+            f"table {name} is of other weights than those shipped; run `loopmdm table {name}`", stacklevel=2
+        )
+    return frame
+
+
+EVERY, SUDOKU, TEXT = zoo.names(), zoo.names("sudoku"), ("sotu-base", "sotu-loop")
+KNOWN = zoo.names("tree") + zoo.names("markov")
+
+
+def _contrasts() -> pd.DataFrame:
+    return training.contrasts_table(load("nll-by-loops"), load("sudoku-solve-rate"))
+
+
+TABLES = {
+    item.name: item
+    for item in (
+        Table(
+            "mask-attention",
+            internals.LOOPED,
+            ("model", "loop", "mass", "log_odds"),
+            internals.mask_attention_table,
+        ),
+        Table(
+            "representation-change",
+            internals.LOOPED,
+            ("model", "loop", "metric", "value"),
+            internals.representation_table,
+        ),
+        Table("attention-maps", ("sotu-loop",), ("loop", "head", "query", "key"), internals.attention_maps_table),
+        Table(
+            "learning-curves", EVERY, ("model", "arm", "seed", "flops", "nelbo"), training.learning_curves_table
+        ),
+        Table("flops-to-target", EVERY, ("task", "arm", "against", "ratio"), training.flops_to_target_table),
+        Table("nll-by-loops", EVERY, ("model", "arm", "seed", "n_loops", "nll", "nll_se"), quality.nll_table),
+        Table(
+            "sudoku-solve-rate",
+            SUDOKU,
+            ("model", "arm", "seed", "n_clues", "n_loops", "solve_rate"),
+            quality.solve_rate_table,
+        ),
+        Table("arm-contrasts", EVERY, ("task", "measure", "arm", "against", "difference"), _contrasts),
+        Table("references", TEXT, ("task", "reference", "nll"), quality.references_table),
+        Table(
+            "noise-level",
+            internals.LOOPED,
+            ("model", "n_loops", "gain"),
+            lambda: quality.evaluated("noise-level", internals.LOOPED),
+        ),
+        Table(
+            "sudoku-orders",
+            ("sudoku-base", "sudoku-loop"),
+            ("model", "n_loops", "n_clues", "order", "solve_rate"),
+            lambda: quality.evaluated("solve-rate", ("sudoku-base", "sudoku-loop"), counts=(1, 2, 6, 12)),
+        ),
+        Table(
+            "zero-shot",
+            TEXT,
+            ("model", "corpus", "n_loops", "nelbo"),
+            lambda: quality.evaluated("zero-shot", TEXT),
+        ),
+        Table(
+            "generative",
+            TEXT,
+            ("model", "n_loops", "steps", "judge_nll", "unigram_entropy"),
+            quality.generative_table,
+        ),
+    )
+}

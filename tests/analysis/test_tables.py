@@ -1,0 +1,88 @@
+"""Tables over arms and seeds: names, means over seeds, contrasts with a known answer."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats as distributions
+
+from analysis import zoo
+from analysis.plots.quality import over_seeds
+from analysis.tables import training
+from loopmdm_model import stats
+from loopmdm_model.checkpoints import list_models
+from loopmdm_model.errors import UsageError
+
+
+def test_every_shipped_model_has_a_task_an_arm_and_a_seed():
+    models = zoo.shipped()
+    assert {model.name for model in models} == set(list_models())
+    for model in models:
+        record = zoo.record(model.name)
+        assert record["seed"] == model.seed
+        assert record["spec"]["data"]["corpus"].startswith(model.task)
+        assert (record["spec"]["model"]["max_loops"] > 1) == model.arm.startswith("loop")
+
+
+def test_names_are_told_apart(monkeypatch):
+    some = ["sudoku-loop-seed12", "sudoku-loop", "sudoku-loop-isolated-seed2", "sotu-base", "other"]
+    monkeypatch.setattr(zoo, "list_models", lambda: some)
+    assert [(m.arm, m.seed) for m in zoo.shipped("sudoku")] == [("loop", 0), ("loop", 12), ("loop-isolated", 2)]
+    assert zoo.names("sudoku", "loop") == ("sudoku-loop", "sudoku-loop-seed12")
+    assert zoo.names("sudoku", "deep") == ()
+    with pytest.raises(UsageError, match="shipped"):
+        zoo.s_max("nothing")
+
+
+def test_arms_of_a_comparison_had_equal_training_flops():
+    """Also size: base and loop are equal, and what differs in loops alone shares data and recipe."""
+    for task in {model.task for model in zoo.shipped()}:
+        records = [zoo.record(name) for name in zoo.names(task)]
+        spent = np.array([record["training_flops"]["realised"] for record in records])
+        assert spent.max() / spent.min() < 1.001, task
+        assert len({str(record["spec"]["data"]) for record in records}) == 1
+
+
+def test_welch_is_scipys():
+    a, b = np.array([1.0, 2.0, 4.0]), np.array([0.0, 0.5, 0.25, 0.1])
+    interval = distributions.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    assert stats.welch(a, b) == pytest.approx((a.mean() - b.mean(), *interval))
+    difference, low, high = stats.welch(a[:1], b)
+    assert difference == pytest.approx(1 - b.mean()) and np.isnan(low) and np.isnan(high)
+
+
+def test_means_over_seeds_have_students_interval_and_one_seed_its_own():
+    df = pd.DataFrame({"x": [1, 1, 1, 2, 2, 2], "y": [1.0, 2.0, 6.0, 0.0, 0.0, 0.0], "y_se": 9.0})
+    first, second = over_seeds(df, "x", "y").itertuples(index=False)
+    low, high = distributions.t.interval(0.95, 2, loc=3.0, scale=distributions.sem([1.0, 2.0, 6.0]))
+    assert (first.y, first.low, first.high, first.n) == pytest.approx((3.0, low, high, 3))
+    assert (second.low, second.high) == (0.0, 0.0)
+    (single,) = over_seeds(df[:1], "x", "y").itertuples(index=False)
+    assert single.high - single.y == pytest.approx(1.96 * 9)
+
+
+def test_contrasts_recover_planted_differences(monkeypatch):
+    monkeypatch.setattr(training, "_max_loops", lambda name: 2 if "loop" in name else 1)
+    noise = np.array([-0.1, 0.0, 0.1])
+    rows = [
+        {
+            "model": f"sudoku-{arm}",
+            "task": "sudoku",
+            "arm": arm,
+            "seed": seed,
+            "n_loops": s,
+            "nll": level + noise[seed],
+        }
+        for arm, level in (("base", 1.0), ("loop", 0.4), ("loop-isolated", 0.9))
+        for seed in range(3)
+        for s in (1, 2)
+    ]
+    nll = pd.DataFrame(rows)
+    nll.loc[(nll["arm"] == "loop") & (nll["n_loops"] == 1), "nll"] = 99.0  # a loop arm counts at its S_max
+    nll.loc[(nll["arm"] == "base") & (nll["n_loops"] == 2), "nll"] = 99.0
+    solve = nll.assign(n_clues=20, solve_rate=1 - nll["nll"])
+    table = training.contrasts_table(nll, solve).set_index(["measure", "arm", "against"])
+    row = table.loc[("test NELBO", "loop", "base")]
+    assert row["difference"] == pytest.approx(-0.6) and row["low"] < -0.6 < row["high"] < 0
+    assert table.loc[("test NELBO", "loop-isolated", "loop"), "difference"] == pytest.approx(0.5)
+    assert table.loc[("one-shot, 20 clues", "loop", "base"), "difference"] == pytest.approx(0.6)
+    assert ("test NELBO", "deep", "base") not in table.index and (table["n_seeds"] == 3).all()
