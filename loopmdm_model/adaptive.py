@@ -79,7 +79,7 @@ def iterate(
         if isinstance(rule, LensRule):
             reading = rule.read(reader.read(rule.lens, rows))
             cost[running] += _reading_flops(model, rule.lens, length, rows)
-            value = rule.reduce(_spread(rule, reading, before, rows), rows)
+            value = rule.reduce(spread_change(rule, reading, before, rows), rows)
             before = reading
             if finished_coda is not None:
                 finished_coda = _put(finished_coda, running, reader.after_coda())
@@ -139,7 +139,10 @@ def _reading_flops(model: "LoopMDM", lens: Lens, length: int, rows: Tensor) -> T
     return layers * flops.layer_flops(cfg, length) + flops.unembedding_flops(cfg, rows.sum(-1))
 
 
-def _spread(rule: LensRule, reading: Tensor, before: Tensor | None, rows: Tensor) -> Float[Tensor, "batch pos"]:
+def spread_change(
+    rule: LensRule, reading: Tensor, before: Tensor | None, rows: Bool[Tensor, "batch pos"]
+) -> Float[Tensor, "batch pos"]:
+    """A lens rule's numbers at `rows` from this loop's reading and the one before; NaN elsewhere."""
     values = torch.full(rows.shape, float("nan"), device=rows.device)
     if before is not None:
         values[rows] = rule.change(reading, before)

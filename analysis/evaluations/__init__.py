@@ -23,7 +23,7 @@ from loopmdm_model.errors import UsageError, check_count, unknown_name
 from loopmdm_model.evaluation import task_of
 from loopmdm_model.files import read_json, sha256
 
-VERSION = 2
+VERSION = 3
 """Raised when a measure changes, so that older results are not taken for its own."""
 
 MEASURES: dict[str, Callable[..., pd.DataFrame]] = {
@@ -47,16 +47,23 @@ def evaluate(name: str, measure: str, n_loops: list[int], **options: Any) -> pd.
         raise unknown_name("measure", measure, MEASURES)
     counts = sorted({check_count("n_loops", count) for count in n_loops})
     settings = _settings(measure, options)
-    folder = resolve(name)
-    task = task_of(read_json(need(folder, RECORD)))
-    asked = json.dumps([VERSION, sha256(need(folder, WEIGHTS)), task, measure, counts, settings])
-    path = cache_folder() / "evaluations" / f"{hashlib.sha256(asked.encode()).hexdigest()[:24]}.parquet"
-    if path.is_file():
-        return frames.read_table(path).assign(model=str(name))
-    frame = MEASURES[measure](Subject.load(str(name)), counts, **options)
+    task = task_of(read_json(need(resolve(name), RECORD)))
+
+    def measured() -> pd.DataFrame:
+        return MEASURES[measure](Subject.load(str(name)), counts, **options)
+
+    frame = cached(name, [task, measure, counts, settings], measured)
     frame.insert(0, "model", str(name))
-    frames.write_table(frame, path, {"asked": asked})
     return frame
+
+
+def cached(name: str, asked: list[Any], compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """`compute()`, or what it gave before for the same weights and the same `asked` (plain JSON)."""
+    key = json.dumps([VERSION, sha256(need(resolve(name), WEIGHTS)), *asked])
+    path = cache_folder() / "evaluations" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.parquet"
+    if not path.is_file():
+        frames.write_table(compute(), path, {"asked": key})
+    return frames.read_table(path)
 
 
 def _settings(measure: str, options: dict[str, Any]) -> dict[str, Any]:

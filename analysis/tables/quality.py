@@ -1,11 +1,15 @@
 """Tables of what the shipped models can do, by number of loops: every arm and seed, then one pair in detail."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 
 from analysis import zoo
-from analysis.evaluations import evaluate
+from analysis.evaluations import cached, evaluate
 from loopmdm_model import stats
+from loopmdm_model.checkpoints import CONFIG, resolve
+from loopmdm_model.config import LoopMDMConfig
 from loopmdm_model.data.puzzles import puzzles
 from loopmdm_model.data.sudoku import BOARDS
 from loopmdm_model.evaluation import solve_one_shot, task_of
@@ -29,38 +33,57 @@ def nll_table() -> pd.DataFrame:
     """
     rows, base = [], {}
     for model in zoo.shipped():
-        m, test = zoo.opened(model.name)
-        loops = read_to(model, m.cfg.max_loops)
-        results = nelbo_by_loop(m.model, test.tokens, loops, n_samples=1, maskable=test.maskable)
-        values = np.stack([result.per_sequence.numpy() for result in results], axis=1)
+        cfg = LoopMDMConfig.load(resolve(model.name) / CONFIG)
+        loops = read_to(model, cfg.max_loops)
+        values, clusters = _sequence_nll(model, loops)
         if model.arm == "base":  # sorts before all other arms
             base[model.task, model.seed] = values[:, :1]
         twin = base.get((model.task, model.seed), np.full_like(values[:, :1], np.nan))
         frame = pd.DataFrame({"n_loops": np.arange(1, loops + 1)})
         for name, change in (("nll", values), ("change_from_s1", values - values[:, :1]),
                              ("change_from_base", values - twin)):  # fmt: skip
-            frame[name], frame[f"{name}_se"], _ = stats.mean_and_error(change, test.clusters)
+            frame[name], frame[f"{name}_se"], _ = stats.mean_and_error(change, clusters)
         frame["n"] = len(values)
-        frame["n_clusters"] = len(values) if test.clusters is None else len(np.unique(test.clusters))
-        frame["flops_per_token"] = [flops_per_token(m.cfg, m.cfg.n_ctx, s) for s in frame["n_loops"]]
-        rows.append(frame.assign(**label(model), max_loops=m.cfg.max_loops, s_max=zoo.s_max(model.name)))
+        frame["n_clusters"] = len(np.unique(clusters))
+        frame["flops_per_token"] = [flops_per_token(cfg, cfg.n_ctx, s) for s in frame["n_loops"]]
+        rows.append(frame.assign(**label(model), max_loops=cfg.max_loops, s_max=zoo.s_max(model.name)))
     return pd.concat(rows, ignore_index=True)
+
+
+def _sequence_nll(model: zoo.Shipped, loops: int) -> tuple[np.ndarray, np.ndarray]:
+    """NELBO of each test sequence at S = 1..loops [sequence, loop], and which share a document."""
+
+    def compute() -> pd.DataFrame:
+        m, test = zoo.opened(model.name)
+        results = nelbo_by_loop(m.model, test.tokens, loops, n_samples=1, maskable=test.maskable)
+        owner = np.arange(len(test.tokens)) if test.clusters is None else test.clusters
+        columns = {str(n_loops): result.per_sequence.numpy() for n_loops, result in enumerate(results, start=1)}
+        return pd.DataFrame(columns | {"cluster": owner})
+
+    frame = cached(model.name, ["test NELBO by sequence, 1 mask", loops], compute)
+    return frame.drop(columns="cluster").to_numpy(), frame["cluster"].to_numpy()
 
 
 def solve_rate_table() -> pd.DataFrame:
     """One-shot solve rate of 6x6 Sudoku by S and clue count, every shipped Sudoku model."""
-    rows = []
+    tables = []
     for model in zoo.shipped("sudoku"):
-        m, test = zoo.opened(model.name)
-        board, limit = BOARDS[test.task], read_to(model, m.cfg.max_loops)
-        for clues in CLUES:
-            b = puzzles(board, test.tokens[:N_PUZZLES], clues)
-            for n_loops, outcome in enumerate(solve_one_shot(m.model, board, b, limit), start=1):
-                low, high = stats.wilson(int(outcome.sum()), len(outcome))
-                row = label(model) | {"n_clues": clues, "n_loops": n_loops, "s_max": zoo.s_max(model.name)}
-                row |= {"solve_rate": float(outcome.float().mean()), "low": low, "high": high, "n": len(outcome)}
-                rows.append(row)
-    return pd.DataFrame(rows)
+        loops = read_to(model, LoopMDMConfig.load(resolve(model.name) / CONFIG).max_loops)
+        asked = ["one-shot by S", loops, CLUES, N_PUZZLES]
+        frame = cached(model.name, asked, partial(_one_shot, model.name, loops))
+        tables.append(frame.assign(**label(model), s_max=zoo.s_max(model.name)))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _one_shot(name: str, loops: int) -> pd.DataFrame:
+    m, test = zoo.opened(name)
+    board, rows = BOARDS[test.task], []
+    for clues in CLUES:
+        b = puzzles(board, test.tokens[:N_PUZZLES], clues)
+        for n_loops, outcome in enumerate(solve_one_shot(m.model, board, b, loops), start=1):
+            low, high = stats.wilson(int(outcome.sum()), len(outcome))
+            rows.append((clues, n_loops, float(outcome.float().mean()), low, high, len(outcome)))
+    return pd.DataFrame(rows, columns=["n_clues", "n_loops", "solve_rate", "low", "high", "n"])
 
 
 def label(model: zoo.Shipped) -> dict:

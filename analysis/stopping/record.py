@@ -1,0 +1,203 @@
+"""One full trajectory a sequence: losses after every loop, and every rule's criterion.
+
+A rule of scope "sequence" changes nothing before it stops, so that any number of rules and thresholds can be
+replayed exactly from one record within one forward. Scope "token" and sampling have to be run.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from loopmdm_model import flops
+from loopmdm_model.adaptive import spread_change
+from loopmdm_model.config import LoopMDMConfig
+from loopmdm_model.errors import UsageError, check_count
+from loopmdm_model.likelihood import check_clean, draw_masks, row_cross_entropy, row_sums
+from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.model import LoopedModel
+from loopmdm_model.stopping import (
+    RULES,
+    ArgmaxStable,
+    EntropyDelta,
+    KLDelta,
+    LensRule,
+    LoopView,
+    NoiseSchedule,
+    SecondDifference,
+    StateDelta,
+    StoppingRule,
+)
+
+
+def default_rules(max_loops: int) -> list[StoppingRule]:
+    """The rules of the literature at patience 1, state rules at masked positions, both lenses."""
+    state: list[StoppingRule] = [
+        kind(max_loops=max_loops, positions="masked") for kind in (StateDelta, SecondDifference)
+    ]
+    coda = [kind(max_loops=max_loops, patience=1) for kind in (KLDelta, EntropyDelta, ArgmaxStable)]
+    direct = [kind(max_loops=max_loops, patience=1, lens="direct") for kind in (KLDelta, EntropyDelta)]
+    return [*state, *coda, *direct]
+
+
+def rule_name(rule: StoppingRule) -> str:
+    """Its name on the command line, with what differs from the usual: "kl-delta direct"."""
+    name = next((name for name, kind in RULES.items() if type(rule) is kind), type(rule).__name__)
+    return f"{name} direct" if isinstance(rule, LensRule) and rule.lens == "direct" else name
+
+
+@dataclass(frozen=True)
+class LoopRecord:
+    """What happened after every loop: row r is one sequence under one mask.
+
+    `losses` and `correct` [loop, row]: mean cross-entropy (nats) and share right over the row's masked positions;
+    `criteria` by rule name, each [loop, row]; `n_masked`, `mask_ratio`, `sequence` [row]; `clusters` [row].
+    """
+
+    losses: Float[Tensor, "loop row"]
+    correct: Float[Tensor, "loop row"]
+    criteria: dict[str, Float[Tensor, "loop row"]]
+    rules: dict[str, StoppingRule]
+    n_masked: Int[Tensor, " row"]
+    mask_ratio: Float[Tensor, " row"]
+    clusters: np.ndarray
+    cfg: LoopMDMConfig
+    length: int
+
+    @property
+    def max_loops(self) -> int:
+        """Loops recorded."""
+        return len(self.losses)
+
+    def flops(self, rule: StoppingRule | None = None) -> Float[Tensor, "loop row"]:
+        """Cost of a forward that stops after each loop and reads the masked positions; `rule` reads every loop."""
+        cfg, length = self.cfg, self.length
+        loops = torch.arange(1, self.max_loops + 1, dtype=torch.float64)[:, None]
+        lens = rule.lens if isinstance(rule, LensRule) else None
+        reading = torch.zeros(len(self.n_masked), dtype=torch.float64)
+        if lens is not None:
+            layers = cfg.n_coda_layers if lens == "coda" else 0
+            reading = layers * flops.layer_flops(cfg, length) + flops.unembedding_flops(cfg, self.n_masked)
+        ends = flops.readout_flops(cfg, length, self.n_masked, coda=lens != "coda")
+        ends = ends + cfg.n_prelude_layers * flops.layer_flops(cfg, length)
+        return loops * (cfg.n_loop_layers * flops.layer_flops(cfg, length) + reading) + ends
+
+    def at(self, values: Tensor, loops: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
+        """`values` [loop, row] after each row's own number of loops."""
+        return values.gather(0, (loops - 1)[None])[0]
+
+
+@torch.no_grad()
+def record_loops(
+    m: LoopedModel,
+    data: Tensor | MaskedBatch,
+    rules: Sequence[StoppingRule] | None = None,
+    max_loops: int | None = None,
+    n_samples: int = 2,
+    maskable: Tensor | None = None,
+    clusters: np.ndarray | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> LoopRecord:
+    """Run every sequence to `max_loops` (default S_max) and keep what any rule would have seen.
+
+    `data` are clean tokens, masked as in the NELBO (`n_samples` masks a sequence), or a MaskedBatch as it is.
+    """
+    most = check_count("max_loops", m.cfg.max_loops if max_loops is None else max_loops)
+    asked = default_rules(most) if rules is None else list(rules)
+    named = {rule_name(rule): rule for rule in asked}
+    for name, rule in named.items():
+        if rule.scope == "token":
+            raise UsageError(f'{name}: scope "token" changes the trajectory; run it with m.run(stop=...)')
+        if rule.max_loops > most:
+            raise UsageError(f"{name} may run {rule.max_loops} loops, the record has {most}; raise max_loops")
+    if len(named) < len(asked):
+        raise UsageError("two rules have one name; give each kind once, thresholds are swept")
+    draws = _draws(m, data, n_samples, maskable, seed)
+    owner = np.arange(len(draws[0])) if clusters is None else np.asarray(clusters)
+    losses, correct, counts, ratios = [], [], [], []
+    criteria: dict[str, list[Tensor]] = {name: [] for name in named}
+    for draw in draws:
+        for start in range(0, len(draw), batch_size):
+            part = draw.rows(slice(start, start + batch_size))
+            seen = _Recorder(named, part)
+            m.run(part.tokens, most, attention_mask=part.attention_mask, rows=part.masked, on_loop=seen)
+            losses.append(torch.stack(seen.losses).cpu())
+            correct.append(torch.stack(seen.correct).cpu())
+            for name in named:
+                criteria[name].append(torch.stack(seen.criteria[name]).cpu())
+            counts.append(part.masked.sum(-1).cpu())
+            size = part.maskable if part.maskable is not None else torch.ones_like(part.masked)
+            ratios.append((part.masked.sum(-1) / size.sum(-1)).cpu())
+    joined = {name: torch.cat(values, dim=1) for name, values in criteria.items()}
+    return LoopRecord(
+        torch.cat(losses, 1), torch.cat(correct, 1), joined, named, torch.cat(counts), torch.cat(ratios).double(),
+        np.tile(owner, len(draws)), m.cfg, draws[0].tokens.shape[1],
+    )  # fmt: skip
+
+
+def _draws(
+    m: LoopedModel, data: Tensor | MaskedBatch, n_samples: int, maskable: Tensor | None, seed: int
+) -> list[MaskedBatch]:
+    if isinstance(data, MaskedBatch):
+        if not bool(data.masked.any(-1).all()):
+            raise UsageError("a sequence has no masked position: nothing to read; leave it out")
+        return [data]
+    allowed, attention_mask = check_clean(m, data, maskable, None)
+    if not bool(allowed.any(-1).all()):
+        raise UsageError("a sequence has nothing maskable; leave it out")
+    return [
+        draw_masks(data, m.cfg.mask_token_id, allowed, seed, draw, n_samples, attention_mask)
+        for draw in range(check_count("n_samples", n_samples))
+    ]
+
+
+class _Recorder:
+    """Called after every loop."""
+
+    def __init__(self, rules: dict[str, StoppingRule], part: MaskedBatch):
+        self.rules, self.part = rules, part
+        self.losses: list[Tensor] = []
+        self.correct: list[Tensor] = []
+        self.criteria: dict[str, list[Tensor]] = {name: [] for name in rules}
+        self.before: dict[str, Tensor | None] = dict.fromkeys(rules)
+
+    def __call__(self, view: LoopView) -> None:
+        assert view.read is not None
+        masked = self.part.masked
+        logits, count = view.read("coda", masked), masked.sum(-1)
+        self.losses.append(row_sums(row_cross_entropy(logits, self.part), self.part) / count)
+        right = (logits.argmax(-1) == self.part.clean[masked]).double()
+        self.correct.append(row_sums(right, self.part) / count)
+        direct = None
+        for name, rule in self.rules.items():
+            if isinstance(rule, LensRule):
+                rows = rule.group(view.masked, view.real)
+                if torch.equal(rows, masked):
+                    direct = view.read("direct", masked) if rule.lens == "direct" and direct is None else direct
+                    read = logits if rule.lens == "coda" else direct
+                else:
+                    read = view.read(rule.lens, rows)
+                reading = rule.read(read)
+                value = rule.reduce(spread_change(rule, reading, self.before[name], rows), rows)
+                self.before[name] = reading
+            else:
+                value = rule.criterion(view)
+            if value is None:
+                value = torch.full((len(masked),), float("nan"))
+            self.criteria[name].append(value.float())
+
+
+def noise_schedule(record: LoopRecord, price: float, n_bins: int = 5) -> NoiseSchedule:
+    """The loops by mask ratio that minimise mean loss + price * FLOPs on this record (fit it on validation).
+
+    Empty bins take the count of the nearest bin that has rows.
+    """
+    place = (record.mask_ratio * n_bins).ceil().long().sub(1).clamp(0, n_bins - 1)
+    cost = record.losses + price * record.flops()
+    best = {int(number): int(cost[:, place == number].mean(1).argmin()) + 1 for number in place.unique().tolist()}
+    loops = [best[min(best, key=lambda known: abs(known - number))] for number in range(n_bins)]
+    return NoiseSchedule(loops=tuple(loops), max_loops=record.max_loops)
