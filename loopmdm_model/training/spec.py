@@ -80,6 +80,8 @@ class TrainingSpec:
 
     The whole budget is exactly one of `flops`, `tokens` and `steps`. A step sees `batch_size` sequences in
     `accumulate` parts on each process. `precision` "bf16" or "no"; "" leaves it to accelerate's configuration.
+    `matmul_precision` is torch's: with "medium" everything stays float32 but products read bf16 inputs, where the
+    processor has instructions for it (evaluation is always at "highest").
     """
 
     batch_size: int
@@ -88,6 +90,7 @@ class TrainingSpec:
     steps: int = 0
     accumulate: int = 1
     precision: str = ""
+    matmul_precision: str = "highest"
     learning_rate: float = 1e-3
     warmup_steps: int = 200
     weight_decay: float = 0.01
@@ -112,6 +115,10 @@ class TrainingSpec:
             )
         if self.precision not in ("", "no", "bf16"):
             raise UsageError(f'training.precision must be "no" or "bf16", got {self.precision!r}')
+        if self.matmul_precision not in ("highest", "high", "medium"):
+            raise UsageError(
+                f'training.matmul_precision must be "highest", "high" or "medium", got {self.matmul_precision!r}'
+            )
         if not 0 <= self.flops < float("inf"):
             raise UsageError(f"training.flops must be positive and finite, got {self.flops!r}")
         if sum(bool(budget) for budget in (self.flops, self.tokens, self.steps)) != 1:

@@ -11,8 +11,8 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from loopmdm_model.files import clear_partial, write_atomic, write_json
 from loopmdm_model.likelihood import draw_masks, masked_cross_entropy, nelbo
 from loopmdm_model.masking import MaskedBatch
 from loopmdm_model.model import LoopMDM
+from loopmdm_model.taps import explicit_taps, no_taps
 from loopmdm_model.training import budget, state
 from loopmdm_model.training.ema import Ema
 from loopmdm_model.training.record import run_record
@@ -141,10 +142,7 @@ class Trainer:
         for number, part in enumerate(parts):
             waits = number + 1 < len(parts)
             with self.accelerator.no_sync(self.model) if waits else nullcontext():
-                logits = self.model(part.tokens, n_loops=n_loops)
-                loss = masked_cross_entropy(logits, part).mean() / len(parts)
-                self.accelerator.backward(loss)
-            total = total + loss.detach()
+                total = total + self._backward(part, n_loops) / len(parts)
         reduced = self.accelerator.reduce(total, "mean")
         assert isinstance(reduced, Tensor)
         value = reduced.item()
@@ -155,6 +153,19 @@ class Trainer:
         self.optimizer.zero_grad()
         self.ema.update()
         self._count(n_loops, value, norm)
+
+    def _backward(self, part: MaskedBatch, n_loops: int) -> Tensor:
+        """Add the gradients of one part; returns its loss.
+
+        Fused attention on a CPU is slow with bf16 inputs of products, so it is explicit then.
+        """
+        training = self.spec.training
+        taps = no_taps if training.matmul_precision == "highest" else explicit_taps
+        with matmul_precision(training.matmul_precision):
+            logits = self.model(part.tokens, n_loops=n_loops, taps=taps)
+            loss = masked_cross_entropy(logits, part).mean()
+            self.accelerator.backward(loss / training.accumulate)
+        return loss.detach()
 
     def _parts(self) -> list[MaskedBatch]:
         """Rows of the step's batch that fall to this process, in parts for gradient accumulation."""
@@ -226,6 +237,17 @@ class Trainer:
         if self._first:
             text = "".join(json.dumps(row) + "\n" for row in self.progress.rows)
             write_atomic(self.folder / checkpoints.METRICS, lambda path: path.write_text(text))
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Products of float32 matrices at torch's `precision` inside, as before afterwards."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def compile_blocks(model: LoopMDM) -> bool:
