@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from analysis import figures
     from analysis.attention import mask_attention
+    from analysis.attention.maps import attention_across_loops
     from analysis.decomposition import nelbo_decomposition
-    from analysis.maps import attention_across_loops
     from analysis.representation import read_loops, representation_change
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
 
 _HOMES = {
     "mask_attention": "analysis.attention",
-    "attention_across_loops": "analysis.maps",
+    "attention_across_loops": "analysis.attention.maps",
     "nelbo_decomposition": "analysis.decomposition",
     "read_loops": "analysis.representation",
     "representation_change": "analysis.representation",

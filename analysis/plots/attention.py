@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from analysis.plots.style import KEY_STYLE, NULL, RATIO_STYLE, Z95, band, style
 
 if TYPE_CHECKING:
-    from analysis.maps import AttentionMaps
+    from analysis.attention.maps import AttentionMaps
 
 
 def plot_mass_by_loop(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:

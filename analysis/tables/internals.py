@@ -59,7 +59,7 @@ def attention_maps_table() -> pd.DataFrame:
 
     All heads of the looped layer are kept; the figure shows the one that changes most.
     """
-    from analysis.maps import attention_across_loops
+    from analysis.attention.maps import attention_across_loops
 
     name = "sotu-loop"
     m, test = zoo.opened(name)

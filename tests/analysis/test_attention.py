@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.attention import GroupSums, mask_attention
+from analysis.attention import mask_attention
+from analysis.attention.masses import GroupSums
 from loopmdm_model.errors import UsageError
 from loopmdm_model.hooked import HookedLoopMDM
 from loopmdm_model.masking import MaskedBatch, mask_tokens

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.maps import attention_across_loops
+from analysis.attention.maps import attention_across_loops
 from loopmdm_model.errors import UsageError
 
 
