@@ -39,7 +39,7 @@ reproduce: $(VENV)/.base
 	for run in $(foreach spec,$(SEEDED),$(spec):0 $(foreach n,1 2 3 4,$(spec):$(n))) $(ONCE:=:0); do \
 	  spec=$${run%:*} seed=$${run#*:}; name=$$spec; [ $$seed = 0 ] || name=$$spec-seed$$seed; \
 	  $(BIN)/loopmdm train figures/specs/$$spec.toml --seed $$seed --resume && \
-	  $(BIN)/python -m loopmdm_model.training.ship runs/$$name || exit; done
+	  $(BIN)/loopmdm ship runs/$$name || exit; done
 	$(BIN)/loopmdm figures --from checkpoints
 
 $(VENV)/.made:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from loopmdm_model.checkpoints import CONFIG, WEIGHTS, need, resolve
+from loopmdm_model.checkpoints import CONFIG, need, resolve, weights_hash
 from loopmdm_model.files import sha256
 from loopmdm_model.training.record import commit, versions
 
@@ -14,7 +14,7 @@ def model_hashes(models: tuple[str, ...]) -> dict[str, str]:
     """sha256 of each model's weights and config, joined."""
     folders = {name: resolve(name) for name in models}
     return {
-        name: ":".join(sha256(need(folder, file))[:16] for file in (WEIGHTS, CONFIG))
+        name: f"{weights_hash(folder)[:16]}:{sha256(need(folder, CONFIG))[:16]}"
         for name, folder in folders.items()
     }
 

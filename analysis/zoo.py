@@ -1,11 +1,14 @@
-"""The shipped models by task, arm and seed: `sudoku-loop-seed3` is seed 3 of arm `loop` on `sudoku`."""
+"""The runs by task, arm and seed: `sudoku-loop-seed3` is seed 3 of arm `loop` on `sudoku`.
+
+Of some seeds only the record is kept: learning curve, and what was measured by number of loops.
+"""
 
 import json
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loopmdm_model.checkpoints import RECORD, list_models, resolve
+from loopmdm_model.checkpoints import RECORD, list_runs, resolve
 from loopmdm_model.errors import UsageError
 from loopmdm_model.evaluation import TestSet, load_test_set, task_of
 
@@ -17,7 +20,7 @@ NAME = re.compile(r"(?P<task>[a-z0-9]+)-(?P<arm>[a-z0-9-]+?)(?:-seed(?P<seed>[0-
 
 @dataclass(frozen=True, order=True)
 class Shipped:
-    """One shipped model; `arm` is what is compared (base, loop, deep, ..), `seed` that of its training."""
+    """One run; `arm` is what is compared (base, loop, deep, ..), `seed` that of its training."""
 
     task: str
     arm: str
@@ -26,9 +29,9 @@ class Shipped:
 
 
 def shipped(task: str | None = None, *arms: str) -> list[Shipped]:
-    """The shipped models of a task and of some arms (default: all), by task, arm and seed."""
+    """The runs of a task and of some arms (default: all), by task, arm and seed."""
     found = []
-    for name in list_models():
+    for name in list_runs():
         match = NAME.fullmatch(name)
         if match and task in (None, match["task"]) and (not arms or match["arm"] in arms):
             found.append(Shipped(match["task"], match["arm"], int(match["seed"] or 0), name))

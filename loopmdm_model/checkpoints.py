@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loopmdm_model.config import LoopMDMConfig
 from loopmdm_model.errors import UsageError, unknown_name
-from loopmdm_model.files import write_atomic
+from loopmdm_model.files import read_json, sha256, write_atomic
 
 ZOO = Path(__file__).parent / "zoo"
 WEIGHTS, CONFIG, TOKENIZER, RECORD, METRICS = (
@@ -28,9 +28,14 @@ def list_models() -> list[str]:
     return sorted(path.parent.name for path in ZOO.glob(f"*/{WEIGHTS}"))
 
 
+def list_runs() -> list[str]:
+    """Names of all runs that are reported on: the shipped models, and those of which only the record is kept."""
+    return sorted(path.parent.name for path in ZOO.glob(f"*/{RECORD}"))
+
+
 def resolve(name: Path | str) -> Path:
     """The folder that a shipped name, a run folder or a hub id ("owner/name") leads to."""
-    if isinstance(name, str) and name in list_models():
+    if isinstance(name, str) and name in list_runs():
         return ZOO / name
     folder = Path(name)
     if folder.is_dir():
@@ -53,8 +58,21 @@ def need(folder: Path, file: str) -> Path:
     """`folder/file`, or UsageError if it is not there."""
     path = folder / file
     if not path.is_file():
+        if file == WEIGHTS and folder.parent == ZOO:
+            seed = read_json(folder / RECORD)["seed"]
+            raise UsageError(
+                f"{folder.name} is kept as a record only, without weights; train it again with `loopmdm train "
+                f"figures/specs/{re.sub(r'-seed[0-9]+$', '', folder.name)}.toml --seed {seed}`"
+            )
         raise UsageError(f"{folder} has no {file}; a model folder holds {WEIGHTS} and {CONFIG}")
     return path
+
+
+def weights_hash(folder: Path) -> str:
+    """sha256 of a model's weights; of a run kept without them, what it was."""
+    if (folder / WEIGHTS).is_file() or folder.parent != ZOO:
+        return sha256(need(folder, WEIGHTS))
+    return read_json(need(folder, RECORD))["weights_sha256"]
 
 
 def load_weights(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -52,6 +52,25 @@ def train(
         print(folder)
 
 
+@app.command()
+def ship(
+    run: Annotated[Path, typer.Argument(help="finished run folder, such as runs/sudoku-loop")],
+    record_only: Annotated[bool, typer.Option(help="keep curve and measurements, not the weights")] = False,
+) -> None:
+    """Copy a finished run into the zoo of shipped models (fp16), evaluated as shipped."""
+    from analysis.evaluations import keeping
+    from analysis.tables import quality
+    from loopmdm_model.training.ship import forget_weights, ship
+
+    with interruptible("ship it again"):
+        home = ship(run)
+        if record_only:
+            with keeping(home):
+                quality.measure_by_loops(home.name)
+            forget_weights(home)
+    print(home)
+
+
 def _changes(pairs: list[str]) -> dict[str, Any]:
     found = {}
     for pair in pairs:

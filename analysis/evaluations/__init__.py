@@ -9,7 +9,10 @@ benchmarks. An entry of the cache is named by the hash of the weights and of wha
 import hashlib
 import inspect
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -17,14 +20,17 @@ import pandas as pd
 from analysis import frames
 from analysis.evaluations import generation, likelihoods, questions, solving
 from analysis.evaluations.subject import Subject
-from loopmdm_model.checkpoints import RECORD, WEIGHTS, need, resolve
+from loopmdm_model.checkpoints import RECORD, need, resolve, weights_hash
 from loopmdm_model.data.fetch import cache_folder
 from loopmdm_model.errors import UsageError, check_count, unknown_name
 from loopmdm_model.evaluation import task_of
-from loopmdm_model.files import read_json, sha256
+from loopmdm_model.files import read_json, write_atomic
 
 VERSION = 3
 """Raised when a measure changes, so that older results are not taken for its own."""
+
+KEPT = "evaluations"
+_keeping: set[Path] = set()
 
 MEASURES: dict[str, Callable[..., pd.DataFrame]] = {
     "nll": likelihoods.nll,
@@ -58,12 +64,31 @@ def evaluate(name: str, measure: str, n_loops: list[int], **options: Any) -> pd.
 
 
 def cached(name: str, asked: list[Any], compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """`compute()`, or what it gave before for the same weights and the same `asked` (plain JSON)."""
-    key = json.dumps([VERSION, sha256(need(resolve(name), WEIGHTS)), *asked])
-    path = cache_folder() / "evaluations" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.parquet"
+    """`compute()`, or what it gave before for the same weights and the same `asked` (plain JSON).
+
+    What was measured of a run that is kept without weights lies in its folder.
+    """
+    folder = resolve(name)
+    key = json.dumps([VERSION, weights_hash(folder), *asked])
+    entry = f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.parquet"
+    if (folder / KEPT / entry).is_file():
+        return frames.read_table(folder / KEPT / entry)
+    path = cache_folder() / "evaluations" / entry
     if not path.is_file():
         frames.write_table(compute(), path, {"asked": key})
+    if folder in _keeping:
+        write_atomic(folder / KEPT / entry, lambda temporary: shutil.copyfile(path, temporary))
     return frames.read_table(path)
+
+
+@contextmanager
+def keeping(folder: Path) -> Iterator[None]:
+    """What is measured of the model in `folder` inside is also kept beside it."""
+    _keeping.add(folder)
+    try:
+        yield
+    finally:
+        _keeping.discard(folder)
 
 
 def _settings(measure: str, options: dict[str, Any]) -> dict[str, Any]:

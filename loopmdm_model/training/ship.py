@@ -1,23 +1,18 @@
-"""Ship a finished run: fp16 weights into the zoo, evaluated as shipped.
-
-python -m loopmdm_model.training.ship runs/sotu-loop
-"""
+"""Ship a finished run: fp16 weights into the zoo, evaluated as shipped."""
 
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from loopmdm_model import stats
-from loopmdm_model.checkpoints import METRICS, RECORD, TOKENIZER, ZOO, need
+from loopmdm_model.checkpoints import METRICS, RECORD, TOKENIZER, WEIGHTS, ZOO, need
 from loopmdm_model.data.tokenizer import load_tokenizer
-from loopmdm_model.errors import UsageError
 from loopmdm_model.evaluation import NGrams, load_test_set, task_of
-from loopmdm_model.files import write_json
+from loopmdm_model.files import read_json, sha256, write_json
 from loopmdm_model.likelihood import nelbo
 from loopmdm_model.model import LoopMDM
 
@@ -32,6 +27,13 @@ def ship(run: Path, target: Path | None = None) -> Path:
         shutil.copyfile(need(run, name), home / name)
     write_json(home / RECORD, record | {"evaluation": evaluate(home, record)})
     return home
+
+
+def forget_weights(folder: Path) -> None:
+    """Keep a shipped run as a record only: its weights go, their hash stays."""
+    record = read_json(need(folder, RECORD))
+    write_json(folder / RECORD, record | {"weights_sha256": sha256(need(folder, WEIGHTS))})
+    (folder / WEIGHTS).unlink()
 
 
 def evaluate(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
@@ -52,11 +54,3 @@ def evaluate(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
             result |= {f"{name}_nll": float(mean), f"{name}_nll_se": float(error)}
     return result
 
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        raise SystemExit("usage: python -m loopmdm_model.training.ship RUN_FOLDER")
-    try:
-        print(ship(Path(sys.argv[1])))
-    except UsageError as error:
-        raise SystemExit(f"error: {error}") from error

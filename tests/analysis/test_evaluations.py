@@ -1,6 +1,9 @@
 """Evaluations on what is known: an oracle has no excess KL, results are cached by content."""
 
+import shutil
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -186,3 +189,29 @@ def test_multiple_choice_accuracy_is_counted(text, monkeypatch):
     monkeypatch.setattr(questions, "choose", lambda *_: {"total": np.array([0, 0, 1, 1])})
     row = multiple_choice(text, [1], tasks=["piqa"]).iloc[0]
     assert (row["accuracy"], row["chance"], row["constant"], row["n"]) == (0.75, 0.5, 0.75, 4)
+
+
+def test_a_run_without_weights_still_says_what_was_measured(tmp_path, monkeypatch):
+    from analysis import evaluations
+    from analysis.provenance import model_hashes
+    from loopmdm_model import checkpoints
+    from loopmdm_model.training.ship import forget_weights
+
+    folder = tmp_path / "sudoku-loop-seed7"
+    shutil.copytree(checkpoints.ZOO / "sudoku-loop", folder)
+    monkeypatch.setattr(checkpoints, "ZOO", tmp_path)
+    monkeypatch.setenv("LOOPMDM_CACHE", str(tmp_path / "cache"))
+    before = model_hashes((folder.name,))
+    measured = pd.DataFrame({"nll": [0.5]})
+    with evaluations.keeping(folder):
+        evaluations.cached(folder.name, ["asked"], lambda: measured)
+    forget_weights(folder)
+    assert folder.name in checkpoints.list_runs() and folder.name not in checkpoints.list_models()
+    assert model_hashes((folder.name,)) == before
+    shutil.rmtree(tmp_path / "cache")
+    found = evaluations.cached(folder.name, ["asked"], lambda: pytest.fail("measured again"))
+    pd.testing.assert_frame_equal(found, measured, check_like=True)
+    with pytest.raises(UsageError, match=r"loopmdm train figures/specs/sudoku-loop\.toml --seed 0"):
+        LoopMDM.from_pretrained(folder.name)
+    with pytest.raises(UsageError, match="record only"):
+        evaluations.evaluate(folder.name, "nll", [1], n_samples=1)

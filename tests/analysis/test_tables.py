@@ -9,13 +9,13 @@ from analysis import zoo
 from analysis.plots.quality import over_seeds
 from analysis.tables import training
 from loopmdm_model import stats
-from loopmdm_model.checkpoints import list_models
+from loopmdm_model.checkpoints import list_runs
 from loopmdm_model.errors import UsageError
 
 
 def test_every_shipped_model_has_a_task_an_arm_and_a_seed():
     models = zoo.shipped()
-    assert {model.name for model in models} == set(list_models())
+    assert {model.name for model in models} == set(list_runs())
     for model in models:
         record = zoo.record(model.name)
         assert record["seed"] == model.seed
@@ -25,7 +25,7 @@ def test_every_shipped_model_has_a_task_an_arm_and_a_seed():
 
 def test_names_are_told_apart(monkeypatch):
     some = ["sudoku-loop-seed12", "sudoku-loop", "sudoku-loop-isolated-seed2", "sotu-base", "other"]
-    monkeypatch.setattr(zoo, "list_models", lambda: some)
+    monkeypatch.setattr(zoo, "list_runs", lambda: some)
     assert [(m.arm, m.seed) for m in zoo.shipped("sudoku")] == [("loop", 0), ("loop", 12), ("loop-isolated", 2)]
     assert zoo.names("sudoku", "loop") == ("sudoku-loop", "sudoku-loop-seed12")
     assert zoo.names("sudoku", "deep") == ()
