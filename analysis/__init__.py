@@ -8,26 +8,36 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from analysis import figures
-    from analysis.attention import mask_attention
-    from analysis.attention.maps import attention_across_loops
+    from analysis.attention import attention_across_loops, mask_attention
     from analysis.decomposition import nelbo_decomposition
+    from analysis.interventions import cut, stale
+    from analysis.measures import measure
     from analysis.representation import read_loops, representation_change
+    from analysis.stopping import stopping_frontier
 
 __all__ = [
     "attention_across_loops",
+    "cut",
     "figures",
     "mask_attention",
+    "measure",
     "nelbo_decomposition",
     "read_loops",
     "representation_change",
+    "stale",
+    "stopping_frontier",
 ]
 
 _HOMES = {
     "mask_attention": "analysis.attention",
     "attention_across_loops": "analysis.attention.maps",
+    "cut": "analysis.interventions",
+    "measure": "analysis.measures",
     "nelbo_decomposition": "analysis.decomposition",
     "read_loops": "analysis.representation",
     "representation_change": "analysis.representation",
+    "stale": "analysis.interventions",
+    "stopping_frontier": "analysis.stopping",
 }
 
 

@@ -106,3 +106,18 @@ def welch(ours: Array, theirs: Array) -> tuple[float, float, float]:
     freedom = (a + b) ** 2 / (a**2 / (len(ours) - 1) + b**2 / (len(theirs) - 1))
     half = float(distributions.t.ppf(0.975, freedom) * np.sqrt(a + b))
     return difference, difference - half, difference + half
+
+
+def interaction(a: Array, b: Array, c: Array, d: Array) -> tuple[float, float, float]:
+    """(a - b) - (c - d) of the means of four independent groups, with Welch's 95% interval.
+
+    For arms of a 2 x 2: each is [seed], of two values at least.
+    """
+    groups = [np.asarray(group, dtype=float) for group in (a, b, c, d)]
+    estimate = float(sum(sign * group.mean() for sign, group in zip((1, -1, -1, 1), groups, strict=True)))
+    parts = np.array([group.var(ddof=1) / len(group) for group in groups])
+    if parts.sum() == 0:
+        return estimate, estimate, estimate
+    freedom = parts.sum() ** 2 / sum(part**2 / (len(group) - 1) for part, group in zip(parts, groups, strict=True))
+    half = float(distributions.t.ppf(0.975, freedom) * parts.sum() ** 0.5)
+    return estimate, estimate - half, estimate + half

@@ -9,102 +9,169 @@ For a layer application and head with pattern A [query, key], keys are `self`, `
     content(Q -> K) = mean norm of sum over K of A (v - mean_K v) W_O
 
 log_odds 0 means that the head does not care whether a key is masked. These definitions are ours;
-the paper's are not public. Only sums per sequence are kept: memory does not grow with loops.
+the paper's are not public. Only running moments per application are kept: memory does not grow with the
+sequences, and shards add up to the whole.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from loopmdm_model import stats
-from loopmdm_model.errors import UsageError, check_count
+from analysis.attention.groups import (
+    MASKED_OR_CLEAN,
+    QUERY_GROUPS,
+    KeyGroups,
+    Seen,
+    check_batch,
+    group_chances,
+    group_contents,
+    group_masses,
+    output_gram,
+)
+from analysis.attention.walk import PlaceSums, summed
+from loopmdm_model.errors import UsageError
 from loopmdm_model.hooked import HookedLoopMDM
 from loopmdm_model.masking import MaskedBatch
-from loopmdm_model.names import parse_loop
+from loopmdm_model.moments import Moments
 
-QUERY_GROUPS = ("masked", "clean")
-KEY_GROUPS = ("self", "masked", "clean")
+LOG_ODDS_CAP = math.log(1e6)
+"""A float32 pattern resolves about seven digits: beyond this ratio masses are its rounding."""
 
 
-@dataclass
-class GroupSums:
-    """Per-sequence means of one batch, by application.
+class AttentionSums(PlaceSums):
+    """Masses, chances and contents of groups of keys, as running moments.
 
-    `mass` and `content` map the application's prefix to [batch, head, query group, key group];
-    `chance` is [batch, query group, key group]; NaN where a sequence has no such query.
+    `keys` says how keys are grouped: masked or clean by default. `add` batches, `merge` shards, `frame()` the
+    columns of `mask_attention`.
     """
 
-    masked: Tensor
-    real: Tensor
-    weight: Callable[[int], Tensor]
-    with_content: bool
-    mass: dict[str, Tensor] = field(default_factory=dict)
-    content: dict[str, Tensor] = field(default_factory=dict)
-    values: dict[str, Tensor] = field(default_factory=dict)
+    def __init__(
+        self,
+        m: HookedLoopMDM,
+        n_loops: int | None = None,
+        content: bool = True,
+        by_head: bool = True,
+        keys: KeyGroups = MASKED_OR_CLEAN,
+    ):
+        super().__init__(m, n_loops, by_head)
+        self.keys, self.needs_values = keys, content
+        self._gram: dict[int, Tensor] = {}
 
-    def __post_init__(self):
-        """Weights over queries, and membership of keys."""
-        groups = torch.stack([self.masked & self.real, ~self.masked & self.real], dim=-1).float()
-        self.keys = groups
-        self.queries = groups / groups.sum(dim=1, keepdim=True).clamp(min=1)
-        self.empty = groups.sum(dim=1) == 0
-        n_keys = self.real.sum(-1, keepdim=True).float()
-        counts = groups.sum(dim=1)
-        own = torch.eye(2, device=groups.device)
-        others = (counts[:, None, :] - own) / n_keys[..., None]
-        self.chance = torch.cat([(1 / n_keys)[..., None].expand(-1, 2, -1), others], dim=-1)
-        self.chance = self.chance.masked_fill(self.empty[..., None], float("nan"))
+    def vectors(self, seen: Seen) -> Tensor:
+        """[sequence, head, query group, mass | chance | content of each key group]."""
+        keys = self.keys.members(seen)
+        mass = group_masses(seen, keys)
+        parts = [mass, group_chances(seen.states, keys).expand_as(mass)]
+        if self.needs_values:
+            gram = self._gram.setdefault(seen.layer, output_gram(self.m, seen.layer))
+            parts.append(group_contents(seen, keys, gram))
+        return torch.cat(parts, dim=-1)
 
-    def see_values(self, value: Tensor, hook: object) -> None:
-        """Hook at attn.hook_v: kept until the pattern of the same application comes."""
-        self.values[_prefix(hook)] = value
+    def merge(self, other: "AttentionSums") -> "AttentionSums":
+        """Take in another shard of the same measure."""
+        if self.needs_values != other.needs_values or self.keys.names != other.keys.names:
+            raise UsageError("shards differ in content or in their groups of keys; measure them alike")
+        return super().merge(other)
 
-    def see_pattern(self, pattern: Tensor, hook: object) -> None:
-        """Hook at attn.hook_pattern [batch, head, query, key]: reduce to group means."""
-        prefix = _prefix(hook)
-        own = pattern.diagonal(dim1=-2, dim2=-1).float()[..., None] * self.keys[:, None]
-        others = (pattern @ self.keys[:, None].to(pattern.dtype)).float() - own
-        mass = torch.cat([own.sum(-1, keepdim=True), others], dim=-1)
-        self.mass[prefix] = self._mean(mass)
-        if self.with_content:
-            self.content[prefix] = self._mean(self._content(pattern, others, self.values.pop(prefix), prefix))
+    def groups(self) -> dict[str, Sequence[str]]:
+        """Query groups by key groups."""
+        return {"query_group": QUERY_GROUPS, "key_group": self.keys.all_names}
 
-    def _mean(self, per_query: Tensor) -> Tensor:
-        mean = torch.einsum("bqg,bhqk->bhgk", self.queries, per_query)
-        return mean.masked_fill(self.empty[:, None, :, None], float("nan"))
-
-    def _content(self, pattern: Tensor, mass: Tensor, value: Tensor, prefix: str) -> Tensor:
-        """Norms [batch, head, query, key group]; `self` is one key and moves no content: 0."""
-        v = value.float().transpose(1, 2)[..., None] * self.keys[:, None, :, None, :]
-        counts = self.keys.sum(dim=1)[:, None, None, :]
-        flat = v.flatten(-2)
-        diagonal = pattern.diagonal(dim1=-2, dim2=-1).float()[..., None, None]
-        moved = (pattern.float() @ flat).unflatten(-1, v.shape[-2:]) - diagonal * v
-        inside = self.keys[:, None]
-        centre = (v.sum(dim=2, keepdim=True) - v) / (counts - inside).clamp(min=1)[..., None, :]
-        moved = moved - mass[..., None, :] * centre
-        gram = self.weight(int(prefix.split(".")[-2]))
-        squared = torch.einsum("bhqdk,hde,bhqek->bhqk", moved, gram, moved)
-        norms = squared.clamp(min=0).sqrt()
-        return torch.cat([torch.zeros_like(norms[..., :1]), norms], dim=-1)
+    def columns(self, moments: Moments) -> dict[str, np.ndarray]:
+        """Columns [head, query group, key group]."""
+        table = GroupTable(moments, self.keys.all_names)
+        mass, mass_se, chance = table.mean("mass"), table.error("mass"), table.mean("chance")
+        with np.errstate(invalid="ignore", divide="ignore"):
+            lift = mass / chance
+        with_self, with_self_se, lift_with_self = table.with_self()
+        log_odds, log_odds_se, capped = table.log_odds()
+        columns = {"mass": mass, "mass_se": mass_se, "mass_with_self": with_self}
+        columns |= {"chance": chance, "lift": lift, "log_odds": log_odds, "log_odds_se": log_odds_se}
+        columns |= {"content": table.mean("content"), "content_se": table.error("content")}
+        columns |= {"log_odds_capped": capped, "mass_with_self_se": with_self_se}
+        columns |= {"lift_se": table.lift_error(lift), "lift_with_self": lift_with_self}
+        missing, whole = ~(chance > 0), ("log_odds", "log_odds_se", "log_odds_capped")
+        columns = {k: v if k in whole else np.where(missing, np.nan, v) for k, v in columns.items()}
+        return columns | {"n": np.where(missing, 0, moments.n[..., None])}
 
 
-def _prefix(hook: object) -> str:
-    return str(getattr(hook, "name", "")).rpartition("attn.")[0]
+class GroupTable:
+    """Means and delta-method errors out of the moments of one application, [head, query group, key group]."""
+
+    def __init__(self, moments: Moments, names: Sequence[str]):
+        self.moments, self.names, self.size = moments, list(names), len(names)
+        self.means = moments.mean
+        self.covariance = moments.covariance
+        self.has_content = self.means.shape[-1] > 2 * self.size
+
+    def _at(self, quantity: str) -> int:
+        return self.size * ("mass", "chance", "content").index(quantity)
+
+    def mean(self, quantity: str) -> np.ndarray:
+        """Mean of a quantity in each key group; NaN where content was not asked for."""
+        if quantity == "content" and not self.has_content:
+            return np.full_like(self.means[..., : self.size], np.nan)
+        return self.means[..., self._at(quantity) : self._at(quantity) + self.size]
+
+    def error(self, quantity: str) -> np.ndarray:
+        """Its standard error."""
+        if quantity == "content" and not self.has_content:
+            return np.full_like(self.means[..., : self.size], np.nan)
+        variances = np.diagonal(self.covariance, axis1=-2, axis2=-1)
+        return np.sqrt(variances[..., self._at(quantity) : self._at(quantity) + self.size])
+
+    def lift_error(self, lift: np.ndarray) -> np.ndarray:
+        """Standard error of mean mass / mean chance."""
+        errors = []
+        chance = self.mean("chance")
+        for key in range(self.size):
+            with np.errstate(invalid="ignore", divide="ignore"):
+                parts = {key: 1 / chance[..., key], self.size + key: -lift[..., key] / chance[..., key]}
+            errors.append(self._error(parts))
+        return np.stack(errors, axis=-1)
+
+    def with_self(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Mass with self where query and key group agree, its error, and the lift of it."""
+        mass, error, chance = self.mean("mass").copy(), self.error("mass").copy(), self.mean("chance").copy()
+        one = np.ones(mass.shape[:-2])
+        for query, name in enumerate(QUERY_GROUPS):
+            key = self.names.index(name)
+            mass[..., query, key] += mass[..., query, 0]
+            chance[..., query, key] += chance[..., query, 0]
+            both = {0: np.stack([one, one], -1), key: np.stack([one, one], -1)}
+            error[..., query, key] = self._error(both)[..., query]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return mass, error, mass / chance
+
+    def log_odds(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Log-odds, error and capped log-odds of each query group, repeated for every key group.
+
+        Log-odds are NaN where a mass vanishes; capped they are +-LOG_ODDS_CAP there, NaN only where a group has
+        no keys or both masses vanish.
+        """
+        above, below = self.names.index("masked"), self.names.index("clean")
+        at = {above: 1, self.size + above: -1, below: -1, self.size + below: 1}
+        with np.errstate(invalid="ignore", divide="ignore"):
+            raw = sum(sign * np.log(self.means[..., place]) for place, sign in at.items())
+            error = self._error({place: sign / self.means[..., place] for place, sign in at.items()})
+        no_keys = ~((self.means[..., self.size + above] > 0) & (self.means[..., self.size + below] > 0))
+        capped = np.where(no_keys, np.nan, np.clip(raw, -LOG_ODDS_CAP, LOG_ODDS_CAP))
+        known = np.isfinite(raw)
+        columns = np.where(known, raw, np.nan), np.where(known, error, np.nan), capped
+        return tuple(np.repeat(value[..., None], self.size, axis=-1) for value in columns)
+
+    def _error(self, parts: dict[int, np.ndarray]) -> np.ndarray:
+        places = list(parts)
+        gradient = np.stack([np.broadcast_to(parts[p], self.means.shape[:-1]) for p in places], axis=-1)
+        inner = self.covariance[..., places, :][..., places]
+        with np.errstate(invalid="ignore"):
+            return np.sqrt(np.maximum(np.einsum("...i,...ij,...j->...", gradient, inner, gradient), 0))
 
 
-def output_gram(m: HookedLoopMDM, layer: int) -> Tensor:
-    """W_O W_O^T per head [head, d_head, d_head], so that ||z W_O||^2 = z G z^T."""
-    weight = m.model.get_submodule(f"blocks.{layer}.attn.out").weight
-    per_head = weight.float().T.unflatten(0, (m.cfg.n_heads, m.cfg.d_head))
-    return per_head @ per_head.transpose(-1, -2)
-
-
-@torch.no_grad()
 def mask_attention(
     m: HookedLoopMDM,
     b: MaskedBatch,
@@ -116,98 +183,15 @@ def mask_attention(
 ) -> pd.DataFrame:
     """Masses, chance, lift, log-odds and content by application, head, query and key group.
 
-    Columns: n_loops segment loop layer depth head query_group key_group mask_ratio mass
-    mass_with_self chance lift log_odds content n, and standard errors mass_se, log_odds_se,
-    content_se (over sequences, or over `clusters` [batch] of them). `loop` is missing outside the
-    loop; `mass_with_self` adds the self mass where query and key group agree; log_odds belongs to
-    the query group and stands on each of its rows. Empty groups are NaN with n = 0. Without
-    `by_head` heads are averaged first and `head` is missing. Queries and keys of group "masked" are
-    positions that hold [MASK]; padding is left out.
+    Columns: n_loops segment loop layer depth head query_group key_group mask_ratio mass mass_with_self chance
+    lift log_odds content n, lift_with_self and log_odds_capped, and standard errors mass_se, mass_with_self_se,
+    lift_se, log_odds_se, content_se (over sequences, or over `clusters` [batch] of them). `loop` is missing
+    outside the loop; `mass_with_self` adds the self mass where query and key group agree; log_odds belongs to
+    the query group and stands on each of its rows, and is NaN where a mass vanishes: log_odds_capped is then
+    +-LOG_ODDS_CAP, to which it is also clipped. Empty groups are NaN with n = 0. Without `by_head` heads are
+    averaged first and `head` is missing. Queries and keys of group "masked" are positions that hold [MASK];
+    padding is left out.
     """
-    n_loops = check_count("n_loops", m.cfg.max_loops if n_loops is None else n_loops)
-    if not isinstance(b, MaskedBatch):
-        raise UsageError("mask_attention takes a MaskedBatch; make one with m.mask(text, ratio=.5)")
-    parts = [
-        _sums(m, b.rows(slice(start, start + batch_size)), n_loops, content)
-        for start in range(0, len(b), batch_size)
-    ]
-    chance = torch.cat([part.chance for part in parts]).double().numpy()
-    frames = []
-    for prefix in parts[0].mass:
-        mass = torch.cat([part.mass[prefix] for part in parts]).double().numpy()
-        moved = torch.cat([part.content[prefix] for part in parts]).double().numpy() if content else None
-        frames.append(_application(m, prefix, n_loops, mass, chance, moved, by_head, clusters))
-    frame = pd.concat(frames, ignore_index=True)
-    frame.insert(frame.columns.get_loc("mass"), "mask_ratio", b.mask_ratio)
-    return frame
-
-
-def _sums(m: HookedLoopMDM, b: MaskedBatch, n_loops: int, content: bool) -> GroupSums:
-    masked = b.tokens == m.cfg.mask_token_id
-    real = torch.ones_like(masked) if b.attention_mask is None else b.attention_mask != 0
-    sums = GroupSums(masked, real, lambda layer: output_gram(m, layer), content)
-    hooks: list = [(lambda name: name.endswith("attn.hook_pattern"), sums.see_pattern)]
-    if content:
-        hooks.append((lambda name: name.endswith("attn.hook_v"), sums.see_values))
-    m.run_with_hooks(b.tokens, n_loops=n_loops, attention_mask=b.attention_mask, fwd_hooks=hooks)
-    sums.mass = {prefix: value.cpu() for prefix, value in sums.mass.items()}
-    sums.content = {prefix: value.cpu() for prefix, value in sums.content.items()}
-    sums.chance = sums.chance.cpu()
-    return sums
-
-
-def _application(
-    m: HookedLoopMDM,
-    prefix: str,
-    n_loops: int,
-    mass: np.ndarray,
-    chance: np.ndarray,
-    moved: np.ndarray | None,
-    by_head: bool,
-    clusters: np.ndarray | None,
-) -> pd.DataFrame:
-    """Rows of one application from per-sequence means [n, head, query group, key group]."""
-    if not by_head:
-        mass = mass.mean(1, keepdims=True)
-        moved = None if moved is None else moved.mean(1, keepdims=True)
-    n_heads = mass.shape[1]
-    chances = np.repeat(chance[:, None], n_heads, axis=1)
-    columns = _columns(mass, chances, moved, clusters)
-    grid = pd.MultiIndex.from_product([range(n_heads), QUERY_GROUPS, KEY_GROUPS])
-    frame = pd.DataFrame({name: value.reshape(-1) for name, value in columns.items()})
-    layer, loop = int(prefix.split(".")[-2]), parse_loop(prefix)
-    place = {
-        "n_loops": n_loops,
-        "segment": m.cfg.segment(layer),
-        "loop": pd.array([loop] * len(frame), dtype="Int64"),
-        "layer": layer,
-        "depth": m.cfg.depth(layer, loop or 0, n_loops),
-        "head": pd.array(grid.get_level_values(0) if by_head else [None] * len(frame), dtype="Int64"),
-        "query_group": grid.get_level_values(1),
-        "key_group": grid.get_level_values(2),
-    }
-    return pd.concat([pd.DataFrame(place, index=frame.index), frame], axis=1)
-
-
-def _columns(
-    mass: np.ndarray, chance: np.ndarray, moved: np.ndarray | None, clusters: np.ndarray | None
-) -> dict[str, np.ndarray]:
-    mean, error, n = stats.mean_and_error(mass, clusters)
-    expected, _, _ = stats.mean_and_error(chance)
-    missing = ~(expected > 0)
-    log_odds, log_odds_se = stats.log_ratio_and_error(
-        mass[..., 1], chance[..., 1], mass[..., 2], chance[..., 2], clusters
-    )
-    with_self = mean.copy()
-    with_self[:, 0, 1] += mean[:, 0, 0]
-    with_self[:, 1, 2] += mean[:, 1, 0]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        lift = mean / expected
-    content, content_se, _ = stats.mean_and_error(np.full_like(mass, np.nan) if moved is None else moved, clusters)
-    spread = lambda value: np.repeat(value[..., None], len(KEY_GROUPS), axis=-1)  # noqa: E731
-    columns = {"mass": mean, "mass_se": error, "mass_with_self": with_self, "chance": expected, "lift": lift}
-    columns |= {"log_odds": spread(log_odds), "log_odds_se": spread(log_odds_se)}
-    columns |= {"content": content, "content_se": content_se}
-    columns = {name: np.where(missing, np.nan, value) for name, value in columns.items()}
-    columns["log_odds"], columns["log_odds_se"] = spread(log_odds), spread(log_odds_se)
-    return columns | {"n": np.where(missing, 0, n)}
+    sums = AttentionSums(m, n_loops, content, by_head)
+    check_batch("mask_attention", b, clusters)
+    return summed(sums, b, clusters, batch_size)

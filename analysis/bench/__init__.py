@@ -13,7 +13,7 @@ BENCHMARKS = {
     "caching": forward.caching,
     "masses": forward.masses,
     "import": forward.importing,
-    "compiling": training.compiling,
+    "faster-training": training.faster,
     "throughput": training.throughput,
     "loading": training.loading,
     "resuming": training.resuming,

@@ -1,22 +1,23 @@
 """Effects of interventions on the NELBO, paired by sequence and mask, with intervals."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.interventions.contexts import cut
+from analysis.interventions.contexts import cut, stale
 from analysis.interventions.places import Chosen, Loops
 from loopmdm_model import stats
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.hooked import HookedLoopMDM
 from loopmdm_model.likelihood import loop_losses, nelbo_by_loop, row_sums
 
-CONTROLS = (("masked->masked", False), ("masked->clean", False), ("masked->masked", True))
-"""Edges cut, and whether random edges of equal mass and distance take their place."""
+CONTROLS = (("masked->masked", False), ("masked->clean", False), ("masked->masked", True), ("stale", False))
+"""Edges cut, and whether random edges of equal mass and distance take their place; "stale" cuts none, but feeds
+masked keys' values of loop 0."""
 
 
 def mediated_share(
@@ -34,6 +35,8 @@ def mediated_share(
     batch_size: int = 64,
 ) -> pd.DataFrame:
     """How much of the gain of looping goes through some edges: share = 1 - gain_cut / gain_intact.
+
+    `arms`: edges as `cut` takes them and whether `matched` random ones are cut in their place, or "stale".
 
     gain = NELBO at S = 1 less NELBO at S = n_loops, each arm by its own S = 1; both arms on the explicit attention
     path, with the same sequences and masks. 0: the gain survives the cut; 1: nothing of it is left; below 0 it
@@ -56,7 +59,11 @@ def mediated_share(
     half = stats.t95(int(n) if clusters is None else len(np.unique(clusters)))
     rows = []
     for what, matched in arms:
-        kept, _ = gains(cut(m, what, loops, layers, heads, matched, seed))
+        if what == "stale":
+            arm = _stale(m, loops, layers)
+        else:
+            arm = cut(m, what, loops, layers, heads, matched, seed)
+        kept, _ = gains(arm)
         left, left_se, _ = stats.weighted_mean_and_error(kept, weights, clusters)
         share, error = share_of_gain(intact, kept, weights, clusters)
         rows.append((what, matched, n_loops, float(whole), float(whole_se), float(left), float(left_se), share,
@@ -64,6 +71,13 @@ def mediated_share(
     columns = ["edges", "matched", "n_loops", "gain_intact", "gain_intact_se", "gain", "gain_se", "share",
                "share_se", "low", "high", "n"]  # fmt: skip
     return pd.DataFrame(rows, columns=columns)
+
+
+@contextmanager
+def _stale(m: HookedLoopMDM, loops: Loops, layers: Chosen) -> Iterator[HookedLoopMDM]:
+    """`stale` on the explicit attention path of all arms."""
+    with cut(m, "none"), stale(m, "masked", loops, layers):
+        yield m
 
 
 def share_of_gain(

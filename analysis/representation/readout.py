@@ -1,13 +1,14 @@
-"""What each loop would answer: the coda's read-out after every loop, position by position."""
+"""What each loop would answer: a lens' read-out after every loop, position by position."""
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.representation.change import readout_metrics
-from loopmdm_model.errors import UsageError, check_count
+from analysis.representation.lenses import check_lens, read, readout_metrics
+from analysis.representation.trajectory import check_loops, real_positions
 from loopmdm_model.hooked import HookedLoopMDM
 from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.stopping import Lens
 
 
 class LoopReadout(pd.DataFrame):
@@ -21,41 +22,40 @@ class LoopReadout(pd.DataFrame):
 
 
 @torch.no_grad()
-def read_loops(m: HookedLoopMDM, b: MaskedBatch, n_loops: int | None = None) -> LoopReadout:
-    """What the coda would answer after each loop, at every position.
+def read_loops(m: HookedLoopMDM, b: MaskedBatch, n_loops: int | None = None, lens: Lens = "coda") -> LoopReadout:
+    """What each loop would answer at every position, through the coda or, lens "direct", from the state itself.
 
     Columns: sequence position loop masked true top1 (token pieces, ids without a tokenizer) true_id
-    top1_id p_top1 p_true entropy (nats) correct flipped (best token differs from the loop before).
+    top1_id p_top1 p_true entropy (nats) correct flipped (best token differs from the loop before) lens.
     """
-    n_loops = check_count("n_loops", m.cfg.max_loops if n_loops is None else n_loops)
-    if not isinstance(b, MaskedBatch):
-        raise UsageError("read_loops takes a MaskedBatch; make one with m.mask(text, ratio=.5)")
-    real = torch.ones_like(b.masked) if b.attention_mask is None else b.attention_mask != 0
+    n_loops = check_loops("read_loops", m, b, n_loops)
+    check_lens(lens)
+    real = real_positions(b)
     sequence, position = (index.cpu() for index in torch.nonzero(real, as_tuple=True))
-    frames, before = [], None
+    clean, frames, before = b.clean[real], [], None
     for loop, (state, context) in enumerate(m.states(b.tokens, n_loops, b.attention_mask)):
-        log_probs = m.readout(state, context).float().log_softmax(-1)
-        metrics = readout_metrics(log_probs, None, b.clean)
+        log_probs = read(m, state, context, lens, real)
+        metrics = readout_metrics(log_probs, None, clean)
         best, top = log_probs.max(-1)
         columns = {
             "sequence": sequence,
             "position": position,
             "loop": loop,
             "masked": b.masked[real],
-            "true_id": b.clean[real],
-            "top1_id": top[real],
-            "p_top1": best[real].exp(),
-            "p_true": metrics["p_true"][real],
-            "entropy": metrics["entropy"][real],
-            "correct": top[real] == b.clean[real],
-            "flipped": torch.zeros_like(top[real], dtype=torch.bool) if before is None else (top != before)[real],
+            "true_id": clean,
+            "top1_id": top,
+            "p_top1": best.exp(),
+            "p_true": metrics["p_true"],
+            "entropy": metrics["entropy"],
+            "correct": top == clean,
+            "flipped": torch.zeros_like(top, dtype=torch.bool) if before is None else top != before,
         }
         frames.append(pd.DataFrame({k: v.cpu() if isinstance(v, Tensor) else v for k, v in columns.items()}))
         before = top
     frame = pd.concat(frames, ignore_index=True)
     for name in ("true", "top1"):
         frame.insert(4, name, _pieces(m, frame[f"{name}_id"]))
-    return LoopReadout(frame.sort_values(["sequence", "position", "loop"], ignore_index=True))
+    return LoopReadout(frame.assign(lens=lens).sort_values(["sequence", "position", "loop"], ignore_index=True))
 
 
 def _pieces(m: HookedLoopMDM, ids: pd.Series) -> pd.Series:

@@ -2,11 +2,31 @@
 
 record = record_loops(m, tokens, rules)           one trajectory: losses and criteria after every loop
 stopping_frontier(m, tokens, validation=other)    all rules and thresholds by replay, controls beside them
-noninferiority(record, rule, margin=0.05)         "12 loops become 5 at the same performance": yes or no
+noninferiority(record, fitted, rule)              "12 loops become 5 at the same performance": yes or no
+usefulness(record, fitted)                        better than fixed S, a schedule and its own counts shuffled?
+loop_usage(m, tokens, rule)                       loops by mask ratio, difficulty and token class, both scopes
+stopping_in_sampling(m, rules), usage_by_step     whole sampling runs: quality, FLOPs, time, loops by step
 """
 
 from analysis.stopping.frontier import stopping_frontier
 from analysis.stopping.record import LoopRecord, default_rules, record_loops
-from analysis.stopping.verdicts import calibration, noninferiority
+from analysis.stopping.sampling import stopping_in_sampling, usage_by_step
+from analysis.stopping.usage import frequency_classes, loop_usage, peer_classes, piece_classes
+from analysis.stopping.verdicts import calibration, judge_usefulness, noninferiority, usefulness
 
-__all__ = ["LoopRecord", "calibration", "default_rules", "noninferiority", "record_loops", "stopping_frontier"]
+__all__ = [
+    "LoopRecord",
+    "calibration",
+    "default_rules",
+    "frequency_classes",
+    "judge_usefulness",
+    "loop_usage",
+    "noninferiority",
+    "peer_classes",
+    "piece_classes",
+    "record_loops",
+    "stopping_frontier",
+    "stopping_in_sampling",
+    "usage_by_step",
+    "usefulness",
+]

@@ -1,7 +1,7 @@
 """Quality against FLOPs for all rules and thresholds, off one record, with controls and the oracle."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.stopping.record import LoopRecord, noise_schedule, record_loops
+from analysis.stopping.controls import Ladder, best_schedules, fitted_schedules, shuffled
+from analysis.stopping.record import LoopRecord, noise_bins, record_loops
 from loopmdm_model import stats
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.masking import MaskedBatch
@@ -36,10 +37,11 @@ def stopping_frontier(
 
     Besides the rules: "fixed" (every S), "noise-schedule" (loops by mask ratio, fitted on validation) and
     "oracle" (looks at the answer). Columns: rule threshold mask_ratio (bin's middle; NaN: all) mean_loops flops
-    (a sequence, the rule's own reading included) nll nll_se accuracy; against_fixed: nll less that of fixed S at
-    equal FLOPs (a mixture of two neighbours), against_shuffled: less that of the rule's own loop counts shuffled
-    over sequences within bins of mask ratio, each paired, with _se; n rows. Below 0 the rule is better; one that
-    is not below 0 on both spends its loops no better than chance would.
+    (a sequence, the rule's own reading included) nll accuracy; against_fixed and against_schedule: nll less that
+    of fixed S and of the mask-ratio schedule at equal FLOPs (a mixture of two neighbours); against_shuffled: less
+    that of the rule's own loop counts shuffled over sequences within bins of mask ratio; all paired, each with
+    _se; n rows in n_units sequences or clusters. Below 0 the rule is better; one that is not below 0 on all three
+    spends its loops no better than something simpler would. Bins without rows are NaN with n = 0.
     """
     check_count("n_thresholds", n_thresholds)
     options: dict[str, Any] = {"n_samples": n_samples, "batch_size": batch_size}
@@ -52,33 +54,40 @@ def stopping_frontier(
 
 def frontier(record: LoopRecord, fitted: LoopRecord, n_thresholds: int = 20) -> pd.DataFrame:
     """As `stopping_frontier`, from records: thresholds and schedules from `fitted`, numbers from `record`."""
-    if record.max_loops != fitted.max_loops or record.rules.keys() != fitted.rules.keys():
-        raise UsageError("the two records differ in max_loops or rules; make both with the same")
+    check_pair(record, fitted)
+    contest = Contest.of(record, fitted)
     rows = []
     for loops in range(1, record.max_loops + 1):
-        rows += _rows(record, "fixed", loops, torch.full_like(record.n_masked, loops), record.flops())
+        rows += contest.rows("fixed", loops, torch.full_like(record.n_masked, loops))
     for name, rule in record.rules.items():
         for threshold in thresholds(fitted, name, n_thresholds):
-            used = stopped_at(record, name, threshold)
-            rows += _rows(record, name, threshold, used, record.flops(rule))
-    for price in _prices(fitted, n_thresholds):
-        schedule = noise_schedule(fitted, price, N_BINS)
-        place = _bins(record)
-        used = torch.tensor(schedule.loops)[place]
-        rows += _rows(record, "noise-schedule", price, used, record.flops())
-        used = oracle_loops(record.losses, record.flops().mean(1), price)
-        rows += _rows(record, "oracle", price, used, record.flops())
+            rows += contest.rows(name, threshold, stopped_at(record, name, threshold), record.flops(rule))
+    place = noise_bins(record, N_BINS)
+    for price, schedule in fitted_schedules(fitted, n_thresholds, N_BINS):
+        rows += contest.rows("noise-schedule", price, torch.tensor(schedule.loops)[place])
+        rows += contest.rows("oracle", price, oracle_loops(record.losses, record.flops().mean(1), price))
     return pd.DataFrame(rows)
 
 
+def check_pair(record: LoopRecord, fitted: LoopRecord) -> None:
+    """UsageError unless the two records tell of the same rules over the same loops."""
+    if record.max_loops != fitted.max_loops or record.rules.keys() != fitted.rules.keys():
+        raise UsageError("the two records differ in max_loops or rules; make both with the same")
+
+
 def thresholds(record: LoopRecord, name: str, n: int) -> list[float]:
-    """`n` quantiles of a rule's criterion over loops and rows, distinct, so that few and many loops both occur."""
+    """About `n` quantiles of a rule's criterion over loops and rows, distinct, so that few and many loops occur.
+
+    Each lies halfway between two values that occurred: rounding does not decide who stops.
+    """
     values = record.criteria[name]
-    known = values[torch.isfinite(values)].numpy()
+    known = values[torch.isfinite(values)].double().numpy()
     if not len(known):
         raise UsageError(f"{name}: its criterion exists nowhere in {record.max_loops} loops; raise max_loops")
-    quantiles = np.quantile(known, np.linspace(0, 1, n + 2)[1:-1])
-    return sorted({float(value) * (1 + 1e-6) + 1e-12 for value in quantiles})  # above it also in 32 bits
+    found = np.unique(known)
+    between = np.append((found[:-1] + found[1:]) / 2, found[-1] * (1 + 1e-6) + 1e-12)
+    place = np.searchsorted(found, np.quantile(known, np.linspace(0, 1, n + 2)[1:-1]), side="right") - 1
+    return between[np.unique(place)].tolist()
 
 
 def stopped_at(record: LoopRecord, name: str, threshold: float) -> Tensor:
@@ -87,57 +96,72 @@ def stopped_at(record: LoopRecord, name: str, threshold: float) -> Tensor:
     return rule.replay(record.criteria[name])
 
 
-def _prices(record: LoopRecord, n: int) -> list[float]:
-    """Nats per FLOP from "all loops" to "one loop", on a logarithmic scale."""
-    step = float(record.flops()[1:].mean() - record.flops()[:-1].mean()) if record.max_loops > 1 else 1.0
-    return [float(price) for price in np.logspace(-4, 0.5, n) / max(step, 1.0)]
+@dataclass(frozen=True)
+class Group:
+    """Rows that are reported together: all of them (`mask_ratio` NaN), or a bin's."""
+
+    mask_ratio: float
+    member: np.ndarray
+    clusters: np.ndarray
+    n_units: int
+    ladders: dict[str, Ladder]
 
 
-def _bins(record: LoopRecord) -> Tensor:
-    return (record.mask_ratio * N_BINS).ceil().long().sub(1).clamp(0, N_BINS - 1)
+@dataclass(frozen=True)
+class Contest:
+    """A record with its controls, before which any number of loop counts can be brought."""
+
+    record: LoopRecord
+    place: Tensor
+    groups: list[Group]
+
+    @classmethod
+    def of(cls, record: LoopRecord, fitted: LoopRecord) -> "Contest":
+        """The control "schedule" is the best that `fitted` knows at any price."""
+        place = (record.mask_ratio * N_BINS).ceil().long().sub(1).clamp(0, N_BINS - 1)
+        counts = [torch.tensor(plan)[noise_bins(record, N_BINS)] for plan in best_schedules(fitted, N_BINS)]
+        cost, owner = record.flops(), np.unique(record.clusters, return_inverse=True)[1]
+        ladders = {
+            "fixed": (record.losses.numpy(), cost.numpy()),
+            "schedule": tuple(
+                torch.stack([record.at(values, used) for used in counts]).numpy()
+                for values in (record.losses, cost)
+            ),
+        }
+        groups = []
+        for number in (None, *range(N_BINS)):
+            member = np.flatnonzero(np.ones(len(place)) if number is None else (place == number).numpy())
+            pairs = ladders.items() if len(member) else ()
+            own = {name: Ladder(losses[:, member], costs[:, member]) for name, (losses, costs) in pairs}
+            middle = float("nan") if number is None else (number + 0.5) / N_BINS
+            units = len(np.unique(owner[member]))
+            groups.append(Group(middle, member, owner[member], units, own))
+        return cls(record, place, groups)
+
+    def rows(self, name: str, threshold: float, used: Tensor, cost: Tensor | None = None) -> list[dict[str, Any]]:
+        """One row a group for the loop counts `used` [row]; `cost` [loop, row] defaults to that of fixed S."""
+        record = self.record
+        spent = record.at(record.flops() if cost is None else cost, used).numpy()
+        losses, correct = record.at(record.losses, used).numpy(), record.at(record.correct, used).numpy()
+        chance = losses - shuffled(record, used, self.place).numpy()
+        loops, rows = used.double().numpy(), []
+        for group in self.groups:
+            member = group.member
+            values = {"nll": losses[member], "accuracy": correct[member]}
+            for control, ladder in group.ladders.items():
+                values[f"against_{control}"] = ladder.against(losses[member], spent[member])
+            values["against_shuffled"] = chance[member]
+            row = {"rule": name, "threshold": float(threshold), "mask_ratio": group.mask_ratio}
+            row |= {"mean_loops": _mean(loops[member]), "flops": _mean(spent[member])}
+            if not len(member):
+                rows.append(row | {"n": 0, "n_units": 0})
+                continue
+            means, errors, n = stats.mean_and_error(np.stack(list(values.values()), axis=1), group.clusters)
+            for place, label in enumerate(values):
+                row |= {label: float(means[place]), f"{label}_se": float(errors[place])}
+            rows.append(row | {"n": int(n[0]), "n_units": group.n_units})
+        return rows
 
 
-def _rows(record: LoopRecord, name: str, threshold: float, used: Tensor, cost: Tensor) -> list[dict]:
-    place = _bins(record)
-    losses, spent = record.at(record.losses, used), record.at(cost.expand_as(record.losses), used)
-    correct = record.at(record.correct, used)
-    shuffled = losses - _shuffled(record, used, place)
-    rows = []
-    for number in (None, *range(N_BINS)):
-        member = torch.ones_like(place, dtype=torch.bool) if number is None else place == number
-        if not member.any():
-            continue
-        mean = float(spent[member].mean())
-        fixed = losses[member] - _fixed_at(record, mean, member)
-        owner = record.clusters[member.numpy()]
-        row = {
-            "rule": name, "threshold": float(threshold),
-            "mask_ratio": float("nan") if number is None else (number + 0.5) / N_BINS,
-            "mean_loops": float(used[member].double().mean()), "flops": mean,
-        }  # fmt: skip
-        for label, values in (("nll", losses[member]), ("accuracy", correct[member]), ("against_fixed", fixed),
-                              ("against_shuffled", shuffled[member])):  # fmt: skip
-            centre, error, n = stats.mean_and_error(values.numpy(), owner)
-            row |= {label: float(centre), f"{label}_se": float(error), "n": int(n)}
-        rows.append(row)
-    return rows
-
-
-def _fixed_at(record: LoopRecord, flops: float, member: Tensor) -> Tensor:
-    """Loss [row] of a mixture of two fixed S that costs `flops` on average; the nearest S beyond the ends."""
-    cost = record.flops()[:, member].mean(1).numpy()
-    place = float(np.interp(flops, cost, np.arange(len(cost))))
-    low = min(int(place), len(cost) - 1)
-    high, share = min(low + 1, len(cost) - 1), place - low
-    losses = record.losses[:, member]
-    return (1 - share) * losses[low] + share * losses[high]
-
-
-def _shuffled(record: LoopRecord, used: Tensor, place: Tensor) -> Tensor:
-    """Expected loss [row] if the rule's counts were handed out at random within the row's bin: exact."""
-    expected = torch.zeros_like(record.losses[0])
-    for number in place.unique():
-        member = place == number
-        counts = torch.bincount(used[member] - 1, minlength=record.max_loops).double()
-        expected[member] = (counts / counts.sum()) @ record.losses[:, member]
-    return expected
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else float("nan")

@@ -4,7 +4,7 @@ A rule of scope "sequence" changes nothing before it stops, so that any number o
 replayed exactly from one record within one forward. Scope "token" and sampling have to be run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,13 +16,14 @@ from loopmdm_model import flops
 from loopmdm_model.adaptive import spread_change
 from loopmdm_model.config import LoopMDMConfig
 from loopmdm_model.errors import UsageError, check_count
-from loopmdm_model.likelihood import check_clean, draw_masks, row_cross_entropy, row_sums
+from loopmdm_model.likelihood import check_clean, draw_masks, row_sums
 from loopmdm_model.masking import MaskedBatch
 from loopmdm_model.model import LoopedModel
 from loopmdm_model.stopping import (
     RULES,
     ArgmaxStable,
     EntropyDelta,
+    FixedLoops,
     KLDelta,
     LensRule,
     LoopView,
@@ -44,9 +45,11 @@ def default_rules(max_loops: int) -> list[StoppingRule]:
 
 
 def rule_name(rule: StoppingRule) -> str:
-    """Its name on the command line, with what differs from the usual: "kl-delta direct"."""
-    name = next((name for name, kind in RULES.items() if type(rule) is kind), type(rule).__name__)
-    return f"{name} direct" if isinstance(rule, LensRule) and rule.lens == "direct" else name
+    """Its name on the command line, with what differs from the usual: "kl-delta direct", "state-delta token"."""
+    known = RULES | {"fixed": FixedLoops, "noise-schedule": NoiseSchedule}
+    name = next((name for name, kind in known.items() if type(rule) is kind), type(rule).__name__)
+    name += " direct" if isinstance(rule, LensRule) and rule.lens == "direct" else ""
+    return f"{name} token" if rule.scope == "token" else name
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,9 @@ class LoopRecord:
     """What happened after every loop: row r is one sequence under one mask.
 
     `losses` and `correct` [loop, row]: mean cross-entropy (nats) and share right over the row's masked positions;
-    `criteria` by rule name, each [loop, row]; `n_masked`, `mask_ratio`, `sequence` [row]; `clusters` [row].
+    `criteria` by rule name, each [loop, row]; `n_masked` [row]; `mask_ratio` [row], the share of maskable
+    positions that are masked, and `noise` [row], the share of real ones, which is what `NoiseSchedule` looks at
+    (they differ where a prompt is condition); `clusters` [row].
     """
 
     losses: Float[Tensor, "loop row"]
@@ -63,6 +68,7 @@ class LoopRecord:
     rules: dict[str, StoppingRule]
     n_masked: Int[Tensor, " row"]
     mask_ratio: Float[Tensor, " row"]
+    noise: Float[Tensor, " row"]
     clusters: np.ndarray
     cfg: LoopMDMConfig
     length: int
@@ -116,32 +122,35 @@ def record_loops(
             raise UsageError(f"{name} may run {rule.max_loops} loops, the record has {most}; raise max_loops")
     if len(named) < len(asked):
         raise UsageError("two rules have one name; give each kind once, thresholds are swept")
-    draws = _draws(m, data, n_samples, maskable, seed)
+    draws = masked_draws(m, data, n_samples, maskable, seed)
     owner = np.arange(len(draws[0])) if clusters is None else np.asarray(clusters)
-    losses, correct, counts, ratios = [], [], [], []
+    losses, correct, counts, ratios, noise = [], [], [], [], []
     criteria: dict[str, list[Tensor]] = {name: [] for name in named}
     for draw in draws:
         for start in range(0, len(draw), batch_size):
             part = draw.rows(slice(start, start + batch_size))
-            seen = _Recorder(named, part)
-            m.run(part.tokens, most, attention_mask=part.attention_mask, rows=part.masked, on_loop=seen)
+            seen, nobody = _Recorder(named, part, _reader(m, part)), torch.zeros_like(part.masked)
+            m.run(part.tokens, most, attention_mask=part.attention_mask, rows=nobody, on_loop=seen)
             losses.append(torch.stack(seen.losses).cpu())
             correct.append(torch.stack(seen.correct).cpu())
             for name in named:
                 criteria[name].append(torch.stack(seen.criteria[name]).cpu())
             counts.append(part.masked.sum(-1).cpu())
-            size = part.maskable if part.maskable is not None else torch.ones_like(part.masked)
-            ratios.append((part.masked.sum(-1) / size.sum(-1)).cpu())
+            real = torch.ones_like(part.masked) if part.attention_mask is None else part.attention_mask != 0
+            size = real if part.maskable is None else part.maskable
+            ratios.append(counts[-1].double() / size.sum(-1).cpu())
+            noise.append(counts[-1].double() / real.sum(-1).cpu())
     joined = {name: torch.cat(values, dim=1) for name, values in criteria.items()}
     return LoopRecord(
-        torch.cat(losses, 1), torch.cat(correct, 1), joined, named, torch.cat(counts), torch.cat(ratios).double(),
-        np.tile(owner, len(draws)), m.cfg, draws[0].tokens.shape[1],
+        torch.cat(losses, 1), torch.cat(correct, 1), joined, named, torch.cat(counts), torch.cat(ratios),
+        torch.cat(noise), np.tile(owner, len(draws)), m.cfg, draws[0].tokens.shape[1],
     )  # fmt: skip
 
 
-def _draws(
+def masked_draws(
     m: LoopedModel, data: Tensor | MaskedBatch, n_samples: int, maskable: Tensor | None, seed: int
 ) -> list[MaskedBatch]:
+    """`data` masked as in the NELBO, a batch a draw, or as it is; every sequence has something to predict."""
     if isinstance(data, MaskedBatch):
         if not bool(data.masked.any(-1).all()):
             raise UsageError("a sequence has no masked position: nothing to read; leave it out")
@@ -155,40 +164,97 @@ def _draws(
     ]
 
 
-class _Recorder:
-    """Called after every loop."""
+def _reader(m: LoopedModel, part: MaskedBatch) -> Callable[[Tensor], Tensor]:
+    """What the model would answer at the masked positions from a state; nobody listens to it."""
+    core = getattr(m, "model", m)
+    context = core.context(part.tokens, part.attention_mask)
+    return lambda state: core.readout(state, context, rows=part.masked)
 
-    def __init__(self, rules: dict[str, StoppingRule], part: MaskedBatch):
-        self.rules, self.part = rules, part
+
+class _Recorder:
+    """Called after every loop; a read-out's probabilities are computed once for all who look at them."""
+
+    def __init__(self, rules: dict[str, StoppingRule], part: MaskedBatch, read: Callable[[Tensor], Tensor]):
+        self.rules, self.part, self.read = rules, part, read
         self.losses: list[Tensor] = []
         self.correct: list[Tensor] = []
         self.criteria: dict[str, list[Tensor]] = {name: [] for name in rules}
         self.before: dict[str, Tensor | None] = dict.fromkeys(rules)
+        self.answers: dict[str, Answers] = {}
 
     def __call__(self, view: LoopView) -> None:
         assert view.read is not None
-        masked = self.part.masked
-        logits, count = view.read("coda", masked), masked.sum(-1)
-        self.losses.append(row_sums(row_cross_entropy(logits, self.part), self.part) / count)
-        right = (logits.argmax(-1) == self.part.clean[masked]).double()
-        self.correct.append(row_sums(right, self.part) / count)
-        direct = None
+        masked, truth = self.part.masked, self.part.clean[self.part.masked]
+        last, self.answers = self.answers, {}
+        lenses = {"coda"} | {rule.lens for rule in self.rules.values() if isinstance(rule, LensRule)}
+        for lens in sorted(lenses):
+            logits = self.read(view.state) if lens == "coda" else view.read(lens, masked)
+            self.answers[lens] = Answers.of(logits, last.get(lens))
+        answers, count = self.answers["coda"], masked.sum(-1)
+        nats = -answers.log_probs.gather(-1, truth[:, None].long())[:, 0].double()
+        self.losses.append(row_sums(nats, self.part) / count)
+        self.correct.append(row_sums((answers.top == truth).double(), self.part) / count)
         for name, rule in self.rules.items():
-            if isinstance(rule, LensRule):
-                rows = rule.group(view.masked, view.real)
-                if torch.equal(rows, masked):
-                    direct = view.read("direct", masked) if rule.lens == "direct" and direct is None else direct
-                    read = logits if rule.lens == "coda" else direct
-                else:
-                    read = view.read(rule.lens, rows)
-                reading = rule.read(read)
-                value = rule.reduce(spread_change(rule, reading, self.before[name], rows), rows)
-                self.before[name] = reading
-            else:
-                value = rule.criterion(view)
+            value = self._lens(name, rule, view, last) if isinstance(rule, LensRule) else rule.criterion(view)
             if value is None:
                 value = torch.full((len(masked),), float("nan"))
             self.criteria[name].append(value.float())
+
+    def _lens(self, name: str, rule: LensRule, view: LoopView, last: dict[str, "Answers"]) -> Tensor:
+        rows = rule.group(view.masked, view.real)
+        if type(rule) in SHARED and torch.equal(rows, self.part.masked):
+            values = torch.full(rows.shape, float("nan"), device=rows.device)
+            if last:
+                values[rows] = SHARED[type(rule)](self.answers[rule.lens], last[rule.lens])
+            return rule.reduce(values, rows)
+        assert view.read is not None
+        reading, before = rule.read(view.read(rule.lens, rows)), self.before[name]
+        self.before[name] = reading
+        return rule.reduce(spread_change(rule, reading, before, rows), rows)
+
+
+BLOCK = 2**18
+"""Numbers worked on at a time, so that they stay in the processor's cache."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One read-out: `log_probs` [row, d_vocab], [MASK] at -1e9; `entropy`, `top` token, `kl` to the last [row]."""
+
+    log_probs: Float[Tensor, "row d_vocab"]
+    entropy: Float[Tensor, " row"]
+    top: Int[Tensor, " row"]
+    kl: Float[Tensor, " row"]
+
+    @classmethod
+    def of(cls, logits: Float[Tensor, "row d_vocab"], before: "Answers | None") -> "Answers":
+        """From logits, as the rules would compute it, block by block of rows."""
+        size = max(1, BLOCK // logits.shape[-1])
+        log_probs = torch.empty_like(logits, dtype=torch.float32)
+        parts = []
+        for start in range(0, len(logits), size):
+            span = slice(start, start + size)
+            block = logits[span].float().log_softmax(-1).clamp_(min=-1e9)
+            log_probs[span], p = block, block.exp()
+            kl = torch.full_like(block[:, 0], float("nan"))
+            if before is not None:
+                kl = (p * (block - before.log_probs[span])).sum(-1).clamp_(min=0.0)
+            top = torch.from_numpy(block.cpu().numpy().argmax(-1)).to(block.device)  # torch's is many times slower
+            parts.append((-(p * block).sum(-1), top, kl))
+        return cls(log_probs, *(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+SHARED: dict[type[StoppingRule], Callable[[Answers, Answers], Tensor]] = {
+    KLDelta: lambda now, before: now.kl,  # noqa: ARG005
+    EntropyDelta: lambda now, before: (now.entropy - before.entropy).abs(),
+    ArgmaxStable: lambda now, before: (now.top != before.top).float(),
+}
+"""What these rules' `read` and `change` come to."""
+
+
+def noise_bins(record: LoopRecord, n_bins: int) -> Int[Tensor, " row"]:
+    """The bin of a `NoiseSchedule` with `n_bins` counts that each row falls into."""
+    return (record.noise * n_bins).ceil().long().sub(1).clamp(0, n_bins - 1)
 
 
 def noise_schedule(record: LoopRecord, price: float, n_bins: int = 5) -> NoiseSchedule:
@@ -196,7 +262,7 @@ def noise_schedule(record: LoopRecord, price: float, n_bins: int = 5) -> NoiseSc
 
     Empty bins take the count of the nearest bin that has rows.
     """
-    place = (record.mask_ratio * n_bins).ceil().long().sub(1).clamp(0, n_bins - 1)
+    place = noise_bins(record, n_bins)
     cost = record.losses + price * record.flops()
     best = {int(number): int(cost[:, place == number].mean(1).argmin()) + 1 for number in place.unique().tolist()}
     loops = [best[min(best, key=lambda known: abs(known - number))] for number in range(n_bins)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import frames, provenance, zoo
-from analysis.tables import internals, quality, training
+from analysis.tables import internals, quality, science, training
 from loopmdm_model.errors import unknown_name
 
 
@@ -80,13 +80,13 @@ TABLES = {
     for item in (
         Table(
             "mask-attention",
-            internals.LOOPED,
+            science.looped(),
             ("model", "loop", "mass", "log_odds"),
             internals.mask_attention_table,
         ),
         Table(
             "representation-change",
-            internals.LOOPED,
+            science.LOOPED,
             ("model", "loop", "metric", "value"),
             internals.representation_table,
         ),
@@ -106,15 +106,9 @@ TABLES = {
         Table("references", TEXT, ("task", "reference", "nll"), quality.references_table),
         Table(
             "noise-level",
-            internals.LOOPED,
+            science.looped(),
             ("model", "n_loops", "gain"),
-            lambda: quality.evaluated("noise-level", internals.LOOPED),
-        ),
-        Table(
-            "sudoku-orders",
-            ("sudoku-base", "sudoku-loop"),
-            ("model", "n_loops", "n_clues", "order", "solve_rate"),
-            lambda: quality.evaluated("solve-rate", ("sudoku-base", "sudoku-loop"), counts=(1, 2, 6, 12)),
+            lambda: quality.evaluated("noise-level", science.looped()),
         ),
         Table(
             "zero-shot",
@@ -127,6 +121,33 @@ TABLES = {
             TEXT,
             ("model", "n_loops", "steps", "judge_nll", "unigram_entropy"),
             quality.generative_table,
+        ),
+        Table(
+            "attention-controls",
+            science.controls(),
+            ("model", "arm", "seed", "depth", "log_odds"),
+            science.controls_table,
+        ),
+        Table(
+            "stopping-verdicts",
+            science.looped(),
+            ("model", "rule", "verdict", "useful"),
+            science.verdicts_table,
+        ),
+        Table(
+            "attention-along-sampling",
+            science.LOOPED,
+            ("model", "step", "loop", "log_odds"),
+            lambda: science.measured("mask-attention-pooled", science.LOOPED, n=64, along_sampling=16),
+        ),
+        *(
+            Table(
+                name,
+                models,
+                ("model", *columns),
+                lambda name=name, models=models, options=options: science.measured(name, models, **options),
+            )
+            for name, models, columns, options in science.PLAIN
         ),
     )
 }

@@ -1,57 +1,35 @@
 """Tables of what happens inside: attention between groups, change of the state, maps of one sequence."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pandas as pd
 import torch
 
 from analysis import zoo
-from loopmdm_model.data.batches import spread
+from analysis.tables.science import LOOPED, looped, measured
 from loopmdm_model.masking import mask_tokens
 
-LOOPED = ("sotu-loop", "sudoku-loop")
 RATIOS = (0.25, 0.5, 0.75)
-N_SEQUENCES, READ_TO = 256, 3
-
-
-def _looped_batches() -> Iterator[tuple]:
-    """(model name, model, mask ratio, masked test batch, clusters) for each looped model and ratio."""
-    for name in LOOPED:
-        m, test = zoo.opened(name)
-        tokens, clusters = spread(test.tokens, N_SEQUENCES), None
-        if test.clusters is not None:
-            clusters = spread(torch.from_numpy(test.clusters), N_SEQUENCES).numpy()
-        for ratio in RATIOS:
-            b = mask_tokens(tokens, m.cfg.mask_token_id, mask_ratio=ratio, seed=0)
-            yield name, m, ratio, b, clusters
+READ_TO = 3
 
 
 def mask_attention_table() -> pd.DataFrame:
-    """Group masses of the looped models to 3 x S_max, pooled over heads and by head."""
-    from analysis.attention import mask_attention
+    """Group masses to S_max and 3 x S_max, heads pooled, of every looped model; by head of seed 0 to S_max.
 
+    Seeds beyond the first at half masked only.
+    """
     rows = []
-    for name, m, ratio, b, clusters in _looped_batches():
-        for n_loops, by_head in (
-            (zoo.s_max(name), False),
-            (READ_TO * zoo.s_max(name), False),
-            (zoo.s_max(name), True),
-        ):
-            frame = mask_attention(m, b, n_loops, by_head=by_head, clusters=clusters)
-            rows.append(frame.assign(model=name, nominal_mask_ratio=ratio))
+    for name in looped():
+        ratios = RATIOS if name in LOOPED else RATIOS[1:2]
+        for read_to in (1, READ_TO):
+            rows.append(measured("mask-attention-pooled", (name,), ratios, read_to=read_to))
+        if name in LOOPED:
+            rows.append(measured("mask-attention", (name,), ratios))
     return pd.concat(rows, ignore_index=True)
 
 
 def representation_table() -> pd.DataFrame:
     """Loop-wise change of the looped models to 3 x S_max."""
-    from analysis.representation import representation_change
-
-    rows = []
-    for name, m, ratio, b, clusters in _looped_batches():
-        frame = representation_change(m, b, READ_TO * zoo.s_max(name), clusters=clusters)
-        rows.append(frame.assign(model=name, nominal_mask_ratio=ratio))
-    return pd.concat(rows, ignore_index=True)
+    return measured("representation-change", LOOPED, RATIOS, read_to=READ_TO)
 
 
 def attention_maps_table() -> pd.DataFrame:

@@ -84,9 +84,7 @@ def solve_rate_table() -> pd.DataFrame:
 
 
 def _solve_rates(model: zoo.Shipped, loops: int) -> pd.DataFrame:
-    return cached(
-        model.name, ["one-shot by S", loops, CLUES, N_PUZZLES], partial(_one_shot, model.name, loops)
-    )
+    return cached(model.name, ["one-shot by S", loops, CLUES, N_PUZZLES], partial(_one_shot, model.name, loops))
 
 
 def _one_shot(name: str, loops: int) -> pd.DataFrame:

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.attention import mask_attention
-from analysis.attention.masses import GroupSums
+from analysis.attention import LOG_ODDS_CAP, AttentionSums, mask_attention
+from analysis.attention.groups import MASKED_OR_CLEAN, Seen, States, group_chances, group_masses
 from loopmdm_model.errors import UsageError
 from loopmdm_model.hooked import HookedLoopMDM
 from loopmdm_model.masking import MaskedBatch, mask_tokens
@@ -83,11 +83,11 @@ def test_masses_sum_to_one_over_key_groups(hooked, batch):
 def test_three_by_three_by_hand():
     # One head; keys 0 and 1 masked, key 2 clean.
     pattern = torch.tensor([[[[0.5, 0.3, 0.2], [0.1, 0.7, 0.2], [0.25, 0.25, 0.5]]]])
-    sums = GroupSums(torch.tensor([[True, True, False]]), torch.ones(1, 3).bool(), lambda layer: None, False)
-    sums.see_pattern(pattern, type("Hook", (), {"name": "loop.0.blocks.1.attn.hook_pattern"}))
-    mass = sums.mass["loop.0.blocks.1."][0, 0]
-    torch.testing.assert_close(mass, torch.tensor([[0.6, 0.2, 0.2], [0.5, 0.5, 0.0]]))
-    torch.testing.assert_close(sums.chance[0], torch.tensor([[1, 1, 1], [1, 2, 0]]) / 3)
+    states = States(torch.tensor([[True, True, False]]), torch.ones(1, 3).bool())
+    seen = Seen("loop.0.blocks.1.", 1, 0, pattern, None, states)
+    keys = MASKED_OR_CLEAN.members(seen)
+    torch.testing.assert_close(group_masses(seen, keys)[0, 0], torch.tensor([[0.6, 0.2, 0.2], [0.5, 0.5, 0.0]]))
+    torch.testing.assert_close(group_chances(states, keys)[0, 0], torch.tensor([[1, 1, 1], [1, 2, 0]]) / 3)
 
 
 def planted(bias_of_masked_keys: float) -> HookedLoopMDM:
@@ -175,3 +175,98 @@ def test_misuse_is_refused(hooked, batch):
     with pytest.raises(UsageError, match="n_loops"):
         mask_attention(hooked, batch, n_loops=0)
     assert math.isnan(mask_attention(hooked, batch.rows(slice(0, 1)), n_loops=1)["mass_se"].iloc[0])
+
+
+PLACE = ["depth", "head", "query_group", "key_group"]
+
+
+@pytest.mark.parametrize("clusters", [None, np.array([0, 0, 1, 2, 2, 1, 3, 0])])
+def test_shards_add_up_to_the_whole_with_their_errors(hooked, clusters):
+    tokens = torch.randint(0, 22, (8, 10), generator=torch.Generator().manual_seed(5))
+    b = mask_tokens(tokens, 22, t=0.4, seed=3)
+    whole = mask_attention(hooked, b, n_loops=2, clusters=clusters)
+    parts = []
+    for span in (slice(0, 3), slice(3, 4), slice(4, 8)):  # clusters 0, 1 and 2 go over shards
+        labels = None if clusters is None else clusters[span]
+        parts.append(AttentionSums(hooked, 2).add(b.rows(span), labels))
+    merged = parts[2].merge(parts[0]).merge(parts[1]).frame()
+    pd.testing.assert_frame_equal(
+        merged.sort_values(PLACE, ignore_index=True), whole.sort_values(PLACE, ignore_index=True), atol=1e-6, rtol=0
+    )
+    assert whole["mass_se"].notna().any()
+
+
+def test_errors_are_those_of_the_sequences_means(hooked):
+    from loopmdm_model import stats
+
+    tokens = torch.randint(0, 22, (9, 10), generator=torch.Generator().manual_seed(6))
+    b, clusters = mask_tokens(tokens, 22, t=0.5, seed=3), np.arange(9) // 2
+    each = [mask_attention(hooked, b.rows(slice(i, i + 1)), n_loops=1) for i in range(9)]
+    mass, chance = (np.stack([frame[name].fillna(0) for frame in each]) for name in ("mass", "chance"))
+    for labels in (None, clusters):
+        whole = mask_attention(hooked, b, n_loops=1, clusters=labels, batch_size=4)
+        np.testing.assert_allclose(whole["mass_se"], stats.mean_and_error(mass, labels)[1], rtol=1e-5)
+        masked, clean = whole["key_group"] == "masked", whole["key_group"] == "clean"
+        value, error = stats.log_ratio_and_error(
+            mass[:, masked], chance[:, masked], mass[:, clean], chance[:, clean], labels
+        )
+        np.testing.assert_allclose(whole.loc[masked, "log_odds"], value, rtol=1e-5)
+        np.testing.assert_allclose(whole.loc[masked, "log_odds_se"], error, rtol=1e-4)
+
+
+def attends(to_self: bool) -> HookedLoopMDM:
+    """A model that attends to masked keys only, evenly; with or without its own."""
+    m = HookedLoopMDM(toy_config())
+
+    def plant(scores, hook):
+        masked = (planted_batch().tokens == 22)[:, None, None, :].expand_as(scores)
+        own = torch.eye(scores.shape[-1], dtype=torch.bool)
+        return torch.zeros_like(scores).masked_fill(~masked | (own & (not to_self)), float("-inf"))
+
+    m.add_hook(lambda name: name.endswith("hook_attn_scores"), plant, is_permanent=True)
+    return m
+
+
+def test_attending_to_masked_keys_alone_has_the_largest_lift_and_the_log_odds_cap():
+    t, masked = 12, 6
+    frame = mask_attention(attends(to_self=True), planted_batch(), n_loops=2)
+    m_to_m = rows(frame, "masked", "masked")
+    np.testing.assert_allclose(m_to_m["lift_with_self"], t / masked, rtol=1e-5)
+    frame = mask_attention(attends(to_self=False), planted_batch(), n_loops=2)
+    np.testing.assert_allclose(rows(frame, "masked", "masked")["lift"], t / (masked - 1), rtol=1e-5)
+    np.testing.assert_allclose(frame["log_odds_capped"], LOG_ODDS_CAP)
+    assert frame["log_odds"].isna().all()  # a mass vanishes: no silent number
+    assert LOG_ODDS_CAP == pytest.approx(math.log(1e6))
+
+
+def test_capped_log_odds_agree_below_the_cap_and_need_both_groups(hooked, clean, batch):
+    frame = mask_attention(hooked, batch, n_loops=1)
+    np.testing.assert_allclose(frame["log_odds_capped"], frame["log_odds"])
+    np.testing.assert_allclose(mask_attention(planted(-60.0), planted_batch())["log_odds_capped"], -LOG_ODDS_CAP)
+    assert mask_attention(hooked, mask_tokens(clean, 22, mask_ratio=1.0))["log_odds_capped"].isna().all()
+
+
+def test_a_batch_size_changes_nothing_and_sums_stay_small(hooked, clean):
+    b = mask_tokens(clean, 22, t=0.5, seed=8)
+    pd.testing.assert_frame_equal(mask_attention(hooked, b, batch_size=1), mask_attention(hooked, b), atol=1e-6)
+    sums = AttentionSums(hooked, 3)
+    sizes = []
+    for _ in range(3):
+        sums.add(b)
+        sizes.append(sum(part._products.nbytes + part._mean.nbytes for part in sums.moments.values()))
+    assert sizes[0] == sizes[-1]  # flat in the number of sequences
+    assert int(sums.frame()["n"].max()) == 12
+
+
+def test_shards_of_different_measures_are_refused(hooked, batch):
+    ours = AttentionSums(hooked, 2).add(batch)
+    with pytest.raises(UsageError, match="n_loops"):
+        ours.merge(AttentionSums(hooked, 3).add(batch))
+    with pytest.raises(UsageError, match="content"):
+        ours.merge(AttentionSums(hooked, 2, content=False).add(batch))
+    with pytest.raises(UsageError, match="clusters"):
+        ours.add(batch, np.arange(4))
+    with pytest.raises(UsageError, match="one per sequence"):
+        mask_attention(hooked, batch, clusters=np.arange(3))
+    with pytest.raises(UsageError, match="add at least one batch"):
+        AttentionSums(hooked, 2).frame()

@@ -171,7 +171,8 @@ def test_a_damped_loop_takes_a_part_of_its_step(hooked, batch):
 
 
 def test_patching_a_runs_own_state_changes_nothing_and_anothers_takes_over(hooked, batch):
-    _, cache = hooked.run_with_cache(batch.tokens, n_loops=3)
+    ends = lambda name: name.endswith(("hook_in", "hook_out"))  # noqa: E731 - patterns would be explicit attention
+    _, cache = hooked.run_with_cache(batch.tokens, n_loops=3, names_filter=ends)
     with patch(hooked, 1, cache["loop.1.hook_out"]):
         torch.testing.assert_close(hooked(batch.tokens, n_loops=3), hooked.model(batch.tokens, n_loops=3))
     other = batch.tokens.roll(1, 0)
@@ -179,7 +180,7 @@ def test_patching_a_runs_own_state_changes_nothing_and_anothers_takes_over(hooke
         torch.testing.assert_close(hooked(other, n_loops=3), hooked.model(batch.tokens, n_loops=3))
     rows = batch.masked
     with patch(hooked, 0, torch.zeros_like(cache["loop.0.hook_out"]), rows):
-        _, patched = hooked.run_with_cache(batch.tokens, n_loops=2)
+        _, patched = hooked.run_with_cache(batch.tokens, n_loops=2, names_filter=ends)
     assert not patched["loop.1.hook_in"][rows].any()
     assert torch.equal(patched["loop.1.hook_in"][~rows], cache["loop.1.hook_in"][~rows])
     with patch(hooked, 1, torch.zeros(1, 2, 3)), pytest.raises(UsageError, match="shape"):
@@ -217,6 +218,16 @@ def test_where_edges_cannot_be_cut_nothing_is_mediated(clean):
     table = mediated_share(m, clean, n_loops=2, arms=[("masked->masked", False), ("masked->clean", False)])
     first, second = table["gain"] - table["gain_intact"]
     assert first == 0 and second != 0 and table["n"].tolist() == [4, 4]
+
+
+def test_the_stale_arm_is_stale_on_the_explicit_path(hooked, clean):
+    row = mediated_share(hooked, clean, n_loops=3, arms=[("stale", False), ("none", False)])
+    with cut(hooked, "none"):
+        one, intact = (nelbo(hooked, clean, s, n_samples=2).mean for s in (1, 3))
+        with stale(hooked, "masked"):
+            kept = nelbo(hooked, clean, 3, n_samples=2).mean
+    assert row["gain"].tolist() == pytest.approx([one - kept, one - intact])
+    assert kept != pytest.approx(intact)
 
 
 def test_a_planted_share_is_recovered_and_covered():

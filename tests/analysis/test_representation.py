@@ -1,11 +1,16 @@
+import weakref
+
 import numpy as np
 import pytest
 import torch
 
 from analysis.representation import read_loops, representation_change
+from analysis.representation.trajectory import walk
 from loopmdm_model.errors import UsageError
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.masking import mask_tokens
+from loopmdm_model.masking import MaskedBatch, mask_tokens
+from loopmdm_model.stopping import SecondDifference
+from tests.conftest import toy_model
 
 
 def value(frame, loop, metric, group="masked"):
@@ -109,3 +114,72 @@ def test_misuse_is_refused(hooked, batch):
         representation_change(hooked, batch.tokens)
     with pytest.raises(UsageError, match="n_loops"):
         read_loops(hooked, batch, n_loops=0)
+
+
+def test_second_difference_is_the_stopping_rules(hooked, batch):
+    frame = representation_change(hooked, batch, n_loops=5)
+    criterion = hooked.run(batch.tokens, stop=SecondDifference(0.0, max_loops=5, positions="masked")).criterion
+    for loop in (2, 3, 4):
+        assert value(frame, loop, "second_difference") == pytest.approx(float(criterion[loop].mean()), rel=1e-4)
+    assert 0 not in set(frame[frame["metric"] == "second_difference"]["loop"])
+
+
+def test_a_drift_has_no_second_difference(hooked, batch):
+    m = planted(hooked, lambda loop, x: x + torch.linspace(-1, 1, 16))
+    frame = representation_change(m, batch, n_loops=4)
+    for group in ("masked", "clean"):
+        assert value(frame, 3, "second_difference", group) == pytest.approx(0, abs=1e-5)
+
+
+def test_the_direct_lens_unembeds_the_state(hooked, batch):
+    frame = representation_change(hooked, batch, n_loops=3)
+    states = [state for state, _ in hooked.states(batch.tokens, 3)]
+    reads = [hooked.model.unembedding(state)[batch.masked][:, :22].log_softmax(-1) for state in states]
+    truth, (_, q, p) = batch.clean[batch.masked], reads
+    expected = {
+        "entropy": -(p.exp() * p).sum(-1),
+        "p_true": p.gather(-1, truth[:, None]).exp(),
+        "accuracy": (p.argmax(-1) == truth).float(),
+        "kl_previous": (p.exp() * (p - q)).sum(-1),
+        "top1_flips": (p.argmax(-1) != q.argmax(-1)).float(),
+    }
+    for name, values in expected.items():
+        assert value(frame, 2, f"direct_{name}") == pytest.approx(float(values.mean()), rel=1e-3, abs=1e-6)
+    kl_last = (p.exp() * (p - q)).sum(-1).mean()
+    assert value(frame, 1, "direct_kl_last") == pytest.approx(float(kl_last), rel=1e-3)
+    assert value(frame, 2, "direct_entropy") != pytest.approx(value(frame, 2, "entropy"), rel=1e-3)
+    lenses = frame.groupby("metric")["lens"].agg(set)
+    assert lenses["direct_entropy"] == {"direct"} and lenses["entropy"] == {"coda"} and lenses["step_norm"] == {""}
+
+
+def test_without_a_coda_both_lenses_agree(clean):
+    m = HookedLoopMDM(toy_model(n_coda_layers=0))
+    frame = representation_change(m, mask_tokens(clean, 22, mask_ratio=0.5), n_loops=3)
+    for metric in ("entropy", "p_true", "kl_last"):
+        assert value(frame, 1, f"direct_{metric}") == pytest.approx(value(frame, 1, metric), rel=1e-5)
+    same = [read_loops(m, mask_tokens(clean, 22, mask_ratio=0.5), 2, lens=lens) for lens in ("coda", "direct")]
+    np.testing.assert_allclose(same[0]["p_true"], same[1]["p_true"], rtol=1e-5)
+    assert set(same[1]["lens"]) == {"direct"}
+
+
+def test_far_loops_agree_with_near_ones_and_hold_nothing_more(hooked, batch):
+    near, far = (representation_change(hooked, batch, n_loops=n) for n in (3, 40))
+    for metric in ("relative_change", "accuracy", "direct_p_true"):
+        assert value(far, 2, metric) == pytest.approx(value(near, 2, metric), rel=1e-5)
+    assert value(far, 39, "kl_last") == pytest.approx(0, abs=1e-6)
+    seen = []
+    for loop, state, _ in walk(hooked, batch, 40):
+        seen.append(weakref.ref(state))
+        assert loop == len(seen) - 2 and sum(ref() is not None for ref in seen) <= 2
+
+
+def test_padding_does_not_count(hooked, clean):
+    short = mask_tokens(clean[:, :7], 22, mask_ratio=0.5)
+    real, tokens, truth = torch.zeros(4, 10, dtype=torch.long), torch.full((4, 10), 22), torch.full((4, 10), 22)
+    real[:, :7], tokens[:, :7], truth[:, :7] = 1, short.tokens, short.clean
+    masked = torch.zeros(4, 10, dtype=torch.bool)
+    masked[:, :7] = short.masked
+    padded = MaskedBatch(tokens, truth, masked, attention_mask=real)
+    ours, theirs = (representation_change(hooked, b, n_loops=3) for b in (padded, short))
+    np.testing.assert_allclose(ours["value"], theirs["value"], rtol=1e-3, atol=1e-6)
+    assert len(read_loops(hooked, padded, 2)) == 4 * 7 * 2

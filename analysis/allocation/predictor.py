@@ -1,0 +1,205 @@
+"""A small predictor of what is still to gain, used as a stopping rule at a price per FLOP.
+
+After loop i a ridge regression maps cheap features x_i (standardised; with squares and products with the mask
+ratio) to the gains of going on to every later loop j:
+
+    g_ij = loss_i - loss_j,   W_i = (X'X + penalty I)^-1 X'G_i
+
+and the sequence goes on as long as some j is worth its FLOPs: max_j [ g_ij(x) - price * (C_j - C_i) ] > 0.
+Features: mask ratio; log of the relative change and of the second difference of the state; entropy and best
+probability under the direct lens, whose unembedding at every loop is paid for. "state" features are free, "lens"
+means all of them. The penalty is that of the least leave-one-out error. Definitions are ours.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from scipy import stats as distributions
+from torch import Tensor
+
+from analysis.stopping.controls import prices
+from analysis.stopping.frontier import Contest, check_pair
+from analysis.stopping.record import LoopRecord
+from loopmdm_model.errors import UsageError, check_count
+from loopmdm_model.stopping import EntropyDelta, LoopView, SecondDifference, StateDelta, StoppingRule, entropy
+
+Features = Literal["state", "lens"]
+NAMES = {"state": ("state-delta", "second-difference"), "lens": ("DirectEntropy", "DirectBest")}
+LOGARITHMIC = ("state-delta", "second-difference")
+PENALTIES = tuple(10.0**k for k in range(-2, 5))
+LEAST_ROWS = 20
+
+
+@dataclass(frozen=True)
+class DirectEntropy(StoppingRule):
+    """Entropy in nats of what the state itself says, unembedded directly: a feature, not a change."""
+
+    positions: Literal["all", "masked"] = field(default="masked", kw_only=True)
+
+    def values(self, view: LoopView) -> Tensor:
+        """Per position of the group, NaN elsewhere."""
+        return self._spread(view, entropy)
+
+    def _spread(self, view: LoopView, number) -> Tensor:
+        rows = self.group(view.masked, view.real)
+        values = torch.full(rows.shape, float("nan"), device=rows.device)
+        assert view.read is not None
+        values[rows] = number(view.read("direct", rows))
+        return values
+
+
+@dataclass(frozen=True)
+class DirectBest(DirectEntropy):
+    """Probability of the best token under the direct lens."""
+
+    def values(self, view: LoopView) -> Tensor:
+        """Per position of the group, NaN elsewhere."""
+        return self._spread(view, lambda logits: logits.float().softmax(-1).amax(-1))
+
+
+def feature_rules(max_loops: int) -> list[StoppingRule]:
+    """What `record_loops` has to record for the predictor."""
+    state: list[StoppingRule] = [
+        kind(max_loops=max_loops, positions="masked") for kind in (StateDelta, SecondDifference)
+    ]
+    return [*state, DirectEntropy(max_loops=max_loops), DirectBest(max_loops=max_loops)]
+
+
+@dataclass(frozen=True)
+class _Ridge:
+    """One loop's regression: columns that exist there, their centre and scale, weights [column, later loop]."""
+
+    columns: np.ndarray
+    centre: np.ndarray
+    scale: np.ndarray
+    weights: np.ndarray
+    mean: np.ndarray
+
+    @classmethod
+    def fit(cls, x: Float[np.ndarray, "row column"], gains: Float[np.ndarray, "row later"]) -> "_Ridge":
+        columns = np.flatnonzero(np.isfinite(x).all(0))
+        x = x[:, columns]
+        centre, scale = x.mean(0), np.where(x.std(0) > 1e-9, x.std(0), np.inf)
+        z, mean = (x - centre) / scale, gains.mean(0)
+        u, s, vt = np.linalg.svd(z, full_matrices=False)
+        errors = []
+        for penalty in PENALTIES:
+            shrunk = s**2 / (s**2 + penalty)
+            leverage = (u**2 * shrunk).sum(1) + 1 / len(z)
+            left = gains - mean - u @ (shrunk[:, None] * (u.T @ (gains - mean)))
+            errors.append(float(((left / (1 - leverage[:, None]).clip(1e-6)) ** 2).mean()))
+        best = PENALTIES[int(np.argmin(errors))]
+        weights = vt.T @ ((s / (s**2 + best))[:, None] * (u.T @ (gains - mean)))
+        return cls(columns, centre, scale, weights, mean)
+
+    def __call__(self, x: Float[np.ndarray, "row column"]) -> Float[np.ndarray, "row later"]:
+        known = np.where(np.isfinite(x[:, self.columns]), x[:, self.columns], self.centre)
+        return (known - self.centre) / self.scale @ self.weights + self.mean
+
+
+@dataclass(frozen=True)
+class GainPredictor:
+    """Regressions for loops 0..S_max - 2, fitted on one record."""
+
+    features: Features
+    ridges: tuple[_Ridge, ...]
+
+    @classmethod
+    def fit(cls, fitted: LoopRecord, features: Features = "lens") -> "GainPredictor":
+        """Needs a record of at least two loops and 20 rows with `feature_rules`."""
+        if fitted.max_loops < 2:
+            raise UsageError("with one loop there is nothing to gain; record at least max_loops=2")
+        if len(fitted.n_masked) < LEAST_ROWS:
+            raise UsageError(
+                f"a predictor needs at least {LEAST_ROWS} masked sequences, got {len(fitted.n_masked)}; "
+                "raise n_samples or give more"
+            )
+        losses = fitted.losses.numpy()
+        ridges = [
+            _Ridge.fit(features_at(fitted, loop, features), (losses[loop] - losses[loop + 1 :]).T)
+            for loop in range(fitted.max_loops - 1)
+        ]
+        return cls(features, tuple(ridges))
+
+    def gains(self, record: LoopRecord, loop: int) -> Float[np.ndarray, "row later"]:
+        """Predicted loss after `loop` less that after each later one."""
+        return self.ridges[loop](features_at(record, loop, self.features))
+
+    def cost(self, record: LoopRecord) -> Float[Tensor, "loop row"]:
+        """FLOPs of stopping after each loop, the features' reading included."""
+        reads = EntropyDelta(max_loops=record.max_loops, lens="direct") if self.features == "lens" else None
+        return record.flops(reads)
+
+    def loops(self, record: LoopRecord, price: float) -> Int[Tensor, " row"]:
+        """Loops of each row when a FLOP costs `price` nats."""
+        cost = self.cost(record).numpy()
+        used = np.full(cost.shape[1], record.max_loops)
+        for loop in reversed(range(record.max_loops - 1)):
+            worth = self.gains(record, loop) - price * (cost[loop + 1 :] - cost[loop]).T
+            used[worth.max(1) <= 0] = loop + 1
+        return torch.from_numpy(used)
+
+
+def features_at(record: LoopRecord, loop: int, features: Features = "lens") -> Float[np.ndarray, "row column"]:
+    """What is known of each row after `loop`; NaN where it does not exist yet."""
+    if features not in NAMES:
+        raise UsageError(f'features must be "state" or "lens", got {features!r}')
+    ratio, columns = record.mask_ratio.numpy(), []
+    for name in NAMES["state"] + (NAMES["lens"] if features == "lens" else ()):
+        if name not in record.criteria:
+            raise UsageError(
+                f"the record lacks {name}; make it with record_loops(m, data, feature_rules(max_loops))"
+            )
+        value = record.criteria[name][loop].double().numpy()
+        columns.append(np.log(np.maximum(value, 1e-12)) if name in LOGARITHMIC else value)
+    parts = [ratio, ratio**2]
+    for value in columns:
+        parts += [value, value**2, value * ratio]
+    return np.stack(parts, axis=1)
+
+
+def predictor_frontier(
+    record: LoopRecord, fitted: LoopRecord, n_prices: int = 20, features: Sequence[Features] = ("state", "lens")
+) -> pd.DataFrame:
+    """Predictors fitted on `fitted` (validation), used as stopping rules on `record` (test), by replay.
+
+    Rules "predictor state" and "predictor lens"; `threshold` is the price in nats per FLOP; columns as in
+    `stopping_frontier`, against_schedule being the mask-ratio schedule fitted on the same record.
+    """
+    check_pair(record, fitted)
+    check_count("n_prices", n_prices)
+    contest, rows = Contest.of(record, fitted), []
+    for kind in features:
+        predictor = GainPredictor.fit(fitted, kind)
+        for price in prices(fitted, n_prices):
+            rows += contest.rows(
+                f"predictor {kind}", price, predictor.loops(record, price), predictor.cost(record)
+            )
+    return pd.DataFrame(rows)
+
+
+def prediction_quality(
+    record: LoopRecord, fitted: LoopRecord, features: Sequence[Features] = ("state", "lens")
+) -> pd.DataFrame:
+    """How well the gain still to come, from each loop to the last, is foreseen on `record`.
+
+    Columns: features loop r2 (1 - mean squared error / variance; 0 is no better than the mean over `record`, and
+    it can be negative) rank_correlation n; NaN where the gain does not vary.
+    """
+    check_pair(record, fitted)
+    rows = []
+    for kind in features:
+        predictor = GainPredictor.fit(fitted, kind)
+        for loop in range(record.max_loops - 1):
+            true = (record.losses[loop] - record.losses[-1]).numpy()
+            guess = predictor.gains(record, loop)[:, -1]
+            flat = len(true) < 2 or np.ptp(true) == 0 or np.ptp(guess) == 0
+            r2 = float("nan") if flat else 1 - float(((true - guess) ** 2).mean() / true.var())
+            rank = float("nan") if flat else float(distributions.spearmanr(guess, true).statistic)
+            rows.append((kind, loop, r2, rank, len(true)))
+    return pd.DataFrame(rows, columns=["features", "loop", "r2", "rank_correlation", "n"])

@@ -1,0 +1,129 @@
+"""How far a head's map moves from one loop to the next, on the rows of masked queries.
+
+With A_i the map of a looped layer's head at loop i, for one sequence, then averaged over sequences:
+
+    frobenius         ||A_i - A_{i-1}||_F / ||A_i||_F over the rows of masked queries
+    rank_correlation  Spearman's correlation of A_i(q, .) and A_{i-1}(q, .) over the real keys, ties at their mean
+                      rank, averaged over masked queries q (rows that are constant in either loop are left out)
+
+Loop 0 has no predecessor: NaN with n = 0. Of every looped layer only the last map is kept. Ranking sorts every
+row and costs more than the forward: it runs on demand. Definitions are ours.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from analysis.attention.groups import Seen, States, check_batch
+from analysis.attention.walk import PlaceSums, summed
+from loopmdm_model.errors import UsageError
+from loopmdm_model.hooked import HookedLoopMDM
+from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.moments import Moments
+
+
+class ChangeSums(PlaceSums):
+    """Distances and, with `rank`, rank correlations of successive maps as running moments."""
+
+    def __init__(
+        self, m: HookedLoopMDM, n_loops: int | None = None, rank: bool = False, by_head: bool = True
+    ):  # fmt: skip
+        super().__init__(m, n_loops, by_head)
+        if not m.cfg.layers("loop"):
+            raise UsageError("the model has no looped layers, so no maps of successive loops; take a looped model")
+        self.rank = rank
+        self._before: dict[int, Tensor] = {}
+        self._ranks: dict[int, Tensor] = {}
+
+    def begin(self, states: States) -> None:
+        """Forget the maps of the batch before."""
+        super().begin(states)
+        self._before, self._ranks = {}, {}
+
+    def vectors(self, seen: Seen) -> Tensor | None:
+        """[sequence, head, metric, 1]; each metric has its own gaps."""
+        if seen.loop is None:
+            return None
+        frobenius = _distance(seen.pattern, self._before.get(seen.layer), seen.states)
+        self._before[seen.layer] = seen.pattern
+        if seen.loop == self.n_loops - 1:
+            del self._before[seen.layer]
+        metrics = [frobenius]
+        if self.rank:
+            ranks = key_ranks(seen.pattern, seen.states.real)
+            before = self._ranks.get(seen.layer)
+            metrics.append(torch.full_like(frobenius, torch.nan) if before is None else _agreement(
+                ranks, before, seen.states))  # fmt: skip
+            self._ranks[seen.layer] = ranks
+        return torch.stack(metrics, dim=-1)[..., None]
+
+    def merge(self, other: "ChangeSums") -> "ChangeSums":
+        """Take in another shard of the same measure."""
+        if self.rank != other.rank:
+            raise UsageError("one shard has rank correlations and the other has none; measure them alike")
+        return super().merge(other)
+
+    def groups(self) -> dict[str, Sequence[str]]:
+        """Metrics."""
+        return {"metric": ("frobenius", "rank_correlation")[: 1 + self.rank]}
+
+    def columns(self, moments: Moments) -> dict[str, np.ndarray]:
+        """Columns [head, metric]."""
+        error = np.sqrt(moments.covariance[..., 0, 0])
+        return {"value": moments.mean[..., 0], "standard_error": error, "n": moments.n}
+
+
+def _distance(pattern: Tensor, before: Tensor | None, states: States) -> Float[Tensor, "batch head"]:
+    """Relative distance over masked rows, a sequence at a time: no third pattern."""
+    if before is None:
+        return pattern.new_full(pattern.shape[:2], torch.nan, dtype=torch.float32)
+    distances = []
+    for one, other, rows in zip(pattern, before, states.members[..., 0], strict=True):
+        moved = (one.float() - other.float()).square_().sum(-1) @ rows
+        size = one.float().square().sum(-1) @ rows
+        distances.append((moved / size).sqrt())  # 0 / 0 without masked queries: NaN
+    return torch.stack(distances)
+
+
+def key_ranks(
+    pattern: Float[Tensor, "batch head query key"], real: Tensor
+) -> Float[Tensor, "batch head query key"]:  # fmt: skip
+    """Rank of every key in its row, ties at their mean rank; padding takes the lowest ranks."""
+    rows = pattern.float().masked_fill(~real[:, None, None], -1.0)
+    ordered = rows.sort(dim=-1).values
+    below = torch.searchsorted(ordered, rows.contiguous(), right=False)
+    upto = torch.searchsorted(ordered, rows, right=True)
+    return (below + upto + 1).float() / 2
+
+
+def _agreement(ranks: Tensor, before: Tensor, states: States) -> Float[Tensor, "batch head"]:
+    """Mean over masked queries of the correlation of ranks over real keys."""
+    real = states.real[:, None, None].float()
+    n_keys = real.sum(-1, keepdim=True)
+    x, y = ((r - (r * real).sum(-1, keepdim=True) / n_keys) * real for r in (ranks, before))
+    correlation = (x * y).sum(-1) / ((x * x).sum(-1) * (y * y).sum(-1)).sqrt()
+    known = states.members[:, None, :, 0] * correlation.isfinite()
+    return (correlation.nan_to_num() * known).sum(-1) / known.sum(-1)
+
+
+def attention_change(
+    m: HookedLoopMDM,
+    b: MaskedBatch,
+    n_loops: int | None = None,
+    rank: bool = True,
+    by_head: bool = True,
+    clusters: np.ndarray | None = None,
+    batch_size: int = 32,
+) -> pd.DataFrame:
+    """Distance and rank correlation of successive loops' maps, by loop, looped layer and head.
+
+    Columns: n_loops segment loop layer depth head metric mask_ratio value standard_error n. Without `by_head`
+    the heads' values are averaged.
+    """
+    sums = ChangeSums(m, n_loops, rank, by_head)
+    check_batch("attention_change", b, clusters)
+    return summed(sums, b, clusters, batch_size)

@@ -1,0 +1,213 @@
+"""How each claim's estimand is read off the tables: one function a claim, from a task to an `Answer`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from analysis import tables, zoo
+from loopmdm_model import stats
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An estimate with its 95% interval; over `n_seeds` trained models and `n` test items or documents.
+
+    `verdict` is set only where there is an answer without an estimate.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    n_seeds: int
+    n: int
+    verdict: str = ""
+
+
+class NotRun(LookupError):
+    """The models or tables that a claim needs are not there."""
+
+
+# --- from numbers to answers ---
+
+
+def over_seeds(values: np.ndarray, errors: np.ndarray, n: int, n_units: int) -> Answer:
+    """Student's t over seeds; for one seed over its test units, by the error given."""
+    values = np.asarray(values, dtype=float)
+    if not len(values):
+        raise NotRun
+    mean = float(values.mean())
+    if len(values) > 1:
+        half = stats.t95(len(values)) * float(values.std(ddof=1)) / len(values) ** 0.5
+    else:
+        half = stats.t95(n_units) * float(np.asarray(errors, dtype=float)[0])
+    return Answer(mean, mean - half, mean + half, len(values), n)
+
+
+def between_arms(ours: pd.DataFrame, theirs: pd.DataFrame, value: str, paired: str | None = None) -> Answer:
+    """Difference of two arms: Welch over seeds; for one seed each the paired column with its _se."""
+    if ours.empty or theirs.empty:
+        raise NotRun
+    if min(len(ours), len(theirs)) > 1:
+        difference, low, high = stats.welch(ours[value].to_numpy(), theirs[value].to_numpy())
+        return Answer(difference, low, high, min(len(ours), len(theirs)), int(ours["n"].iloc[0]))
+    if paired is None:
+        raise NotRun
+    row = ours.iloc[0]
+    units = int(row.get("n_clusters", row["n"]))
+    return over_seeds(np.array([row[paired]]), np.array([row[f"{paired}_se"]]), int(row["n"]), units)
+
+
+def _nll(task: str, arm: str, n_loops: int) -> pd.DataFrame:
+    df = tables.load("nll-by-loops")
+    return df[(df["task"] == task) & (df["arm"] == arm) & (df["n_loops"] == n_loops)].sort_values("seed")
+
+
+def _looped(task: str) -> int:
+    """S_max of the task's looped arm."""
+    if f"{task}-loop" not in zoo.names(task, "loop"):
+        raise NotRun
+    return zoo.s_max(f"{task}-loop")
+
+
+def _rows(name: str, task: str, **where: object) -> pd.DataFrame:
+    """Rows of a table that belong to the looped models of a task."""
+    df = tables.load(name)
+    part = df[df["model"].isin(zoo.names(task, "loop"))]
+    for column, value in where.items():
+        part = part[part[column] == value]
+    if part.empty:
+        raise NotRun
+    return part
+
+
+# --- one function a claim ---
+
+
+def _fewer_flops(task: str) -> Answer:
+    df = tables.load("flops-to-target")
+    part = df[(df["task"] == task) & (df["arm"] == "loop") & (df["against"] == "base") & (df["share"] == 1)]
+    if part.empty:
+        raise NotRun
+    row = part.iloc[0]
+    if row["n_reached"] == 0 and row["n"] > 1:  # no looped run gets there within the budget
+        return Answer(*[float("nan")] * 3, int(row["n"]), 0, "not supported")
+    return Answer(row["ratio"], row["low"], row["high"], int(row["n"]), 0)
+
+
+def _against(arm: str, at: Callable[[int], int]) -> Callable[[str], Answer]:
+    def answer(task: str) -> Answer:
+        ours, theirs = _nll(task, "loop", at(_looped(task))), _nll(task, arm, 1)
+        return between_arms(ours, theirs, "nll", "change_from_base" if arm == "base" else None)
+
+    return answer
+
+
+def _change(last: Callable[[int], int], first: Callable[[int], int]) -> Callable[[str], Answer]:
+    """NELBO at one S less that at another, of the same looped models."""
+
+    def answer(task: str) -> Answer:
+        most = _looped(task)
+        ours, theirs = _nll(task, "loop", last(most)), _nll(task, "loop", first(most))
+        values = ours["nll"].to_numpy() - theirs["nll"].to_numpy()
+        errors = ours["change_from_s1_se"].to_numpy()  # of one seed; against S = 1 only
+        if first(most) != 1 and len(values) == 1:
+            errors = np.full(1, np.nan)
+        return over_seeds(values, errors, int(ours["n"].iloc[0]), int(ours["n_clusters"].iloc[0]))
+
+    return answer
+
+
+def _most_by_half(task: str) -> Answer:
+    most = _looped(task)
+    one, half, whole = (_nll(task, "loop", s)["nll"].to_numpy() for s in (1, most // 2, most))
+    gain = one - whole
+    if not len(gain) or (gain <= 0).any():
+        raise NotRun  # no gain, no share of it
+    return over_seeds((one - half) / gain, np.full(len(gain), np.nan), len(gain), 1)
+
+
+def _intermediate_noise(task: str) -> Answer:
+    df = _rows("noise-level", task, n_loops=_looped(task))
+    values = []
+    for _, part in df.groupby("model"):
+        low, mid, high = (
+            part[(part["mask_ratio"] > a) & (part["mask_ratio"] < b)]["gain"].mean()
+            for a, b in ((0, 0.3), (0.3, 0.7), (0.7, 1))
+        )
+        values.append(mid - max(low, high))
+    return over_seeds(np.array(values), np.full(len(values), np.nan), int(df["n"].min()), 1)
+
+
+def _by_loop(task: str, column: str, **where: object) -> pd.DataFrame:
+    """A column of `mask-attention` by model and loop: masked queries, looped layers, heads pooled, to 3 S_max."""
+    df = _rows("mask-attention", task, query_group="masked", segment="loop", nominal_mask_ratio=0.5, **where)
+    df = df[df["head"].isna() & (df["n_loops"] == df["n_loops"].max())]
+    return df.pivot_table(index="model", columns="loop", values=column)
+
+
+def _rise(column: str, relative: bool = False) -> Callable[[str], Answer]:
+    def answer(task: str) -> Answer:
+        values = _by_loop(task, column, key_group="masked")
+        rise = values[_looped(task) - 1] - values[0]
+        rise = rise / values[0] if relative else rise
+        return over_seeds(rise.to_numpy(), _rise_error(task, column, relative), len(values), 1000)
+
+    return answer
+
+
+def _rise_error(task: str, column: str, relative: bool) -> np.ndarray:
+    """Error of a rise in one model, its two ends taken as independent (on the safe side: they are paired)."""
+    values, errors = (_by_loop(task, name, key_group="masked") for name in (column, f"{column}_se"))
+    last = _looped(task) - 1
+    error = np.hypot(errors[0], errors[last])
+    return (error / values[0] if relative else error).to_numpy()
+
+
+def _saturates(task: str) -> Answer:
+    values, most = _by_loop(task, "log_odds", key_group="masked"), _looped(task)
+    rise = values[most - 1] - values[0]
+    if (rise <= 0).any():
+        raise NotRun
+    further = (values[2 * most - 1] - values[most - 1]) / rise
+    return over_seeds(further.to_numpy(), np.full(len(further), np.nan), len(further), 1)
+
+
+def _two_by_two(task: str) -> Answer:
+    most = _looped(task)
+    arms = {
+        arm: _nll(task, arm, most if arm.startswith("loop") else 1)["nll"].to_numpy()
+        for arm in ("loop", "base", "loop-isolated", "base-isolated")
+    }
+    if min(map(len, arms.values())) < 2:
+        raise NotRun
+    estimate, low, high = stats.interaction(*arms.values())
+    return Answer(estimate, low, high, min(map(len, arms.values())), 1000)
+
+
+def _solves(task: str) -> Answer:
+    df = tables.load("sudoku-solve-rate")
+    df = df[(df["task"] == task) & (df["n_clues"] == 20)]
+    return between_arms(
+        df[(df["arm"] == "loop") & (df["n_loops"] == _looped(task))],
+        df[(df["arm"] == "base") & (df["n_loops"] == 1)],
+        "solve_rate",
+    )
+
+
+MEASURES: dict[str, Callable[[str], Answer]] = {
+    "fewer-training-flops": _fewer_flops,
+    "better-at-equal-flops": _against("base", lambda s: s),
+    "better-than-deeper": _against("deep", lambda s: s),
+    "one-loop-is-worse": _against("base", lambda s: 1),  # noqa: ARG005
+    "more-loops-are-better": _change(lambda s: s, lambda s: 1),  # noqa: ARG005
+    "better-beyond-s-max": _change(lambda s: 2 * s, lambda s: s),
+    "most-by-half": _most_by_half,
+    "intermediate-noise": _intermediate_noise,
+    "mask-to-mask-rises": _rise("log_odds"),
+    "mask-to-mask-saturates": _saturates,
+    "content-rises": _rise("content", relative=True),
+    "trained-without-mask-to-mask": _two_by_two,
+    "solves-what-shallow-cannot": _solves,
+}

@@ -1,0 +1,234 @@
+"""The registry of measures: any of them on any model, from notebook, command line and tables alike.
+
+    measure("mask-attention", "sudoku-loop", n_loops=18)           the test set at three mask ratios
+    measure("mask-attention", "sudoku-loop", along_sampling=16)    before the denoising steps of its own samples
+
+A measure is a function of a `Case` (a model and its test set) and a masked batch, or of the case alone where it
+draws its own masks, that gives a tidy frame. To add one: a file with the function, one entry here.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+
+from analysis import attention, interventions, known, representation
+from analysis.cases import Case
+from analysis.measures import adapters
+from analysis.measures.adapters import RATIOS, looped, plain
+from loopmdm_model.data.sudoku import BOARDS
+from loopmdm_model.data.trees import TREE_TASKS
+from loopmdm_model.errors import UsageError, check_count, unknown_name
+
+
+@dataclass(frozen=True)
+class Measure:
+    """`run` takes a case and, if `on` is "masks", a masked batch; else `on` is "test set" or the task it needs."""
+
+    name: str
+    what: str
+    run: Callable[..., pd.DataFrame]
+    on: str = "masks"
+
+    def check(self, case: Case) -> None:
+        """UsageError where the task has no such answer."""
+        wanted = {"Sudoku": BOARDS, "tree": TREE_TASKS}.get(self.on)
+        if wanted is not None and case.test.task not in wanted:
+            raise UsageError(f"{self.name} needs a model of {', '.join(wanted)}; this one is of {case.test.task}")
+
+
+@torch.no_grad()
+def measure(
+    name: str,
+    model: str,
+    n_loops: int | None = None,
+    mask_ratios: Sequence[float] = RATIOS,
+    n: int = 256,
+    along_sampling: int = 0,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """One measure of one model on `n` test sequences; columns `model` and `task` come first.
+
+    Measures on masks run at each of `mask_ratios` (column `nominal_mask_ratio`), or, with `along_sampling`
+    denoising steps, before five steps
+    of the model's own samples (column `step`).
+    """
+    if name not in MEASURES:
+        raise unknown_name("measure", name, MEASURES)
+    check_count("along_sampling", along_sampling, least=0)
+    item, case = MEASURES[name], Case.of(model, n_loops, n, seed)
+    item.check(case)
+    if item.on != "masks":
+        if along_sampling:
+            raise UsageError(f"{name} draws its own masks; leave --along-sampling out")
+        frame = item.run(case)
+    elif along_sampling:
+        parts = [item.run(case, b).assign(step=step) for step, b in case.along_sampling(along_sampling)]
+        frame = pd.concat(parts, ignore_index=True)
+    else:
+        parts = [item.run(case, case.masked(ratio)).assign(nominal_mask_ratio=ratio) for ratio in mask_ratios]
+        frame = pd.concat(parts, ignore_index=True)
+    frame = frame.drop(columns=["model", "task"], errors="ignore")
+    frame.insert(0, "model", str(model))
+    frame.insert(1, "task", case.test.task)
+    return frame
+
+
+MEASURES = {
+    item.name: item
+    for item in (
+        Measure(
+            "mask-attention",
+            "masses, chance, lift, log-odds, content by loop, layer, head",
+            plain(attention.mask_attention),
+        ),
+        Measure(
+            "mask-attention-pooled",
+            "the same, heads averaged",
+            plain(attention.mask_attention, by_head=False),
+        ),
+        Measure("attention-shape", "row entropy, distance, concentration", plain(attention.attention_shape)),
+        Measure(
+            "attention-change",
+            "distance and rank correlation of maps between successive loops",
+            looped(plain(attention.attention_change)),
+        ),
+        Measure(
+            "attention-sinks", "masses with sinks as a group, at three factors", plain(attention.sink_attention)
+        ),
+        Measure(
+            "attention-toggle", "attention to the same key masked less clean", plain(attention.attention_toggle)
+        ),
+        Measure(
+            "attention-heads",
+            "heads ranked by growth on one half, tested on the other",
+            looped(plain(attention.head_growth)),
+        ),
+        Measure(
+            "attention-tests",
+            "does masked-to-masked rise with loops, head by head",
+            looped(plain(attention.effect_tests)),
+        ),
+        Measure(
+            "attention-specifications",
+            "sign and size of the rise under every definition",
+            looped(plain(attention.specification_curve)),
+        ),
+        Measure(
+            "representation-change",
+            "change of the state, read-outs by both lenses",
+            plain(representation.representation_change),
+        ),
+        Measure(
+            "convergence",
+            "does the change fall faster than a drift's 1/i",
+            lambda case, b: representation.convergence(case.m, b, max(64, case.n_loops), clusters=case.clusters),
+        ),
+        Measure("similarity", "debiased linear CKA between loops", plain(representation.loop_similarity)),
+        Measure("effective-rank", "effective rank of the states by loop", plain(representation.effective_rank)),
+        Measure("settled", "loops by which the answer has appeared, stays, is right", adapters.settled),
+        Measure("fixed-points", "residual far out; spectral radius or growth rate", adapters.fixed_points),
+        Measure(
+            "state-paths", "paths of the mean state in PCA coordinates", looped(plain(representation.state_paths))
+        ),
+        Measure(
+            "stopping-frontier",
+            "quality against FLOPs of all rules, with controls",
+            looped(adapters.frontier),
+            "test set",
+        ),
+        Measure(
+            "stopping-verdicts",
+            "non-inferiority, and usefulness beside the controls, of every rule",
+            looped(adapters.verdicts),
+            "test set",
+        ),
+        Measure(
+            "stopping-calibration",
+            "criterion of each rule against the gain still to come",
+            looped(adapters.calibration),
+            "test set",
+        ),
+        Measure(
+            "stopping-usage",
+            "loops used by mask ratio, difficulty and token class",
+            looped(adapters.usage),
+            "test set",
+        ),
+        Measure("stopping-by-step", "loops used along a sampling run", looped(adapters.by_step), "test set"),
+        Measure(
+            "stopping-in-sampling",
+            "quality, FLOPs and time of whole sampling runs",
+            looped(adapters.sampling),
+            "test set",
+        ),
+        Measure(
+            "gain-predictor",
+            "frontier of stopping by a predicted remaining gain",
+            looped(adapters.predictor),
+            "test set",
+        ),
+        Measure(
+            "gain-foresight", "how well the remaining gain is predicted", looped(adapters.foresight), "test set"
+        ),
+        Measure(
+            "loops-or-steps",
+            "loops against denoising steps at equal FLOPs",
+            looped(adapters.loops_or_steps),
+            "test set",
+        ),
+        Measure(
+            "mediated-share",
+            "share of the gain of looping that some edges carry",
+            looped(adapters.mediated),
+            "test set",
+        ),
+        Measure(
+            "cut-effects",
+            "NELBO lost by cutting masked-to-masked at or from a loop on",
+            looped(adapters.effects(lambda m, loops: interventions.cut(m, "masked->masked", loops))),
+            "test set",
+        ),
+        Measure(
+            "stale-effects",
+            "NELBO lost where masked keys keep the values of loop 0",
+            looped(adapters.effects(lambda m, loops: interventions.stale(m, "masked", loops))),
+            "test set",
+        ),
+        Measure(
+            "training-free", "a stack looped without training for it", adapters.looped_without_training, "test set"
+        ),
+        Measure(
+            "sudoku-boards",
+            "what is wrong with the boards after every loop",
+            adapters.boards(known.boards_by_loop, 20, True),
+            "Sudoku",
+        ),
+        Measure(
+            "sudoku-settling",
+            "loop at which a cell is right, by propagation depth",
+            adapters.boards(known.settling_by_depth, 20, True),
+            "Sudoku",
+        ),
+        Measure(
+            "sudoku-depth",
+            "rank correlation of that loop with the depth, and its null",
+            adapters.boards(known.settling_correlation, 20, True),
+            "Sudoku",
+        ),
+        Measure(
+            "sudoku-orders",
+            "solve rate by loops and generation order, and their interaction",
+            adapters.orders,
+            "Sudoku",
+        ),
+        Measure(
+            "belief-rounds",
+            "read-out after every loop against rounds of belief propagation",
+            adapters.rounds(known.belief_rounds),
+            "tree",
+        ),
+        Measure("best-rounds", "nearest round of every loop", adapters.rounds(known.best_rounds), "tree"),
+    )
+}

@@ -1,0 +1,212 @@
+"""Measures with their own signatures, as functions of a case and, where they look at masks, a masked batch."""
+
+from collections.abc import Callable
+
+import pandas as pd
+import torch
+
+from analysis import allocation, interventions, known, representation, stopping
+from analysis.cases import Case
+from analysis.stopping.frontier import thresholds
+from analysis.training_free import training_free
+from loopmdm_model.data.puzzles import puzzles
+from loopmdm_model.data.sudoku import BOARDS
+from loopmdm_model.errors import UsageError
+from loopmdm_model.flops import forward_flops
+from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.stopping import StateDelta
+
+RATIOS = (0.25, 0.5, 0.75)
+N_THRESHOLDS = 20
+
+
+def plain(function: Callable[..., pd.DataFrame], **options: object) -> Callable[..., pd.DataFrame]:
+    """A measure of the usual signature (m, b, n_loops, clusters=)."""
+
+    def run(case: Case, b: MaskedBatch) -> pd.DataFrame:
+        return function(case.m, b, case.n_loops, clusters=case.clusters, **options)
+
+    return run
+
+
+def looped(run: Callable[..., pd.DataFrame]) -> Callable[..., pd.DataFrame]:
+    """A measure of what several loops do: one loop is refused."""
+
+    def checked(case: Case, *given: MaskedBatch) -> pd.DataFrame:
+        if case.n_loops < 2:
+            raise UsageError("this measure compares loops; give n_loops of at least 2")
+        return run(case, *given)
+
+    return checked
+
+
+def settled(case: Case, b: MaskedBatch) -> pd.DataFrame:
+    """Share of hidden positions settled by each loop."""
+    return representation.settled_curve(representation.settled_loops(case.m, b, case.n_loops), case.clusters)
+
+
+def fixed_points(case: Case, b: MaskedBatch) -> pd.DataFrame:
+    """Of 16 sequences: Arnoldi on Jacobian-vector products takes a second or so a sequence."""
+    few = torch.linspace(0, len(b) - 1, min(16, len(b))).long()
+    clusters = None if case.clusters is None else case.clusters[few.numpy()]
+    found = representation.fixed_points(case.m, b.rows(few), max(64, case.n_loops), seed=case.seed)
+    return representation.fixed_point_summary(found, clusters)
+
+
+def records(case: Case, rules: list | None = None) -> tuple[stopping.LoopRecord, stopping.LoopRecord]:
+    """Every sequence run to the end, on test and on validation."""
+    options = {"max_loops": case.n_loops, "rules": rules}
+    test = stopping.record_loops(
+        case.m, case.tokens, maskable=case.maskable, clusters=case.clusters, seed=case.seed, **options
+    )
+    held_out, maskable = case.validation.tokens[: case.n], case.validation.maskable
+    if maskable is not None:
+        maskable = maskable.expand_as(case.validation.tokens)[: case.n]
+    return test, stopping.record_loops(case.m, held_out, maskable=maskable, seed=case.seed + 1, **options)
+
+
+def frontier(case: Case) -> pd.DataFrame:
+    """All rules by replay, the fitted schedule, the oracle and fixed S."""
+    return stopping.frontier.frontier(*records(case), N_THRESHOLDS)
+
+
+def verdicts(case: Case) -> pd.DataFrame:
+    """Non-inferiority and usefulness of every rule, a row each."""
+    test, validation = records(case)
+    bounds = [stopping.noninferiority(test, validation, rule, n_thresholds=N_THRESHOLDS) for rule in test.rules]
+    useful = stopping.usefulness(test, validation, N_THRESHOLDS).rename(
+        columns={
+            "verdict": "useful",
+            "threshold": "useful_threshold",
+            "mean_loops": "useful_loops",
+            "n": "useful_n",
+        }
+    )
+    return pd.DataFrame(bounds).merge(useful, on="rule", validate="1:1")
+
+
+def calibration(case: Case) -> pd.DataFrame:
+    """Criterion against the gain still to come, all rules."""
+    test, _ = records(case)
+    return pd.concat([stopping.calibration(test, rule) for rule in test.rules], ignore_index=True)
+
+
+def state_rule(case: Case) -> StateDelta:
+    """State-delta at the middle threshold of its range on the test set's first loops."""
+    test, _ = records(case, [StateDelta(max_loops=case.n_loops, positions="masked")])
+    middle = thresholds(test, "state-delta", N_THRESHOLDS)
+    return StateDelta(middle[len(middle) // 2], max_loops=case.n_loops, positions="masked")
+
+
+def usage(case: Case) -> pd.DataFrame:
+    """Loops under state-delta at its middle threshold, by mask ratio, difficulty, token class; both scopes."""
+    return stopping.loop_usage(
+        case.m, case.tokens, state_rule(case), maskable=case.maskable, clusters=case.clusters, seed=case.seed
+    )
+
+
+def start(case: Case) -> dict:
+    """What sampling starts from: puzzles of 16 clues in 36 on Sudoku, else everything masked."""
+    board = BOARDS.get(case.test.task)
+    if board is None:
+        return {"clues": case.masked(1.0), "steps": 32}
+    clues = puzzles(board, case.tokens, round(16 / 36 * board.n_cells), False, case.seed)
+    return {"clues": clues, "board": board, "steps": int(clues.masked[0].sum())}
+
+
+def sampling(case: Case) -> pd.DataFrame:
+    """Sampling end to end with state-delta in both scopes, beside fixed S."""
+    rule = state_rule(case)
+    token = StateDelta(rule.threshold, max_loops=case.n_loops, positions="masked", scope="token")
+    return stopping.stopping_in_sampling(
+        case.m, [rule, token], max_loops=case.n_loops, seed=case.seed, **start(case)
+    )
+
+
+def by_step(case: Case) -> pd.DataFrame:
+    """Loops used along a sampling run under state-delta at its middle threshold."""
+    given = {name: value for name, value in start(case).items() if name != "board"}
+    return stopping.usage_by_step(case.m, state_rule(case), seed=case.seed, **given)
+
+
+def predictor(case: Case) -> pd.DataFrame:
+    """Frontier of stopping by a predicted remaining gain."""
+    rules = allocation.feature_rules(case.n_loops)
+    return allocation.predictor_frontier(*records(case, rules), N_THRESHOLDS)
+
+
+def foresight(case: Case) -> pd.DataFrame:
+    """How well the remaining gain is predicted."""
+    return allocation.prediction_quality(*records(case, allocation.feature_rules(case.n_loops)))
+
+
+def loops_or_steps(case: Case) -> pd.DataFrame:
+    """Loops against denoising steps at the FLOPs of S_max loops in 2, 4, 8 and 16 steps."""
+    given = start(case)
+    given.pop("steps")
+    length = case.tokens.shape[1]
+    budgets = [steps * forward_flops(case.m.cfg, length, case.n_loops) for steps in (2, 4, 8, 16)]
+    counts = sorted({1, 2, max(1, case.n_loops // 2), case.n_loops})
+    return allocation.loops_against_steps(
+        case.m, None, budgets, counts, test=case.tokens, maskable=case.maskable, clusters=case.clusters,
+        seed=case.seed, **given,
+    )  # fmt: skip
+
+
+def mediated(case: Case) -> pd.DataFrame:
+    """Share of the gain of looping lost by cuts, their controls, and stale values."""
+    options = {"maskable": case.maskable, "clusters": case.clusters, "seed": case.seed}
+    return interventions.mediated_share(case.m, case.tokens, case.n_loops, **options)
+
+
+def effects(make: Callable) -> Callable[[Case], pd.DataFrame]:
+    """Effect of an intervention at each loop alone and from it on, by mask ratio."""
+
+    def run(case: Case) -> pd.DataFrame:
+        parts = [
+            interventions.effect_by_loop(
+                case.m, case.tokens, lambda loops: make(case.m, loops), case.n_loops, onward,
+                maskable=case.maskable, clusters=case.clusters, seed=case.seed,
+            )
+            for onward in (False, True)
+        ]  # fmt: skip
+        return pd.concat(parts, ignore_index=True)
+
+    return run
+
+
+def boards(function: Callable[..., pd.DataFrame], n_clues: int, unique: bool) -> Callable[[Case], pd.DataFrame]:
+    """On puzzles with `n_clues` of 36 given, scaled to the board's size."""
+
+    def run(case: Case) -> pd.DataFrame:
+        board = BOARDS[case.test.task]
+        clues = round(n_clues / 36 * board.n_cells)
+        return function(case.m, puzzles(board, case.tokens, clues, unique, case.seed), case.n_loops)
+
+    return run
+
+
+def orders(case: Case) -> pd.DataFrame:
+    """Rates and contrasts (`kind`) at S = 1 and n_loops, 26 of 36 cells hidden."""
+    board = BOARDS[case.test.task]
+    b = puzzles(board, case.tokens, round(10 / 36 * board.n_cells), False, case.seed)
+    found = known.order_interaction(case.m, b, (1, case.n_loops))
+    return pd.concat([found.rates.assign(kind="rate"), found.contrasts.assign(kind="contrast")], ignore_index=True)
+
+
+def rounds(function: Callable[..., pd.DataFrame]) -> Callable[..., pd.DataFrame]:
+    """Against belief propagation, at three mask ratios."""
+
+    def run(case: Case) -> pd.DataFrame:
+        parts = [
+            function(case.m, case.masked(ratio), case.test.task, case.n_loops).assign(nominal_mask_ratio=ratio)
+            for ratio in RATIOS
+        ]
+        return pd.concat(parts, ignore_index=True)
+
+    return run
+
+
+def looped_without_training(case: Case) -> pd.DataFrame:
+    """Looping the middle of a non-looped stack."""
+    return training_free(case.m, case.tokens, maskable=case.maskable, clusters=case.clusters, seed=case.seed)
