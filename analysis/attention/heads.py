@@ -8,24 +8,24 @@ Holm's correction over the heads tested.
 `effect_tests` asks for more. An untrained model has one fixed [MASK] embedding and fixed weights: its heads come
 to prefer (or avoid) masked keys by accident of that draw, alike in all sequences, so a test over sequences alone
 calls far more of its heads than its level. Chance lies in the draw, not in the sequences. Hence the *matched
-mark*: a random direction of the [MASK] embedding's own length, put at the masked positions instead of it. Untrained
-embeddings are isotropic, so given its length [MASK] is one such direction: with R random marks
+mark*: a random direction of the [MASK] embedding's own length, put at the masked positions instead of it.
+Untrained embeddings are isotropic, so given its length [MASK] is one such direction: with R random marks
 
     p_mark = (1 + #{growth with a mark >= growth with [MASK]}) / (1 + R)
 
 is exact there, on the same sequences and at any vocabulary. (A random relabelling of masked and clean keys is no
 such null: labels that attention cannot know give log-odds of 0 in both loops, and the accident stays.) An effect
-is called if both p_mark and the paired test over sequences are small: p_value is the larger of the two. In a trained
-model it says that what was learned of [MASK] matters, beyond what any repeated vector at these positions gets.
+is called if both p_mark and the paired test over sequences are small: p_value is the larger of the two. In a
+trained model it says that what was learned of [MASK] matters, beyond what any repeated vector there would get.
 `head_growth` has no such null: it says what holds for this model on other sequences. Definitions are ours.
 """
 
-from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
 from scipy import stats as distributions
 from torch import Tensor
@@ -33,7 +33,6 @@ from torch import Tensor
 from analysis.attention.groups import check_batch
 from analysis.attention.record import check_loops, log_odds_growth, record
 from analysis.attention.sinks import halves
-from analysis.attention.walk import chunks
 from loopmdm_model import stats
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.hooked import HookedLoopMDM
@@ -105,24 +104,32 @@ def head_growth(
     return frame
 
 
-def random_marks(m: HookedLoopMDM, n_marks: int, seed: int) -> Iterator[Tensor]:
-    """Random directions of the [MASK] embedding's length, [d_model]."""
+def random_marks(m: HookedLoopMDM, n_marks: int, seed: int) -> Float[Tensor, "mark d_model"]:
+    """Random directions of the [MASK] embedding's length."""
     embedding = m.model.embed.weight[m.cfg.mask_token_id].detach()
-    for mark in range(n_marks):
-        noise = step_generator(seed, "order", 2 + mark).standard_normal(m.cfg.d_model)
-        direction = torch.from_numpy(noise / np.linalg.norm(noise)).to(embedding)
-        yield direction * embedding.norm()
+    noise = step_generator(seed, "order", 2).standard_normal((n_marks, m.cfg.d_model))
+    directions = torch.from_numpy(noise / np.linalg.norm(noise, axis=1, keepdims=True)).to(embedding)
+    return directions * embedding.norm()
 
 
-def marked_masses(m: HookedLoopMDM, b: MaskedBatch, n_loops: int, mark: Tensor, batch_size: int) -> NDArray:
-    """As `record`'s masses at the first and last loop, with `mark` [d_model] embedded at masked positions."""
-    parts = []
-    for part, _, _ in chunks(b, None, batch_size):
+def marked_masses(
+    m: HookedLoopMDM, b: MaskedBatch, n_loops: int, marks: Float[Tensor, "mark d_model"], batch_size: int
+) -> NDArray:
+    """As `record`'s masses at the first and last loop with each mark embedded at masked positions: [mark, ..].
+
+    Pairs of a mark and a sequence run together, `batch_size` at a time.
+    """
+    parts, n_pairs = [], len(marks) * len(b)
+    for start in range(0, n_pairs, batch_size):
+        pairs = torch.arange(start, min(start + batch_size, n_pairs), device=b.tokens.device)
+        part = b.rows(pairs % len(b))
         # The embedding runs before the model's context is set: what is masked comes from the batch itself.
-        put = partial(_put, masked=(part.tokens == m.cfg.mask_token_id)[..., None], mark=mark)
+        masked = (part.tokens == m.cfg.mask_token_id)[..., None]
+        put = partial(_put, masked=masked, mark=marks[pairs // len(b)][:, None])
         with m.hooks([("hook_embed", put)]):
             parts.append(record(m, part, n_loops, (0, n_loops - 1), batch_size=batch_size).mass)
-    return np.concatenate(parts)
+    whole = np.concatenate(parts)
+    return whole.reshape(len(marks), len(b), *whole.shape[1:])
 
 
 def _put(embedded: Tensor, hook: object, masked: Tensor, mark: Tensor) -> Tensor:  # noqa: ARG001
@@ -152,7 +159,7 @@ def effect_tests(
     if not 0 < level < 1 or check_count("n_marks", n_marks) + 1 < 1 / level:
         raise UsageError(f"n_marks = {n_marks} cannot reach level {level}; give at least 1 / level - 1 marks")
     mass = record(m, b, n_loops, (0, n_loops - 1), batch_size=batch_size).mass
-    marked = [marked_masses(m, b, n_loops, mark, batch_size) for mark in random_marks(m, n_marks, seed)]
+    marked = marked_masses(m, b, n_loops, random_marks(m, n_marks, seed), batch_size)
     frames = []
     for by_head in (True, False):
         growth, error, units, n = growth_and_error(mass, clusters, by_head)

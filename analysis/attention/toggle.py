@@ -75,7 +75,14 @@ def toggled(
     other: dict[str, list[Tensor]] = {prefix: [] for prefix in base.found}
     for draw in range(drawn.shape[1]):
         one = Columns(drawn[:, draw : draw + 1], masked)
-        walk(m, _flip(m, b, drawn[:, draw], known[:, draw]), n_loops, [one], where=where, readout=not _inside(m, where))
+        walk(
+            m,
+            _flip(m, b, drawn[:, draw], known[:, draw]),
+            n_loops,
+            [one],
+            where=where,
+            readout=not _inside(m, where),
+        )
         for prefix, found in one.found.items():
             other[prefix].append(found)
     pairs = {}

@@ -196,6 +196,108 @@ def _solves(task: str) -> Answer:
     )
 
 
+def _verdict_rows(task: str) -> pd.DataFrame:
+    """State-delta of every looped model, in the order of seeds."""
+    return _rows("stopping-verdicts", task, rule="state-delta").sort_values("seed")
+
+
+def _halves_loops(task: str) -> Answer:
+    rows = _verdict_rows(task)
+    share = np.where(rows["verdict"] == "supported", rows["mean_loops"] / rows["of_loops"], 1.0)
+    errors = rows["mean_loops_se"] / rows["of_loops"]
+    return over_seeds(share, errors.to_numpy(), int(rows["n"].iloc[0]), int(rows["n_units"].iloc[0]))
+
+
+def _knows_where(task: str) -> Answer:
+    rows = _verdict_rows(task)
+    contrasts = rows[[f"against_{name}" for name in ("fixed", "schedule", "shuffled")]].to_numpy()
+    errors = rows[[f"against_{name}_se" for name in ("fixed", "schedule", "shuffled")]].to_numpy()
+    worst = contrasts.argmax(axis=1)  # the control that comes nearest, or wins
+    index = np.arange(len(rows))
+    return over_seeds(
+        contrasts[index, worst], errors[index, worst], int(rows["n"].iloc[0]), int(rows["n_units"].iloc[0])
+    )
+
+
+def _shares(task: str, edges: str, matched: bool) -> pd.DataFrame:
+    """Share of the gain lost by one arm, by model; NaN where there is no gain to lose."""
+    rows = _rows("mediated-share", task, edges=edges, matched=matched)
+    return rows.set_index("model")[["share", "share_se", "n"]].sort_index()
+
+
+def _needs_mask_to_mask(task: str) -> Answer:
+    cut, control = _shares(task, "masked->masked", False), _shares(task, "masked->masked", True)
+    values = (cut["share"] - control["share"]).to_numpy()
+    errors = np.hypot(cut["share_se"], control["share_se"]).to_numpy()
+    return over_seeds(values, errors, int(cut["n"].iloc[0]), int(cut["n"].iloc[0]))
+
+
+def _update_matters(task: str) -> Answer:
+    rows = _shares(task, "stale", False)
+    return over_seeds(
+        rows["share"].to_numpy(), rows["share_se"].to_numpy(), int(rows["n"].iloc[0]), int(rows["n"].iloc[0])
+    )
+
+
+def _restricted_orders(task: str) -> Answer:
+    rows = _rows("sudoku-orders", task, kind="contrast", order="row-major")
+    n = int(rows["n"].iloc[0])
+    return over_seeds(rows["contrast"].to_numpy(), rows["standard_error"].to_numpy(), n, n)
+
+
+def _repair(task: str) -> Answer:
+    rows, most = _rows("sudoku-boards", task), _looped(task)
+    rows = rows[(rows["loop"] >= 1) & (rows["loop"] < most)]
+    sums = rows.pivot_table(index="model", columns="metric", values="value", aggfunc="sum")
+    values = (sums["repaired"] - sums["broken"]).to_numpy()
+    return over_seeds(values, np.full(len(values), np.nan), int(rows["n"].max()), 1)
+
+
+def _converge(task: str) -> Answer:
+    rows = _rows("convergence", task, token_group="masked", metric="step_norm")
+    units = int(rows["n"].iloc[0])
+    return over_seeds(rows["value"].to_numpy(), rows["standard_error"].to_numpy(), units, units)
+
+
+def _zero_shot(task: str) -> Answer:
+    df, most = tables.load("zero-shot"), _looped(task)
+    loop = df[(df["model"] == f"{task}-loop") & (df["n_loops"] == most)].set_index("corpus")
+    base = df[(df["model"] == f"{task}-base") & (df["n_loops"] == 1)].set_index("corpus")
+    if loop.empty or base.empty:
+        raise NotRun
+    difference = loop["nelbo"] - base["nelbo"]
+    worst = str(difference.idxmax())
+    error = float(np.hypot(loop.loc[worst, "standard_error"], base.loc[worst, "standard_error"]))
+    units = int(loop.loc[worst, "n_documents"])
+    return over_seeds(np.array([difference[worst]]), np.array([error]), int(loop.loc[worst, "n"]), units)
+
+
+def _belief(task: str) -> Answer:
+    if "best-rounds" not in tables.TABLES:
+        raise NotRun
+    rows = _rows("best-rounds", task, nominal_mask_ratio=0.5)
+    values = [
+        float(part["loop"].corr(part["best_round"].astype(float), method="spearman"))
+        for _, part in rows.groupby("model")
+    ]
+    return over_seeds(np.nan_to_num(np.array(values)), np.full(len(values), np.nan), int(rows["n"].iloc[0]), 1)
+
+
+def _training_free(task: str) -> Answer:
+    df = tables.load("training-free")
+    rows = df[df["model"].isin(zoo.names(task, "base"))]
+    rows = rows[(rows["n_loops"] == 2) & (rows["damping"] == "1/n_loops") & (rows["first_layer"] == 1)]
+    rows = rows[rows["n_layers"] == 1]
+    if rows.empty:
+        raise NotRun
+    n = int(rows["n"].iloc[0])
+    return over_seeds(rows["change"].to_numpy(), rows["change_se"].to_numpy(), n, n)
+
+
+def _not_run(task: str) -> Answer:
+    raise NotRun(task)
+
+
 MEASURES: dict[str, Callable[[str], Answer]] = {
     "fewer-training-flops": _fewer_flops,
     "better-at-equal-flops": _against("base", lambda s: s),
@@ -210,4 +312,16 @@ MEASURES: dict[str, Callable[[str], Answer]] = {
     "content-rises": _rise("content", relative=True),
     "trained-without-mask-to-mask": _two_by_two,
     "solves-what-shallow-cannot": _solves,
+    "stopping-halves-loops": _halves_loops,
+    "stopping-knows-where": _knows_where,
+    "gain-needs-mask-to-mask": _needs_mask_to_mask,
+    "update-matters": _update_matters,
+    "restricted-orders-need-loops": _restricted_orders,
+    "later-loops-repair": _repair,
+    "loops-converge": _converge,
+    "zero-shot": _zero_shot,
+    "loop-is-a-round-of-belief-propagation": _belief,
+    "training-free": _training_free,
+    "placement": _not_run,
+    "reasoning": _not_run,
 }

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from analysis.stopping.record import LoopRecord, noise_schedule
+from analysis.stopping.record import LoopRecord, noise_bins, noise_schedule
 from loopmdm_model.stopping import NoiseSchedule
 
 
@@ -81,9 +81,10 @@ def fitted_schedules(fitted: LoopRecord, n_prices: int, n_bins: int) -> list[tup
 
 
 def best_schedules(fitted: LoopRecord, n_bins: int) -> list[tuple[int, ...]]:
-    """Every schedule that is best at some price on `fitted`, from cheap to dear: the whole path, no grid of prices.
+    """Every schedule that is best at some price on `fitted`, from cheap to dear.
 
-    Between two bins' loss curves nothing is traded that is not worth it, so that these are the strongest schedules.
+    The whole path, not a grid of prices, which could pass good ones over and make a weak control: prices lie
+    between all those at which a bin's best count can change.
     """
     place, cost = noise_bins(fitted, n_bins), fitted.flops()
     bends = {0.0}

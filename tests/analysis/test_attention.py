@@ -191,7 +191,10 @@ def test_shards_add_up_to_the_whole_with_their_errors(hooked, clusters):
         parts.append(AttentionSums(hooked, 2).add(b.rows(span), labels))
     merged = parts[2].merge(parts[0]).merge(parts[1]).frame()
     pd.testing.assert_frame_equal(
-        merged.sort_values(PLACE, ignore_index=True), whole.sort_values(PLACE, ignore_index=True), atol=1e-6, rtol=0
+        merged.sort_values(PLACE, ignore_index=True),
+        whole.sort_values(PLACE, ignore_index=True),
+        atol=1e-6,
+        rtol=0,
     )
     assert whole["mass_se"].notna().any()
 
@@ -236,7 +239,7 @@ def test_attending_to_masked_keys_alone_has_the_largest_lift_and_the_log_odds_ca
     np.testing.assert_allclose(rows(frame, "masked", "masked")["lift"], t / (masked - 1), rtol=1e-5)
     np.testing.assert_allclose(frame["log_odds_capped"], LOG_ODDS_CAP)
     assert frame["log_odds"].isna().all()  # a mass vanishes: no silent number
-    assert LOG_ODDS_CAP == pytest.approx(math.log(1e6))
+    assert pytest.approx(math.log(1e6)) == LOG_ODDS_CAP
 
 
 def test_capped_log_odds_agree_below_the_cap_and_need_both_groups(hooked, clean, batch):

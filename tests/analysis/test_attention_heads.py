@@ -97,7 +97,7 @@ def test_untrained_models_call_no_more_than_their_level():
     naive, fair, marks = [], [], []
     for seed in range(40):
         m, b = HookedLoopMDM(toy_model(seed=seed)), sequences(10, 10, seed)
-        frame = effect_tests(m, b, n_loops=2, n_marks=19, seed=seed)
+        frame = effect_tests(m, b, n_loops=2, n_marks=19, seed=seed, batch_size=400)
         naive += list(frame["p_sequences"] <= 0.05)
         fair += list(frame["effect"])
         marks += list(frame["p_mark"])
@@ -125,19 +125,22 @@ def test_what_hangs_on_the_mask_itself_is_called():
 def test_marks_keep_the_length_and_sit_at_masked_positions_only(hooked):
     b, found = sequences(7), []
     length = hooked.model.embed.weight[22].norm()
-    marks = list(random_marks(hooked, 3, 0))
+    marks = random_marks(hooked, 3, 0)
     for mark in marks:
         torch.testing.assert_close(mark.norm(), length)
     assert not torch.allclose(marks[0], marks[1])
-    hook = ("loop.0.blocks.1.hook_resid_pre", lambda x, hook: None)
-    look = ("blocks.0.hook_resid_pre", lambda x, hook: found.append(x.clone()))
-    with hooked.hooks([hook, look]):
-        marked_masses(hooked, b, 2, marks[0], batch_size=3)
-    embedded = torch.cat(found)
-    torch.testing.assert_close(embedded[b.masked], marks[0].expand(int(b.masked.sum()), -1))
-    torch.testing.assert_close(embedded[~b.masked], hooked.model.embed(b.tokens[~b.masked]))
-    own = hooked.model.embed.weight[22]  # [MASK]'s own vector is a mark that changes nothing
-    np.testing.assert_allclose(marked_masses(hooked, b, 2, own, 3), record(hooked, b, 2, (0, 1)).mass, atol=1e-6)
+    look = lambda x, hook: found.append(x.clone())  # noqa: E731
+    with hooked.hooks([("blocks.0.hook_resid_pre", look)]):
+        each = marked_masses(hooked, b, 2, marks, batch_size=4)  # parts that go over marks
+    embedded = torch.cat(found).unflatten(0, (3, 7))
+    for mark, one in zip(marks, embedded, strict=True):
+        torch.testing.assert_close(one[b.masked], mark.expand(int(b.masked.sum()), -1))
+        torch.testing.assert_close(one[~b.masked], hooked.model.embed(b.tokens[~b.masked]))
+    np.testing.assert_allclose(each[1], marked_masses(hooked, b, 2, marks[1:2], 7)[0], atol=1e-6)
+    own = hooked.model.embed.weight[22:23]  # [MASK]'s own vector is a mark that changes nothing
+    np.testing.assert_allclose(
+        marked_masses(hooked, b, 2, own, 3)[0], record(hooked, b, 2, (0, 1)).mass, atol=1e-6
+    )
 
 
 def test_parts_change_nothing_and_single_sequences_have_no_p(hooked):

@@ -70,7 +70,9 @@ def test_averages_equal_the_measures_themselves(hooked):
                 row["estimate"], abs=1e-6
             )
         row = pick(frame, measure="mass", self="in", **at)
-        assert row["estimate"] == pytest.approx(by["mass_with_self"][2, layer] - by["mass_with_self"][0, layer], abs=1e-5)
+        assert row["estimate"] == pytest.approx(
+            by["mass_with_self"][2, layer] - by["mass_with_self"][0, layer], abs=1e-5
+        )
         row = pick(frame, measure="toggle", self="out", **at)
         assert row["estimate"] == pytest.approx(toggle[2, layer] - toggle[0, layer], abs=1e-5)
     both = pick(frame, measure="mass", self="out", sinks="in", heads="average", layers="all", layer=None)
@@ -105,7 +107,9 @@ def test_the_growing_head_is_measured_on_the_other_half(hooked):
         specification_curve(hooked, b, n_loops=3, n_keys=1),
         measure="mass", self="out", sinks="in", heads="growth", layers="one", layer=2,
     )  # fmt: skip
-    chosen, measured = (masses(hooked, b.rows(half), by_head=True).loc[[(2, 2), (0, 2)]] for half in (first, ~first))
+    chosen, measured = (
+        masses(hooked, b.rows(half), by_head=True).loc[[(2, 2), (0, 2)]] for half in (first, ~first)
+    )
     growth = chosen.reset_index().pivot(index="head", columns="loop", values="log_odds")
     assert row["head"] == (growth[2] - growth[0]).idxmax()
     expected = measured[measured["head"] == row["head"]]["mass"]

@@ -252,6 +252,22 @@ def test_loops_that_are_rounds_of_propagation_are_recovered(unique_puzzles):
     assert arms["correlation"]["given candidates"] == pytest.approx(1)
 
 
+def test_cells_that_never_settle_are_the_latest_and_those_that_need_search_the_deepest(unique_puzzles):
+    depth = propagate(SIX, unique_puzzles.tokens).depth
+    some = (depth.amax(-1) >= 3) & (depth >= 0).all(-1)
+    b, when = unique_puzzles.rows(some), depth[some] - 1
+    assert settling_correlation(Scheduled(b, when), b, 2, n_shuffles=2)["low"][0] > 0.9
+    hard = puzzles(SIX, SIX.sample_grids("test", 150), 11, unique=True)
+    depth = propagate(SIX, hard.tokens).depth
+    some = (depth < 0).any(-1) & (depth > 0).any(-1)
+    b, depth = hard.rows(some), depth[some]
+    assert len(b) >= 2
+    frame = settling_correlation(Scheduled(b, torch.where(depth < 0, 40, depth - 1)), b, 36, n_shuffles=2)
+    assert frame["correlation"][0] == pytest.approx(1)
+    search = settling_by_depth(Scheduled(b, torch.where(depth < 0, 40, 0)), b, 2).query("depth == -1")
+    assert search.loc[search["loop_settled"].isna(), "share"].tolist() == [1]
+
+
 def test_random_settling_has_no_relation(unique_puzzles):
     b = unique_puzzles
     m = Scheduled(b, torch.randint(0, 6, b.tokens.shape, generator=torch.Generator().manual_seed(5)))
@@ -432,6 +448,16 @@ def test_divergences_by_hand(tree_batch):
     assert row["kl"] == pytest.approx((p * np.log(p / 0.25)).sum(-1).mean())
     assert row["kl_reverse"] == pytest.approx((0.25 * np.log(0.25 / p)).sum(-1).mean())
     assert row["n_nodes"] == int(chosen.sum())
+
+
+def test_batches_and_clusters_of_belief(tree_batch):
+    m = toy_model(d_vocab=5, n_ctx=63)
+    one, many = (belief_rounds(m, tree_batch, "tree", n_loops=2, batch_size=size) for size in (64, 7))
+    np.testing.assert_allclose(one, many, rtol=1e-4)
+    assert (one["n"] == 30).all() and (one["standard_error"] > 0).all()
+    pairs = np.arange(30) // 2
+    assert not np.allclose(belief_rounds(m, tree_batch, "tree", 2, clusters=pairs)["standard_error"],
+                           one["standard_error"], rtol=1e-3)  # fmt: skip
 
 
 def test_nodes_that_nobody_is_as_deep_as_give_nan(tree_batch):

@@ -134,18 +134,25 @@ def test_relabelling_the_symbols_changes_no_depth():
     assert torch.equal(propagate(board, b.tokens).depth, propagate(board, names[b.tokens]).depth)
 
 
-@pytest.mark.parametrize(
-    "first", [[0, 0, 4, 4], [0, 1, 2, 4], [4, 4, 4, 4]], ids=["twice in a row", "no candidate", "no place"]
-)
-def test_boards_without_completion_are_refused(first):
-    cells = torch.full((2, 16), 4)
-    cells[1, :4] = torch.tensor(first)
-    if first[0] == 0 and first[1] == 1:
-        cells[1, 7] = 3  # cell 3 needs a 3, which its box holds
-    elif first[0] == 4:
-        cells[1, [4, 14, 11]] = 0  # shut out of row 0 by its first box, column 2 and column 3
+IMPOSSIBLE = {
+    # Row 0 has 0 twice; everything else still has its places.
+    "twice": ("sudoku9", {0: 0, 4: 0}),
+    # Row 0 cannot hold 0: its first box, cell 3, column 4 and column 5 are taken.
+    "no place": ("sudoku6", {6: 0, 3: 1, 16: 0, 29: 0}),
+    # Cell 0 sees 0..2 in its row, 3..5 in its column, 6..8 in its box.
+    "no candidate": ("sudoku9", {3: 0, 4: 1, 5: 2, 27: 3, 36: 4, 45: 5, 1: 6, 2: 7, 9: 8}),
+}
+
+
+@pytest.mark.parametrize("kind", IMPOSSIBLE)
+def test_boards_without_completion_are_refused(kind):
+    name, clues = IMPOSSIBLE[kind]
+    board = BOARDS[name]
+    cells = torch.full((2, board.n_cells), EMPTY)
+    for cell, symbol in clues.items():
+        cells[1, cell] = symbol
     with pytest.raises(UsageError, match="board 1 has no completion"):
-        propagate(BOARDS["sudoku4"], cells)
+        propagate(board, cells)
 
 
 def test_cells_that_are_none_are_refused():
