@@ -7,7 +7,8 @@ SESSION = """
 from jaxtyping import install_import_hook
 install_import_hook(["loopmdm_model", "analysis"], "beartype.beartype")
 import torch
-from analysis import attention_across_loops, mask_attention, read_loops, representation_change
+from analysis import attention_across_loops, mask_attention, measure, read_loops, representation_change
+from analysis.measures import MEASURES
 from loopmdm_model import HookedLoopMDM, StateDelta, mask_tokens, nelbo
 from loopmdm_model.data.batches import dataset
 from loopmdm_model.data.puzzles import puzzles
@@ -27,6 +28,10 @@ representation_change(m, b, n_loops=2)
 read_loops(m, b, n_loops=2)
 attention_across_loops(cache, layer=1)
 mask_tokens(grids, 6, t=0.5)
+for name in MEASURES:
+    model = {"training-free": "sudoku-base"}.get(name, "sudoku-loop")
+    if MEASURES[name].on != "tree":
+        assert len(measure(name, model, mask_ratios=(0.5,), n=8)), name
 try:
     m.model.blocks[0].attn(torch.zeros(2, 3), (logits, logits), None)
 except Exception as error:

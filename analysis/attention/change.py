@@ -40,26 +40,33 @@ class ChangeSums(PlaceSums):
         self._ranks: dict[int, Tensor] = {}
 
     def begin(self, states: States) -> None:
-        """Forget the maps of the batch before."""
+        """Forget the ranks of the batch before (its maps are overwritten in loop 0)."""
         super().begin(states)
-        self._before, self._ranks = {}, {}
+        self._ranks = {}
 
     def vectors(self, seen: Seen) -> Tensor | None:
         """[sequence, head, metric, 1]; each metric has its own gaps."""
         if seen.loop is None:
             return None
-        frobenius = _distance(seen.pattern, self._before.get(seen.layer), seen.states)
-        self._before[seen.layer] = seen.pattern
-        if seen.loop == self.n_loops - 1:
-            del self._before[seen.layer]
+        before = self._before.get(seen.layer) if seen.loop else None
+        frobenius = _distance(seen.pattern, before, seen.states)
+        self._keep(seen)
         metrics = [frobenius]
         if self.rank:
             ranks = key_ranks(seen.pattern, seen.states.real)
-            before = self._ranks.get(seen.layer)
-            metrics.append(torch.full_like(frobenius, torch.nan) if before is None else _agreement(
-                ranks, before, seen.states))  # fmt: skip
+            ranked = self._ranks.get(seen.layer)
+            metrics.append(torch.full_like(frobenius, torch.nan) if ranked is None else _agreement(
+                ranks, ranked, seen.states))  # fmt: skip
             self._ranks[seen.layer] = ranks
         return torch.stack(metrics, dim=-1)[..., None]
+
+    def _keep(self, seen: Seen) -> None:
+        """Copy the map into a buffer of the layer's own: a pattern held instead would scatter the heap."""
+        buffer = self._before.get(seen.layer)
+        if buffer is None or buffer.shape != seen.pattern.shape:
+            self._before[seen.layer] = seen.pattern.clone()
+        else:
+            buffer.copy_(seen.pattern)
 
     def merge(self, other: "ChangeSums") -> "ChangeSums":
         """Take in another shard of the same measure."""

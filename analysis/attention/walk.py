@@ -4,8 +4,9 @@ A pattern lives as long as its layer application: what reducers keep are small s
 with the loops nor with the sequences. `PlaceSums` is what most reducers are: a `Moments` per application.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import pandas as pd
@@ -161,8 +162,14 @@ class PlaceSums:
         """One row per application, head and whatever `columns` holds."""
         if not self.moments:
             raise UsageError("nothing was measured yet; add at least one batch")
-        parts = [self._rows(prefix, self.columns(moments)) for prefix, moments in self.moments.items()]
-        return pd.concat(parts, ignore_index=True)
+        parts = [self.columns(moments) for moments in self.moments.values()]
+        n_heads = next(iter(parts[0].values())).shape[0]
+        shape = n_heads, *(len(labels) for labels in self.groups().values())
+        values = {
+            name: np.concatenate([np.broadcast_to(part[name], shape).reshape(-1) for part in parts])
+            for name in parts[0]
+        }
+        return pd.DataFrame(self._places(shape) | {"mask_ratio": self.mask_ratio} | values)
 
     def columns(self, moments: Moments) -> dict[str, np.ndarray]:
         """Columns [head, *groups] of one application."""
@@ -172,28 +179,23 @@ class PlaceSums:
         """Names of the axes after `head`, with their labels."""
         raise NotImplementedError
 
-    def _rows(self, prefix: str, columns: dict[str, np.ndarray]) -> pd.DataFrame:
-        layer, loop, groups = layer_of(prefix), parse_loop(prefix), self.groups()
-        n_heads = next(iter(columns.values())).shape[0]
-        grid = pd.MultiIndex.from_product([range(n_heads), *groups.values()])
-        values = {name: np.broadcast_to(value, columns_shape(n_heads, groups)) for name, value in columns.items()}
-        frame = pd.DataFrame({name: value.reshape(-1) for name, value in values.items()})
-        heads = grid.get_level_values(0) if self.by_head else [None] * len(frame)
+    def _places(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        """Columns that say where each row was measured, for all applications in turn."""
+        cfg, size = self.m.cfg, math.prod(shape)
+        layers = [layer_of(prefix) for prefix in self.moments]
+        loops = [parse_loop(prefix) for prefix in self.moments]
+        depths = [cfg.depth(layer, loop or 0, self.n_loops) for layer, loop in zip(layers, loops, strict=True)]
+        index = np.tile(np.indices(shape).reshape(len(shape), -1), len(layers))
         place = {
             "n_loops": self.n_loops,
-            "segment": self.m.cfg.segment(layer),
-            "loop": pd.array([loop] * len(frame), dtype="Int64"),
-            "layer": layer,
-            "depth": self.m.cfg.depth(layer, loop or 0, self.n_loops),
-            "head": pd.array(heads, dtype="Int64"),
+            "segment": np.repeat([cfg.segment(layer) for layer in layers], size),
+            "loop": pd.array(loops, dtype="Int64").repeat(size),
+            "layer": np.repeat(layers, size),
+            "depth": np.repeat(depths, size),
+            "head": pd.array(index[0] if self.by_head else [None] * index.shape[1], dtype="Int64"),
         }
-        place |= {name: grid.get_level_values(axis + 1) for axis, name in enumerate(groups)}
-        return pd.concat([pd.DataFrame(place | {"mask_ratio": self.mask_ratio}, index=frame.index), frame], axis=1)
-
-
-def columns_shape(n_heads: int, groups: dict[str, Sequence[str]]) -> tuple[int, ...]:
-    """Shape of a column before it is laid flat."""
-    return n_heads, *(len(labels) for labels in groups.values())
+        groups = enumerate(self.groups().items(), start=1)
+        return place | {name: np.array(labels)[index[axis]] for axis, (name, labels) in groups}
 
 
 def summed(sums: PlaceSums, b: MaskedBatch, clusters: np.ndarray | None, batch_size: int) -> pd.DataFrame:

@@ -77,9 +77,9 @@ def judge_usefulness(table: pd.DataFrame, chosen: pd.DataFrame | None = None, le
     """A verdict per rule from a frontier on test, and the frontier of the same thresholds on validation.
 
     Of each rule the threshold is taken at which the worst of the three contrasts is lowest on `chosen` (contrast +
-    standard error). "useful": all three lie below 0 on `table`, each by its 95% interval (all three must hold, so
-    no correction among them); "not useful": one of them shows that less than `least` nats are won over that
-    control (its interval lies above -least); else "undecided". Without `chosen` the threshold is taken on `table`
+    standard error). "not useful": one of them shows that less than `least` nats are won over that control (its 95%
+    interval lies above -least); "useful": all three intervals lie below 0 on `table` (all must, so no correction
+    among them), and none shows so little; else "undecided". Without `chosen` the threshold is taken on `table`
     itself and its intervals are Bonferroni's over the rule's thresholds. `n_useful` counts the thresholds, of
     `n_thresholds`, that are useful by Bonferroni's intervals on `table`.
 
@@ -114,10 +114,10 @@ def _verdict(row: pd.Series, least: float, tests: int) -> tuple[str, dict[str, f
         value, error = float(row[f"against_{name}"]), float(row[f"against_{name}_se"])
         bounds |= {f"against_{name}": value, f"against_{name}_se": error}
         bounds |= {f"against_{name}_low": value - half * error, f"against_{name}_high": value + half * error}
-    if all(bounds[f"against_{name}_high"] < 0 for name in CONTROLS):
-        return "useful", bounds
     if any(bounds[f"against_{name}_low"] >= -least for name in CONTROLS):
         return "not useful", bounds
+    if all(bounds[f"against_{name}_high"] < 0 for name in CONTROLS):
+        return "useful", bounds
     return "undecided", bounds
 
 

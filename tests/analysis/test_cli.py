@@ -15,7 +15,8 @@ from loopmdm_model.checkpoints import list_models
 ROOT = Path(__file__).parents[2]
 
 
-COMMANDS = ("models", "data", "train", "evaluate", "lm-eval", "sample", "table", "figures", "bench")
+COMMANDS = ("models", "data", "train", "ship", "evaluate", "lm-eval", "sample", "measure", "table", "claims", "figures",
+            "bench")  # fmt: skip
 
 
 def run(*arguments, code=0, **options):

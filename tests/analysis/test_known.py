@@ -497,8 +497,8 @@ def test_cells_are_filled_by_depth(sudoku_toy, unique_puzzles):
 def test_rates_and_contrasts_are_those_of_the_solve_rate():
     subject = Subject.load("sudoku-loop")
     orders = ("confidence", "row-major", "one-shot")
-    expected = solve_rate(subject, [1, 6], n_clues=[18], orders=orders, n=25).set_index(["order", "n_loops"])
-    b = puzzles(SIX, load_test_set("sudoku6", 36, None).tokens[:25], 18)
+    expected = solve_rate(subject, [1, 6], n_clues=[18], orders=orders, n=12).set_index(["order", "n_loops"])
+    b = puzzles(SIX, load_test_set("sudoku6", 36, None).tokens[:12], 18)
     found = order_interaction(subject.model, b, (1, 6), orders, batch_size=200)
     for row in found.rates.itertuples():
         assert row.solve_rate == expected["solve_rate"][row.order, row.n_loops]
@@ -506,7 +506,7 @@ def test_rates_and_contrasts_are_those_of_the_solve_rate():
     for row in found.contrasts.itertuples():
         assert row.contrast == pytest.approx(expected["interaction"][row.order, 6])
         assert row.standard_error == pytest.approx(expected["interaction_se"][row.order, 6])
-        assert row.gain == pytest.approx(expected["gain"][row.order, 6]) and row.n == 25
+        assert row.gain == pytest.approx(expected["gain"][row.order, 6]) and row.n == 12
     assert found.contrasts["order"].tolist() == ["row-major", "one-shot"]
 
 
@@ -529,15 +529,15 @@ def test_a_contrast_by_hand():
 def test_the_log_odds_error_is_that_of_many_experiments():
     generator = np.random.default_rng(0)
     rates = {("row", 4): 0.7, ("row", 1): 0.3, ("confidence", 4): 0.8, ("confidence", 1): 0.6}
-    luck = generator.normal(size=(300, 400))  # shared by the arms of a puzzle: they are paired
+    luck = generator.normal(size=(150, 300))  # shared by the arms of a puzzle: they are paired
     truth = np.log(7 / 3) * 2 - np.log(4) + np.log(1.5)
     values = []
     for run in luck:
-        own = {key: 0.7 * run + generator.normal(size=400) * np.sqrt(0.51) for key in rates}
+        own = {key: 0.7 * run + generator.normal(size=300) * np.sqrt(0.51) for key in rates}
         arms = {key: (v < np.quantile(luck, rates[key])).astype(float) for key, v in own.items()}
         values.append(_contrast(arms, "row", 4, 1, None)[7:9])
     value, error = np.array(values).T
-    assert value.mean() == pytest.approx(truth, abs=0.05) and value.std() == pytest.approx(error.mean(), rel=0.15)
+    assert value.mean() == pytest.approx(truth, abs=0.1) and value.std() == pytest.approx(error.mean(), rel=0.2)
 
 
 def test_two_loop_counts_and_known_orders_are_needed(sudoku_toy, unique_puzzles):

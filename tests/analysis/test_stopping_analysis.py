@@ -215,6 +215,8 @@ def test_a_threshold_is_chosen_on_validation_and_judged_on_test():
     )  # the luck of the other is not taken
     assert judge_usefulness(test, first, least=2.0)["verdict"][0] == "not useful"
     assert judge_usefulness(test, test)["verdict"][0] == "useful" and found["n_useful"][0] == 1
+    assert judge_usefulness(test, test, least=1.0)["verdict"][0] == "useful"  # may be large enough
+    assert judge_usefulness(test, test, least=2.0)["verdict"][0] == "not useful"  # real, but shown to be small
     wide = pd.DataFrame([row | better | errors | {"threshold": float(k)} for k in range(400)])
     assert judge_usefulness(wide)["verdict"][0] == "undecided"  # Bonferroni over thresholds tried on one set
     alone = judge_usefulness(test.assign(n=1, n_units=1))

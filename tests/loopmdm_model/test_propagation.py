@@ -50,7 +50,7 @@ def naive(board, cells, hidden_singles=True):
 @SIZES
 @pytest.mark.parametrize("hidden_singles", [True, False])
 def test_depths_are_those_of_the_naive_twin(board, hidden_singles):
-    grids = board.sample_grids("test", 6, seed=1)
+    grids = board.sample_grids("test", 12 // board.size, seed=1)
     for clues in (FEW[board.size], board.n_cells // 2):
         b = puzzles(board, grids, clues, seed=3)
         reached = propagate(board, b.tokens, hidden_singles)
