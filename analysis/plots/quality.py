@@ -86,6 +86,80 @@ def plot_learning_curves(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def plot_gain_by_noise(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Gain over S = 1 by mask ratio, a line a loop count; one model or the mean over seeds.
+
+    `df`: seed n_loops mask_ratio gain gain_standard_error.
+    """
+    ax = ax or plt.gca()
+    counts = sorted(count for count in df["n_loops"].unique() if count > 1)
+    for shade, (count, marker) in enumerate(zip(counts, "os^vD", strict=False)):
+        part = df[df["n_loops"] == count].rename(columns={"gain_standard_error": "gain_se"})
+        summary = over_seeds(part, "mask_ratio", "gain")
+        colour = plt.get_cmap("Blues")(0.35 + 0.6 * shade / max(1, len(counts) - 1))
+        band(
+            ax,
+            summary["mask_ratio"],
+            summary["gain"],
+            summary["low"],
+            summary["high"],
+            color=colour,
+            marker=marker,
+            label=f"S = {count}",
+        )
+    ax.axhline(0, **NULL)
+    ax.set(xlabel="mask ratio (bin's middle)", ylabel="gain over S = 1 (nats per token)")
+    return ax
+
+
+def plot_zero_shot(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """NELBO of each corpus by model and loop count, with intervals; `df`: label corpus nelbo standard_error."""
+    ax = ax or plt.gca()
+    corpora, labels = list(dict.fromkeys(df["corpus"])), list(dict.fromkeys(df["label"]))
+    looks = [
+        ARM_STYLE["base"],
+        *({"color": c, "marker": m} for c, m in zip(("#9ecae1", "#4292c6", "#08306b"), "v^o", strict=True)),
+    ]
+    for offset, (label, look) in enumerate(zip(labels, looks, strict=False)):
+        part = df[df["label"] == label].set_index("corpus").loc[corpora]
+        place = np.arange(len(corpora)) + 0.16 * (offset - (len(labels) - 1) / 2)
+        ax.errorbar(
+            part["nelbo"],
+            place,
+            xerr=Z95 * part["standard_error"],
+            label=label,
+            linewidth=0.9,
+            **dict(look) | {"linestyle": "none"},
+        )
+    ax.set_yticks(range(len(corpora)), corpora)
+    ax.invert_yaxis()
+    ax.set(xlabel="zero-shot NELBO (nats per token)")
+    return ax
+
+
+def plot_training_free(df: pd.DataFrame, value: str, *, ax: Axes | None = None) -> Axes:
+    """A column of `training-free` over n_loops, naive and damped, mean over seeds; `df`: seed damping n_loops."""
+    ax = ax or plt.gca()
+    looks = {"none": ("#8c8c8c", "s", "--", "full steps"), "1/n_loops": ("#1b4f8f", "o", "-", "damped by 1/S")}
+    for damping, (colour, marker, line, label) in looks.items():
+        part = df[df["damping"] == damping]
+        summary = over_seeds(part, "n_loops", value)
+        band(
+            ax,
+            summary["n_loops"],
+            summary[value],
+            summary["low"],
+            summary["high"],
+            color=colour,
+            marker=marker,
+            linestyle=line,
+            label=label,
+        )
+    ax.axhline(0, **NULL)
+    ax.set(xlabel="n_loops (S)")
+    return ax
+
+
 def _base_level(df: pd.DataFrame, column: str, ax: Axes) -> None:
     """The base arm as it was trained, at S = 1, carried across as a thin line."""
     base = df[(df["arm"] == "base") & (df["n_loops"] == 1)]

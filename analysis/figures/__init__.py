@@ -1,0 +1,18 @@
+"""The registry of figures: name -> tables, builder, caption. Batch, notebooks and tests all use it.
+
+from analysis import figures
+figures.FIGURES["mask-to-mask-by-loop"].draw(out="figures/out")
+"""
+
+from analysis.figures import causal, inside, known, quality
+from analysis.figures.figure import Figure
+from loopmdm_model.errors import unknown_name
+
+FIGURES = {item.name: item for family in (quality, inside, causal, known) for item in family.FIGURES}
+
+
+def figure(name: str) -> Figure:
+    """A figure of the registry."""
+    if name not in FIGURES:
+        raise unknown_name("figure", name, FIGURES)
+    return FIGURES[name]

@@ -1,0 +1,73 @@
+"""One figure: the tables it is drawn from, its builder, a caption with its claim, and how it is written."""
+
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure as MatplotlibFigure
+
+from analysis import provenance, tables
+from analysis.plots.style import FORMATS, style
+from loopmdm_model.files import write_atomic, write_json
+from loopmdm_model.training.record import commit, versions
+
+Tables = dict[str, pd.DataFrame]
+PANELS = (("sudoku-loop", "Sudoku 6x6"), ("sotu-loop", "text (sotu)"))
+"""The looped models that panels show, with their titles."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure: the `tables` it is drawn from, its `builder`, and a caption with its claim."""
+
+    name: str
+    tables: tuple[str, ...]
+    builder: Callable[[Tables], MatplotlibFigure]
+    caption: str
+
+    def draw(self, out: Path | str | None = None) -> MatplotlibFigure:
+        """Draw from the tables; with `out` also write pdf, png, svg and a JSON sidecar there."""
+        loaded = {name: tables.load(name) for name in self.tables}
+        with style():
+            figure = self.builder(loaded)
+            if out is not None:
+                self._write(figure, Path(out), loaded)
+        plt.close(figure)
+        return figure
+
+    def _write(self, figure: MatplotlibFigure, out: Path, loaded: Tables) -> None:
+        dates = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {"Software": None}}
+        for kind in FORMATS:
+            write_atomic(
+                out / f"{self.name}.{kind}",
+                lambda path, kind=kind: figure.savefig(path, format=kind, metadata=dates[kind]),
+            )
+        write_json(out / f"{self.name}.json", self.sidecar(loaded))
+
+    def sidecar(self, loaded: Tables) -> dict:
+        """Caption, hashes of tables and models, commit, versions and command."""
+        return {
+            "figure": self.name,
+            "caption": self.text,
+            "tables": {name: frame.attrs["values_sha256"] for name, frame in loaded.items()},
+            "models": {k: v for frame in loaded.values() for k, v in frame.attrs["models"].items()},
+            "commit": commit(),
+            "versions": versions(provenance.DRAWING),
+            "command": f"loopmdm figures {self.name}",
+        }
+
+    @property
+    def text(self) -> str:
+        """The caption on one line."""
+        return " ".join(textwrap.dedent(self.caption).split())
+
+
+SEEDS = """Lines: means over training seeds (numbers in the legend), thin ones single seeds; bands: 95%, by
+Student's t over seeds, over test items where there is one seed."""
+OURS = "Definitions are ours; the paper's are not public. One seed of training."
+TEXT = "256 test blocks of 64 tokens from 8 unseen speeches (errors over speeches)"
+GRIDS = "256 grids of unseen classes (errors over grids)"
+"""Parts of captions."""

@@ -1,0 +1,96 @@
+"""Plots of stopping frontiers, interventions and the trained 2 x 2."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from analysis.plots.style import ARM_STYLE, NULL, Z95
+
+RULE_STYLE = {
+    "fixed": {"color": "#444444", "marker": "s", "linestyle": "--", "label": "fixed S"},
+    "noise-schedule": {"color": "#e08214", "marker": "^", "linestyle": "-.", "label": "schedule by mask ratio"},
+    "state-delta": {"color": "#1b4f8f", "marker": "o", "linestyle": "-", "label": "state-delta"},
+    "kl-delta": {"color": "#9ecae1", "marker": "v", "linestyle": "-", "label": "kl-delta (coda)"},
+    "oracle": {"color": "#bbbbbb", "marker": ".", "linestyle": ":", "label": "oracle (sees the answer)"},
+}
+ARMS_CUT = (
+    ("masked->masked", False, "cut masked → masked"),
+    ("masked->masked", True, "random, equal mass\nand distance"),
+    ("masked->clean", False, "cut masked → clean"),
+    ("stale", False, "values of loop 0 at\nmasked keys"),
+)
+
+
+def plot_frontier(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Loss against FLOPs, a line a rule; `df`: rows of one model over all mask ratios: rule flops nll."""
+    ax = ax or plt.gca()
+    for rule, look in RULE_STYLE.items():
+        part = df[df["rule"] == rule].sort_values("flops")
+        ax.plot(part["flops"] / 1e6, part["nll"], markersize=2.4, **look)
+    fixed = df[df["rule"] == "fixed"]
+    span = fixed["nll"].max() - fixed["nll"].min()
+    ax.set_ylim(min(df["nll"].min(), fixed["nll"].min()) - 0.05 * span, fixed["nll"].max() + 0.05 * span)
+    ax.set(xlabel="MFLOPs a sequence (reading included)", ylabel="NELBO (nats per masked token)")
+    return ax
+
+
+def plot_shares(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Share of the gain of looping that is lost, a mark and its interval a model; `df`: edges matched share low high.
+
+    A model without a gain has no share and no mark.
+    """
+    ax = ax or plt.gca()
+    models = list(dict.fromkeys(df["model"]))
+    for row, (edges, matched, _) in enumerate(ARMS_CUT):
+        part = df[(df["edges"] == edges) & (df["matched"] == matched)].set_index("model").reindex(models)
+        place = row + 0.12 * (np.arange(len(models)) - (len(models) - 1) / 2)
+        error = np.abs(part[["low", "high"]].to_numpy().T - part["share"].to_numpy())
+        ax.errorbar(
+            part["share"],
+            place,
+            xerr=error,
+            linestyle="none",
+            marker="o",
+            color=ARM_STYLE["loop"]["color"],
+            linewidth=0.9,
+        )
+    ax.axvline(0, **NULL)
+    ax.axvline(1, **NULL)
+    ax.set_yticks(range(len(ARMS_CUT)), [label for *_, label in ARMS_CUT])
+    ax.invert_yaxis()
+    ax.set(xlabel="share of the gain of looping that is lost")
+    return ax
+
+
+def plot_two_by_two(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Test NELBO of the four arms, a mark a seed and the mean as a bar; `df`: arm seed nll."""
+    ax = ax or plt.gca()
+    arms = ("base", "loop", "base-isolated", "loop-isolated")
+    for place, arm in enumerate(arms):
+        values = df.loc[df["arm"] == arm, "nll"]
+        ax.plot(np.full(len(values), place), values, **ARM_STYLE[arm] | {"linestyle": "none"})
+        ax.hlines(values.mean(), place - 0.25, place + 0.25, color="#444444", linewidth=1.2)
+    labels = ("base\nS = 1", "loop\n$S_{max}$", "base\nisolated", "loop\nisolated")
+    ax.set_xticks(range(len(arms)), labels)
+    ax.set(ylabel="test NELBO (nats per token)", xlim=(-0.5, 3.5))
+    return ax
+
+
+def plot_effects(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Heat map loop x mask ratio of an effect, thousandths of a nat; brackets where its 95% interval holds 0."""
+    ax = ax or plt.gca()
+    table = 1e3 * df.pivot(index="mask_ratio", columns="loop", values="effect").sort_index(ascending=False)
+    error = 1e3 * df.pivot(index="mask_ratio", columns="loop", values="effect_se").sort_index(ascending=False)
+    most = float(np.nanmax(np.abs(table.to_numpy())))
+    ax.imshow(table, cmap="PuOr_r", vmin=-most, vmax=most, aspect="auto")
+    for (row, column), value in np.ndenumerate(table.to_numpy()):
+        sure = abs(value) > Z95 * error.to_numpy()[row, column]
+        colour = "white" if abs(value) > 0.6 * most else "black"
+        text = f"{value:.0f}" if sure else f"({value:.0f})"
+        ax.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)
+    ax.set_xticks(range(table.shape[1]), [str(loop + 1) for loop in table.columns])
+    ax.set_yticks(range(table.shape[0]), [f"{ratio:.0%}" for ratio in table.index])
+    ax.grid(False)
+    ax.set(xlabel="loop (1 = first)", ylabel="masked (middle of bin)")
+    return ax
