@@ -54,7 +54,7 @@ def nll_by_loops(loaded: Tables) -> MatplotlibFigure:
             )
             top, bottom = max(top, bigram), min(bottom, bigram)
         row[0].set_ylim(bottom - 0.08 * (top - bottom), top + 0.25 * (top - bottom))
-        row[0].legend(frameon=False, loc="upper center")
+        row[0].legend(frameon=False, loc="lower right" if task == "sotu" else "upper center")
     return drawn
 
 
@@ -74,7 +74,7 @@ def gain_by_noise(loaded: Tables) -> MatplotlibFigure:
     drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.8), layout="constrained")
     for ax, (model, title) in zip(axes, PANELS, strict=True):
         part = df[df["task"] == model.split("-")[0]]
-        quality.plot_gain_by_noise(part, ax=ax)
+        quality.plot_gain_by_noise(part, zoo.s_max(model), ax=ax)
         n = part["seed"].nunique()
         ax.set_title(f"{title} ({n} seed{'s' if n > 1 else ''})")
         ax.legend(frameon=False)

@@ -59,10 +59,7 @@ def mediated_share(
     half = stats.t95(int(n) if clusters is None else len(np.unique(clusters)))
     rows = []
     for what, matched in arms:
-        if what == "stale":
-            arm = _stale(m, loops, layers)
-        else:
-            arm = cut(m, what, loops, layers, heads, matched, seed)
+        arm = _stale(m, loops, layers) if what == "stale" else cut(m, what, loops, layers, heads, matched, seed)
         kept, _ = gains(arm)
         left, left_se, _ = stats.weighted_mean_and_error(kept, weights, clusters)
         share, error = share_of_gain(intact, kept, weights, clusters)

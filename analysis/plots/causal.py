@@ -36,7 +36,7 @@ def plot_frontier(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def plot_shares(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Share of the gain of looping that is lost, a mark and its interval a model; `df`: edges matched share low high.
+    """Share of the gain of looping that is lost, one mark a model; `df`: edges matched share low high.
 
     A model without a gain has no share and no mark.
     """

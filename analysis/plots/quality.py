@@ -86,27 +86,24 @@ def plot_learning_curves(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def plot_gain_by_noise(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Gain over S = 1 by mask ratio, a line a loop count; one model or the mean over seeds.
+def plot_gain_by_noise(df: pd.DataFrame, s_max: int, *, ax: Axes | None = None) -> Axes:
+    """Gain over S = 1 by mask ratio, mean over seeds, a line a loop count; the interval of S_max only.
 
     `df`: seed n_loops mask_ratio gain gain_standard_error.
     """
     ax = ax or plt.gca()
+    df = df.drop(columns=["low", "high"]).rename(columns={"gain_standard_error": "gain_se"})
     counts = sorted(count for count in df["n_loops"].unique() if count > 1)
-    for shade, (count, marker) in enumerate(zip(counts, "os^vD", strict=False)):
-        part = df[df["n_loops"] == count].rename(columns={"gain_standard_error": "gain_se"})
-        summary = over_seeds(part, "mask_ratio", "gain")
-        colour = plt.get_cmap("Blues")(0.35 + 0.6 * shade / max(1, len(counts) - 1))
-        band(
-            ax,
-            summary["mask_ratio"],
-            summary["gain"],
-            summary["low"],
-            summary["high"],
-            color=colour,
-            marker=marker,
-            label=f"S = {count}",
-        )
+    for shade, (count, marker) in enumerate(zip(counts, "v^sD", strict=False)):
+        part = over_seeds(df[df["n_loops"] == count], "mask_ratio", "gain")
+        look = {"color": plt.get_cmap("Blues")(0.35 + 0.6 * shade / max(1, len(counts) - 1)), "marker": marker}
+        if count == s_max:
+            look = ARM_STYLE["loop"] | {"color": "#d95f02"}
+            ax.fill_between(
+                part["mask_ratio"], part["low"], part["high"], color="#d95f02", alpha=0.15, linewidth=0
+            )
+        name = "$S_{max}$" if count == s_max else "S"
+        ax.plot(part["mask_ratio"], part["gain"], label=f"{name} = {count}", **look)
     ax.axhline(0, **NULL)
     ax.set(xlabel="mask ratio (bin's middle)", ylabel="gain over S = 1 (nats per token)")
     return ax
