@@ -123,9 +123,8 @@ def _most_by_half(task: str) -> Answer:
     most = _looped(task)
     one, half, whole = (_nll(task, "loop", s)["nll"].to_numpy() for s in (1, most // 2, most))
     gain = one - whole
-    if not len(gain) or (gain <= 0).any():
-        raise NotRun  # no gain, no share of it
-    return over_seeds((one - half) / gain, np.full(len(gain), np.nan), len(gain), 1)
+    shares = np.where(gain > 0, (one - half) / gain, np.nan)  # no gain, no share of it: undecided
+    return over_seeds(shares, np.full(len(gain), np.nan), len(gain), 1)
 
 
 def _intermediate_noise(task: str) -> Answer:
@@ -168,9 +167,7 @@ def _rise_error(task: str, column: str, relative: bool) -> np.ndarray:
 def _saturates(task: str) -> Answer:
     values, most = _by_loop(task, "log_odds", key_group="masked"), _looped(task)
     rise = values[most - 1] - values[0]
-    if (rise <= 0).any():
-        raise NotRun
-    further = (values[2 * most - 1] - values[most - 1]) / rise
+    further = ((values[2 * most - 1] - values[most - 1]) / rise).where(rise > 0)  # no rise: undecided
     return over_seeds(further.to_numpy(), np.full(len(further), np.nan), len(further), 1)
 
 

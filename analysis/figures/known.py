@@ -28,7 +28,7 @@ def sudoku_orders(loaded: Tables) -> MatplotlibFigure:
     drawn, ax = plt.subplots(figsize=(PAGE * 0.7, 2.7), layout="constrained")
     known.plot_orders(df[df["kind"] == "rate"], ax=ax)
     ax.set_title("6x6 Sudoku, 26 of 36 cells hidden")
-    ax.legend(frameon=False, loc="upper right")
+    drawn.legend(frameon=False, loc="outside lower center", ncols=2)
     return drawn
 
 

@@ -58,8 +58,10 @@ def plot_shares(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.axvline(0, **NULL)
     ax.axvline(1, **NULL)
     ax.set_yticks(range(len(ARMS_CUT)), [label for *_, label in ARMS_CUT])
-    ax.invert_yaxis()
-    ax.set(xlabel="share of the gain of looping that is lost")
+    ax.set_xscale("symlog", linthresh=2)
+    ax.set_xticks([-2, -1, 0, 1, 2, 5, 10, 20], ["-2", "-1", "0", "1", "2", "5", "10", "20"], minor=False)
+    ax.set_xticks([], minor=True)
+    ax.set(xlabel="share of the gain of looping that is lost", ylim=(len(ARMS_CUT) - 0.5, -0.5))
     return ax
 
 
@@ -87,7 +89,8 @@ def plot_effects(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     for (row, column), value in np.ndenumerate(table.to_numpy()):
         sure = abs(value) > Z95 * error.to_numpy()[row, column]
         colour = "white" if abs(value) > 0.6 * most else "black"
-        text = f"{value:.0f}" if sure else f"({value:.0f})"
+        shown = f"{round(value)}"  # no -0
+        text = shown if sure else f"({shown})"
         ax.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)
     ax.set_xticks(range(table.shape[1]), [str(loop + 1) for loop in table.columns])
     ax.set_yticks(range(table.shape[0]), [f"{ratio:.0%}" for ratio in table.index])
