@@ -6,8 +6,8 @@ With A_i the map of a looped layer's head at loop i, for one sequence, then aver
     rank_correlation  Spearman's correlation of A_i(q, .) and A_{i-1}(q, .) over the real keys, ties at their mean
                       rank, averaged over masked queries q (rows that are constant in either loop are left out)
 
-Loop 0 has no predecessor: NaN with n = 0. Of every looped layer only the last map is kept. Ranking sorts every
-row and costs more than the forward: it runs on demand. Definitions are ours.
+Loop 0 has no predecessor: NaN with n = 0. Of every looped layer only the last loop's rows are kept. Ranking sorts
+every row and costs more than the forward: it runs on demand. Definitions are ours.
 """
 
 from collections.abc import Sequence
@@ -36,21 +36,21 @@ class ChangeSums(PlaceSums):
         if not m.cfg.layers("loop"):
             raise UsageError("the model has no looped layers, so no maps of successive loops; take a looped model")
         self.rank = rank
-        self._before: dict[int, Tensor] = {}
+        self._before: dict[int, dict[int, Tensor]] = {}  # layer, sequence -> rows of masked queries
+        self._rows: list[Tensor] = []
         self._ranks: dict[int, Tensor] = {}
 
     def begin(self, states: States) -> None:
-        """Forget the ranks of the batch before (its maps are overwritten in loop 0)."""
+        """Forget the maps of the batch before."""
         super().begin(states)
-        self._ranks = {}
+        self._before, self._ranks = {}, {}
+        self._rows = [rows.nonzero()[:, 0] for rows in states.members[..., 0]]
 
     def vectors(self, seen: Seen) -> Tensor | None:
         """[sequence, head, metric, 1]; each metric has its own gaps."""
         if seen.loop is None:
             return None
-        before = self._before.get(seen.layer) if seen.loop else None
-        frobenius = _distance(seen.pattern, before, seen.states)
-        self._keep(seen)
+        frobenius = self._distance(seen)
         metrics = [frobenius]
         if self.rank:
             ranks = key_ranks(seen.pattern, seen.states.real)
@@ -60,13 +60,20 @@ class ChangeSums(PlaceSums):
             self._ranks[seen.layer] = ranks
         return torch.stack(metrics, dim=-1)[..., None]
 
-    def _keep(self, seen: Seen) -> None:
-        """Copy the map into a buffer of the layer's own: a pattern held instead would scatter the heap."""
-        buffer = self._before.get(seen.layer)
-        if buffer is None or buffer.shape != seen.pattern.shape:
-            self._before[seen.layer] = seen.pattern.clone()
-        else:
-            buffer.copy_(seen.pattern)
+    def _distance(self, seen: Seen) -> Float[Tensor, "batch head"]:
+        """Relative distance over masked rows, and these rows kept in place of the last loop's.
+
+        A sequence at a time: no second pattern, and small buffers that leave the heap in one piece.
+        """
+        kept = self._before.setdefault(seen.layer, {})
+        distances = []
+        for i, (one, rows) in enumerate(zip(seen.pattern, self._rows, strict=True)):
+            now = one.index_select(1, rows).float()  # [head, masked query, key]
+            size = now.square().sum((1, 2)).sqrt()
+            moved = (now - kept[i]).square_().sum((1, 2)).sqrt() if i in kept else torch.full_like(size, torch.nan)
+            distances.append(moved / size)  # 0 / 0 without masked queries: NaN
+            kept[i] = now
+        return torch.stack(distances)
 
     def merge(self, other: "ChangeSums") -> "ChangeSums":
         """Take in another shard of the same measure."""
@@ -82,18 +89,6 @@ class ChangeSums(PlaceSums):
         """Columns [head, metric]."""
         error = np.sqrt(moments.covariance[..., 0, 0])
         return {"value": moments.mean[..., 0], "standard_error": error, "n": moments.n}
-
-
-def _distance(pattern: Tensor, before: Tensor | None, states: States) -> Float[Tensor, "batch head"]:
-    """Relative distance over masked rows, a sequence at a time: no third pattern."""
-    if before is None:
-        return pattern.new_full(pattern.shape[:2], torch.nan, dtype=torch.float32)
-    distances = []
-    for one, other, rows in zip(pattern, before, states.members[..., 0], strict=True):
-        moved = (one.float() - other.float()).square_().sum(-1) @ rows
-        size = one.float().square().sum(-1) @ rows
-        distances.append((moved / size).sqrt())  # 0 / 0 without masked queries: NaN
-    return torch.stack(distances)
 
 
 def key_ranks(

@@ -138,13 +138,14 @@ def group_contents(seen: Seen, keys: Tensor, gram: Tensor) -> Float[Tensor, "bat
     assert seen.value is not None
     norms = []
     value, pattern = seen.value.float().transpose(1, 2), seen.pattern.float()
-    for group in keys.unbind(-1):
-        inside = group[..., None].expand(-1, value.shape[1], -1, -1)
+    own = seen.own[..., None]
+    masses = pattern @ keys - own * keys
+    for group, mass in zip(keys.unbind(-1), masses.unbind(-1), strict=True):
+        inside = group[..., None]
+        v = value * inside
         count = group.sum(dim=-1)[..., None, None]
-        v = torch.cat([value * inside, inside], dim=-1)  # values and, for the mass, ones: one product
-        centre = (v.sum(dim=2, keepdim=True) - v)[..., :-1] / (count - inside).clamp(min=1)
-        moved = pattern @ v - seen.own[..., None] * v
-        moved = moved[..., :-1] - moved[..., -1:] * centre
+        centre = (v.sum(dim=2, keepdim=True) - v) / (count - inside).clamp(min=1)
+        moved = pattern @ v - own * v - mass[..., None] * centre
         squared = ((moved @ gram) * moved).sum(-1)
         norms.append(seen.states.mean(squared.clamp(min=0).sqrt()))
     moved = torch.stack(norms, dim=-1)
