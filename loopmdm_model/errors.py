@@ -25,6 +25,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str], remedy: str = "") -
     """The error for an unknown `name` of some `kind`, with near matches among `known`."""
     known = list(known)
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.45)
+    near = near or [full for full in known if name and str(name) in full][:3]
     if near:
         hint = f"did you mean {' or '.join(near)}?"
     elif len(known) <= 20:

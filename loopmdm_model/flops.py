@@ -50,7 +50,7 @@ def forward_flops(
     """
     applications = cfg.n_prelude_layers + n_loops * cfg.n_loop_layers + cfg.n_coda_layers
     ends = (2 if embedding else 1) * unembedding_flops(cfg, length)
-    return batch * (applications * layer_flops(cfg, length) + ends)
+    return float(batch * (applications * layer_flops(cfg, length) + ends))
 
 
 def training_flops(

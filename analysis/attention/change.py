@@ -36,15 +36,18 @@ class ChangeSums(PlaceSums):
         if not m.cfg.layers("loop"):
             raise UsageError("the model has no looped layers, so no maps of successive loops; take a looped model")
         self.rank = rank
-        self._before: dict[int, dict[int, Tensor]] = {}  # layer, sequence -> rows of masked queries
+        self._before: dict[int, Float[Tensor, "head row key"]] = {}  # of masked queries, all sequences in turn
         self._rows: list[Tensor] = []
         self._ranks: dict[int, Tensor] = {}
 
     def begin(self, states: States) -> None:
-        """Forget the maps of the batch before."""
+        """Make room for the rows of masked queries; before the forward, so that they do not scatter its heap."""
         super().begin(states)
         self._before, self._ranks = {}, {}
         self._rows = [rows.nonzero()[:, 0] for rows in states.members[..., 0]]
+        shape = self.m.cfg.n_heads, sum(len(rows) for rows in self._rows), states.real.shape[1]
+        for layer in self.m.cfg.layers("loop"):
+            self._before[layer] = torch.zeros(shape, device=states.real.device)
 
     def vectors(self, seen: Seen) -> Tensor | None:
         """[sequence, head, metric, 1]; each metric has its own gaps."""
@@ -61,18 +64,20 @@ class ChangeSums(PlaceSums):
         return torch.stack(metrics, dim=-1)[..., None]
 
     def _distance(self, seen: Seen) -> Float[Tensor, "batch head"]:
-        """Relative distance over masked rows, and these rows kept in place of the last loop's.
+        """Relative distance over masked rows, which then take the place of the last loop's.
 
-        A sequence at a time: no second pattern, and small buffers that leave the heap in one piece.
+        A sequence at a time, so that no second pattern is made.
         """
-        kept = self._before.setdefault(seen.layer, {})
         distances = []
-        for i, (one, rows) in enumerate(zip(seen.pattern, self._rows, strict=True)):
+        kept = self._before[seen.layer].split([len(rows) for rows in self._rows], dim=1)
+        for one, rows, before in zip(seen.pattern, self._rows, kept, strict=True):
             now = one.index_select(1, rows).float()  # [head, masked query, key]
             size = now.square().sum((1, 2)).sqrt()
-            moved = (now - kept[i]).square_().sum((1, 2)).sqrt() if i in kept else torch.full_like(size, torch.nan)
+            moved = (
+                before.sub_(now).square_().sum((1, 2)).sqrt() if seen.loop else torch.full_like(size, torch.nan)
+            )
             distances.append(moved / size)  # 0 / 0 without masked queries: NaN
-            kept[i] = now
+            before.copy_(now)
         return torch.stack(distances)
 
     def merge(self, other: "ChangeSums") -> "ChangeSums":

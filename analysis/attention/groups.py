@@ -112,7 +112,7 @@ class KeyGroups:
 MASKED_OR_CLEAN = KeyGroups(("masked", "clean"), lambda seen: seen.states.members[:, None])
 
 
-def group_masses(seen: Seen, keys: Float[Tensor, "batch head key group"]) -> Float[Tensor, "batch head 2 group+1"]:
+def group_masses(seen: Seen, keys: Float[Tensor, "batch one key group"]) -> Float[Tensor, "batch head 2 kinds"]:
     """Masses over self and each group of others; NaN where a sequence has no such query."""
     queries = seen.states.queries
     own = torch.einsum("bqg,bhq->bhg", queries, seen.own)[..., None]
@@ -121,7 +121,7 @@ def group_masses(seen: Seen, keys: Float[Tensor, "batch head key group"]) -> Flo
     return torch.cat([own, others], dim=-1).masked_fill(seen.states.empty[:, None, :, None], float("nan"))
 
 
-def group_chances(states: States, keys: Tensor) -> Float[Tensor, "batch head 2 group+1"]:
+def group_chances(states: States, keys: Tensor) -> Float[Tensor, "batch head 2 kinds"]:
     """Mean share of each group among the real keys, per query group: masses of uniform rows."""
     n_keys = states.real.sum(-1).float()[:, None, None, None]
     overlap = torch.einsum("bqg,bhqk->bhgk", states.queries, keys)
@@ -130,7 +130,7 @@ def group_chances(states: States, keys: Tensor) -> Float[Tensor, "batch head 2 g
     return chance.masked_fill(states.empty[:, None, :, None], float("nan"))
 
 
-def group_contents(seen: Seen, keys: Tensor, gram: Tensor) -> Float[Tensor, "batch head 2 group+1"]:
+def group_contents(seen: Seen, keys: Tensor, gram: Tensor) -> Float[Tensor, "batch head 2 kinds"]:
     """Mean norm of sum over K of A (v - mean_K v) W_O; `self` is one key and moves no content: 0.
 
     `gram` [head, d_head, d_head] is W_O W_O^T, so that ||z W_O||^2 = z gram z^T.

@@ -6,7 +6,7 @@ with the loops nor with the sequences. `PlaceSums` is what most reducers are: a 
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -21,8 +21,10 @@ from loopmdm_model.moments import Moments
 from loopmdm_model.names import parse_loop
 
 Names = Callable[[str], bool]
+Sums = TypeVar("Sums", bound="PlaceSums")
 
 
+@runtime_checkable
 class Reducer(Protocol):
     """What watches a walk."""
 
@@ -115,7 +117,7 @@ class PlaceSums:
         self.moments: dict[str, Moments] = {}
         self.hidden = self.could = 0
 
-    def add(self, b: MaskedBatch, clusters: np.ndarray | None = None) -> Self:
+    def add(self: Sums, b: MaskedBatch, clusters: np.ndarray | None = None) -> Sums:
         """Run the model on a batch and take it in; `clusters` [batch] names the documents."""
         walk(self.m, b, self.n_loops, [self], clusters)
         return self
@@ -141,7 +143,7 @@ class PlaceSums:
         """Vectors [sequence, head, .., k], NaN where a sequence does not count; None: skip the application."""
         raise NotImplementedError
 
-    def merge(self, other: Self) -> Self:
+    def merge(self: Sums, other: Sums) -> Sums:
         """Take in another shard of the same measure."""
         for what in ("n_loops", "by_head"):
             if getattr(self, what) != getattr(other, what):

@@ -44,7 +44,13 @@ def solve_rate(
             least: np.ndarray | None = None
             for count in counts:
                 r = sample(
-                    subject.model, clues=b, steps=hidden, n_loops=count, order=order, temperature=0.0, batch_size=200
+                    subject.model,
+                    clues=b,
+                    steps=hidden,
+                    n_loops=count,
+                    order=order,
+                    temperature=0.0,
+                    batch_size=200,
                 )
                 solved = board.is_valid(r.tokens).numpy().astype(float)
                 least = solved if least is None else least

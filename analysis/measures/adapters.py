@@ -145,7 +145,7 @@ def loops_or_steps(case: Case) -> pd.DataFrame:
     given = start(case)
     given.pop("steps")
     length = case.tokens.shape[1]
-    budgets = [steps * forward_flops(case.m.cfg, length, case.n_loops) for steps in (2, 4, 8, 16)]
+    budgets = [steps * forward_flops(case.m.cfg, length, float(case.n_loops)) for steps in (2, 4, 8, 16)]
     counts = sorted({1, 2, max(1, case.n_loops // 2), case.n_loops})
     return allocation.loops_against_steps(
         case.m, None, budgets, counts, test=case.tokens, maskable=case.maskable, clusters=case.clusters,

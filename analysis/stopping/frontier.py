@@ -58,7 +58,7 @@ def frontier(record: LoopRecord, fitted: LoopRecord, n_thresholds: int = 20) -> 
     contest = Contest.of(record, fitted)
     rows = []
     for loops in range(1, record.max_loops + 1):
-        rows += contest.rows("fixed", loops, torch.full_like(record.n_masked, loops))
+        rows += contest.rows("fixed", float(loops), torch.full_like(record.n_masked, loops))
     for name, rule in record.rules.items():
         for threshold in thresholds(fitted, name, n_thresholds):
             rows += contest.rows(name, threshold, stopped_at(record, name, threshold), record.flops(rule))

@@ -53,4 +53,3 @@ def evaluate(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
             mean, error, _ = stats.mean_and_error(values, test.clusters)
             result |= {f"{name}_nll": float(mean), f"{name}_nll_se": float(error)}
     return result
-

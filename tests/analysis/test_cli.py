@@ -15,8 +15,20 @@ from loopmdm_model.checkpoints import list_models
 ROOT = Path(__file__).parents[2]
 
 
-COMMANDS = ("models", "data", "train", "ship", "evaluate", "lm-eval", "sample", "measure", "table", "claims", "figures",
-            "bench")  # fmt: skip
+COMMANDS = [
+    "models",
+    "data",
+    "train",
+    "ship",
+    "evaluate",
+    "lm-eval",
+    "sample",
+    "measure",
+    "table",
+    "claims",
+    "figures",
+    "bench",
+]
 
 
 def run(*arguments, code=0, **options):

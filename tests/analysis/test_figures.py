@@ -20,7 +20,7 @@ def test_each_figure_is_written_whole_with_its_provenance(name, tmp_path):
     assert sidecar["models"] and sidecar["command"] == f"loopmdm figures {name}"
     for ax in figure.axes:
         if ax.get_title():
-            assert ax.lines or ax.collections or ax.containers, ax.get_title()
+            assert ax.lines or ax.collections or ax.containers or ax.images, ax.get_title()
     caption = figures.FIGURES[name].text
     assert "ours" in caption or "paper" in caption
 

@@ -78,9 +78,7 @@ def test_a_new_measure_is_one_function_and_one_entry(monkeypatch):
 
 def test_the_command_prints_tsv_and_writes_a_table(tmp_path):
     out = tmp_path / "t.parquet"
-    printed, _ = run(
-        "measure", "effective-rank", "sudoku-loop", "--n", "8", "--mask-ratios", "0.5", "--out", out
-    )
+    printed, _ = run("measure", "effective-rank", "sudoku-loop", "--n", "8", "--mask-ratios", "0.5", "--out", out)
     lines, table = [line.split("\t") for line in printed.splitlines()], frames.read_table(out)
     assert lines[0] == list(table.columns) and len(lines) == len(table) + 1
     assert list(table.attrs["models"]) == ["sudoku-loop"]
