@@ -73,12 +73,12 @@ def once(what: str) -> None:
 def replay() -> Iterator[Row]:
     """The frontier of all rules and 20 thresholds each against one evaluation of all loops."""
     for name in ("sudoku-loop", "sotu-loop"):
-        case = Case.of(name, None, 256)
+        case = Case.of(name, None, 1000)
         options = {"maskable": case.maskable, "n_samples": 2}
         value = ratio(
             lambda case=case, options=options: stopping_frontier(case.m, case.tokens, **options),
             lambda case=case, options=options: nelbo_by_loop(case.m, case.tokens, case.n_loops, **options),
-            7,
+            5,
         )
         yield at_most(f"stopping frontier of {name} by replay, / trajectory and codas", value, 1.5)
 
