@@ -1,8 +1,10 @@
 """What benchmarks share: paired ratios, rows against a goal, sizes of models."""
 
+import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from loopmdm_model.config import LoopMDMConfig
 
@@ -31,6 +33,15 @@ def shape(d: int, layers: int, length: int, loops: int = 1, heads: int = 4, voca
     """A config with one looped layer in the middle."""
     sizes = {"d_vocab": vocab, "n_ctx": length, "d_model": d, "n_heads": heads, "max_loops": loops}
     return LoopMDMConfig(**sizes, n_prelude_layers=1, n_loop_layers=1, n_coda_layers=layers - 2)
+
+
+def peak_kib() -> int:
+    """Peak of resident memory of the process itself; ru_maxrss would carry over its parent's at the fork."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def at_most(name: str, value: float, goal: float, unit: str = "x") -> Row:

@@ -1,6 +1,5 @@
 """Forwards, caching, attention masses, importing."""
 
-import resource
 import statistics
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from analysis.attention import mask_attention
-from analysis.bench.common import Row, at_most, ratio, shape
+from analysis.bench.common import Row, at_most, peak_kib, ratio, shape
 from loopmdm_model.config import LoopMDMConfig
 from loopmdm_model.hooked import HookedLoopMDM
 from loopmdm_model.layers import rotary_tables
@@ -104,7 +103,7 @@ def masses() -> Iterator[Row]:
 
 
 def peak_memory(n_loops: int) -> float:
-    """ru_maxrss of a process of its own that measures at `n_loops`."""
+    """Peak memory of a process of its own that measures at `n_loops`, KiB."""
     code = f"from analysis.bench.forward import measure_once; measure_once({n_loops})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return float(done.stdout)
@@ -116,7 +115,7 @@ def measure_once(n_loops: int) -> None:
     tokens = torch.randint(0, cfg.d_vocab - 1, (16, 256), generator=torch.Generator().manual_seed(0))
     b = mask_tokens(tokens, cfg.mask_token_id, mask_ratio=0.5)
     mask_attention(HookedLoopMDM(cfg), b, n_loops=n_loops, batch_size=16)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print(peak_kib())
 
 
 def importing() -> Iterator[Row]:

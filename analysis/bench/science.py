@@ -1,6 +1,6 @@
 """The analysis suite: attention measures in one forward, frontiers by replay, similarity batch by batch."""
 
-import resource
+import os
 import statistics
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from analysis.attention import attention_survey, received_attention
-from analysis.bench.common import Row, at_most, ratio, shape
+from analysis.bench.common import Row, at_most, peak_kib, ratio, shape
 from analysis.cases import Case
 from analysis.measures import MEASURES, measure
 from analysis.representation import loop_similarity
@@ -47,12 +47,11 @@ def _eager(m: HookedLoopMDM, b: MaskedBatch) -> None:
 
 
 def _peaks(what: str, repeats: int = 3) -> list[float]:
-    """Peak memory of processes of their own, KiB."""
+    """Peak memory of processes of their own, KiB; with glibc's thresholds fixed it follows what is alive."""
     code = f"from analysis.bench.science import once; once({what!r})"
-    return [
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-        for _ in range(repeats)
-    ]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    options: dict = {"capture_output": True, "text": True, "check": True, "env": environment}
+    return [float(subprocess.run([sys.executable, "-c", code], **options).stdout) for _ in range(repeats)]
 
 
 @torch.no_grad()
@@ -67,7 +66,7 @@ def once(what: str) -> None:
         loop_similarity(m, b, N_LOOPS, batch_size=8)
     else:
         attention_survey(m, b, N_LOOPS, batch_size=16)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print(peak_kib())
 
 
 def replay() -> Iterator[Row]:
