@@ -71,6 +71,12 @@ def _looped(task: str) -> int:
     return zoo.s_max(f"{task}-loop")
 
 
+def _units(task: str) -> int:
+    """Independent test units: grids, or documents where sequences share one."""
+    df = tables.load("nll-by-loops")
+    return int(df.loc[df["task"] == task, "n_clusters"].iloc[0])
+
+
 def _rows(name: str, task: str, **where: object) -> pd.DataFrame:
     """Rows of a table that belong to the looped models of a task."""
     df = tables.load(name)
@@ -151,7 +157,8 @@ def _rise(column: str, relative: bool = False) -> Callable[[str], Answer]:
         values = _by_loop(task, column, key_group="masked")
         rise = values[_looped(task) - 1] - values[0]
         rise = rise / values[0] if relative else rise
-        return over_seeds(rise.to_numpy(), _rise_error(task, column, relative), len(values), 1000)
+        n = int(_rows("mask-attention", task, key_group="masked")["n"].max())
+        return over_seeds(rise.to_numpy(), _rise_error(task, column, relative), n, _units(task))
 
     return answer
 
@@ -226,14 +233,12 @@ def _needs_mask_to_mask(task: str) -> Answer:
     cut, control = _shares(task, "masked->masked", False), _shares(task, "masked->masked", True)
     values = (cut["share"] - control["share"]).to_numpy()
     errors = np.hypot(cut["share_se"], control["share_se"]).to_numpy()
-    return over_seeds(values, errors, int(cut["n"].iloc[0]), int(cut["n"].iloc[0]))
+    return over_seeds(values, errors, int(cut["n"].iloc[0]), _units(task))
 
 
 def _update_matters(task: str) -> Answer:
     rows = _shares(task, "stale", False)
-    return over_seeds(
-        rows["share"].to_numpy(), rows["share_se"].to_numpy(), int(rows["n"].iloc[0]), int(rows["n"].iloc[0])
-    )
+    return over_seeds(rows["share"].to_numpy(), rows["share_se"].to_numpy(), int(rows["n"].iloc[0]), _units(task))
 
 
 def _restricted_orders(task: str) -> Answer:
@@ -252,8 +257,8 @@ def _repair(task: str) -> Answer:
 
 def _converge(task: str) -> Answer:
     rows = _rows("convergence", task, token_group="masked", metric="step_norm")
-    units = int(rows["n"].iloc[0])
-    return over_seeds(rows["value"].to_numpy(), rows["standard_error"].to_numpy(), units, units)
+    n = int(rows["n"].iloc[0])
+    return over_seeds(rows["value"].to_numpy(), rows["standard_error"].to_numpy(), n, _units(task))
 
 
 def _zero_shot(task: str) -> Answer:
@@ -288,7 +293,7 @@ def _training_free(task: str) -> Answer:
     if rows.empty:
         raise NotRun
     n = int(rows["n"].iloc[0])
-    return over_seeds(rows["change"].to_numpy(), rows["change_se"].to_numpy(), n, n)
+    return over_seeds(rows["change"].to_numpy(), rows["change_se"].to_numpy(), n, _units(task))
 
 
 def _not_run(task: str) -> Answer:
