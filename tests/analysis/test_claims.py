@@ -96,6 +96,16 @@ def test_the_table_has_a_line_for_every_claim_and_task():
     assert (table.loc[table["verdict"] == "not run", "n_seeds"] == 0).all()
 
 
+def test_one_text_model_is_judged_by_its_documents():
+    """Blocks of one speech are not independent: Student's t has as many units as speeches."""
+    assert answers._units("sotu") == 8 and answers._units("sudoku") == 1000
+    shares = answers._shares("sotu", "stale", False)
+    if len(shares) == 1:
+        found = answers.MEASURES["update-matters"]("sotu")
+        half = distributions.t.ppf(0.975, 7) * shares["share_se"].iloc[0]
+        assert found.high - found.estimate == pytest.approx(half)
+
+
 def test_a_damaged_list_of_claims_is_named(tmp_path):
     path = tmp_path / "claims.toml"
     with pytest.raises(UsageError, match="missing"):
