@@ -21,16 +21,27 @@ def test_clusters_of_identical_copies_do_not_add_information():
     assert stats.mean_and_error(copies)[1] < 0.5 * expected
 
 
-def test_log_ratio_of_means_and_its_coverage():
+def test_log_ratio_of_means_covers_the_truth():
     generator = np.random.default_rng(1)
-    inside = 0
-    for _ in range(400):
-        above = generator.gamma(4, 0.1, size=(120, 1))
-        below = generator.gamma(4, 0.2, size=(120, 1))
-        ones = np.ones_like(above)
-        value, error = stats.log_ratio_and_error(above, ones, below, ones)
-        inside += abs(float(value[0]) - np.log(0.5)) < stats.Z95 * float(error[0])
-    assert 0.92 < inside / 400 < 0.98
+    above, below = (generator.gamma(4, scale, size=(120, 3000)) for scale in (0.1, 0.2))
+    ones = np.ones_like(above)
+    value, error = stats.log_ratio_and_error(above, ones, below, ones)
+    inside = abs(value - np.log(0.5)) < stats.Z95 * error
+    assert 0.93 <= inside.mean() <= 0.97
+
+
+def test_means_of_clusters_and_weighted_means_cover_the_truth():
+    generator = np.random.default_rng(2)
+    shared = np.repeat(generator.normal(size=(100, 3000)), 3, axis=0)
+    values = shared + generator.normal(size=shared.shape)
+    clusters = np.repeat(np.arange(100), 3)
+    mean, error, _ = stats.mean_and_error(values, clusters)
+    assert 0.93 <= (abs(mean) < stats.t95(100) * error).mean() <= 0.97
+    careless = stats.mean_and_error(values)[1]
+    assert (abs(mean) < stats.Z95 * careless).mean() < 0.9
+    weights = generator.integers(1, 20, size=len(values)).astype(float)
+    mean, error, _ = stats.weighted_mean_and_error(values, weights, clusters)
+    assert 0.93 <= (abs(mean) < stats.t95(100) * error).mean() <= 0.97
 
 
 def test_empty_denominators_are_nan():
