@@ -4,11 +4,20 @@ from analysis import figures
 figures.FIGURES["mask-to-mask-by-loop"].draw(out="figures/out")
 """
 
-from analysis.figures import causal, inside, known, quality
+from analysis.figures import adaptive, attention, causal, inference, known, representation, training
 from analysis.figures.figure import Figure
 from loopmdm_model.errors import unknown_name
 
-FIGURES = {item.name: item for family in (quality, inside, causal, known) for item in family.FIGURES}
+FAMILIES = {
+    "training": training,
+    "inference": inference,
+    "adaptive": adaptive,
+    "attention": attention,
+    "representation": representation,
+    "causal": causal,
+    "known answers": known,
+}
+FIGURES = {item.name: item for family in FAMILIES.values() for item in family.FIGURES}
 
 
 def figure(name: str) -> Figure:

@@ -1,24 +1,12 @@
-"""Figures of adaptive stopping and of causal tests."""
+"""Figures of causal tests: cuts, stale values, the trained 2 x 2, looping without training."""
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from analysis import zoo
-from analysis.figures.figure import GRIDS, OURS, PANELS, TEXT, Figure, Tables
+from analysis.figures.figure import GRIDS, OURS, PANELS, SEEDS, TEXT, Figure, Tables, of_models
 from analysis.plots import causal
 from analysis.plots.style import COLUMN, PAGE
-
-
-def stopping_frontier(loaded: Tables) -> MatplotlibFigure:
-    """Loss against FLOPs for some rules, fixed S, the schedule and the oracle."""
-    df = loaded["stopping-frontier"]
-    drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.9), layout="constrained")
-    for ax, (model, title) in zip(axes, PANELS, strict=True):
-        causal.plot_frontier(df[(df["model"] == model) & df["mask_ratio"].isna()], ax=ax)
-        ax.set_title(title)
-    handles, labels = axes[0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
-    return drawn
 
 
 def mediated_share(loaded: Tables) -> MatplotlibFigure:
@@ -56,18 +44,24 @@ def two_by_two(loaded: Tables) -> MatplotlibFigure:
     return drawn
 
 
+def training_free(loaded: Tables) -> MatplotlibFigure:
+    """Looping the middle of base models: NELBO, and masked-to-masked log-odds."""
+    df = of_models(loaded["training-free"])
+    df = df[(df["first_layer"] == 1) & (df["n_layers"] == 1)]
+    drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 4.2), layout="constrained", sharex=True)
+    for row, (model, title) in zip(axes, PANELS, strict=True):
+        part = df[df["task"] == model.split("-")[0]]
+        for ax, value, label in ((row[0], "change", "NELBO less that at S = 1 (nats)"),
+                                 (row[1], "rise", "rise of masked : clean log-odds")):  # fmt: skip
+            causal.plot_training_free(part, value, ax=ax)
+            ax.set(title=f"{title}: base models", ylabel=label)
+            if ax.get_subplotspec().is_first_row():
+                ax.set_xlabel("")
+    axes[0, 0].legend(frameon=False)
+    return drawn
+
+
 FIGURES = (
-    Figure(
-        "stopping-frontier",
-        ("stopping-frontier",),
-        stopping_frontier,
-        f"""NELBO against forward FLOPs when sequences stop by a rule, each at 20 thresholds chosen on
-        validation, beside fixed S, loops scheduled by mask ratio (fitted on validation) and an oracle that
-        sees the answer; up to 2 x S_max loops. What a rule reads is counted. {GRIDS}; {TEXT}; two masks each;
-        one seed of training. A rule that lies on or above the fixed or the scheduled line saves nothing by
-        looking at the sequence. The vertical range is that of fixed S. The paper stops on small state changes;
-        its threshold and scope are not public, ours are the masked positions of a sequence.""",
-    ),
     Figure(
         "mediated-share",
         ("mediated-share",),
@@ -97,5 +91,14 @@ FIGURES = (
         attention in their middle layer ("isolated"); one mark a training seed, bars: means. Equal size and
         training FLOPs; 1,000 grids of unseen classes, one mask each. If looping gained as much without masked-
         to-masked attention, the paper's explanation of why looping works would be wrong. The design is ours.""",
+    ),
+    Figure(
+        "training-free",
+        ("training-free",),
+        training_free,
+        f"""Models that were never looped, with their middle layer run S times: in full steps and damped by 1/S.
+        Left: change of the NELBO. Right: rise of the masked-to-masked log-odds from the first to the last loop
+        at half masked, self excluded. {SEEDS} If the log-odds rise here, too, a rise in looped models says
+        nothing about training with loops. Definitions are ours.""",
     ),
 )

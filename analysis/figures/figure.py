@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from analysis import provenance, tables
+from analysis import provenance, tables, zoo
 from analysis.plots.style import FORMATS, style
 from loopmdm_model.files import write_atomic, write_json
 from loopmdm_model.training.record import commit, versions
@@ -17,6 +17,8 @@ from loopmdm_model.training.record import commit, versions
 Tables = dict[str, pd.DataFrame]
 PANELS = (("sudoku-loop", "Sudoku 6x6"), ("sotu-loop", "text (sotu)"))
 """The looped models that panels show, with their titles."""
+ARMS = ("base", "deep", "loop")
+"""The arms of the paper's comparison."""
 
 
 @dataclass(frozen=True)
@@ -71,3 +73,17 @@ OURS = "Definitions are ours; the paper's are not public. One seed of training."
 TEXT = "256 test blocks of 64 tokens from 8 unseen speeches (errors over speeches)"
 GRIDS = "256 grids of unseen classes (errors over grids)"
 """Parts of captions."""
+
+
+def compared(df: pd.DataFrame, task: str) -> pd.DataFrame:
+    """Rows of the paper's arms on one task."""
+    return df[(df["task"] == task) & df["arm"].isin(ARMS)]
+
+
+def of_models(df: pd.DataFrame) -> pd.DataFrame:
+    """With the columns task, arm and seed of each row's model."""
+    known = {item.name: item for item in zoo.shipped()}
+    models = [known[name] for name in df["model"]]
+    return df.assign(
+        task=[item.task for item in models], arm=[item.arm for item in models], seed=[item.seed for item in models]
+    )

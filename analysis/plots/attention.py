@@ -114,3 +114,87 @@ def plot_maps(maps: "AttentionMaps") -> Figure:
         figure.suptitle(f"layer {maps.layer}, head {maps.head}; ■ = [MASK]", fontsize=8)
     plt.close(figure)
     return figure
+
+
+def plot_content_by_loop(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """What the masked keys' values move into masked queries, over `loop`, a line a mask ratio.
+
+    `df`: rows of one model and layer with loop nominal_mask_ratio content content_se.
+    """
+    ax = ax or plt.gca()
+    for ratio, look in RATIO_STYLE.items():
+        part = df[np.isclose(df["nominal_mask_ratio"], ratio)].sort_values("loop")
+        low, high = (part["content"] + side * Z95 * part["content_se"] for side in (-1, 1))
+        band(ax, part["loop"].astype(int) + 1, part["content"], low, high, label=f"{ratio:.0%} masked", **look)
+    ax.set(xlabel="loop (1 = first)", ylabel="content (norm)", ylim=(0, None))
+    return ax
+
+
+def plot_by_step(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Log-odds masked : clean as a heat map, denoising step x loop; `df`: step mask_ratio loop log_odds."""
+    ax = ax or plt.gca()
+    table = df.pivot(index="step", columns="loop", values="log_odds").dropna(how="all")
+    ratios = df.groupby("step")["mask_ratio"].mean()
+    most = float(np.nanmax(np.abs(table.to_numpy(dtype=float))))
+    image = ax.imshow(table.astype(float), cmap="PuOr_r", vmin=-most, vmax=most, aspect="auto")
+    for (row, column), value in np.ndenumerate(table.to_numpy(dtype=float)):
+        colour = "white" if abs(value) > 0.6 * most else "black"
+        ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6.2, color=colour)
+    ax.set_xticks(range(table.shape[1]), [str(loop + 1) for loop in table.columns])
+    ax.set_yticks(range(table.shape[0]), [f"{step + 1}: {ratios[step]:.0%}" for step in table.index])
+    ax.grid(False)
+    ax.set(xlabel="loop (1 = first)", ylabel="denoising step: masked")
+    ax.figure.colorbar(image, ax=ax, label="log-odds masked : clean", shrink=0.9)
+    return ax
+
+
+def plot_specifications(df: pd.DataFrame, axes: Sequence[Axes]) -> None:
+    """Every definition of the rise, a column a definition: estimates above in the measure's own units of error,
+    choices below.
+
+    `df`: rows of one model: measure self sinks heads nominal_mask_ratio estimate standard_error low high verdict.
+    """
+    above, below = axes
+    df = df.assign(score=df["estimate"] / df["standard_error"])
+    order = df.sort_values(["measure", "score"]).reset_index(drop=True)
+    colours = {"rises": "#1b4f8f", "undecided": "#bbbbbb", "falls": "#e08214"}
+    markers = {"rises": "^", "undecided": "o", "falls": "v"}
+    for says, part in order.groupby("verdict"):
+        above.plot(part.index, part["score"], linestyle="none", marker=markers[says], color=colours[says],
+                   markersize=2.2, label=f"{says} ({len(part)})")  # fmt: skip
+    above.axhline(0, **NULL)
+    above.set_yscale("symlog", linthresh=2)
+    choices = [("measure", name) for name in dict.fromkeys(order["measure"])]
+    choices += [("self", "in"), ("sinks", "in")]
+    choices += [("heads", name) for name in dict.fromkeys(order["heads"])]
+    choices += [("nominal_mask_ratio", ratio) for ratio in sorted(order["nominal_mask_ratio"].unique())]
+    for row, (column, value) in enumerate(choices):
+        at = order.index[order[column] == value]
+        below.plot(at, np.full(len(at), row), linestyle="none", marker="|", markersize=3, color="#444444")
+    names = {"self": "self counted", "sinks": "sinks counted"}
+    labels = [
+        names.get(column) or (f"{value:.0%} masked" if column == "nominal_mask_ratio" else
+                              f"heads: {value}" if column == "heads" else str(value).replace("_", "-"))
+        for column, value in choices
+    ]  # fmt: skip
+    below.set_yticks(range(len(choices)), labels)
+    below.set(ylim=(len(choices) - 0.5, -0.5), xlabel="definition, sorted by measure and size")
+    below.grid(False, axis="x")
+
+
+def plot_heads(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Growth of each head, as ranked on one half of the sequences (hollow) and measured on the other (full).
+
+    `df`: rows of one model: layer head rank growth_ranked growth standard_error.
+    """
+    ax = ax or plt.gca()
+    df = df.sort_values("rank")
+    place = np.arange(len(df))
+    ax.plot(place - 0.1, df["growth_ranked"], linestyle="none", marker="o", markerfacecolor="white",
+            color="#8c8c8c", label="half that ranks")  # fmt: skip
+    ax.errorbar(place + 0.1, df["growth"], yerr=Z95 * df["standard_error"], linestyle="none", marker="o",
+                color="#1b4f8f", linewidth=0.9, label="half that tests")  # fmt: skip
+    ax.axhline(0, **NULL)
+    ax.set_xticks(place, [f"{row.layer}.{row.head}" for row in df.itertuples()])
+    ax.set(xlabel="layer.head, by rank", ylabel="rise of log-odds, loop 1 to $S_{max}$")
+    return ax

@@ -1,38 +1,19 @@
-"""Plots of stopping frontiers, interventions and the trained 2 x 2."""
+"""Plots of interventions, of the trained 2 x 2 and of looping without training."""
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analysis.plots.style import ARM_STYLE, NULL, Z95
+from analysis.plots.quality import over_seeds
+from analysis.plots.style import ARM_STYLE, NULL, Z95, band
 
-RULE_STYLE = {
-    "fixed": {"color": "#444444", "marker": "s", "linestyle": "--", "label": "fixed S"},
-    "noise-schedule": {"color": "#e08214", "marker": "^", "linestyle": "-.", "label": "schedule by mask ratio"},
-    "state-delta": {"color": "#1b4f8f", "marker": "o", "linestyle": "-", "label": "state-delta"},
-    "kl-delta": {"color": "#9ecae1", "marker": "v", "linestyle": "-", "label": "kl-delta (coda)"},
-    "oracle": {"color": "#bbbbbb", "marker": ".", "linestyle": ":", "label": "oracle (sees the answer)"},
-}
 ARMS_CUT = (
     ("masked->masked", False, "cut masked → masked"),
     ("masked->masked", True, "random, equal mass\nand distance"),
     ("masked->clean", False, "cut masked → clean"),
     ("stale", False, "values of loop 0 at\nmasked keys"),
 )
-
-
-def plot_frontier(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Loss against FLOPs, a line a rule; `df`: rows of one model over all mask ratios: rule flops nll."""
-    ax = ax or plt.gca()
-    for rule, look in RULE_STYLE.items():
-        part = df[df["rule"] == rule].sort_values("flops")
-        ax.plot(part["flops"] / 1e6, part["nll"], markersize=2.4, **look)
-    fixed = df[df["rule"] == "fixed"]
-    span = fixed["nll"].max() - fixed["nll"].min()
-    ax.set_ylim(min(df["nll"].min(), fixed["nll"].min()) - 0.05 * span, fixed["nll"].max() + 0.05 * span)
-    ax.set(xlabel="MFLOPs a sequence (reading included)", ylabel="NELBO (nats per masked token)")
-    return ax
 
 
 def plot_shares(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -96,4 +77,27 @@ def plot_effects(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_yticks(range(table.shape[0]), [f"{ratio:.0%}" for ratio in table.index])
     ax.grid(False)
     ax.set(xlabel="loop (1 = first)", ylabel="masked (middle of bin)")
+    return ax
+
+
+def plot_training_free(df: pd.DataFrame, value: str, *, ax: Axes | None = None) -> Axes:
+    """A column of `training-free` over n_loops, naive and damped, mean over seeds; `df`: seed damping n_loops."""
+    ax = ax or plt.gca()
+    looks = {"none": ("#8c8c8c", "s", "--", "full steps"), "1/n_loops": ("#1b4f8f", "o", "-", "damped by 1/S")}
+    for damping, (colour, marker, line, label) in looks.items():
+        part = df[df["damping"] == damping]
+        summary = over_seeds(part, "n_loops", value)
+        band(
+            ax,
+            summary["n_loops"],
+            summary[value],
+            summary["low"],
+            summary["high"],
+            color=colour,
+            marker=marker,
+            linestyle=line,
+            label=label,
+        )
+    ax.axhline(0, **NULL)
+    ax.set(xlabel="n_loops (S)")
     return ax

@@ -134,31 +134,104 @@ def plot_zero_shot(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def plot_training_free(df: pd.DataFrame, value: str, *, ax: Axes | None = None) -> Axes:
-    """A column of `training-free` over n_loops, naive and damped, mean over seeds; `df`: seed damping n_loops."""
-    ax = ax or plt.gca()
-    looks = {"none": ("#8c8c8c", "s", "--", "full steps"), "1/n_loops": ("#1b4f8f", "o", "-", "damped by 1/S")}
-    for damping, (colour, marker, line, label) in looks.items():
-        part = df[df["damping"] == damping]
-        summary = over_seeds(part, "n_loops", value)
-        band(
-            ax,
-            summary["n_loops"],
-            summary[value],
-            summary["low"],
-            summary["high"],
-            color=colour,
-            marker=marker,
-            linestyle=line,
-            label=label,
-        )
-    ax.axhline(0, **NULL)
-    ax.set(xlabel="n_loops (S)")
-    return ax
-
-
 def _base_level(df: pd.DataFrame, column: str, ax: Axes) -> None:
     """The base arm as it was trained, at S = 1, carried across as a thin line."""
     base = df[(df["arm"] == "base") & (df["n_loops"] == 1)]
     if len(base):
         ax.axhline(base[column].mean(), color=ARM_STYLE["base"]["color"], linewidth=0.8, linestyle="--", zorder=0)
+
+
+def plot_arms(df: pd.DataFrame, value: str, *, ax: Axes | None = None) -> Axes:
+    """A mark a training seed and a bar at the mean for each arm; `df`: arm seed and the column `value`."""
+    ax = ax or plt.gca()
+    arms = [arm for arm in ARM_STYLE if arm in set(df["arm"])]
+    for place, arm in enumerate(arms):
+        values = df.loc[df["arm"] == arm, value]
+        spread = place + 0.1 * (np.arange(len(values)) - (len(values) - 1) / 2)
+        ax.plot(spread, values, **ARM_STYLE[arm] | {"linestyle": "none"})
+        ax.hlines(values.mean(), place - 0.32, place + 0.32, color="#444444", linewidth=1.2)
+    ax.set_xticks(range(len(arms)), [f"{arm}\n({(df['arm'] == arm).sum()})" for arm in arms])
+    ax.set_xlim(-0.6, len(arms) - 0.4)
+    return ax
+
+
+def plot_flops_ratio(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """FLOPs of `against` / FLOPs of `arm` for a NELBO, a mark a target; crossed where seeds never get there.
+
+    `df`: rows of one task: arm against share ratio low high n_reached n n_reached_against n_against.
+    """
+    ax = ax or plt.gca()
+    pairs = list(dict.fromkeys(zip(df["arm"], df["against"], strict=True)))
+    for place, (arm, against) in enumerate(pairs):
+        part = df[(df["arm"] == arm) & (df["against"] == against)].sort_values("share")
+        for offset, row in enumerate(part.itertuples()):
+            x = place + 0.21 * (offset - (len(part) - 1) / 2)
+            short = row.n_reached < row.n
+            count = f"{row.n_reached}/{row.n}" if short else f"{against}\n{row.n_reached_against}/{row.n_against}"
+            foot = {"xycoords": ("data", "axes fraction"), "ha": "center", "fontsize": 5.5}
+            ax.annotate(f"{100 * row.share:.0f}", (x, 0.02), **foot)
+            if not np.isfinite(row.ratio):
+                ax.plot(x, 0.31, marker="x", color=ARM_STYLE[arm]["color"], linestyle="none")
+                ax.annotate(count, (x, 0.345), ha="center", fontsize=5.5)
+                continue
+            look = ARM_STYLE[arm] | {"linestyle": "none"}
+            whole = row.n_reached == row.n and row.n_reached_against == row.n_against
+            ax.plot(x, row.ratio, **look, markerfacecolor=look["color"] if whole else "white")
+            if np.isfinite(row.low):
+                ax.vlines(x, row.low, row.high, color=look["color"], linewidth=0.9)
+            ax.annotate(
+                f"{100 * row.share:.0f}", (x, 0.02), xycoords=("data", "axes fraction"), ha="center", fontsize=5.5
+            )
+    ax.axhline(1, **NULL)
+    ax.set_yscale("log")
+    ax.set_yticks([0.25, 0.5, 1, 2, 4], ["0.25", "0.5", "1", "2", "4"])
+    ax.set_yticks([], minor=True)
+    ax.set_xticks(range(len(pairs)), [f"{arm} against {against}" for arm, against in pairs])
+    ax.set(xlim=(-0.5, len(pairs) - 0.5), ylim=(0.22, 4.5))
+    return ax
+
+
+def plot_generative(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Judge's NLL of samples: n_loops x denoising steps as numbers on a heat map, contours of equal FLOPs.
+
+    `df`: samples of one model: n_loops steps flops judge_nll judge_nll_se.
+    """
+    ax = ax or plt.gca()
+    table, error, flops = (
+        df.pivot(index="n_loops", columns="steps", values=name) for name in ("judge_nll", "judge_nll_se", "flops")
+    )
+    image = ax.imshow(table, cmap="Greys", aspect="auto", origin="lower", alpha=0.6)
+    for (row, column), value in np.ndenumerate(table.to_numpy()):
+        spent = f"{flops.to_numpy()[row, column] / 1e9:.1f} GFLOPs"
+        text = f"{value:.2f} ± {Z95 * error.to_numpy()[row, column]:.2f}\n{spent}"
+        ax.text(column, row, text, ha="center", va="center", fontsize=6.2, color="black")
+    if min(table.shape) > 1:
+        levels = np.geomspace(flops.to_numpy().min(), flops.to_numpy().max(), 6)[1:-1]
+        ax.contour(np.log10(flops), levels=np.log10(levels), colors="#d95f02", linewidths=0.9)
+    ax.set_xticks(range(table.shape[1]), [str(steps) for steps in table.columns])
+    ax.set_yticks(range(table.shape[0]), [str(count) for count in table.index])
+    ax.grid(False)
+    ax.set(xlabel="denoising steps", ylabel="n_loops (S)")
+    ax.figure.colorbar(image, ax=ax, label="judge's NLL (nats per judge token)", shrink=0.9)
+    return ax
+
+
+def plot_loops_or_steps(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Quality of samples against FLOPs of a whole sampling run, a line an n_loops.
+
+    `df`: rows of one model and measure: n_loops budget flops quality quality_se.
+    """
+    ax = ax or plt.gca()
+    counts = sorted(df["n_loops"].unique())
+    for shade, (count, marker) in enumerate(zip(counts, "sv^oD", strict=False)):
+        part = df[df["n_loops"] == count].sort_values("flops")
+        colour = plt.get_cmap("Blues")(0.35 + 0.6 * shade / max(1, len(counts) - 1))
+        look = {"color": colour, "marker": marker, "linestyle": "-", "linewidth": 1}
+        error = Z95 * part["quality_se"]
+        ax.errorbar(part["flops"] / 1e9, part["quality"], yerr=error, label=f"S = {count}", **look)
+    budgets = sorted(df["budget"].unique() / 1e9)
+    ax.set_xscale("log")
+    ax.set_xticks(budgets, [f"{budget:.2g}" for budget in budgets])
+    ax.set_xticks([], minor=True)
+    ax.set(xlabel="GFLOPs a sample (budgets ticked)")
+    return ax

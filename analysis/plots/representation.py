@@ -56,3 +56,83 @@ def plot_read_loops(
         ax.set(xlabel="loop (1 = first)", ylabel="position: true token")
         ax.figure.colorbar(image, ax=ax, label="p(true token)")
     return ax
+
+
+LENS_STYLE = {
+    "": {"color": "#1b4f8f", "marker": "o", "linestyle": "-", "label": "through the coda"},
+    "direct_": {"color": "#e08214", "marker": "^", "linestyle": "--", "label": "direct unembedding"},
+}
+
+
+def plot_lenses(df: pd.DataFrame, metric: str, *, ax: Axes | None = None) -> Axes:
+    """One metric of the read-outs by both lenses; `df`: loop metric value standard_error at one mask ratio."""
+    ax = ax or plt.gca()
+    for prefix, look in LENS_STYLE.items():
+        part = df[df["metric"] == f"{prefix}{metric}"].sort_values("loop")
+        low, high = (part["value"] + side * Z95 * part["standard_error"] for side in (-1, 1))
+        band(ax, part["loop"] + 1, part["value"], low, high, **look)
+    ax.set(xlabel="loop (1 = first)")
+    return ax
+
+
+def plot_similarity(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """CKA of the states after every two loops as a heat map; `df`: loop other_loop value; loop -1: prelude."""
+    ax = ax or plt.gca()
+    table = df.pivot(index="loop", columns="other_loop", values="value")
+    image = ax.imshow(table, cmap="Greys", vmin=0, vmax=1)
+    labels = ["in" if loop < 0 else str(loop + 1) for loop in table.index]
+    for row, column in ((i, j) for i in range(len(table)) for j in range(i)):
+        value = float(table.iat[row, column])
+        ax.text(column, row, "1" if value > 0.995 else f"{value:.2f}"[1:], ha="center", va="center", fontsize=5,
+                color="white" if value > 0.55 else "black")  # fmt: skip
+    ax.set_xticks(range(len(labels)), labels)
+    ax.set_yticks(range(len(labels)), labels)
+    ax.grid(False)
+    ax.set(xlabel="loop", ylabel="loop")
+    ax.figure.colorbar(image, ax=ax, label="CKA (debiased)", shrink=0.85)
+    return ax
+
+
+def plot_far_out(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Slopes of log change against log loop, a mark a model; `df`: model metric value low high.
+
+    `low` and `high` bound the slope at 95%; 0 and -1 are what a constant drift gives.
+    """
+    ax = ax or plt.gca()
+    models = list(dict.fromkeys(df["model"]))
+    looks = {
+        "step_norm": ("#1b4f8f", "o", "length of a step"),
+        "relative_change": ("#e08214", "^", "relative change"),
+    }
+    for side, (metric, (colour, marker, label)) in enumerate(looks.items()):
+        part = df[df["metric"] == metric].set_index("model").reindex(models)
+        place = np.arange(len(models)) + 0.22 * (side - 0.5)
+        error = np.abs(part[["low", "high"]].to_numpy().T - part["value"].to_numpy())
+        ax.errorbar(part["value"], place, xerr=error, linestyle="none", color=colour, marker=marker, linewidth=0.9,
+                    label=label)  # fmt: skip
+        ax.axvline(0 if metric == "step_norm" else -1, **NULL | {"color": colour})
+    ax.set_yticks(range(len(models)), models)
+    ax.set(xlabel="slope of log change against log loop", ylim=(len(models) - 0.5, -0.5))
+    return ax
+
+
+def plot_state_paths(df: pd.DataFrame, *, n_paths: int = 12, ax: Axes | None = None) -> Axes:
+    """Paths of some sequences' mean states in PCA coordinates, from the prelude (hollow) to the last loop (full).
+
+    `df`: rows of one model and token group: sequence loop pc1 pc2 explained1 explained2.
+    """
+    ax = ax or plt.gca()
+    chosen = sorted(df["sequence"].unique())[:n_paths]
+    last = df["loop"].max()
+    for sequence in chosen:
+        part = df[df["sequence"] == sequence].sort_values("loop")
+        ax.plot(part["pc1"], part["pc2"], color="#9ecae1", linewidth=0.8, zorder=1)
+        for loop, size in zip(part["loop"], np.linspace(6, 16, len(part)), strict=True):
+            point = part[part["loop"] == loop]
+            full = "#1b4f8f" if loop == last else "white" if loop < 0 else "#4292c6"
+            ax.scatter(
+                point["pc1"], point["pc2"], s=size, facecolor=full, edgecolor="#1b4f8f", linewidth=0.5, zorder=2
+            )
+    first, second = df["explained1"].iloc[0], df["explained2"].iloc[0]
+    ax.set(xlabel=f"PC 1 ({first:.0%} of variance)", ylabel=f"PC 2 ({second:.0%})")
+    return ax

@@ -1,30 +1,13 @@
-"""Figures of quality: learning curves, NELBO and solve rate by number of loops."""
+"""Figures of inference: quality by number of loops."""
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from analysis import zoo
-from analysis.figures.figure import PANELS, SEEDS, Figure, Tables
+from analysis.figures.figure import PANELS, SEEDS, Figure, Tables, compared, of_models
 from analysis.plots import quality
 from analysis.plots.style import PAGE
-
-ARMS = ("base", "deep", "loop")
-
-
-def _arms(df: pd.DataFrame, task: str) -> pd.DataFrame:
-    return df[(df["task"] == task) & df["arm"].isin(ARMS)]
-
-
-def learning_curves(loaded: Tables) -> MatplotlibFigure:
-    """Validation NELBO against training FLOPs."""
-    df = loaded["learning-curves"]
-    drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.8), layout="constrained")
-    for ax, (model, title) in zip(axes, PANELS, strict=True):
-        quality.plot_learning_curves(_arms(df, model.split("-")[0]), ax=ax)
-        ax.set_title(title)
-        ax.legend(frameon=False)
-    return drawn
 
 
 def nll_by_loops(loaded: Tables) -> MatplotlibFigure:
@@ -33,7 +16,7 @@ def nll_by_loops(loaded: Tables) -> MatplotlibFigure:
     drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 4.4), layout="constrained")
     for row, (model, title) in zip(axes, PANELS, strict=True):
         task = model.split("-")[0]
-        part = _arms(df, task)
+        part = compared(df, task)
         looped = part[part["arm"] == "loop"]
         quality.plot_nll_by_loops(part, ax=row[0])
         row[0].set_title(f"{title}: level")
@@ -62,7 +45,7 @@ def sudoku_solve_rate(loaded: Tables) -> MatplotlibFigure:
     """One-shot solve rate by S."""
     drawn, ax = plt.subplots(figsize=(3.6, 2.6), layout="constrained")
     df = loaded["sudoku-solve-rate"]
-    quality.plot_solve_rate(_arms(df[df["n_clues"] == 20], "sudoku"), ax=ax)
+    quality.plot_solve_rate(compared(df[df["n_clues"] == 20], "sudoku"), ax=ax)
     ax.legend(frameon=False, loc="lower right")
     ax.set_title("6x6 Sudoku, 16 of 36 cells hidden")
     return drawn
@@ -70,7 +53,7 @@ def sudoku_solve_rate(loaded: Tables) -> MatplotlibFigure:
 
 def gain_by_noise(loaded: Tables) -> MatplotlibFigure:
     """Where looping gains: by mask ratio, at several loop counts."""
-    df = _of_models(loaded["noise-level"])
+    df = of_models(loaded["noise-level"])
     drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.8), layout="constrained")
     for ax, (model, title) in zip(axes, PANELS, strict=True):
         part = df[df["task"] == model.split("-")[0]]
@@ -79,15 +62,6 @@ def gain_by_noise(loaded: Tables) -> MatplotlibFigure:
         ax.set_title(f"{title} ({n} seed{'s' if n > 1 else ''})")
         ax.legend(frameon=False)
     return drawn
-
-
-def _of_models(df: pd.DataFrame) -> pd.DataFrame:
-    """With the columns task, arm and seed of each row's model."""
-    known = {item.name: item for item in zoo.shipped()}
-    models = [known[name] for name in df["model"]]
-    return df.assign(
-        task=[item.task for item in models], arm=[item.arm for item in models], seed=[item.seed for item in models]
-    )
 
 
 def zero_shot(loaded: Tables) -> MatplotlibFigure:
@@ -105,33 +79,47 @@ def zero_shot(loaded: Tables) -> MatplotlibFigure:
     return drawn
 
 
-def training_free(loaded: Tables) -> MatplotlibFigure:
-    """Looping the middle of base models: NELBO, and masked-to-masked log-odds."""
-    df = _of_models(loaded["training-free"])
-    df = df[(df["first_layer"] == 1) & (df["n_layers"] == 1)]
-    drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 4.2), layout="constrained", sharex=True)
-    for row, (model, title) in zip(axes, PANELS, strict=True):
-        part = df[df["task"] == model.split("-")[0]]
-        for ax, value, label in ((row[0], "change", "NELBO less that at S = 1 (nats)"),
-                                 (row[1], "rise", "rise of masked : clean log-odds")):  # fmt: skip
-            quality.plot_training_free(part, value, ax=ax)
-            ax.set(title=f"{title}: base models", ylabel=label)
-            if ax.get_subplotspec().is_first_row():
-                ax.set_xlabel("")
-    axes[0, 0].legend(frameon=False)
+def generative(loaded: Tables) -> MatplotlibFigure:
+    """The judge's NLL of samples by loops and steps, beside what real text has."""
+    df = loaded["generative"]
+    samples = df[df["source"] == "samples"]
+    real = df[df["source"] == "test text"].iloc[0]
+    drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.9), layout="constrained", width_ratios=[1.6, 1])
+    quality.plot_generative(samples[samples["model"] == "sotu-loop"], ax=axes[0])
+    axes[0].set_title(f"sotu-loop's samples; real text: {real['judge_nll']:.2f} nats")
+    looks = {"sotu-base": ("#8c8c8c", "s"), "sotu-loop": ("#1b4f8f", "o")}
+    for model, (colour, marker) in looks.items():
+        part = samples[samples["model"] == model]
+        axes[1].errorbar(part["unigram_entropy"], part["judge_nll"], xerr=1.96 * part["unigram_entropy_se"],
+                         yerr=1.96 * part["judge_nll_se"], linestyle="none", marker=marker, color=colour,
+                         linewidth=0.7, label=model)  # fmt: skip
+    axes[1].plot(real["unigram_entropy"], real["judge_nll"], marker="*", color="black", linestyle="none",
+                 markersize=7, label="real text")  # fmt: skip
+    axes[1].legend(frameon=False, loc="center left")
+    axes[1].set(
+        xlabel="unigram entropy (nats)", ylabel="judge's NLL (nats)", title="far from real text at every S"
+    )
+    return drawn
+
+
+def loops_or_steps(loaded: Tables) -> MatplotlibFigure:
+    """Joint quality of samples, and marginal NELBO, against the FLOPs of a whole run."""
+    df = loaded["loops-or-steps"]
+    drawn, axes = plt.subplots(1, 3, figsize=(PAGE, 2.6), layout="constrained")
+    panels = (
+        ("sudoku-loop", "solve-rate", "Sudoku: whole boards", "puzzles solved"),
+        ("sudoku-loop", "marginal-nll", "Sudoku: single cells", "NELBO (nats per token)"),
+        ("sotu-loop", "marginal-nll", "text: single tokens", "NELBO (nats per token)"),
+    )
+    for ax, (model, measure, title, label) in zip(axes, panels, strict=True):
+        quality.plot_loops_or_steps(df[(df["model"] == model) & (df["measure"] == measure)], ax=ax)
+        ax.set(title=title, ylabel=label)
+    handles, labels = axes[0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     return drawn
 
 
 FIGURES = (
-    Figure(
-        "learning-curves",
-        ("learning-curves",),
-        learning_curves,
-        f"""Validation NELBO of EMA weights against training FLOPs (3 x forward, warm-up then constant rate),
-        each arm at S_max of its training; loop and base at equal size, all at equal budgets. 128 validation
-        sequences, two masks each. {SEEDS} The paper: the looped model reaches the base model's NLL with fewer
-        FLOPs; a loop curve that stays above the base curve counts against it.""",
-    ),
     Figure(
         "nll-by-loops",
         ("nll-by-loops", "references"),
@@ -171,12 +159,24 @@ FIGURES = (
         better on all seven at S_max; one corpus on which base is ahead counts against it.""",
     ),
     Figure(
-        "training-free",
-        ("training-free",),
-        training_free,
-        f"""Models that were never looped, with their middle layer run S times: in full steps and damped by 1/S.
-        Left: change of the NELBO. Right: rise of the masked-to-masked log-odds from the first to the last loop
-        at half masked, self excluded. {SEEDS} If the log-odds rise here, too, a rise in looped models says
-        nothing about training with loops. Definitions are ours.""",
+        "generative",
+        ("generative",),
+        generative,
+        """NLL of unconditional samples under SmolLM2-135M, by loops and denoising steps; 64 samples of 64 tokens
+        each, 95% over samples; lines: equal FLOPs of the whole run. Right: the same beside the entropy of a
+        sample's unigrams, which a judge alone would reward for falling; star: real test text. Samples of
+        models of this size are 20 times as surprising as real text, and differences between loop counts are
+        within the errors: the figure says that nothing can be said here. The paper: generative perplexity
+        falls with S, most at few steps. One seed of training.""",
+    ),
+    Figure(
+        "loops-or-steps",
+        ("loops-or-steps",),
+        loops_or_steps,
+        """What a fixed amount of FLOPs buys, spent on loops or on denoising steps. Left: whole boards (16 of 36
+        cells given, cells filled by confidence, any valid completion counts; 64 puzzles). Middle, right: the
+        NELBO of single tokens, which steps cannot change: flat lines. Bars: 95% over puzzles, sequences or
+        speeches. If more loops at equal FLOPs always solved more, steps would be the worse buy. The comparison
+        is ours; one seed of training.""",
     ),
 )

@@ -1,4 +1,4 @@
-"""Figures of what happens inside: attention between groups, change of the state, maps side by side."""
+"""Figures of attention between groups, and of maps side by side."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -7,7 +7,7 @@ from matplotlib.figure import Figure as MatplotlibFigure
 
 from analysis import zoo
 from analysis.figures.figure import GRIDS, OURS, PANELS, TEXT, Figure, Tables
-from analysis.plots import attention, representation
+from analysis.plots import attention
 from analysis.plots.style import PAGE, mark_s_max
 
 
@@ -42,40 +42,6 @@ def mask_to_mask(loaded: Tables) -> MatplotlibFigure:
     return drawn
 
 
-def representation_change(loaded: Tables) -> MatplotlibFigure:
-    """Relative change with its null, step cosine, KL between successive read-outs, flips."""
-    df = loaded["representation-change"]
-    metrics = (
-        ("relative_change", "relative change"),
-        ("step_cosine", "cosine of successive steps"),
-        ("kl_previous", "KL to previous read-out (nats)"),
-        ("top1_flips", "best token flips (share)"),
-    )
-    drawn, axes = plt.subplots(
-        2,
-        4,
-        figsize=(PAGE, 3.7),
-        layout="constrained",
-    )
-    for row, (model, title) in zip(axes, PANELS, strict=True):
-        part = df[(df["model"] == model) & (df["token_group"] == "masked")]
-        for ax, (metric, label) in zip(row, metrics, strict=True):
-            representation.plot_metric_by_loop(part, metric, ax=ax)
-            ax.set_title(label)
-            mark_s_max(ax, zoo.s_max(model), df["loop"].max() + 1)
-        representation.plot_drift_null(part, ax=row[0])
-        for ax in (row[0], row[2]):
-            ax.set_yscale("log")
-        row[1].axhline(0, color="#444444", linewidth=0.6)
-        row[0].set_ylabel(f"{title}\n{row[0].get_ylabel()}")
-    for ax in axes[0]:
-        ax.set_xlabel("")
-    drawn.legend(
-        handles=axes[0, 0].get_legend_handles_labels()[0], loc="outside lower center", ncols=4, frameon=False
-    )
-    return drawn
-
-
 def attention_maps(loaded: Tables) -> MatplotlibFigure:
     """The head that changes most, side by side across loops, with the difference."""
     df = loaded["attention-maps"]
@@ -102,6 +68,52 @@ def _matrix(part: pd.DataFrame) -> np.ndarray:
     return part.pivot(index="query", columns="key", values="attention").to_numpy()
 
 
+def content(loaded: Tables) -> MatplotlibFigure:
+    """What is moved between masked positions, by loop, and the log-odds along the model's own sampling."""
+    df, sampled = loaded["mask-attention"], loaded["attention-along-sampling"]
+    drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 4.4), layout="constrained")
+    for row, (model, title) in zip(axes, PANELS, strict=True):
+        part = _looped(df, model)
+        part = part[(part["segment"] == "loop") & (part["key_group"] == "masked")]
+        attention.plot_content_by_loop(part, ax=row[0])
+        mark_s_max(row[0], zoo.s_max(model), part["loop"].nunique())
+        row[0].set_title(f"{title}: content, masked → masked")
+        own = sampled[(sampled["model"] == model) & (sampled["segment"] == "loop")]
+        own = own[(own["query_group"] == "masked") & (own["key_group"] == "masked")]
+        attention.plot_by_step(own, ax=row[1])
+        row[1].set_title(f"{title}: along its own samples")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside lower left", ncols=3, frameon=False)
+    return drawn
+
+
+def specifications(loaded: Tables) -> MatplotlibFigure:
+    """The same claim under every definition."""
+    df = loaded["attention-specifications"]
+    drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 4.4), layout="constrained", height_ratios=[1, 1.1])
+    for (above, below), (model, title) in zip(axes.T, PANELS, strict=True):
+        attention.plot_specifications(df[df["model"] == model].dropna(subset=["estimate"]), (above, below))
+        above.set_title(title)
+        above.set_xticks([])
+        above.legend(frameon=False, loc="lower right", fontsize=6)
+    axes[0, 0].set_ylabel("rise / its error")
+    for ax in axes[1, 1:]:
+        ax.set_yticklabels([])
+    return drawn
+
+
+def heads(loaded: Tables) -> MatplotlibFigure:
+    """Heads that change most, ranked on one half and tested on the other."""
+    df = loaded["attention-heads"]
+    drawn, axes = plt.subplots(1, 2, figsize=(PAGE * 0.8, 2.4), layout="constrained")
+    for ax, (model, title) in zip(axes, PANELS, strict=True):
+        attention.plot_heads(df[df["model"] == model], ax=ax)
+        ax.set_title(title)
+    axes[1].set_ylabel("")
+    axes[0].legend(frameon=False)
+    return drawn
+
+
 FIGURES = (
     Figure(
         "mask-to-mask-by-loop",
@@ -115,15 +127,6 @@ FIGURES = (
         count and saturates near S_max; a flat or falling curve counts against it. {OURS}""",
     ),
     Figure(
-        "representation-change",
-        ("representation-change",),
-        representation_change,
-        f"""Change of the state at masked positions from loop to loop, to 3 x S_max: relative change ||H(i) -
-        H(i-1)|| / ||H(i)|| beside the 1/i of a constant drift; cosine of successive steps; KL of each read-out
-        to the previous one; share of best tokens that flip. {GRIDS}; {TEXT}. Bands: 95%. A relative change
-        that only follows the dotted line is no convergence. {OURS}""",
-    ),
-    Figure(
         "attention-maps",
         ("attention-maps",),
         attention_maps,
@@ -131,5 +134,36 @@ FIGURES = (
         test block, drawn by seed before looking; half of them masked (in brackets, with the true token). The
         head is the one that changes most: an illustration, n = 1, not a test. The map at loop i is the map a
         run with n_loops = i ends on. {OURS}""",
+    ),
+    Figure(
+        "attention-content",
+        ("mask-attention", "attention-along-sampling"),
+        content,
+        f"""Left: norm of what masked keys move into masked queries in the looped layer (attention times the
+        value through the output matrix, less what all masked keys have in common), by loop, at three mask
+        ratios, to 3 x S_max; bands: 95%. Right: log-odds of a masked against a clean key before some denoising
+        steps of the model's own samples, 64 of them; in the first step nothing is clean. {GRIDS}; {TEXT}. Log-
+        odds that rise while content does not would say that masked positions look at each other more and tell
+        each other no more. {OURS}""",
+    ),
+    Figure(
+        "specification-curve",
+        ("attention-specifications",),
+        specifications,
+        f"""Does masked-to-masked attention rise from the first loop to S_max? Every reasonable definition: mass,
+        lift, log-odds, content, toggled key; with and without self and sinks; heads averaged, weighted by
+        content, or the one that grows most; three mask ratios. Above: the rise in units of its own standard
+        error (symmetric log scale), below: what was chosen. {GRIDS}; {TEXT}. One definition that falls where
+        others rise means that the claim depends on the definition. One seed of training; the definitions are
+        ours, the paper's is not public.""",
+    ),
+    Figure(
+        "attention-heads",
+        ("attention-heads",),
+        heads,
+        f"""Rise of the masked : clean log-odds of each head of the looped layer, from the first loop to S_max at
+        half masked. Heads are ranked on one half of the sequences (hollow) and measured on the other (full,
+        95%), so that choosing them does not flatter them. {GRIDS}; {TEXT}. A head below 0 turns away from
+        masked keys. {OURS}""",
     ),
 )
