@@ -58,9 +58,9 @@ $(VENV)/.dev: $(VENV)/.base
 	$(PIP) install --quiet -c constraints.txt -e '.[notebooks,dev]'
 	touch $@
 
-# The committed PNGs of the README, drawn from the committed tables.
-gallery: figures
-	cp figures/out/*.png figures/gallery/
+# The committed PNGs, figures/README.md and the README's generated blocks, from the committed tables.
+gallery: $(VENV)/.base
+	$(BIN)/loopmdm gallery
 
 clean:
 	rm -rf $(VENV) figures/out

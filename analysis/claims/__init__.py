@@ -15,12 +15,19 @@ import numpy as np
 import pandas as pd
 
 from analysis import tables
-from analysis.claims.answers import MEASURES, Answer, NotRun
+from analysis.claims.answers import ANSWERS, Answer, NotRun
 from loopmdm_model.errors import UsageError, check_keys
 
 FIELDS = ("name", "tasks", "claim", "where", "estimand", "margin", "direction", "falsifier", "figure", "seen")
 COLUMNS = ["claim", "task", "verdict", "estimate", "low", "high", "margin", "direction", "n_seeds", "n", "figure",
            "text"]  # fmt: skip
+
+
+TABLES = (
+    "flops-to-target", "nll-by-loops", "noise-level", "mask-attention", "sudoku-solve-rate", "stopping-verdicts",
+    "mediated-share", "sudoku-orders", "sudoku-boards", "convergence", "zero-shot", "training-free",
+)  # fmt: skip
+"""What the answers are read off."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ def claims_table() -> pd.DataFrame:
     for claim in load_claims():
         for task in claim.tasks:
             try:
-                found = MEASURES[claim.name](task)
+                found = ANSWERS[claim.name](task)
                 says = found.verdict or verdict(found, claim.margin, claim.direction)
             except NotRun:
                 found, says = Answer(float("nan"), float("nan"), float("nan"), 0, 0), "not run"

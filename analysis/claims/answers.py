@@ -300,7 +300,7 @@ def _not_run(task: str) -> Answer:
     raise NotRun(task)
 
 
-MEASURES: dict[str, Callable[[str], Answer]] = {
+ANSWERS: dict[str, Callable[[str], Answer]] = {
     "fewer-training-flops": _fewer_flops,
     "better-at-equal-flops": _against("base", lambda s: s),
     "better-than-deeper": _against("deep", lambda s: s),

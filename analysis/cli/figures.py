@@ -38,6 +38,9 @@ def figures(
         str, typer.Option("--from", help="tables | checkpoints (measure the tables again)")
     ] = "tables",
     out: Annotated[Path, typer.Option(help="folder for pdf, png, svg and json")] = Path("figures/out"),
+    check: Annotated[
+        bool, typer.Option("--check", help="draw anew and compare with --out and what is committed; write nothing")
+    ] = False,
 ) -> None:
     """Draw figures from the committed tables, or from the checkpoints."""
     import matplotlib as mpl
@@ -49,6 +52,11 @@ def figures(
     if source not in ("tables", "checkpoints"):
         raise UsageError(f"--from takes tables or checkpoints, got {source!r}")
     chosen = [registry.figure(name) for name in names or registry.FIGURES]
+    if check:
+        if source != "tables":
+            raise UsageError("--check compares what the committed tables give; leave --from out")
+        _check(names, out)
+        return
     check_folder(out)
     with interruptible("pictures that were finished are whole, the others as they were"), progress_bar() as bar:
         if source == "checkpoints":
@@ -58,6 +66,34 @@ def figures(
         for figure in bar.track(chosen, description="figures"):
             figure.draw(out=out)
     show(["figure", "file"], [(figure.name, out / f"{figure.name}.pdf") for figure in chosen])
+
+
+def _check(names: list[str] | None, out: Path) -> None:
+    """Print what differs, a line each, and exit with 1; without names the generated pages are held, too."""
+    from analysis.figures import FIGURES, gallery
+
+    root, chosen = gallery.repository(), list(names or FIGURES)
+    with interruptible("nothing was written"), progress_bar() as bar:
+        found = gallery.outdated(chosen)
+        for name in bar.track(chosen, description="checking"):
+            found += gallery.changed([name], out, root / "figures" / "gallery")
+        found += [] if names else gallery.stale_pages(root)
+    for line in found:
+        print(line)
+    if found:
+        raise typer.Exit(1)
+
+
+@app.command()
+def gallery() -> None:
+    """Write figures/gallery, figures/README.md and the README's blocks anew, in a checkout."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from analysis.figures import gallery as pages
+
+    with interruptible("files that were finished are whole, the others as they were"):
+        pages.write_gallery(pages.repository())
 
 
 @app.command()

@@ -4,11 +4,12 @@ from analysis import figures
 figures.FIGURES["mask-to-mask-by-loop"].draw(out="figures/out")
 """
 
-from analysis.figures import adaptive, attention, causal, inference, known, representation, training
+from analysis.figures import adaptive, attention, causal, claims, inference, known, representation, training
 from analysis.figures.figure import Figure
 from loopmdm_model.errors import unknown_name
 
 FAMILIES = {
+    "claims": claims,
     "training": training,
     "inference": inference,
     "adaptive": adaptive,

@@ -36,7 +36,8 @@ RATIO_STYLE = {
 NULL = {"color": "#444444", "linewidth": 1.0, "linestyle": (0, (1, 1.5)), "zorder": 1}
 FORMATS = ("pdf", "png", "svg")
 PARAMETERS = {
-    "font.family": "DejaVu Sans",
+    "font.family": "DejaVu Sans",  # comes with matplotlib, as do its mathematics: no fonts or LaTeX are asked for
+    "text.usetex": False,
     "font.size": 7.5,
     "axes.titlesize": 8,
     "axes.labelsize": 7.5,

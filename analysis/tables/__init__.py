@@ -60,11 +60,20 @@ def load(name: str) -> pd.DataFrame:
     if not (folder / f"{name}.parquet").exists():
         return item.measure(folder)
     frame = item.read(folder)
-    if frame.attrs["models"] != provenance.model_hashes(item.models):
+    if not _fits(frame, item):
         warnings.warn(
             f"table {name} is of other weights than those shipped; run `loopmdm table {name}`", stacklevel=2
         )
     return frame
+
+
+def is_current(name: str) -> bool:
+    """Whether a stored table is of the weights that are shipped."""
+    return _fits(table(name).read(tables_folder()), table(name))
+
+
+def _fits(frame: pd.DataFrame, item: Table) -> bool:
+    return frame.attrs["models"] == provenance.model_hashes(item.models)
 
 
 EVERY, SUDOKU, TEXT = zoo.names(), zoo.names("sudoku"), ("sotu-base", "sotu-loop")

@@ -78,7 +78,7 @@ def test_intervals_over_seeds_cover_the_truth():
 def test_every_claim_has_an_answer_and_a_figure():
     listed = load_claims()
     assert len(listed) >= 10 and len({claim.name for claim in listed}) == len(listed)
-    assert {claim.name for claim in listed} == set(answers.MEASURES)
+    assert {claim.name for claim in listed} == set(answers.ANSWERS)
     assert {claim.figure for claim in listed} <= set(figures.FIGURES) | PLANNED
 
 
@@ -101,7 +101,7 @@ def test_one_text_model_is_judged_by_its_documents():
     assert answers._units("sotu") == 8 and answers._units("sudoku") == 1000
     shares = answers._shares("sotu", "stale", False)
     if len(shares) == 1:
-        found = answers.MEASURES["update-matters"]("sotu")
+        found = answers.ANSWERS["update-matters"]("sotu")
         half = distributions.t.ppf(0.975, 7) * shares["share_se"].iloc[0]
         assert found.high - found.estimate == pytest.approx(half)
 
@@ -129,9 +129,9 @@ def test_answers_recover_planted_tables(monkeypatch):
     ]  # fmt: skip
     monkeypatch.setattr(answers.tables, "load", lambda name: pd.DataFrame(rows))
     monkeypatch.setattr(answers, "_looped", lambda task: 2)
-    assert answers.MEASURES["better-at-equal-flops"]("sudoku").estimate == pytest.approx(-0.5)
-    assert answers.MEASURES["one-loop-is-worse"]("sudoku").estimate == pytest.approx(0.3)
-    assert answers.MEASURES["more-loops-are-better"]("sudoku").estimate == pytest.approx(-0.8)
-    assert answers.MEASURES["better-beyond-s-max"]("sudoku").estimate == pytest.approx(0.1)
+    assert answers.ANSWERS["better-at-equal-flops"]("sudoku").estimate == pytest.approx(-0.5)
+    assert answers.ANSWERS["one-loop-is-worse"]("sudoku").estimate == pytest.approx(0.3)
+    assert answers.ANSWERS["more-loops-are-better"]("sudoku").estimate == pytest.approx(-0.8)
+    assert answers.ANSWERS["better-beyond-s-max"]("sudoku").estimate == pytest.approx(0.1)
     with pytest.raises(NotRun):
-        answers.MEASURES["better-than-deeper"]("sudoku")
+        answers.ANSWERS["better-than-deeper"]("sudoku")

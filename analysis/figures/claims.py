@@ -1,0 +1,35 @@
+"""The figure of the claims."""
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure as MatplotlibFigure
+
+from analysis import claims
+from analysis.figures.figure import Figure, Tables
+from analysis.plots.claims import plot_claims
+from analysis.plots.style import PAGE
+
+COLUMNS = [("Sudoku", ("sudoku",)), ("text, or what is named", ("sotu", "tree", "gsm"))]
+
+
+def verdicts(loaded: Tables) -> MatplotlibFigure:  # noqa: ARG001 - the answers load the tables themselves
+    """Every claim with its verdict by task."""
+    df = claims.claims_table()
+    drawn, ax = plt.subplots(figsize=(PAGE, 0.33 * df["claim"].nunique() + 0.4), layout="constrained")
+    plot_claims(df, COLUMNS, ax=ax)
+    return drawn
+
+
+FIGURES = (
+    Figure(
+        "claims",
+        claims.TABLES,
+        verdicts,
+        """The paper's claims put to measurements that could have said no, on our small models. Supported: the
+        whole 95% interval lies beyond the margin in the claimed direction; not supported: the whole interval
+        lies on the other side; undecided: neither; not run: no such models. Estimate, interval and number of
+        training seeds stand in the cell; the interval is over seeds, over test items or documents where there
+        is one seed, and then the verdict is about that model alone. Estimands, margins and falsifiers were
+        written down before the runs, in figures/claims.toml. What is false here may be true at the paper's
+        scale.""",
+    ),
+)

@@ -1,0 +1,58 @@
+"""The table of claims as a picture: one row a claim, one cell a task."""
+
+import textwrap
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+
+VERDICT_STYLE = {
+    "supported": ("#c6dbef", "✓"),
+    "not supported": ("#fdd0a2", "✗"),
+    "undecided": ("#f2f2f2", "?"),
+    "not run": ("#ffffff", "–"),
+}
+FIRST, WIDTH = 0.5, 0.25
+"""Where the first cell begins and how wide one is, in shares of the axes."""
+
+
+def plot_claims(df: pd.DataFrame, columns: list[tuple[str, tuple[str, ...]]], *, ax: Axes | None = None) -> Axes:
+    """`df`: claim task verdict estimate low high n_seeds text; `columns`: title and the tasks shown under it."""
+    ax = ax or plt.gca()
+    claims = list(dict.fromkeys(df["claim"]))
+    for row, claim in enumerate(claims):
+        part = df[df["claim"] == claim]
+        lines = "\n".join(textwrap.wrap(part["text"].iloc[0], 72))
+        ax.text(0, row, lines, ha="left", va="center", fontsize=6.3)
+        for place, (_, tasks) in enumerate(columns):
+            for cell in part[part["task"].isin(tasks)].itertuples():
+                _draw_cell(ax, FIRST + WIDTH * place, row, cell)
+    for place, (title, _) in enumerate(columns):
+        ax.text(FIRST + WIDTH * (place + 0.48), -0.75, title, ha="center", va="center", fontsize=7.5)
+    ax.set(xlim=(0, FIRST + WIDTH * len(columns)), ylim=(len(claims) - 0.45, -1.1))
+    ax.set_axis_off()
+    return ax
+
+
+def _draw_cell(ax: Axes, left: float, row: int, cell) -> None:
+    """One verdict: colour, sign and word; below it the estimate, its interval and the seeds."""
+    colour, sign = VERDICT_STYLE[cell.verdict]
+    box = {"facecolor": colour, "edgecolor": "#bbbbbb", "linewidth": 0.4}
+    ax.add_patch(Rectangle((left, row - 0.46), WIDTH * 0.96, 0.92, **box))
+    middle = left + WIDTH * 0.48
+    below = said(cell)
+    ax.text(middle, row - 0.18 * bool(below), f"{sign} {cell.verdict}", ha="center", va="center", fontsize=6.3)
+    ax.text(middle, row + 0.22, below, ha="center", va="center", fontsize=5.2)
+
+
+def said(cell) -> str:
+    """Estimate, 95% interval and number of seeds on one line; empty where nothing was run."""
+    if cell.verdict == "not run":
+        return ""
+    seeds = f"{cell.n_seeds} seed{'s' if cell.n_seeds > 1 else ''}"
+    if not np.isfinite(cell.estimate):
+        return f"no number; {seeds}"
+    bounds = f" [{cell.low:.3g}, {cell.high:.3g}]" if np.isfinite(cell.low) else ""
+    return f"{cell.estimate:.3g}{bounds}; {seeds}"
