@@ -44,11 +44,12 @@ def names(task: str | None = None, *arms: str) -> tuple[str, ...]:
 
 
 def s_max(name: str) -> int:
-    """S_max of training of the model's looped twin: the loop axis that all arms of a task share."""
+    """S_max of training of a looped model, or of the task's looped arm: the loop axis that its other arms share."""
     match = NAME.fullmatch(name)
     if match is None:
         raise UsageError(f"{name} is no shipped model's name")
-    return record(f"{match['task']}-loop")["spec"]["model"]["max_loops"]
+    looped = name if match["arm"].startswith("loop") else f"{match['task']}-loop"
+    return record(looped)["spec"]["model"]["max_loops"]
 
 
 def record(name: str) -> dict:

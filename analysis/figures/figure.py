@@ -1,8 +1,10 @@
 """One figure: the tables it is drawn from, its builder, a caption with its claim, and how it is written."""
 
+import base64
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -10,10 +12,11 @@ import pandas as pd
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from analysis import provenance, tables, zoo
-from analysis.plots.style import FORMATS, style
+from analysis.plots.style import FORMATS, png_bytes, style
 from loopmdm_model.files import write_atomic, write_json
 from loopmdm_model.training.record import commit, versions
 
+SIDECAR_TYPE = "application/vnd.loopmdm.figure+json"
 Tables = dict[str, pd.DataFrame]
 PANELS = (("sudoku-loop", "Sudoku 6x6"), ("sotu-loop", "text (sotu)"))
 """The looped models that panels show, with their titles."""
@@ -40,6 +43,11 @@ class Figure:
         plt.close(figure)
         return figure
 
+    def show(self) -> "Shown":
+        """The figure with its caption and where its numbers come from, for a notebook."""
+        loaded = {name: tables.load(name) for name in self.tables}
+        return Shown(png_bytes(self.draw()), self.sidecar(loaded))
+
     def _write(self, figure: MatplotlibFigure, out: Path, loaded: Tables) -> None:
         dates = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {"Software": None}}
         for kind in FORMATS:
@@ -65,6 +73,25 @@ class Figure:
     def text(self) -> str:
         """The caption on one line."""
         return " ".join(textwrap.dedent(self.caption).split())
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A drawn figure in a notebook; `sidecar` is what the batch writes beside its picture."""
+
+    png: bytes
+    sidecar: dict
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, object]:
+        """Picture and caption for people, the sidecar for programs."""
+        source = ", ".join(f"{name} {value[:12]}" for name, value in self.sidecar["tables"].items())
+        picture = base64.b64encode(self.png).decode()
+        page = (
+            f'<figure><img alt="{escape(self.sidecar["figure"])}" src="data:image/png;base64,{picture}">'
+            f"<figcaption>{escape(self.sidecar['caption'])}<br><small>{escape(self.sidecar['command'])}; "
+            f"tables by hash: {escape(source)}</small></figcaption></figure>"
+        )
+        return {"text/html": page, SIDECAR_TYPE: self.sidecar}
 
 
 SEEDS = """Lines: means over training seeds (numbers in the legend), thin ones single seeds; bands: 95%, by

@@ -25,6 +25,18 @@ def test_each_figure_is_written_whole_with_its_provenance(name, tmp_path):
     assert "ours" in caption or "paper" in caption
 
 
+def test_a_shown_figure_carries_the_batch_figures_sidecar(tmp_path):
+    item = figures.FIGURES["sudoku-solve-rate"]
+    item.draw(out=tmp_path)
+    shown = item.show()._repr_mimebundle_()
+    batch = json.loads((tmp_path / "sudoku-solve-rate.json").read_text())
+    assert shown["application/vnd.loopmdm.figure+json"] == batch
+    assert (
+        "data:image/png;base64," in shown["text/html"]
+        and batch["tables"]["sudoku-solve-rate"][:12] in shown["text/html"]
+    )
+
+
 def test_pictures_are_byte_identical_between_runs(tmp_path):
     for folder in ("first", "second"):
         figures.FIGURES["sudoku-solve-rate"].draw(out=tmp_path / folder)
