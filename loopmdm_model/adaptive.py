@@ -50,68 +50,106 @@ def iterate(
     on_loop: OnLoop | None = None,
 ) -> Iteration:
     """Run the looped layers on the prelude's output `state` until `rule` stops each sequence."""
-    cfg, (batch, length) = model.cfg, context.tokens.shape
-    device, by_token = state.device, rule.scope == "token"
-    lens = rule.lens if isinstance(rule, LensRule) else None
-    group = rule.group(context.masked, context.real)
-    shape = (batch, length) if by_token else (batch,)
-    loops_used = torch.full((batch,), rule.max_loops, device=device)
-    token_loops = torch.zeros(batch, length, dtype=torch.long, device=device) if by_token else None
-    criterion = torch.full((rule.max_loops, *shape), float("nan"), device=device)
-    streak = torch.zeros(shape, dtype=torch.long, device=device)
-    cost = torch.zeros(batch, dtype=torch.float64, device=device)
-    final, finished_coda = state, state if lens == "coda" else None
-    running, x = torch.arange(batch, device=device), state
-    previous = earlier = before = None
+    run = _Run(model, state, context, rule)
     for loop in range(rule.max_loops):
-        moving = length if context.held is None else (~context.held).sum(-1)
-        cost[running] += cfg.n_loop_layers * flops.layer_flops(cfg, length, moving)
-        if token_loops is not None:
-            token_loops[running] += 1 if context.held is None else (~context.held).long()
-        earlier, previous, x = previous, x, model.loop(x, context, loop, taps)
-        reader = _Reader(model, x, context)
+        value = run.step(loop, taps, on_loop)
+        if value is None:
+            continue
+        stops = run.record(loop, value)
+        if loop + 1 < rule.max_loops and stops.any() and not run.retire(loop, stops):
+            break
+    return run.result()
+
+
+class _Run:
+    """The sequences that still run, what their rule remembers, and the results of all."""
+
+    def __init__(self, model: "LoopMDM", state: Tensor, context: "Context", rule: StoppingRule):
+        self.model, self.context, self.rule = model, context, rule
+        batch, self.length = context.tokens.shape
+        device, self.by_token = state.device, rule.scope == "token"
+        shape = (batch, self.length) if self.by_token else (batch,)
+        self.group = rule.group(context.masked, context.real)
+        self.running, self.x = torch.arange(batch, device=device), state
+        self.previous: Tensor | None = None
+        self.before: Tensor | None = None
+        self.streak = torch.zeros(shape, dtype=torch.long, device=device)
+        through_coda = isinstance(rule, LensRule) and rule.lens == "coda"
+        self.final, self.after_coda = state, state if through_coda else None
+        self.loops_used = torch.full((batch,), rule.max_loops, device=device)
+        self.token_loops = torch.zeros(shape, dtype=torch.long, device=device) if self.by_token else None
+        self.criterion = torch.full((rule.max_loops, *shape), float("nan"), device=device)
+        self.cost = torch.zeros(batch, dtype=torch.float64, device=device)
+
+    def step(self, loop: int, taps: TapSource, on_loop: OnLoop | None) -> Tensor | None:
+        """Run one loop; the rule's criterion for those who ran it, None if it looks at nothing."""
+        model, context = self.model, self.context
+        free = None if context.held is None else ~context.held
+        moving = self.length if free is None else free.sum(-1)
+        self.cost[self.running] += model.cfg.n_loop_layers * flops.layer_flops(model.cfg, self.length, moving)
+        if self.token_loops is not None:
+            self.token_loops[self.running] += 1 if free is None else free.long()
+        earlier, self.previous = self.previous, self.x
+        self.x = model.loop(self.x, context, loop, taps)
+        reader = _Reader(model, self.x, context)
         view = LoopView(
-            loop, x, previous, context.masked, context.real, earlier, context.held, running, reader.read
+            loop,
+            self.x,
+            self.previous,
+            context.masked,
+            context.real,
+            earlier,
+            context.held,
+            self.running,
+            reader.read,
         )
         if on_loop is not None:
             on_loop(view)
-        rows = group if context.held is None else group & ~context.held
-        if isinstance(rule, LensRule):
-            reading = rule.read(reader.read(rule.lens, rows))
-            cost[running] += _reading_flops(model, rule.lens, length, rows)
-            value = rule.reduce(spread_change(rule, reading, before, rows), rows)
-            before = reading
-            if finished_coda is not None:
-                finished_coda = _put(finished_coda, running, reader.after_coda())
-        else:
-            value = rule.criterion(view)
-            if value is None:
-                continue
-            value = value.masked_fill(~rows, float("nan")) if by_token else value
-        criterion[loop, running] = value.to(criterion.dtype)
-        stops, streak = rule.stops(loop, value, streak)
-        if loop + 1 == rule.max_loops or not stops.any():
-            continue
-        if by_token:
-            held = stops if context.held is None else context.held | stops
-            gone = (held | ~group).all(-1) & group.any(-1)
-            context = context.hold(held)
-        else:
-            gone = stops
-        kept = (~gone)[:, None] & ~stops if by_token else (~gone)[:, None].expand_as(rows)
-        if before is not None:
-            before = before[kept[rows]]
+        rows = self.group if free is None else self.group & free
+        value = self._lens(reader, rows) if isinstance(self.rule, LensRule) else self.rule.criterion(view)
+        if self.rule.reads is not None:
+            self.cost[self.running] += _reading_flops(model, self.rule.reads, self.length, rows)
+        return value.masked_fill(~rows, float("nan")) if value is not None and self.by_token else value
+
+    def _lens(self, reader: "_Reader", rows: Bool[Tensor, "batch pos"]) -> Tensor:
+        assert isinstance(self.rule, LensRule)
+        reading = self.rule.read(reader.read(self.rule.lens, rows))
+        value = self.rule.reduce(spread_change(self.rule, reading, self.before, rows), rows)
+        self.before = reading
+        if self.after_coda is not None:
+            self.after_coda = _put(self.after_coda, self.running, reader.after_coda())
+        return value
+
+    def record(self, loop: int, value: Tensor) -> Tensor:
+        """Keep the criterion; who stops by it."""
+        self.criterion[loop, self.running] = value.to(self.criterion.dtype)
+        stops, self.streak = self.rule.stops(loop, value, self.streak)
+        return stops
+
+    def retire(self, loop: int, stops: Tensor) -> bool:
+        """Hold the tokens, or take out the sequences, that stop after `loop`; whether anyone is left."""
+        rows = self.group if self.context.held is None else self.group & ~self.context.held
+        gone, kept = stops, (~stops)[:, None].expand_as(rows) if not self.by_token else ~stops
+        if self.by_token:
+            held = stops if self.context.held is None else self.context.held | stops
+            gone = (held | ~self.group).all(-1) & self.group.any(-1)
+            self.context, kept = self.context.hold(held), kept & (~gone)[:, None]
+        if self.before is not None:
+            self.before = self.before[kept[rows]]
         if gone.any():
-            final = _put(final, running[gone], x[gone])
-            loops_used[running[gone]] = loop + 1
+            self.final = _put(self.final, self.running[gone], self.x[gone])
+            self.loops_used[self.running[gone]] = loop + 1
             stay = ~gone
-            running, x, previous, context = running[stay], x[stay], previous[stay], context.rows(stay)
-            group, streak = group[stay], streak[stay]
-            if not len(running):
-                break
-    else:
-        final = x if len(running) == batch else _put(final, running, x)
-    return Iteration(final, finished_coda, loops_used, token_loops, criterion, cost)
+            assert self.previous is not None
+            self.running, self.x, self.previous = self.running[stay], self.x[stay], self.previous[stay]
+            self.context, self.group, self.streak = self.context.rows(stay), self.group[stay], self.streak[stay]
+        return bool(len(self.running))
+
+    def result(self) -> Iteration:
+        """The last states of all."""
+        if len(self.running):
+            self.final = _put(self.final, self.running, self.x)
+        return Iteration(self.final, self.after_coda, self.loops_used, self.token_loops, self.criterion, self.cost)
 
 
 class _Reader:

@@ -73,6 +73,11 @@ class StoppingRule:
             if getattr(self, name) not in words:
                 raise UsageError(f'{name} must be "{words[0]}" or "{words[1]}", got {getattr(self, name)!r}')
 
+    @property
+    def reads(self) -> Lens | None:
+        """The lens that the rule reads its group through at every loop, whose FLOPs are counted."""
+        return None
+
     def group(self, masked: Tensor, real: Tensor) -> Bool[Tensor, "batch pos"]:
         """The positions the rule looks at."""
         return masked & real if self.positions == "masked" else real
@@ -173,6 +178,11 @@ class LensRule(StoppingRule):
         super().__post_init__()
         if self.lens not in ("coda", "direct"):
             raise UsageError(f'lens must be "coda" or "direct", got {self.lens!r}')
+
+    @property
+    def reads(self) -> Lens:
+        """Its own lens."""
+        return self.lens
 
     def read(self, logits: Float[Tensor, "row d_vocab"]) -> Tensor:
         """What to remember of a loop's logits, [row, ...]."""

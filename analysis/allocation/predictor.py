@@ -26,7 +26,7 @@ from analysis.stopping.controls import prices
 from analysis.stopping.frontier import Contest, check_pair
 from analysis.stopping.record import LoopRecord
 from loopmdm_model.errors import UsageError, check_count
-from loopmdm_model.stopping import EntropyDelta, LoopView, SecondDifference, StateDelta, StoppingRule, entropy
+from loopmdm_model.stopping import Lens, LoopView, SecondDifference, StateDelta, StoppingRule, entropy
 
 Features = Literal["state", "lens"]
 NAMES = {"state": ("state-delta", "second-difference"), "lens": ("DirectEntropy", "DirectBest")}
@@ -40,6 +40,11 @@ class DirectEntropy(StoppingRule):
     """Entropy in nats of what the state itself says, unembedded directly: a feature, not a change."""
 
     positions: Literal["all", "masked"] = field(default="masked", kw_only=True)
+
+    @property
+    def reads(self) -> Lens:
+        """It unembeds the state."""
+        return "direct"
 
     def values(self, view: LoopView) -> Tensor:
         """Per position of the group, NaN elsewhere."""
@@ -132,8 +137,7 @@ class GainPredictor:
 
     def cost(self, record: LoopRecord) -> Float[Tensor, "loop row"]:
         """FLOPs of stopping after each loop, the features' reading included."""
-        reads = EntropyDelta(max_loops=record.max_loops, lens="direct") if self.features == "lens" else None
-        return record.flops(reads)
+        return record.flops(DirectEntropy(max_loops=record.max_loops) if self.features == "lens" else None)
 
     def loops(self, record: LoopRecord, price: float) -> Int[Tensor, " row"]:
         """Loops of each row when a FLOP costs `price` nats."""
@@ -146,21 +150,91 @@ class GainPredictor:
 
 
 def features_at(record: LoopRecord, loop: int, features: Features = "lens") -> Float[np.ndarray, "row column"]:
-    """What is known of each row after `loop`; NaN where it does not exist yet."""
+    """What is known of each row after `loop`, the noise that the model sees first; NaN where it does not exist."""
     if features not in NAMES:
         raise UsageError(f'features must be "state" or "lens", got {features!r}')
-    ratio, columns = record.mask_ratio.numpy(), []
-    for name in NAMES["state"] + (NAMES["lens"] if features == "lens" else ()):
+    values = {}
+    for name in _names(features):
         if name not in record.criteria:
             raise UsageError(
                 f"the record lacks {name}; make it with record_loops(m, data, feature_rules(max_loops))"
             )
-        value = record.criteria[name][loop].double().numpy()
-        columns.append(np.log(np.maximum(value, 1e-12)) if name in LOGARITHMIC else value)
+        values[name] = record.criteria[name][loop].double().numpy()
+    return _columns(record.noise.numpy(), values)
+
+
+def _names(features: Features) -> tuple[str, ...]:
+    return NAMES["state"] + (NAMES["lens"] if features == "lens" else ())
+
+
+def _columns(ratio: np.ndarray, values: dict[str, np.ndarray]) -> Float[np.ndarray, "row column"]:
+    """Mask ratio and its square; each feature, its square and its product with the mask ratio."""
     parts = [ratio, ratio**2]
-    for value in columns:
-        parts += [value, value**2, value * ratio]
+    for name, value in values.items():
+        feature = np.log(np.maximum(value, 1e-12)) if name in LOGARITHMIC else value
+        parts += [feature, feature**2, feature * ratio]
     return np.stack(parts, axis=1)
+
+
+@dataclass(frozen=True)
+class PredictedGain(StoppingRule):
+    """Stop where no later loop is worth its FLOPs at `price` nats each, by a fitted predictor, while sampling.
+
+    The criterion is the largest predicted net gain in nats, 0 where it is negative; `threshold` is what it has to
+    exceed. It was fitted on masked data: along a sampler's own trajectory it extrapolates.
+    """
+
+    predictor: GainPredictor = field(kw_only=True)
+    price: float = field(default=0.0, kw_only=True)
+    loop_flops: float = field(kw_only=True)
+    """FLOPs of one more loop, what is read after it included."""
+    positions: Literal["all", "masked"] = field(default="masked", kw_only=True)
+
+    @classmethod
+    def of(cls, predictor: GainPredictor, record: LoopRecord, price: float, max_loops: int = 0) -> "PredictedGain":
+        """At `price`, with the mean cost of a loop on `record`; `max_loops` is at most what was fitted."""
+        most = len(predictor.ridges) + 1
+        if max_loops > most:
+            raise UsageError(f"the predictor was fitted on {most} loops; max_loops may be {most} at most")
+        cost = predictor.cost(record).mean(1)
+        step = float((cost[-1] - cost[0]) / (len(cost) - 1))
+        return cls(predictor=predictor, price=price, loop_flops=step, max_loops=max_loops or most)
+
+    @property
+    def reads(self) -> Lens | None:
+        """What the predictor's features need."""
+        return "direct" if self.predictor.features == "lens" else None
+
+    def criterion(self, view: LoopView) -> Tensor:
+        """Net gain in nats, [batch]."""
+        if self.scope == "token":
+            raise UsageError('the predictor knows whole sequences; scope "token" does not apply')
+        if view.loop >= len(self.predictor.ridges):
+            return torch.zeros(len(view.state), device=view.state.device)
+        values = {}
+        for rule in feature_rules(self.max_loops):
+            name = RECORDED[type(rule)]
+            if name in _names(self.predictor.features):
+                values[name] = (
+                    rule.reduce(rule.values(view), self.group(view.masked, view.real)).double().cpu().numpy()
+                )
+        real = view.real.sum(-1).double()
+        ratio = ((view.masked & view.real).sum(-1).double() / real).cpu().numpy()
+        gains = self.predictor.ridges[view.loop](_columns(ratio, values))[:, : self.max_loops - 1 - view.loop]
+        net = gains - self.price * self.loop_flops * np.arange(1, gains.shape[1] + 1)
+        return torch.from_numpy(net.max(1).clip(0)).to(view.state.device)
+
+    def calm(self, criterion: Tensor) -> Tensor:
+        """Where nothing is left to gain."""
+        return criterion <= self.threshold
+
+
+RECORDED = {
+    StateDelta: "state-delta",
+    SecondDifference: "second-difference",
+    DirectEntropy: "DirectEntropy",
+    DirectBest: "DirectBest",
+}
 
 
 def predictor_frontier(

@@ -82,7 +82,7 @@ class LoopRecord:
         """Cost of a forward that stops after each loop and reads the masked positions; `rule` reads every loop."""
         cfg, length = self.cfg, self.length
         loops = torch.arange(1, self.max_loops + 1, dtype=torch.float64)[:, None]
-        lens = rule.lens if isinstance(rule, LensRule) else None
+        lens = None if rule is None else rule.reads
         reading = torch.zeros(len(self.n_masked), dtype=torch.float64)
         if lens is not None:
             layers = cfg.n_coda_layers if lens == "coda" else 0

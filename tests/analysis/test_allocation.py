@@ -6,6 +6,7 @@ import torch
 
 from analysis.allocation import (
     GainPredictor,
+    PredictedGain,
     equal_flops_pairs,
     feature_rules,
     loops_against_steps,
@@ -25,6 +26,7 @@ from loopmdm_model.errors import UsageError
 from loopmdm_model.likelihood import nelbo
 from loopmdm_model.masking import mask_tokens
 from loopmdm_model.sampling import sample
+from loopmdm_model.stopping import FixedLoops
 from tests.conftest import toy_config, toy_model
 
 
@@ -67,6 +69,26 @@ def test_free_gain_is_taken_and_dear_flops_are_not():
     assert predictor.loops(test, 1e9).unique().tolist() == [1]
     used, needed = predictor.loops(test, 1e-9), (test.losses > test.losses[-1] + 0.5).sum(0) + 1
     assert (used >= needed).double().mean() > 0.97  # at no price nobody stops early
+
+
+@pytest.mark.parametrize("features", ["state", "lens"])
+def test_the_predictor_as_a_rule_is_its_replay_and_pays_for_what_it_reads(features):
+    m = toy_model(max_loops=4, seed=5)
+    tokens = torch.randint(0, m.cfg.d_vocab - 1, (48, 10), generator=torch.Generator().manual_seed(1))
+    b = mask_tokens(tokens, m.cfg.mask_token_id, mask_ratio=0.5, seed=0)
+    record = record_loops(m, b, feature_rules(4))
+    predictor = GainPredictor.fit(record, features)
+    gains = predictor.gains(record, 0)
+    for price in np.quantile(np.abs(gains), [0.2, 0.5, 0.8]) / float(record.flops()[1, 0] - record.flops()[0, 0]):
+        rule = PredictedGain.of(predictor, record, price)
+        run = m.run(b.tokens, stop=rule)
+        assert run.loops_used.tolist() == predictor.loops(record, price).tolist()
+        plain = m.run(b.tokens, stop=FixedLoops(max_loops=1)).flops
+        first = run.loops_used == 1
+        if first.any():
+            assert bool((run.flops[first] > plain[first]).all()) == (features == "lens")
+    with pytest.raises(UsageError, match="4 at most"):
+        PredictedGain.of(predictor, record, 0.0, max_loops=9)
 
 
 def test_ridge_is_the_normal_equations():
