@@ -1,4 +1,4 @@
-"""Known answers: planted solvers and belief propagators are recovered, and so is what they are not."""
+"""Sudoku boards by loop: planted solvers are recovered, and so is what they are not."""
 
 import itertools
 
@@ -6,34 +6,23 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.evaluations.likelihoods import excess_kl
-from analysis.evaluations.solving import solve_rate
-from analysis.evaluations.subject import Subject
 from analysis.known import (
-    belief_rounds,
-    beliefs,
-    best_rounds,
     boards_after_loops,
     boards_by_loop,
-    order_interaction,
     settling_by_depth,
     settling_correlation,
 )
 from analysis.known.boards import board_of, violations
-from analysis.known.orders import RankedOrder, _contrast, _places
 from analysis.known.settling import NEVER, partial, settled_at
 from loopmdm_model import stats
 from loopmdm_model.data.propagation import propagate, unique
 from loopmdm_model.data.puzzles import puzzles
 from loopmdm_model.data.sudoku import BOARDS
-from loopmdm_model.data.trees import TREE_TASKS, TreeModel, binary_tree
 from loopmdm_model.errors import UsageError
-from loopmdm_model.evaluation import TestSet, load_test_set, solve_one_shot
+from loopmdm_model.evaluation import solve_one_shot
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.likelihood import draw_masks
-from loopmdm_model.masking import hide, mask_tokens
-from loopmdm_model.sampling import sample
-from tests.conftest import toy_config, toy_model
+from loopmdm_model.masking import hide
+from tests.conftest import toy_config
 
 SIX = BOARDS["sudoku6"]
 
@@ -54,19 +43,6 @@ class Scheduled:
         clean, late = self.b.clean[context], self.when[context] > state
         answer = torch.where(late, (clean + 1) % self.size, clean)[rows]
         return torch.nn.functional.one_hot(answer, self.size + 1).float()
-
-
-@pytest.fixture(scope="module")
-def unique_puzzles():
-    return puzzles(SIX, SIX.sample_grids("test", 40), 14, unique=True)
-
-
-@pytest.fixture(scope="module")
-def sudoku_toy():
-    return toy_model(seed=3, d_vocab=7, n_ctx=36, initializer_range=0.6)
-
-
-# --- boards ---
 
 
 def naive_board(filled, hidden, size, rows, columns):
@@ -311,241 +287,3 @@ def test_settling_needs_puzzles_with_one_solution(sudoku_toy):
 
 
 # --- belief propagation ---
-
-
-SMALL = [
-    TreeModel(binary_tree(3), 2, 0.8),
-    TreeModel((-1, 0, 1, 2, 3), 3, 0.7),
-    TreeModel((-1, 0, 0, 0, 2), 3, 0.9),
-]
-
-
-def distances(task):
-    """Number of edges between any two nodes."""
-    reach = np.full((task.n_nodes, task.n_nodes), task.n_nodes)
-    np.fill_diagonal(reach, 0)
-    for child, parent in enumerate(task.parents):
-        if parent >= 0:
-            reach[child, parent] = reach[parent, child] = 1
-    for middle in range(task.n_nodes):
-        reach = np.minimum(reach, reach[:, [middle]] + reach[[middle]])
-    return reach
-
-
-def enumerated(task, tokens, masked):
-    """Posterior of every node by running through all states."""
-    total = np.zeros((task.n_nodes, task.n_states))
-    for states in itertools.product(range(task.n_states), repeat=task.n_nodes):
-        if any(not hidden and states[i] != tokens[i] for i, hidden in enumerate(masked)):
-            continue
-        chance = 1.0
-        for node, parent in enumerate(task.parents[1:], start=1):
-            chance *= task.transition[states[parent], states[node]]
-        total[np.arange(task.n_nodes), list(states)] += chance
-    return total / total.sum(-1, keepdims=True)
-
-
-@pytest.mark.parametrize("task", SMALL)
-def test_a_belief_is_the_posterior_of_what_lies_within_its_rounds(task):
-    tokens = task.sample(4, seed=1)
-    masked = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)) < 0.6
-    far = distances(task)
-    for step, belief in enumerate(beliefs(task, tokens, masked, task.n_nodes)):
-        for row, node in itertools.product(range(4), range(task.n_nodes)):
-            known = ~masked[row].numpy() & (far[node] <= step)
-            expected = enumerated(task, tokens[row].tolist(), ~known)[node]
-            np.testing.assert_allclose(belief[row, node], expected, atol=1e-12)
-
-
-def passed(task, tokens, masked, n):
-    """Beliefs after n rounds of parallel message passing, message by message."""
-    edges = [(p, c) for c, p in enumerate(task.parents) if p >= 0]
-    edges += [(c, p) for p, c in edges]
-    evidence = [np.ones(task.n_states) if masked[i] else np.eye(task.n_states)[t] for i, t in enumerate(tokens)]
-    messages = {edge: np.ones(task.n_states) for edge in edges}
-
-    def heard(node, but):
-        parts = [messages[s, t] for s, t in edges if t == node and s != but]
-        return np.prod([evidence[node], *parts], axis=0)
-
-    for _ in range(n):
-        messages = {(s, t): (out := task.transition @ heard(s, t)) / out.sum() for s, t in edges}
-    return np.array([heard(node, None) / heard(node, None).sum() for node in range(task.n_nodes)])
-
-
-@pytest.mark.parametrize("name", ["tree", "markov"])
-def test_beliefs_reach_the_posterior_after_their_hops(name):
-    task = TREE_TASKS[name]
-    tokens = task.sample(6, seed=3)
-    b = mask_tokens(tokens, task.n_states, mask_ratio=0.8, maskable=task.maskable)
-    exact, hops = task.posterior(tokens, b.masked), task.hops(b.masked)
-    most, off = int(hops.max()), []
-    for step, belief in enumerate(beliefs(task, tokens, b.masked, most)):
-        done = hops <= step
-        torch.testing.assert_close(belief[done], exact[done], atol=1e-10, rtol=0)
-        off.append(float((belief - exact).abs().max()))
-        if step < 4:
-            np.testing.assert_allclose(belief[0], passed(task, tokens[0].tolist(), b.masked[0], step), atol=1e-10)
-    assert most > 3 and off[0] > 0.1 and off[-1] < 1e-10
-
-
-class Propagator:
-    """After loop i it answers with the belief after offset + pace * i rounds."""
-
-    def __init__(self, task, pace, offset=1):
-        self.task, self.pace, self.offset = task, pace, offset
-        self.cfg = toy_config(d_vocab=task.n_states + 1, n_ctx=task.n_nodes)
-
-    def states(self, tokens, n_loops, attention_mask=None):
-        for loop in range(n_loops):
-            yield loop, tokens
-
-    def readout(self, loop, tokens, *, rows):
-        masked = tokens == self.cfg.mask_token_id
-        *_, belief = beliefs(self.task, tokens, masked, self.offset + self.pace * loop)
-        log = belief[rows].log()
-        return torch.cat([log, torch.full((len(log), 1), float("-inf"))], dim=1)
-
-
-@pytest.fixture(scope="module")
-def tree_batch():
-    task = TREE_TASKS["tree"]
-    return mask_tokens(task.sample(30, seed=0), 4, mask_ratio=1.0, maskable=task.maskable)
-
-
-@pytest.mark.parametrize(("pace", "offset"), [(1, 1), (2, 1), (0, 0), (1, 3)])
-def test_the_pace_of_a_propagator_is_found(tree_batch, pace, offset):
-    task = TREE_TASKS["tree"]
-    frame = best_rounds(Propagator(task, pace, offset), tree_batch, "tree", n_loops=3)
-    assert frame["best_round"].tolist() == [offset + pace * loop for loop in range(3)]
-    np.testing.assert_allclose(frame["kl"], 0, atol=1e-9)
-    assert (frame["gap"] > 3 * frame["gap_se"]).all() and (frame["share"] > 0.9).all() and (frame["n"] == 30).all()
-
-
-def test_the_matrix_ends_in_the_excess_over_the_exact_posterior():
-    task = TREE_TASKS["tree"]
-    model = toy_model(d_vocab=5, n_ctx=63)
-    tokens = task.sample(12, seed=1)
-    b = draw_masks(tokens, 4, task.maskable.expand_as(tokens), 0, 0)
-    frame = belief_rounds(model, b, task, n_loops=2, least_hops=0, batch_size=5)
-    subject = Subject("toy", model, None, TestSet("tree", tokens, None, float("nan"), task.maskable))
-    excess = excess_kl(subject, [1, 2], 1)
-    excess["total"] = excess["excess_kl"] * excess["n_nodes"]
-    by_loop = excess.groupby("n_loops")[["total", "n_nodes"]].sum()
-    last = frame[frame["round"] == frame["round"].max()].set_index("loop")
-    np.testing.assert_allclose(last["kl"], by_loop["total"] / by_loop["n_nodes"], rtol=1e-6)
-    assert (last["n_nodes"] == by_loop["n_nodes"].to_numpy()).all()
-    assert (frame[["kl", "kl_reverse"]] >= 0).all(axis=None)
-
-
-def test_divergences_by_hand(tree_batch):
-    task = TREE_TASKS["tree"]
-    frame = belief_rounds(Propagator(task, 0, 0), tree_batch, task, n_loops=1, n_rounds=2, least_hops=3)
-    chosen = (task.hops(tree_batch.masked) >= 3) & tree_batch.masked
-    *_, belief = beliefs(task, tree_batch.tokens.clamp(max=3), tree_batch.masked, 2)
-    p = belief[chosen].numpy()
-    row = frame[frame["round"] == 2].iloc[0]  # the model answers with 1/4 throughout
-    assert row["kl"] == pytest.approx((p * np.log(p / 0.25)).sum(-1).mean())
-    assert row["kl_reverse"] == pytest.approx((0.25 * np.log(0.25 / p)).sum(-1).mean())
-    assert row["n_nodes"] == int(chosen.sum())
-
-
-def test_batches_and_clusters_of_belief(tree_batch):
-    m = toy_model(d_vocab=5, n_ctx=63)
-    one, many = (belief_rounds(m, tree_batch, "tree", n_loops=2, batch_size=size) for size in (64, 7))
-    np.testing.assert_allclose(one, many, rtol=1e-4)
-    assert (one["n"] == 30).all() and (one["standard_error"] > 0).all()
-    pairs = np.arange(30) // 2
-    assert not np.allclose(belief_rounds(m, tree_batch, "tree", 2, clusters=pairs)["standard_error"],
-                           one["standard_error"], rtol=1e-3)  # fmt: skip
-
-
-def test_nodes_that_nobody_is_as_deep_as_give_nan(tree_batch):
-    model = toy_model(d_vocab=5, n_ctx=63)
-    frame = belief_rounds(model, tree_batch, "tree", n_loops=1, least_hops=40)
-    assert frame["kl"].isna().all() and (frame["n"] == 0).all() and (frame["n_nodes"] == 0).all()
-    best = best_rounds(model, tree_batch, "tree", n_loops=1, least_hops=40)
-    assert best["best_round"].isna().all() and (best["n"] == 0).all()
-
-
-def test_other_tasks_are_refused(tree_batch, batch, hooked):
-    model = toy_model(d_vocab=5, n_ctx=63)
-    with pytest.raises(UsageError, match="did you mean tree"):
-        belief_rounds(model, tree_batch, "trees")
-    with pytest.raises(UsageError, match="32 positions"):
-        belief_rounds(model, tree_batch, "markov")
-    with pytest.raises(UsageError, match="vocabulary of 3"):
-        belief_rounds(toy_model(d_vocab=3, n_ctx=63), tree_batch, "tree")
-
-
-# --- orders ---
-
-
-def test_cells_are_filled_by_depth(sudoku_toy, unique_puzzles):
-    b = unique_puzzles.rows(slice(0, 5))
-    depth = propagate(SIX, b.tokens).depth
-    for order, sign in (("deepest-first", -1), ("shallowest-first", 1)):
-        r = sample(
-            sudoku_toy, clues=b, steps=36, n_loops=1, order=RankedOrder(_places(SIX, b, order)), temperature=0
-        )
-        for row in range(5):
-            cells = r.events[r.events[:, 1] == row][:, 2].tolist()
-            level = [(sign * int(depth[row, cell]) if depth[row, cell] > 0 else sign * 99, cell) for cell in cells]
-            assert level == sorted(level) and len(cells) == int(b.masked[row].sum())
-
-
-def test_rates_and_contrasts_are_those_of_the_solve_rate():
-    subject = Subject.load("sudoku-loop")
-    orders = ("confidence", "row-major", "one-shot")
-    expected = solve_rate(subject, [1, 6], n_clues=[18], orders=orders, n=12).set_index(["order", "n_loops"])
-    b = puzzles(SIX, load_test_set("sudoku6", 36, None).tokens[:12], 18)
-    found = order_interaction(subject.model, b, (1, 6), orders, batch_size=200)
-    for row in found.rates.itertuples():
-        assert row.solve_rate == expected["solve_rate"][row.order, row.n_loops]
-        assert (row.low, row.high) == tuple(expected.loc[(row.order, row.n_loops), ["low", "high"]])
-    for row in found.contrasts.itertuples():
-        assert row.contrast == pytest.approx(expected["interaction"][row.order, 6])
-        assert row.standard_error == pytest.approx(expected["interaction_se"][row.order, 6])
-        assert row.gain == pytest.approx(expected["gain"][row.order, 6]) and row.n == 12
-    assert found.contrasts["order"].tolist() == ["row-major", "one-shot"]
-
-
-def test_a_contrast_by_hand():
-    solved = {
-        ("row", 4): [1, 1, 0, 1],
-        ("row", 1): [0, 0, 0, 1],
-        ("confidence", 4): [1, 1, 1, 0],
-        ("confidence", 1): [1, 0, 1, 0],
-    }
-    arrays = {key: np.array(value, dtype=float) for key, value in solved.items()}
-    gain, _, other, contrast, error, low, high, log_odds, log_odds_se, n = _contrast(arrays, "row", 4, 1, None)
-    assert (gain, other, contrast, n) == (0.5, 0.25, 0.25, 4)  # row +1 +1 0 0, confidence 0 +1 0 0
-    assert error == pytest.approx(0.25) and high - contrast == pytest.approx(0.25 * stats.t95(4)) == contrast - low
-    assert log_odds == pytest.approx(np.log(3) - np.log(1 / 3) - np.log(3) + np.log(1)) and log_odds_se > 0
-    arrays["confidence", 4][:] = 1
-    assert np.isnan(_contrast(arrays, "row", 4, 1, None)[7:9]).all()
-
-
-def test_the_log_odds_error_is_that_of_many_experiments():
-    generator = np.random.default_rng(0)
-    rates = {("row", 4): 0.7, ("row", 1): 0.3, ("confidence", 4): 0.8, ("confidence", 1): 0.6}
-    luck = generator.normal(size=(150, 300))  # shared by the arms of a puzzle: they are paired
-    truth = np.log(7 / 3) * 2 - np.log(4) + np.log(1.5)
-    values = []
-    for run in luck:
-        own = {key: 0.7 * run + generator.normal(size=300) * np.sqrt(0.51) for key in rates}
-        arms = {key: (v < np.quantile(luck, rates[key])).astype(float) for key, v in own.items()}
-        values.append(_contrast(arms, "row", 4, 1, None)[7:9])
-    value, error = np.array(values).T
-    assert value.mean() == pytest.approx(truth, abs=0.1) and value.std() == pytest.approx(error.mean(), rel=0.2)
-
-
-def test_two_loop_counts_and_known_orders_are_needed(sudoku_toy, unique_puzzles):
-    b = unique_puzzles.rows(slice(0, 2))
-    with pytest.raises(UsageError, match="two loop counts"):
-        order_interaction(sudoku_toy, b, (3,))
-    with pytest.raises(UsageError, match="unknown order"):
-        order_interaction(sudoku_toy, b, orders=("hardest",))
-    full = mask_tokens(b.clean, 6, mask_ratio=0.0)
-    with pytest.raises(UsageError, match="hides no cell"):
-        order_interaction(sudoku_toy, full)
