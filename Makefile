@@ -31,16 +31,11 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.base
 	$(BIN)/loopmdm bench
 
-# Train every shipped model again (many hours), then measure and draw everything.
-SEEDED := sudoku-base sudoku-loop sudoku-deep sudoku-base-isolated sudoku-loop-isolated
-ONCE := sotu-base sotu-loop
-reproduce: $(VENV)/.base
-	$(BIN)/loopmdm data fetch sotu
-	for run in $(foreach spec,$(SEEDED),$(spec):0 $(foreach n,1 2 3 4,$(spec):$(n))) $(ONCE:=:0); do \
-	  spec=$${run%:*} seed=$${run#*:}; name=$$spec; [ $$seed = 0 ] || name=$$spec-seed$$seed; \
-	  $(BIN)/loopmdm train figures/specs/$$spec.toml --seed $$seed --resume && \
-	  $(BIN)/loopmdm ship runs/$$name || exit; done
-	$(BIN)/loopmdm figures --from checkpoints
+# Train every model of the roster again (many hours), ship, measure and draw everything; figures/PIPELINE.md. What an
+# interrupted run of it has done stays done. PROFILE=slurm does the same on a cluster.
+PROFILE ?= local
+reproduce: $(VENV)/.pipeline
+	$(BIN)/snakemake --profile figures/profiles/$(PROFILE) --config from=scratch
 
 $(VENV)/.made:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
@@ -51,6 +46,11 @@ $(VENV)/.base: $(PINS) | $(VENV)/.made
 	rm -f $@
 	$(PIP) install --quiet -c constraints.txt torch==2.13.0
 	$(PIP) install --quiet -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.pipeline: $(VENV)/.base
+	rm -f $@
+	$(PIP) install --quiet -c constraints.txt -e '.[pipeline]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base

@@ -18,12 +18,17 @@ from loopmdm_model.errors import unknown_name
 
 @dataclass(frozen=True)
 class Table:
-    """One table: `compute` gives a tidy frame with at least `columns`, from `models`."""
+    """One table: `compute` gives a tidy frame with at least `columns`, from `models`.
+
+    It may also read other `tables`, and fetched corpora of the role `reads`.
+    """
 
     name: str
     models: tuple[str, ...]
     columns: tuple[str, ...]
     compute: Callable[[], pd.DataFrame]
+    tables: tuple[str, ...] = ()
+    reads: str = ""
 
     def measure(self, folder: Path) -> pd.DataFrame:
         """Compute and write it, then read it back as everyone else will."""
@@ -111,7 +116,13 @@ TABLES = {
             ("model", "arm", "seed", "n_clues", "n_loops", "solve_rate"),
             quality.solve_rate_table,
         ),
-        Table("arm-contrasts", EVERY, ("task", "measure", "arm", "against", "difference"), _contrasts),
+        Table(
+            "arm-contrasts",
+            EVERY,
+            ("task", "measure", "arm", "against", "difference"),
+            _contrasts,
+            tables=("nll-by-loops", "sudoku-solve-rate"),
+        ),
         Table("references", TEXT, ("task", "reference", "nll"), quality.references_table),
         Table(
             "noise-level",
@@ -124,12 +135,14 @@ TABLES = {
             TEXT,
             ("model", "corpus", "n_loops", "nelbo"),
             lambda: quality.evaluated("zero-shot", TEXT),
+            reads="zero-shot",
         ),
         Table(
             "generative",
             TEXT,
             ("model", "n_loops", "steps", "judge_nll", "unigram_entropy"),
             quality.generative_table,
+            reads="judge",
         ),
         Table(
             "attention-controls",

@@ -1,0 +1,251 @@
+"""What there is to make, from corpora to figures, and what of it is current: the plan that figures/Snakefile runs.
+
+An item is a corpus, a run (trained), a model (a run shipped into the zoo), a table or a figure. Its key is a hash
+of the resolved spec (runs, models), or of its name and of the keys of what it is made from (tables, figures). What
+is current is read from what the things themselves record, never from file times: train.json holds the spec,
+a table the hashes of its models, a figure's sidecar the hashes of its tables. Code is not part of any key.
+
+python -m analysis.pipeline prints the plan as JSON; with --stamps FOLDER it also leaves one file for every
+item that is current, FOLDER/kind/name/key, and removes all others.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+from analysis.roster import FIGURES, Entry, roster
+from loopmdm_model import checkpoints
+from loopmdm_model.data.fetch import cache_folder, sources
+from loopmdm_model.errors import UsageError
+from loopmdm_model.files import read_json
+from loopmdm_model.training.spec import RunSpec
+
+KINDS = ("corpus", "run", "model", "table", "figure")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to make by `loopmdm` with `command`, after what it `needs` ("kind/name")."""
+
+    kind: str
+    name: str
+    key: str
+    needs: tuple[str, ...]
+    command: tuple[str, ...]
+    current: bool
+
+    @property
+    def place(self) -> str:
+        """Unique: kind/name."""
+        return f"{self.kind}/{self.name}"
+
+
+Items = dict[str, Item]
+
+
+def plan() -> Items:
+    """Every item by place, each after what it needs."""
+    entries = {spec.name: (entry, spec) for entry in roster() for spec in [entry.load()]}
+    with planted(entries.values()):
+        from analysis import figures, tables  # their registries list the zoo when they are imported
+    items: Items = {}
+    for item in sources().values():
+        there = any(cache_folder().glob(f"{item.sha256[:16]}-*"))
+        _add(items, "corpus", item.name, item.sha256, ("data", "fetch", item.name), there)
+    for entry, spec in entries.values():
+        _add_run(items, entry, spec)
+    axes = {name: spec.model.get("max_loops") for name, (_, spec) in entries.items()}
+    for entry, spec in sorted(entries.values(), key=lambda pair: not pair[1].name.endswith("-loop")):
+        _add_model(items, entry, spec, axes)  # twins first: others may have to wait for them
+    for name in TopologicalSorter({table.name: table.tables for table in tables.TABLES.values()}).static_order():
+        _add_table(items, tables.table(name), tables.tables_folder(), axes)
+    for figure in figures.FIGURES.values():
+        drawn = _drawn(figure.name, figure.tables, tables.tables_folder())
+        made_from = tuple(f"table/{name}" for name in figure.tables)
+        _add(items, "figure", figure.name, "", ("figures", figure.name), drawn, made_from)
+    return items
+
+
+@contextlib.contextmanager
+def planted(entries: Iterable[tuple[Entry, RunSpec]]) -> Iterator[None]:
+    """Inside, the zoo holds exactly the roster: records, and empty files for weights."""
+    before = checkpoints.ZOO
+    with tempfile.TemporaryDirectory() as folder:
+        for entry, spec in entries:
+            home = Path(folder) / spec.name
+            home.mkdir()
+            (home / checkpoints.RECORD).write_text(json.dumps({"spec": spec.to_dict(), "seed": spec.seed}))
+            if entry.weights:
+                (home / checkpoints.WEIGHTS).touch()
+        checkpoints.ZOO = Path(folder)
+        try:
+            yield
+        finally:
+            checkpoints.ZOO = before
+
+
+def _add(
+    items: Items, kind: str, name: str, own: Any, command: tuple[str, ...], recorded: bool,
+    made_from: tuple[str, ...] = (), after: tuple[str, ...] = (),
+) -> None:  # fmt: skip
+    """Add an item, current if its record says so and all it is `made_from` is current; `after` only orders."""
+    for need in (*made_from, *after):
+        if need not in items:
+            raise UsageError(f"{kind} {name} needs {need}, which is in no registry; see figures/zoo.toml")
+    parts = [items[need] for need in made_from]
+    text = json.dumps([kind, name, own, [item.key for item in parts]])
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
+    current = recorded and all(item.current for item in parts)
+    needs = tuple(dict.fromkeys((*made_from, *after)))
+    items[f"{kind}/{name}"] = Item(kind, name, key, needs, command, current)
+
+
+def _corpora(spec: RunSpec) -> tuple[str, ...]:
+    wanted = [spec.data.corpus] + (["gpt2-bpe"] if spec.data.tokenizer == "gpt2" else [])
+    return tuple(f"corpus/{name}" for name in wanted if name in sources())
+
+
+def _add_run(items: Items, entry: Entry, spec: RunSpec) -> None:
+    folder, own = _run_folder(spec), spec.to_dict()
+    command = ("train", f"figures/specs/{entry.spec}.toml", "--seed", str(entry.seed), "--resume")
+    command += ("--out", str(folder)) if folder.name != spec.name else ()
+    _add(items, "run", spec.name, own, command, _recorded_spec(folder) == own, after=_corpora(spec))
+
+
+def _run_folder(spec: RunSpec) -> Path:
+    """runs/NAME, or a folder named by the spec's hash if that one holds a run of another spec."""
+    plain = Path("runs") / spec.name
+    wanted = json.loads(json.dumps(spec.to_dict()))
+    if _identity(plain) in (None, wanted):
+        return plain
+    return plain.with_name(f"{spec.name}.{hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:8]}")
+
+
+def _identity(folder: Path) -> dict[str, Any] | None:
+    """The spec in the state that a run would be resumed from, as it was written."""
+    from safetensors import SafetensorError, safe_open
+
+    from loopmdm_model.training.state import STATE_FILE
+
+    path = folder / STATE_FILE
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = json.loads(file.metadata()["identity"])
+    except SafetensorError:
+        return None  # training says what to do about a damaged state
+    return {name: value for name, value in found.items() if name != "corpus sha256"}
+
+
+def _recorded_spec(folder: Path) -> dict[str, Any] | None:
+    """The spec in a train.json, with today's defaults for keys it does not have; None if there is no such spec."""
+    path = folder / checkpoints.RECORD
+    try:
+        return RunSpec.from_dict(read_json(path)["spec"]).to_dict() if path.is_file() else None
+    except (UsageError, KeyError):
+        return None
+
+
+def _add_model(items: Items, entry: Entry, spec: RunSpec, axes: dict[str, int]) -> None:
+    home = checkpoints.ZOO / spec.name
+    there = (home / checkpoints.WEIGHTS).is_file()
+    shipped = there == entry.weights and _recorded_spec(home) == spec.to_dict()
+    command, after = ("ship", str(_run_folder(spec))), (f"run/{spec.name}", *_corpora(spec))
+    twins: dict[str, int] = {}
+    if not entry.weights:  # what is measured before the weights go is read to the looped twin's S_max
+        command, twins = (*command, "--record-only"), _twins((spec.name,), axes)
+        after += tuple(f"model/{twin}" for twin in _late(twins) if twin != spec.name)
+    own = [spec.to_dict(), entry.weights, twins]
+    _add(items, "model", spec.name, own, command, shipped and not _late(twins), after=after)
+
+
+def _twins(names: tuple[str, ...], axes: dict[str, int]) -> dict[str, int]:
+    """The looped models whose S_max is the axis of the tasks of some models, with it."""
+    twins = sorted({f"{name.partition('-')[0]}-loop" for name in names} & axes.keys())
+    return {twin: axes[twin] for twin in twins}
+
+
+def _late(twins: dict[str, int]) -> list[str]:
+    """Those whose shipped record does not have the S_max of their spec, yet."""
+    found = {twin: _recorded_spec(checkpoints.ZOO / twin) for twin in twins}
+    return [twin for twin, spec in found.items() if spec is None or spec["model"].get("max_loops") != twins[twin]]
+
+
+def _add_table(items: Items, table: Any, folder: Path, axes: dict[str, int]) -> None:
+    twins, attributes = _twins(table.models, axes), _attributes(folder / f"{table.name}.parquet")
+    made_from = tuple(f"{kind}/{name}" for kind in ("model", "table") for name in getattr(table, f"{kind}s"))
+    after = tuple(f"corpus/{item.name}" for item in sources().values() if item.role == table.reads)
+    after += tuple(f"model/{twin}" for twin in _late(twins))
+    current = all(items[need].current for need in made_from if need in items) and not _late(twins)
+    recorded = current and attributes.get("models") == {name: _model_hash(name) for name in table.models}
+    _add(items, "table", table.name, twins, ("table", table.name), recorded, made_from, after)
+
+
+@cache
+def _model_hash(name: str) -> str:
+    from analysis.provenance import model_hashes
+
+    return model_hashes((name,))[name]
+
+
+@cache
+def _attributes(path: Path) -> dict[str, Any]:
+    """What a table records of itself, without reading its values; {} if it is missing or damaged."""
+    import pyarrow.parquet as pq
+
+    try:
+        return json.loads(pq.read_schema(path).metadata[b"pandas"])["attributes"]
+    except (OSError, ValueError, KeyError, TypeError):  # pyarrow's own errors are ValueErrors
+        return {}
+
+
+def _drawn(name: str, tables: tuple[str, ...], folder: Path) -> bool:
+    from analysis.plots.style import FORMATS
+
+    out = FIGURES / "out"
+    if not all((out / f"{name}.{kind}").is_file() for kind in (*FORMATS, "json")):
+        return False
+    with contextlib.suppress(UsageError):
+        wanted = {table: _attributes(folder / f"{table}.parquet").get("values_sha256") for table in tables}
+        return read_json(out / f"{name}.json").get("tables") == wanted
+    return False
+
+
+def stamp(items: Items, folder: Path) -> None:
+    """Make the files below `folder` be kind/name/key of what is current, and no others."""
+    wanted = {folder / item.place / item.key for item in items.values() if item.current}
+    for path in [path for kind in KINDS for path in (folder / kind).glob("*/*")]:
+        if path not in wanted:
+            path.unlink(missing_ok=True)
+    for path in wanted:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the plan; one line and exit code 2 on misuse."""
+    parser = argparse.ArgumentParser(prog="python -m analysis.pipeline", description="Print the pipeline's plan.")
+    parser.add_argument("--stamps", type=Path, help="folder: leave a file there for every current item")
+    options = parser.parse_args(arguments)
+    try:
+        items = plan()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    if options.stamps:
+        stamp(items, options.stamps)
+    json.dump([asdict(item) for item in items.values()], sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
