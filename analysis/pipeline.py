@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -30,16 +31,22 @@ from loopmdm_model.files import read_json
 from loopmdm_model.training.spec import RunSpec
 
 KINDS = ("corpus", "run", "model", "table", "figure")
+STAMP_TIME = 10**9
+"""Seconds; any moment before the first run will do."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to make by `loopmdm` with `command`, after what it `needs` ("kind/name")."""
+    """One thing to make by `loopmdm` with `command`, from what it `needs` ("kind/name").
+
+    What must be there only while it is being made stands in `after`: when that comes anew, the item stays current.
+    """
 
     kind: str
     name: str
     key: str
     needs: tuple[str, ...]
+    after: tuple[str, ...]
     command: tuple[str, ...]
     current: bool
 
@@ -53,7 +60,7 @@ Items = dict[str, Item]
 
 
 def plan() -> Items:
-    """Every item by place, each after what it needs."""
+    """Every item by place, each below what it needs."""
     entries = {spec.name: (entry, spec) for entry in roster() for spec in [entry.load()]}
     with planted(entries.values()):
         from analysis import figures, tables  # their registries list the zoo when they are imported
@@ -70,8 +77,8 @@ def plan() -> Items:
         _add_table(items, tables.table(name), tables.tables_folder(), axes)
     for figure in figures.FIGURES.values():
         drawn = _drawn(figure.name, figure.tables, tables.tables_folder())
-        made_from = tuple(f"table/{name}" for name in figure.tables)
-        _add(items, "figure", figure.name, "", ("figures", figure.name), drawn, made_from)
+        needs = tuple(f"table/{name}" for name in figure.tables)
+        _add(items, "figure", figure.name, "", ("figures", figure.name), drawn, needs)
     return items
 
 
@@ -95,18 +102,17 @@ def planted(entries: Iterable[tuple[Entry, RunSpec]]) -> Iterator[None]:
 
 def _add(
     items: Items, kind: str, name: str, own: Any, command: tuple[str, ...], recorded: bool,
-    made_from: tuple[str, ...] = (), after: tuple[str, ...] = (),
+    needs: tuple[str, ...] = (), after: tuple[str, ...] = (),
 ) -> None:  # fmt: skip
-    """Add an item, current if its record says so and all it is `made_from` is current; `after` only orders."""
-    for need in (*made_from, *after):
+    """Add an item, current if its record says so and all that it needs is current."""
+    for need in (*needs, *after):
         if need not in items:
             raise UsageError(f"{kind} {name} needs {need}, which is in no registry; see figures/zoo.toml")
-    parts = [items[need] for need in made_from]
+    parts = [items[need] for need in needs]
     text = json.dumps([kind, name, own, [item.key for item in parts]])
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     current = recorded and all(item.current for item in parts)
-    needs = tuple(dict.fromkeys((*made_from, *after)))
-    items[f"{kind}/{name}"] = Item(kind, name, key, needs, command, current)
+    items[f"{kind}/{name}"] = Item(kind, name, key, needs, after, command, current)
 
 
 def _corpora(spec: RunSpec) -> tuple[str, ...]:
@@ -183,12 +189,12 @@ def _late(twins: dict[str, int]) -> list[str]:
 
 def _add_table(items: Items, table: Any, folder: Path, axes: dict[str, int]) -> None:
     twins, attributes = _twins(table.models, axes), _attributes(folder / f"{table.name}.parquet")
-    made_from = tuple(f"{kind}/{name}" for kind in ("model", "table") for name in getattr(table, f"{kind}s"))
+    needs = tuple(f"{kind}/{name}" for kind in ("model", "table") for name in getattr(table, f"{kind}s"))
     after = tuple(f"corpus/{item.name}" for item in sources().values() if item.role == table.reads)
     after += tuple(f"model/{twin}" for twin in _late(twins))
-    current = all(items[need].current for need in made_from if need in items) and not _late(twins)
+    current = all(items[need].current for need in needs if need in items) and not _late(twins)
     recorded = current and attributes.get("models") == {name: _model_hash(name) for name in table.models}
-    _add(items, "table", table.name, twins, ("table", table.name), recorded, made_from, after)
+    _add(items, "table", table.name, twins, ("table", table.name), recorded, needs, after)
 
 
 @cache
@@ -204,7 +210,7 @@ def _attributes(path: Path) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
     try:
-        return json.loads(pq.read_schema(path).metadata[b"pandas"])["attributes"]
+        return json.loads(pq.read_metadata(path).metadata[b"pandas"])["attributes"]
     except (OSError, ValueError, KeyError, TypeError):  # pyarrow's own errors are ValueErrors
         return {}
 
@@ -222,7 +228,10 @@ def _drawn(name: str, tables: tuple[str, ...], folder: Path) -> bool:
 
 
 def stamp(items: Items, folder: Path) -> None:
-    """Make the files below `folder` be kind/name/key of what is current, and no others."""
+    """Make the files below `folder` be kind/name/key of what is current, and no others.
+
+    All get one time: Snakemake compares the times of inputs and outputs whatever triggers it is given.
+    """
     wanted = {folder / item.place / item.key for item in items.values() if item.current}
     for path in [path for kind in KINDS for path in (folder / kind).glob("*/*")]:
         if path not in wanted:
@@ -230,6 +239,7 @@ def stamp(items: Items, folder: Path) -> None:
     for path in wanted:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
+        os.utime(path, (STAMP_TIME, STAMP_TIME))
 
 
 def main(arguments: list[str] | None = None) -> None:
