@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from analysis.decomposition import nelbo_decomposition
     from analysis.interventions import cut, stale
     from analysis.measures import measure
+    from analysis.report import explore
     from analysis.representation import read_loops, representation_change
     from analysis.stopping import stopping_frontier
 
 __all__ = [
     "attention_across_loops",
     "cut",
+    "explore",
     "figures",
     "mask_attention",
     "measure",
@@ -32,6 +34,7 @@ _HOMES = {
     "mask_attention": "analysis.attention",
     "attention_across_loops": "analysis.attention.maps",
     "cut": "analysis.interventions",
+    "explore": "analysis.report",
     "measure": "analysis.measures",
     "nelbo_decomposition": "analysis.decomposition",
     "read_loops": "analysis.representation",

@@ -7,7 +7,7 @@ import signal
 import sys
 import warnings
 
-from analysis.cli import data, evaluation, figures, sampling, science, training  # noqa: F401 - each adds its commands
+from analysis.cli import data, evaluation, figures, report, sampling, science, training  # noqa: F401 - each adds its commands
 from analysis.cli.shared import Interrupted, app, err
 from loopmdm_model.allocator import keep_freed_memory
 from loopmdm_model.errors import DivergedError, UsageError

@@ -1,0 +1,43 @@
+"""What the report's explorer looks at: text and unseen grids, by shipped looped models and their base twins."""
+
+import torch
+
+from analysis import zoo
+from analysis.report.data import Run, run_of
+from loopmdm_model.data.puzzles import puzzles
+from loopmdm_model.data.sudoku import BOARDS
+from loopmdm_model.hooked import HookedLoopMDM
+from loopmdm_model.masking import MaskedBatch
+
+TEXT, SUDOKU = ("sotu-loop", "sotu-base"), ("sudoku-loop", "sudoku-loop-seed3", "sudoku-base")
+MODELS = TEXT + SUDOKU
+SENTENCE = "The state of our union is strong, and the people of the United States are at peace."
+LONGER = 2
+"""Looped models are read to this many times their S_max."""
+
+
+@torch.no_grad()
+def run_model(m: HookedLoopMDM, b: MaskedBatch) -> Run:
+    """One run for the explorer; a model that was trained at S = 1 is run at S = 1."""
+    n_loops = LONGER * m.cfg.max_loops if m.cfg.max_loops > 1 else 1
+    return run_of(m.run_with_cache(b.tokens, n_loops, names_filter=_needed)[1], b)
+
+
+def _needed(name: str) -> bool:
+    return name.endswith(("hook_pattern", ".hook_out"))
+
+
+def inputs() -> list[tuple[str, list[Run]]]:
+    """Titles, and on each input the run of every model of its task."""
+    models = {name: HookedLoopMDM.from_pretrained(name) for name in MODELS}
+    text = models[TEXT[0]]
+    block = zoo.opened(TEXT[0])[1].tokens[:1]
+    board = BOARDS["sudoku6"]
+    grids = board.sample_grids("test", 1)
+    shown = (
+        ("text: a sentence, 11 of 22 tokens masked", TEXT, text.mask(SENTENCE, 0.5)),
+        ("text: unseen speech, 32 of 64 tokens masked", TEXT, text.mask(block, 0.5)),
+        ("Sudoku: unseen grid, 16 of 36 cells hidden", SUDOKU, puzzles(board, grids, 20)),
+        ("Sudoku: unseen grid, 26 of 36 cells hidden", SUDOKU, puzzles(board, grids, 10)),
+    )
+    return [(title, [run_model(models[name], b) for name in names]) for title, names, b in shown]

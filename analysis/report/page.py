@@ -1,0 +1,128 @@
+"""The report: what this is, the claims with their verdicts, the attention explorer, every figure; one file.
+
+All pictures and all data are inside; the file's own content policy forbids it to load anything.
+"""
+
+import base64
+import io
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure as MatplotlibFigure
+
+from analysis import claims, provenance, tables
+from analysis.figures import FIGURES, Figure
+from analysis.plots.style import style
+from analysis.report.data import Run
+from analysis.report.explorer import payload, render
+from analysis.report.inputs import MODELS, inputs
+from loopmdm_model.errors import UsageError
+from loopmdm_model.files import write_atomic
+from loopmdm_model.training.record import commit, versions
+
+WIDTH = 900
+"""CSS pixels of a figure of full page width."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn figure: `source` is a data address; sizes are in CSS pixels; `alt` names the panels."""
+
+    name: str
+    source: str
+    width: int
+    height: int
+    alt: str
+    caption: str
+
+
+def check_tables() -> None:
+    """UsageError if a table of a figure is not committed: a report draws, it does not measure."""
+    folder = tables.tables_folder()
+    needed = dict.fromkeys(name for figure in FIGURES.values() for name in figure.tables)
+    missing = [name for name in needed if not (folder / f"{name}.parquet").is_file()]
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UsageError(
+            f"table {missing[0]}{others} not in {folder}; restore it from the repository, or measure it: "
+            f"loopmdm table {missing[0]}"
+        )
+
+
+def picture(figure: Figure) -> Picture:
+    """Draw a figure from its tables, as PNG or SVG, whichever is smaller."""
+    drawn = figure.draw()
+    found = {kind: _encoded(drawn, kind) for kind in ("png", "svg")}
+    kind = min(found, key=lambda each: len(found[each]))
+    mime = {"png": "image/png", "svg": "image/svg+xml"}[kind]
+    inches = drawn.get_size_inches()
+    width = round(WIDTH * min(1.0, inches[0] / 6.9))
+    source = f"data:{mime};base64,{base64.b64encode(found[kind]).decode()}"
+    return Picture(figure.name, source, width, round(width * inches[1] / inches[0]), _alt(drawn), figure.text)
+
+
+def _encoded(drawn: MatplotlibFigure, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    with style():
+        drawn.savefig(buffer, format=kind, metadata={"png": {"Software": None}, "svg": {"Date": None}}[kind])
+    plt.close(drawn)
+    return buffer.getvalue()
+
+
+def _alt(drawn: MatplotlibFigure) -> str:
+    """The panels by title and axes; the caption says the rest."""
+    panels = [
+        f"{ax.get_title() or 'panel'} ({ax.get_ylabel() or 'y'} against {ax.get_xlabel() or 'x'})"
+        for ax in drawn.axes
+        if ax.get_title() or (ax.get_xlabel() and ax.get_ylabel())
+    ]
+    return " ".join(f"{len(panels)} panels: {'; '.join(panels)}.".split())
+
+
+def claim_rows() -> list[dict[str, str]]:
+    """The claims table, as it is shown."""
+    asked = {claim.name: claim.estimand for claim in claims.load_claims()}
+    rows = []
+    for row in claims.claims_table().itertuples():
+        interval = f" ({row.low:.3g} to {row.high:.3g})" if pd.notna(row.low) else ""
+        estimate = "–" if pd.isna(row.estimate) else f"{row.estimate:.3g}{interval}".replace("-", "−")
+        text, claimed = str(row.text), f"{row.direction} {row.margin:g}".replace("-", "−")
+        seeds = "–" if row.verdict == "not run" else str(row.n_seeds)
+        rows.append({"text": text, "estimand": asked[row.claim], "task": row.task, "verdict": row.verdict,
+                     "estimate": estimate, "claimed": claimed, "seeds": seeds, "figure": row.figure})  # fmt: skip
+    return rows
+
+
+def _counts(rows: list[dict[str, str]]) -> str:
+    kinds = ("supported", "not supported", "undecided", "not run")
+    counts = [(kind, sum(row["verdict"] == kind for row in rows)) for kind in kinds]
+    return ", ".join(f"{n} {'are' if n != 1 else 'is'} {kind}" for kind, n in counts if n)
+
+
+def report(progress: Callable[[list[Figure]], Iterable[Figure]] = iter) -> str:
+    """The whole page as HTML; `progress` wraps the list of figures."""
+    check_tables()
+    rows = claim_rows()
+    looked_at: list[tuple[str, list[Run]]] = inputs()
+    pictures = [picture(figure) for figure in progress(list(FIGURES.values()))]
+    return render(
+        "page.html",
+        claims=rows,
+        counts=_counts(rows),
+        names=set(FIGURES),
+        data=payload(looked_at),
+        models=", ".join(dict.fromkeys(run.model for _, runs in looked_at for run in runs)),
+        figures=pictures,
+        commit=commit() or "unknown",
+        versions=", ".join(f"{name} {number}" for name, number in versions(provenance.PACKAGES).items()),
+        hashes=provenance.model_hashes(MODELS),
+    )
+
+
+def write_report(out: Path, progress: Callable[[list[Figure]], Iterable[Figure]] = iter) -> None:
+    """Write the page to `out`, whole or not at all."""
+    page = report(progress)
+    write_atomic(out, lambda temporary: temporary.write_text(page, encoding="utf-8"))
