@@ -275,8 +275,6 @@ def _zero_shot(task: str) -> Answer:
 
 
 def _belief(task: str) -> Answer:
-    if "best-rounds" not in tables.TABLES:
-        raise NotRun
     rows = _rows("best-rounds", task, nominal_mask_ratio=0.5)
     values = [
         float(part["loop"].corr(part["best_round"].astype(float), method="spearman"))

@@ -61,8 +61,8 @@ def figures(
     with interruptible("pictures that were finished are whole, the others as they were"), progress_bar() as bar:
         if source == "checkpoints":
             needed = dict.fromkeys(name for figure in chosen for name in figure.tables)
-            for name in bar.track(list(needed), description="tables"):
-                tables.table(name).measure(tables.tables_folder())
+            for _ in bar.track(tables.measure_all(needed), total=len(needed), description="tables"):
+                pass
         for figure in bar.track(chosen, description="figures"):
             figure.draw(out=out)
     show(["figure", "file"], [(figure.name, out / f"{figure.name}.pdf") for figure in chosen])
@@ -105,5 +105,5 @@ def bench(
 
     results = run(names)
     show(["benchmark", "measured", "goal", "met"], results)
-    if not all(met == "yes" for *_, met in results):
+    if any(met == "NO" for *_, met in results):
         raise typer.Exit(1)

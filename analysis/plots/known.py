@@ -4,6 +4,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import NullFormatter
 
 from analysis.plots.quality import over_seeds
 from analysis.plots.style import band
@@ -71,3 +74,55 @@ def plot_orders(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_xticks(range(len(orders)), orders)
     ax.set(ylabel="puzzles solved", ylim=(-0.02, 1.02))
     return ax
+
+
+SHOWN_LOOPS, MOST_HOPS = (1, 2, 3, 4, 6, 8, 12, 16), 12
+
+
+def plot_excess(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Excess KL (thousandths of a nat) as a heat map, hops x loop, after the base model's column.
+
+    `df`: rows of one task, means over seeds are taken: arm n_loops hops excess_kl.
+    """
+    ax = ax or plt.gca()
+    df = df[df["n_loops"].isin(SHOWN_LOOPS) & (df["hops"] <= MOST_HOPS)]
+    mean = df.groupby(["arm", "n_loops", "hops"], as_index=False)["excess_kl"].mean()
+    looped = mean[mean["arm"] == "loop"].pivot(index="hops", columns="n_loops", values="excess_kl")
+    base = mean[(mean["arm"] == "base") & (mean["n_loops"] == 1)].set_index("hops")["excess_kl"]
+    looped.insert(0, 0, base)
+    _heat(ax, 1e3 * looped, "base", "KL(exact || read-out), nats / 1000")
+    ax.set(xlabel="n_loops (S)", ylabel="hops (rounds until all is heard)")
+    return ax
+
+
+def plot_rounds(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """KL between the belief after each round and the read-out after each loop; a frame marks each loop's nearest.
+
+    `df`: rows of one model and mask ratio: loop round kl.
+    """
+    ax = ax or plt.gca()
+    table = 1e3 * df.pivot(index="round", columns="loop", values="kl")
+    table.columns = table.columns + 1
+    _heat(ax, table, "", "KL(belief || read-out), nats / 1000")
+    for column, row in enumerate(table.to_numpy().argmin(axis=0)):
+        ax.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#d95f02", linewidth=1.3))
+    ax.set(xlabel="loop (1 = first)", ylabel="round of belief propagation")
+    return ax
+
+
+def _heat(ax: Axes, table: pd.DataFrame, first: str, label: str) -> None:
+    """Positive numbers on a logarithmic grey scale, written into their cells."""
+    values = table.to_numpy(dtype=float)
+    image = ax.imshow(values, cmap="Greys", norm=LogNorm(np.nanmin(values), np.nanmax(values)), aspect="auto")
+    middle = np.sqrt(np.nanmin(values) * np.nanmax(values))
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            text = f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
+            ax.text(column, row, text, ha="center", va="center", fontsize=5.6,
+                    color="white" if value > middle else "black")  # fmt: skip
+    ax.set_xticks(range(table.shape[1]), [first if first and not n else str(n) for n in table.columns])
+    ax.set_yticks(range(table.shape[0]), [str(n) for n in table.index])
+    ax.grid(False)
+    bar = ax.figure.colorbar(image, ax=ax, label=label)
+    bar.ax.yaxis.set_major_formatter("{x:g}")
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())

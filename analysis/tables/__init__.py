@@ -4,8 +4,12 @@ Everything is measured on the shipped models and on the test split; masks and pu
 by seed. Committed tables lie in figures/tables; a missing one is measured again.
 """
 
+import multiprocessing
+import os
+import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +18,7 @@ import pandas as pd
 from analysis import frames, provenance, zoo
 from analysis.tables import internals, quality, science, training
 from loopmdm_model.errors import unknown_name
+from loopmdm_model.files import clear_partial
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,48 @@ def is_current(name: str) -> bool:
 
 def _fits(frame: pd.DataFrame, item: Table) -> bool:
     return frame.attrs["models"] == provenance.model_hashes(item.models)
+
+
+def measure_all(names: Iterable[str], workers: int = 0) -> Iterator[str]:
+    """Measure tables in processes of one thread each (default: one a core); yields names as they are done.
+
+    A table that reads others waits for them.
+    """
+    folder = tables_folder()
+    waiting = {name: set(table(name).tables) for name in names}
+    waiting = {name: needs & waiting.keys() for name, needs in waiting.items()}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers or os.cpu_count(), context, _one_thread) as pool:
+        try:
+            running: dict[Future, str] = {}
+            while waiting or running:
+                for name in [name for name, needs in waiting.items() if not needs]:
+                    del waiting[name]
+                    running[pool.submit(_measure, name, folder)] = name
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    name = running.pop(done)
+                    done.result()
+                    for needs in waiting.values():
+                        needs.discard(name)
+                    yield name
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.terminate()
+                child.join()
+            clear_partial(folder)
+            raise
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of its own
+
+
+def _measure(name: str, folder: Path) -> None:
+    table(name).measure(folder)
 
 
 EVERY, SUDOKU, TEXT = zoo.names(), zoo.names("sudoku"), ("sotu-base", "sotu-loop")
@@ -149,6 +196,12 @@ TABLES = {
             science.controls(),
             ("model", "arm", "seed", "depth", "log_odds"),
             science.controls_table,
+        ),
+        Table(
+            "excess-kl",
+            KNOWN,
+            ("model", "arm", "seed", "n_loops", "hops", "excess_kl"),
+            quality.excess_kl_table,
         ),
         Table(
             "stopping-verdicts",

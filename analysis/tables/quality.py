@@ -113,6 +113,16 @@ def evaluated(measure: str, models: tuple[str, ...], counts: tuple[int, ...] = (
     return pd.concat(frames, ignore_index=True)
 
 
+def excess_kl_table() -> pd.DataFrame:
+    """KL from the exact posterior by hops at every S up to 2 x S_max; base models at S = 1."""
+    frames = []
+    for model in (*zoo.shipped("tree"), *zoo.shipped("markov")):
+        most = 1 if model.arm == "base" else 2 * zoo.s_max(model.name)
+        frame = evaluate(model.name, "excess-kl", list(range(1, most + 1)))
+        frames.append(frame.assign(**label(model)))
+    return pd.concat(frames, ignore_index=True)
+
+
 def generative_table() -> pd.DataFrame:
     """Generative perplexity beside diversity; the base model only as it was trained, at S = 1."""
     base = evaluated("generative", ("sotu-base",), counts=(1,))

@@ -115,7 +115,7 @@ def _sudoku() -> tuple[str, ...]:
     return tuple(name for name in looped() if name.startswith("sudoku-"))
 
 
-_TREES = tuple(name for name in with_weights("loop", "base") if name.startswith(("tree-", "markov-")))
+_TREES = tuple(name for name in looped() if name.startswith(("tree-", "markov-")))
 
 PLAIN: tuple[tuple[str, tuple[str, ...], tuple[str, ...], dict], ...] = (
     ("attention-shape", LOOPED, ("loop", "entropy"), {}),
@@ -145,7 +145,7 @@ PLAIN: tuple[tuple[str, tuple[str, ...], tuple[str, ...], dict], ...] = (
     ("sudoku-settling", _sudoku()[:1], ("depth", "loop_settled", "share"), {}),
     ("sudoku-depth", _sudoku(), ("arm", "correlation"), {}),
     ("sudoku-orders", _sudoku(), ("n_loops", "order", "solve_rate"), {"n": 200}),
-    *((name, _TREES, ("loop", "round" if name == "belief-rounds" else "best_round"), {})
-      for name in ("belief-rounds", "best-rounds") if _TREES),
+    ("belief-rounds", _TREES, ("loop", "round", "kl"), {}),
+    ("best-rounds", _TREES, ("loop", "best_round"), {}),
 )  # fmt: skip
 """Tables that are one measure each: its name, the models, columns, and what `measured` is given."""

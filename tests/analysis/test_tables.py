@@ -1,11 +1,13 @@
 """Tables over arms and seeds: names, means over seeds, contrasts with a known answer."""
 
+import multiprocessing
+
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats as distributions
 
-from analysis import zoo
+from analysis import frames, tables, zoo
 from analysis.plots.quality import over_seeds
 from analysis.tables import training
 from loopmdm_model import stats
@@ -86,3 +88,20 @@ def test_contrasts_recover_planted_differences(monkeypatch):
     assert table.loc[("test NELBO", "loop-isolated", "loop"), "difference"] == pytest.approx(0.5)
     assert table.loc[("one-shot, 20 clues", "loop", "base"), "difference"] == pytest.approx(0.6)
     assert ("test NELBO", "deep", "base") not in table.index and (table["n_seeds"] == 3).all()
+
+
+def test_tables_measured_in_parallel_are_the_committed_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "tables_folder", lambda: tmp_path)
+    names = ["references", "learning-curves"]
+    assert sorted(tables.measure_all(names, workers=2)) == sorted(names)
+    for name in names:
+        committed = tables.figures_folder() / "tables" / f"{name}.parquet"
+        pd.testing.assert_frame_equal(tables.load(name), frames.read_table(committed))
+
+
+def test_a_failing_table_ends_the_others_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "tables_folder", lambda: tmp_path / "file")
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="file"):
+        list(tables.measure_all(["references"], workers=1))
+    assert not multiprocessing.active_children()
