@@ -1,13 +1,26 @@
-"""Notebooks run as shipped, and show what the batch pipeline draws."""
+"""Notebooks run as shipped, without a word on stderr, and show every figure of the batch pipeline once."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jupytext
 import papermill
 import pytest
 
+from analysis import tables
+from analysis.figures import FIGURES
+from analysis.figures.figure import SIDECAR_TYPE
+
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+SOURCES = {source.stem: source for source in sorted(NOTEBOOKS.glob("[0-9]*.py"))}
+LONGEST_CELL = 15
+ON_SUDOKU = {"model": "sudoku-loop", "n": 16}
+
+
+def figures_named(name: str) -> list[str]:
+    return re.findall(r'^figures\.FIGURES\["([\w-]+)"\]\.show\(\)$', SOURCES[name].read_text(), re.MULTILINE)
 
 
 def test_generated_notebooks_match_their_sources():
@@ -17,20 +30,38 @@ def test_generated_notebooks_match_their_sources():
     assert outcome.returncode == 0, outcome.stderr
 
 
+def test_every_figure_is_shown_in_exactly_one_notebook():
+    found = [figure for name in SOURCES for figure in figures_named(name)]
+    assert sorted(found) == sorted(FIGURES)
+    assert "claims" in figures_named("01_tour")
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_cells_are_short_and_one_is_for_parameters(name):
+    cells = [cell for cell in jupytext.read(SOURCES[name]).cells if cell.cell_type == "code"]
+    assert [cell.source for cell in cells if len(cell.source.splitlines()) > LONGEST_CELL] == []
+    assert ["parameters" in cell.metadata.get("tags", []) for cell in cells].count(True) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
-        ("01_attention_across_loops", {}),
-        ("01_attention_across_loops", {"model": "sudoku-loop", "text": "123456" * 6}),
+        *((name, {}) for name in SOURCES),
+        ("04_attention", ON_SUDOKU | {"text": "123456" * 6}),
+        ("06_adaptive_stopping", ON_SUDOKU),
     ],
 )
-def test_each_notebook_runs_top_to_bottom(name, parameters, tmp_path, monkeypatch):
+def test_each_notebook_runs_and_shows_what_the_batch_draws(name, parameters, tmp_path, monkeypatch):
     monkeypatch.delenv("MPLBACKEND", raising=False)  # pictures as in Jupyter
     source, target = NOTEBOOKS / f"{name}.ipynb", tmp_path / "out.ipynb"
     done = papermill.execute_notebook(source, target, parameters, progress_bar=False, cwd=str(tmp_path))
     outputs = [output for cell in done.cells for output in cell.get("outputs", [])]
-    assert not [o for o in outputs if o.get("name") == "stderr"], [
-        o["text"] for o in outputs if o.get("name") == "stderr"
-    ]
-    pictures = [o for o in outputs if "image/png" in o.get("data", {})]
-    assert len(pictures) >= 7
+    assert [output["text"] for output in outputs if output.get("name") == "stderr"] == []
+    sidecars = [output["data"][SIDECAR_TYPE] for output in outputs if SIDECAR_TYPE in output.get("data", {})]
+    assert [sidecar["figure"] for sidecar in sidecars] == figures_named(name)
+    for sidecar in sidecars:
+        figure = FIGURES[sidecar["figure"]]
+        drawn = figure.sidecar({table: tables.load(table) for table in figure.tables})
+        assert {key: sidecar[key] for key in ("tables", "caption")} == {
+            key: drawn[key] for key in ("tables", "caption")
+        }
