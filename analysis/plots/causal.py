@@ -5,9 +5,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analysis.plots.quality import over_seeds
-from analysis.plots.style import ARM_STYLE, NULL, Z95, band
+from analysis.plots.quality import band_over_seeds
+from analysis.plots.style import ARM_STYLE, NULL, Z95
 
+DAMPING_STYLE = {
+    "none": {"color": "#8c8c8c", "marker": "s", "linestyle": "--", "label": "full steps"},
+    "1/n_loops": {"color": "#1b4f8f", "marker": "o", "linestyle": "-", "label": "damped by 1/S"},
+}
 ARMS_CUT = (
     ("masked->masked", False, "cut masked → masked"),
     ("masked->masked", True, "random, equal mass\nand distance"),
@@ -83,21 +87,9 @@ def plot_effects(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 def plot_training_free(df: pd.DataFrame, value: str, *, ax: Axes | None = None) -> Axes:
     """A column of `training-free` over n_loops, naive and damped, mean over seeds; `df`: seed damping n_loops."""
     ax = ax or plt.gca()
-    looks = {"none": ("#8c8c8c", "s", "--", "full steps"), "1/n_loops": ("#1b4f8f", "o", "-", "damped by 1/S")}
-    for damping, (colour, marker, line, label) in looks.items():
+    for damping, look in DAMPING_STYLE.items():
         part = df[df["damping"] == damping]
-        summary = over_seeds(part, "n_loops", value)
-        band(
-            ax,
-            summary["n_loops"],
-            summary[value],
-            summary["low"],
-            summary["high"],
-            color=colour,
-            marker=marker,
-            linestyle=line,
-            label=label,
-        )
+        band_over_seeds(part, "n_loops", value, ax, **look)
     ax.axhline(0, **NULL)
     ax.set(xlabel="n_loops (S)")
     return ax

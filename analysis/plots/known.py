@@ -8,38 +8,41 @@ from matplotlib.colors import LogNorm
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullFormatter
 
-from analysis.plots.quality import over_seeds
-from analysis.plots.style import band
+from analysis.plots.quality import band_over_seeds
 
 METRIC_STYLE = {
-    "clue_conflicts": ("#9ecae1", "v", ":", "conflicts with clues (pairs)"),
-    "guess_conflicts": ("#4292c6", "s", "--", "conflicts among guesses (pairs)"),
-    "wrong": ("#08306b", "o", "-", "wrong cells"),
-    "plausible_invalid": ("#e08214", "^", "-.", "boards: no conflict with clues, invalid"),
+    "clue_conflicts": {
+        "color": "#9ecae1",
+        "marker": "v",
+        "linestyle": ":",
+        "label": "conflicts with clues (pairs)",
+    },
+    "guess_conflicts": {
+        "color": "#4292c6",
+        "marker": "s",
+        "linestyle": "--",
+        "label": "conflicts among guesses (pairs)",
+    },
+    "wrong": {"color": "#08306b", "marker": "o", "linestyle": "-", "label": "wrong cells"},
+    "plausible_invalid": {
+        "color": "#e08214",
+        "marker": "^",
+        "linestyle": "-.",
+        "label": "boards: no conflict with clues, invalid",
+    },
 }
 CHANGE_STYLE = {
-    "repaired": ("#08306b", "o", "-", "wrong before, right after"),
-    "broken": ("#e08214", "^", "--", "right before, wrong after"),
+    "repaired": {"color": "#08306b", "marker": "o", "linestyle": "-", "label": "wrong before, right after"},
+    "broken": {"color": "#e08214", "marker": "^", "linestyle": "--", "label": "right before, wrong after"},
 }
 
 
 def plot_metrics(df: pd.DataFrame, looks: dict, *, ax: Axes | None = None) -> Axes:
     """Some metrics of boards over loops, means over seeds; `df`: model loop metric value standard_error."""
     ax = ax or plt.gca()
-    for metric, (colour, marker, line, label) in looks.items():
+    for metric, look in looks.items():
         part = df[df["metric"] == metric].rename(columns={"standard_error": "value_se"}).dropna(subset=["value"])
-        summary = over_seeds(part, "loop", "value")
-        band(
-            ax,
-            summary["loop"] + 1,
-            summary["value"],
-            summary["low"],
-            summary["high"],
-            color=colour,
-            marker=marker,
-            linestyle=line,
-            label=label,
-        )
+        band_over_seeds(part.assign(loop=part["loop"] + 1), "loop", "value", ax, **look)
     ax.set(xlabel="loop (1 = first)", ylabel="share", ylim=(0, None))
     return ax
 

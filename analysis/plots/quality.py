@@ -30,6 +30,12 @@ def over_seeds(df: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[x, y, "low", "high", "n"])
 
 
+def band_over_seeds(df: pd.DataFrame, x: str, y: str, ax: Axes, **look) -> None:
+    """`y` over `x`: the mean over seeds as a line, its interval as a shade."""
+    summary = over_seeds(df, x, y)
+    band(ax, summary[x], summary[y], summary["low"], summary["high"], **look)
+
+
 def plot_by_arm(df: pd.DataFrame, x: str, y: str, *, ax: Axes | None = None, **look) -> Axes:
     """`y` over `x` for each arm: mean over seeds with its interval, and a thin line a seed."""
     ax = ax or plt.gca()
