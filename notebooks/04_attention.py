@@ -22,7 +22,7 @@ seed = 0
 import pandas as pd
 import torch
 
-from analysis import attention_across_loops, figures, mask_attention
+from analysis import attention_across_loops, explore, figures, mask_attention
 from analysis.attention import head_growth
 from analysis.cases import Case
 from analysis.claims import claims_table
@@ -43,7 +43,7 @@ m
 
 # %%
 b = m.mask(text, ratio=0.5, seed=seed)
-logits, cache = m.run_with_cache(b.tokens, n_loops=n_loops, names_filter=lambda name: "pattern" in name)
+logits, cache = m.run_with_cache(b.tokens, n_loops=n_loops)
 attention_across_loops(cache, layer=layer, loops=loops)
 
 # %% [markdown]
@@ -54,7 +54,13 @@ attention_across_loops(cache, layer=layer, loops=loops)
 attention_across_loops(cache, layer=layer, loops=loops, order="masked-first")
 
 # %% [markdown]
-# The same from a test block, drawn by seed before looking:
+# The same run to click through, in a frame: any loop, layer and head, and what each loop would answer.
+
+# %%
+explore(cache, clean=b)
+
+# %% [markdown]
+# Maps from a test block, drawn by seed before looking:
 
 # %%
 figures.FIGURES["attention-maps"].show()
@@ -86,7 +92,7 @@ table.query(looped)[columns].round(3)
 # %%
 torch.manual_seed(seed)
 untrained = mask_attention(HookedLoopMDM(LoopMDM(m.cfg)), halves, n_loops=n_loops, by_head=False)
-untrained.query(looped)[columns].round(3)
+untrained.query(looped).query("loop in @loops")[columns].round(3)
 
 # %% [markdown]
 # The figure puts both tasks on the whole test sample. Look first at the log-odds in the middle, then at the

@@ -102,19 +102,25 @@ figures.FIGURES["cut-effects"].show()
 # ## Heads, states, layers
 #
 # The other interventions nest and combine in the same way. Each line is a NELBO at S_max: one head cut;
-# clean states held while masked ones go on; every loop's step halved; the looped layer left out in one loop;
-# the state after loop 0 put in place of that after loop 1.
+# clean states held while masked ones go on; every loop's step halved; the looped layer left out in one loop.
 
 # %%
-first, _ = next(m.states(case.masked(0.5).tokens, 1))
 others = {f"head {head} cut": cut(m, "masked->masked", heads=[head]) for head in range(m.cfg.n_heads)}
 others |= {"clean states held": freeze(m, "clean"), "steps halved": damp(m, 0.5)}
 others |= {"looped layer left out in loop 1": skip(m, loops=1)}
 for name, arm in others.items():
     with arm:
         print(f"{name:35s}{nelbo(m, case.tokens, s_max, **options).mean:.3f}")
+
+# %% [markdown]
+# `patch` puts a state from elsewhere in place. With the state after loop 0 in place of that after loop 1 the run
+# starts over from there, and is the model with one loop less: a check that the parts fit.
+
+# %%
+b = case.masked(0.5)
+first, _ = next(m.states(b.tokens, 1))
 with patch(m, 1, first):
-    print("patched logits:", tuple(m(case.masked(0.5).tokens, s_max).shape))
+    torch.testing.assert_close(m(b.tokens, s_max), m.model(b.tokens, s_max - 1))
 
 # %% [markdown]
 # ## Trained without the edges
