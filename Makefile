@@ -28,7 +28,7 @@ lint: $(VENV)/.dev
 	$(BIN)/pyright
 	$(BIN)/python notebooks/sync.py --check
 
-bench: $(VENV)/.base
+bench: $(VENV)/.dev
 	$(BIN)/loopmdm bench
 
 # Train every model of the roster again (many hours), ship, measure and draw everything; figures/PIPELINE.md. What an

@@ -4,7 +4,7 @@ Machines are noisy: the two sides alternate, every ratio is the median of paired
 printed is the ratio and its goal, never a time.
 """
 
-from analysis.bench import forward, likelihood, science, training
+from analysis.bench import browser, forward, likelihood, science, training
 from analysis.bench.common import Row
 from loopmdm_model.errors import unknown_name
 
@@ -25,6 +25,7 @@ BENCHMARKS = {
     "frontier": science.replay,
     "similarity": science.similarity,
     "all-measures": science.suite,
+    "explorer": browser.explorer,
 }
 
 

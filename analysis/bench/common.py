@@ -9,7 +9,7 @@ from pathlib import Path
 from loopmdm_model.config import LoopMDMConfig
 
 Row = tuple[str, str, str, str]
-"""Benchmark, measured, goal, met."""
+"""Benchmark, measured, goal, met ("yes", "NO", or "not run" where something is missing)."""
 
 
 def ratio(ours: Callable[[], object], theirs: Callable[[], object], repeats: int = 25, inner: int = 1) -> float:
