@@ -5,6 +5,7 @@ All pictures and all data are inside; the file's own content policy forbids it t
 
 import base64
 import io
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,6 @@ from matplotlib.figure import Figure as MatplotlibFigure
 from analysis import claims, provenance, tables
 from analysis.figures import FIGURES, Figure
 from analysis.plots.style import style
-from analysis.report.data import Run
 from analysis.report.explorer import payload, render
 from analysis.report.inputs import MODELS, inputs
 from loopmdm_model.errors import UsageError
@@ -76,7 +76,7 @@ def _alt(drawn: MatplotlibFigure) -> str:
         for ax in drawn.axes
         if ax.get_title() or (ax.get_xlabel() and ax.get_ylabel())
     ]
-    return " ".join(f"{len(panels)} panels: {'; '.join(panels)}.".split())
+    return " ".join(f"{len(panels)} panel{'s' * (len(panels) != 1)}: {'; '.join(panels)}.".split())
 
 
 def claim_rows() -> list[dict[str, str]]:
@@ -88,7 +88,8 @@ def claim_rows() -> list[dict[str, str]]:
         claimed = f"{row.direction} {_number(row.margin)}"
         seeds = "–" if row.verdict == "not run" else str(row.n_seeds)
         rows.append({"text": row.text, "estimand": asked[row.claim], "task": row.task, "verdict": row.verdict,
-                     "estimate": _number(row.estimate), "interval": interval, "claimed": claimed, "seeds": seeds, "figure": row.figure})  # fmt: skip
+                     "estimate": _number(row.estimate), "interval": interval, "claimed": claimed, "seeds": seeds,
+                     "figure": row.figure})  # fmt: skip
     return rows
 
 
@@ -105,9 +106,13 @@ def _counts(rows: list[dict[str, str]]) -> str:
 def report(progress: Callable[[list[Figure]], Iterable[Figure]] = iter) -> str:
     """The whole page as HTML; `progress` wraps the list of figures."""
     check_tables()
-    rows = claim_rows()
-    looked_at: list[tuple[str, list[Run]]] = inputs()
-    pictures = [picture(figure) for figure in progress(list(FIGURES.values()))]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        rows, looked_at = claim_rows(), inputs()
+        pictures = [picture(figure) for figure in progress(list(FIGURES.values()))]
+    notes = list(dict.fromkeys(str(item.message) for item in said))
+    for note in notes:  # each once, on the page and here
+        warnings.warn(note, stacklevel=2)
     return render(
         "page.html",
         claims=rows,
@@ -116,6 +121,7 @@ def report(progress: Callable[[list[Figure]], Iterable[Figure]] = iter) -> str:
         data=payload(looked_at),
         models=", ".join(dict.fromkeys(run.model for _, runs in looked_at for run in runs)),
         figures=pictures,
+        notes=notes,
         commit=commit() or "unknown",
         versions=", ".join(f"{name} {number}" for name, number in versions(provenance.PACKAGES).items()),
         hashes=provenance.model_hashes(MODELS),

@@ -200,9 +200,9 @@ def test_the_report_holds_every_claim_and_figure_in_one_small_file(tmp_path):
     for name, figure in figures.FIGURES.items():
         assert f'<figure id="{name}">' in page and str(html.escape(figure.text)[:40]) in page, name
     assert page.count('<span class="verdict ') == len(claims_table())
-    assert len(re.findall(r'<img src="data:image/[^"]+" width="\d+" height="\d+" alt="\d+ panels: ', page)) == len(
-        figures.FIGURES
-    )
+    assert len(
+        re.findall(r'<img src="data:image/[^"]+" width="\d+" height="\d+" alt="\d+ panels?: ', page)
+    ) == len(figures.FIGURES)
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     shown, maps = decoded(page)
     assert shown["model"] == "sotu-loop" and len(maps) == 1 + 12 + 2 * 12
