@@ -280,3 +280,23 @@ def test_it_runs_in_the_frame_of_a_notebook(visit, named, run):
     before = frame.locator("#numbers").inner_text()
     page.keyboard.press("ArrowDown")
     assert frame.locator("#numbers").inner_text() != before
+
+
+def test_the_report_opens_and_every_model_can_be_chosen(visit, monkeypatch):
+    from analysis.report import page as report
+
+    few = ("sudoku-solve-rate", "mask-to-mask-by-loop")
+    monkeypatch.setattr(report, "FIGURES", {name: report.FIGURES[name] for name in few})
+    page = visit(report.report(), 800)
+    assert page.locator("figure img").evaluate_all("all => all.every((i) => i.complete && i.naturalWidth > 300)")
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= 800
+    seen = set()
+    for index in range(page.locator("#input option").count()):
+        page.select_option("#input", index=index)
+        for model in page.locator("#b-model option").all_inner_texts():
+            page.select_option("#b-model", label=model)
+            seen.add(model)
+            assert model in page.inner_text("#readout-model") and page.locator("#readout td").count() > 0
+            masses = [float(cell) for cell in page.locator("#b-row td").all_inner_texts()[1:]]
+            assert sum(masses) == pytest.approx(1, abs=2e-4)
+    assert seen == set(report.MODELS)

@@ -194,15 +194,15 @@ def test_the_report_holds_every_claim_and_figure_in_one_small_file(tmp_path):
     from analysis.claims import claims_table
 
     out = tmp_path / "report.html"
-    assert report("--out", out).strip().endswith(str(out))
+    assert report("--out", out).startswith(str(out))
     page = out.read_text(encoding="utf-8")
     assert out.stat().st_size < 15e6
+    said = html.unescape(page)
     for name, figure in figures.FIGURES.items():
-        assert f'<figure id="{name}">' in page and str(html.escape(figure.text)[:40]) in page, name
+        assert f'<figure id="{name}">' in page and figure.text in said, name
     assert page.count('<span class="verdict ') == len(claims_table())
-    assert len(
-        re.findall(r'<img src="data:image/[^"]+" width="\d+" height="\d+" alt="\d+ panels?: ', page)
-    ) == len(figures.FIGURES)
+    pictures = re.findall(r'<img src="data:image/png[^"]+" width="\d+" height="\d+" alt="\d+ panels?: ', page)
+    assert len(pictures) == len(figures.FIGURES)
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     shown, maps = decoded(page)
     assert shown["model"] == "sotu-loop" and len(maps) == 1 + 12 + 2 * 12
