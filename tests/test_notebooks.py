@@ -16,7 +16,8 @@ from analysis.figures.figure import SIDECAR_TYPE
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SOURCES = {source.stem: source for source in sorted(NOTEBOOKS.glob("[0-9]*.py"))}
 LONGEST_CELL = 15
-ON_SUDOKU = {"model": "sudoku-loop", "n": 16}
+ON_SUDOKU = {"model": "sudoku-loop", "n": 24}
+GRID = "123456456123231564564231312645645312"
 
 
 def figures_named(name: str) -> list[str]:
@@ -47,7 +48,7 @@ def test_cells_are_short_and_one_is_for_parameters(name):
     ("name", "parameters"),
     [
         *((name, {}) for name in SOURCES),
-        ("04_attention", ON_SUDOKU | {"text": "123456" * 6}),
+        ("04_attention", ON_SUDOKU | {"text": GRID}),
         ("06_adaptive_stopping", ON_SUDOKU),
     ],
 )
