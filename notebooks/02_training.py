@@ -135,20 +135,20 @@ figures.FIGURES["flops-to-target"].show()
 # %% [markdown]
 # ## Arm by arm, seed by seed
 #
-# The same weights, trained from other seeds, can end far apart. Five seeds are few, three decide almost
+# The same model, trained from other seeds, can end far apart. Five seeds are few, three decide almost
 # nothing, one says nothing about the next run.
 
 # %%
 figures.FIGURES["arms"].show()
 
 # %%
-curves = tables.load("learning-curves")
+curves = tables.load("learning-curves").query("n_loops == max_loops")
 last = curves.loc[curves.groupby("model")["flops"].idxmax()]
 last.pivot(index=["task", "arm"], columns="seed", values="nelbo").round(3)
 
 # %% [markdown]
-# The table holds the last validation NELBO of every run, in nats per token. Read along a row before you
-# compare rows: the spread within a row is what a difference between rows has to beat.
+# The table holds the last validation NELBO of every run at its S_max, in nats per token. Read along a row before
+# you compare rows: the spread within a row is what a difference between rows has to beat.
 #
 # ## Verdicts
 #
