@@ -50,11 +50,11 @@ one = puzzles(board, case.tokens[:1], n_clues, unique=True, seed=seed)
 filled = known.boards_after_loops(m, one, n_loops)[:, 0]
 
 
-def lines(cells, hidden=None, solution=None):
+def lines(cells, solution=None):
     symbols = [str(int(cell) + 1) if int(cell) < board.size else "." for cell in cells]
-    marks = [" "] * board.n_cells if solution is None else ["x" if wrong else " " for wrong in cells != solution]
-    pairs = [symbol + mark for symbol, mark in zip(symbols, marks, strict=True)]
-    return ["".join(pairs[row * board.size : (row + 1) * board.size]) for row in range(board.size)]
+    wrong = [False] * board.n_cells if solution is None else (cells != solution).tolist()
+    marked = [symbol + ("x" if bad else " ") for symbol, bad in zip(symbols, wrong, strict=True)]
+    return ["".join(marked[row * board.size : (row + 1) * board.size]) for row in range(board.size)]
 
 
 # %%
@@ -89,8 +89,8 @@ pd.DataFrame(reached.depth.view(board.size, board.size).numpy())
 # %%
 b = puzzles(board, case.tokens, 20, unique=True, seed=seed)
 by_loop = known.boards_by_loop(m, b, n_loops)
-table = by_loop.pivot(index="loop", columns="metric", values="value")
-table[["clue_conflicts", "guess_conflicts", "plausible_invalid", "wrong", "repaired", "broken", "valid"]].round(3)
+table = by_loop.pivot(index="loop", columns="metric", values="value").round(3)
+table[["clue_conflicts", "guess_conflicts", "plausible_invalid", "wrong", "repaired", "broken", "valid"]]
 
 # %%
 figures.FIGURES["sudoku-boards"].show()
