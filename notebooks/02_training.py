@@ -67,7 +67,7 @@ pd.DataFrame([dry_run(name) for name in (looped, *others)]).set_index("spec")
 
 # %% [markdown]
 # Look at the columns *FLOPs* (equal within a comparison, up to the last step) and *tokens* (not equal: the
-# looped arm sees less data). On a small corpus that is an advantage for it, as its rival reads the same text
+# looped arm sees less data). On a small corpus that can be an advantage, as its rival reads the same text
 # more often.
 #
 # ## How S is drawn
