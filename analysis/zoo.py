@@ -44,7 +44,7 @@ def names(task: str | None = None, *arms: str) -> tuple[str, ...]:
 
 
 def s_max(name: str) -> int:
-    """S_max of training of a looped model, or of the task's looped arm: the loop axis that its other arms share."""
+    """S_max of training of a looped model, or of the task's looped arm: the axis that its other arms share."""
     match = NAME.fullmatch(name)
     if match is None:
         raise UsageError(f"{name} is no shipped model's name")

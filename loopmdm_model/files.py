@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file, in hexadecimal."""
+    """Hash of a file, in hexadecimal; one that has not changed since is hashed once."""
+    status = path.stat()
+    return _sha256(path, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _sha256(path: Path, *state: int) -> str:  # noqa: ARG001
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

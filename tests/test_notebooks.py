@@ -11,7 +11,7 @@ import pytest
 
 from analysis import tables
 from analysis.figures import FIGURES
-from analysis.figures.figure import SIDECAR_TYPE
+from analysis.figures.entry import SIDECAR_TYPE
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SOURCES = {source.stem: source for source in sorted(NOTEBOOKS.glob("[0-9]*.py"))}

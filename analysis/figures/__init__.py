@@ -5,7 +5,7 @@ figures.FIGURES["mask-to-mask-by-loop"].draw(out="figures/out")
 """
 
 from analysis.figures import adaptive, attention, causal, claims, inference, known, representation, training
-from analysis.figures.figure import Figure
+from analysis.figures.entry import Figure
 from loopmdm_model.errors import unknown_name
 
 FAMILIES = {

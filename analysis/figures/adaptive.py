@@ -3,7 +3,7 @@
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from analysis.figures.figure import GRIDS, PANELS, TEXT, Figure, Tables
+from analysis.figures.entry import GRIDS, PANELS, TEXT, Figure, Tables
 from analysis.plots import adaptive
 from analysis.plots.style import COLUMN, PAGE
 

@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from analysis import zoo
-from analysis.figures.figure import GRIDS, OURS, PANELS, TEXT, Figure, Tables
+from analysis.figures.entry import GRIDS, OURS, PANELS, TEXT, Figure, Tables
 from analysis.plots import attention
 from analysis.plots.style import PAGE, mark_s_max
 
@@ -142,9 +142,9 @@ FIGURES = (
         f"""Left: norm of what masked keys move into masked queries in the looped layer (attention times the
         value through the output matrix, less what all masked keys have in common), by loop, at three mask
         ratios, to 3 x S_max; bands: 95%. Right: log-odds of a masked against a clean key before some denoising
-        steps of the model's own samples, 64 of them; in the first step nothing is clean. {GRIDS}; {TEXT}. Log-
-        odds that rise while content does not would say that masked positions look at each other more and tell
-        each other no more. {OURS}""",
+        steps of the model's own samples, 64 of them; in the first step nothing is clean. {GRIDS}; {TEXT}.
+        Log-odds that rise while content does not would say that masked positions look at each other more and
+        tell each other no more. {OURS}""",
     ),
     Figure(
         "specification-curve",

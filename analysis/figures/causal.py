@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from analysis import zoo
-from analysis.figures.figure import GRIDS, OURS, PANELS, SEEDS, TEXT, Figure, Tables, of_models
+from analysis.figures.entry import GRIDS, OURS, PANELS, SEEDS, TEXT, Figure, Tables, of_models
 from analysis.plots import causal
 from analysis.plots.style import COLUMN, PAGE
 
@@ -89,8 +89,9 @@ FIGURES = (
         two_by_two,
         """Test NELBO of Sudoku models trained with and without looping, and with and without masked-to-masked
         attention in their middle layer ("isolated"); one mark a training seed, bars: means. Equal size and
-        training FLOPs; 1,000 grids of unseen classes, one mask each. If looping gained as much without masked-
-        to-masked attention, the paper's explanation of why looping works would be wrong. The design is ours.""",
+        training FLOPs; 1,000 grids of unseen classes, one mask each. If looping gained as much without
+        masked-to-masked attention, the paper's explanation of why looping works would be wrong. The design is
+        ours.""",
     ),
     Figure(
         "training-free",

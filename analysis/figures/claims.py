@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from analysis import claims
-from analysis.figures.figure import Figure, Tables
+from analysis.figures.entry import Figure, Tables
 from analysis.plots.claims import plot_claims
 from analysis.plots.style import PAGE
 

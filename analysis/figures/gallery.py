@@ -15,7 +15,7 @@ from PIL import Image
 
 from analysis import claims, provenance, tables
 from analysis.figures import FAMILIES, FIGURES
-from analysis.figures.figure import Figure
+from analysis.figures.entry import Figure
 from analysis.plots.claims import said
 from analysis.plots.style import FORMATS
 from loopmdm_model.errors import UsageError

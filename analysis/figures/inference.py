@@ -5,7 +5,7 @@ import pandas as pd
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from analysis import zoo
-from analysis.figures.figure import PANELS, SEEDS, Figure, Tables, compared, of_models
+from analysis.figures.entry import PANELS, SEEDS, Figure, Tables, compared, of_models
 from analysis.plots import quality
 from analysis.plots.style import PAGE
 
@@ -136,8 +136,8 @@ FIGURES = (
         sudoku_solve_rate,
         f"""Share of 6x6 puzzles solved in one shot (every hidden cell filled at once with its best symbol; any
         valid completion counts), 16 of 36 cells hidden, 500 grids of unseen classes. {SEEDS} base: same size,
-        same training FLOPs, no looping in training; deep: the looped layer untied. The puzzle set and the one-
-        shot protocol are ours; the paper's are not public. A loop curve that does not rise above the base
+        same training FLOPs, no looping in training; deep: the looped layer untied. The puzzle set and the
+        one-shot protocol are ours; the paper's are not public. A loop curve that does not rise above the base
         arm's S = 1 would count against the claim that looping helps.""",
     ),
     Figure(

@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from analysis import zoo
-from analysis.figures.figure import SEEDS, Figure, Tables
+from analysis.figures.entry import SEEDS, Figure, Tables
 from analysis.plots import known
 from analysis.plots.style import PAGE, mark_s_max
 

@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from analysis import zoo
-from analysis.figures.figure import GRIDS, OURS, PANELS, TEXT, Figure, Tables
+from analysis.figures.entry import GRIDS, OURS, PANELS, TEXT, Figure, Tables
 from analysis.plots import representation
 from analysis.plots.style import PAGE, mark_s_max
 
@@ -84,8 +84,8 @@ def far_out(loaded: Tables) -> MatplotlibFigure:
     df = df[df["token_group"] == "masked"]
     drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.9), layout="constrained", width_ratios=[1.5, 1])
     representation.plot_far_out(df, ax=axes[0])
-    axes[0].set_title("loops 2 to 64, masked positions")
-    axes[0].legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.06), ncols=2)
+    axes[0].set_title("far out, masked positions")
+    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=2, frameon=False)
     labels = []
     for place, (model, title) in enumerate(PANELS):
         part = points[points["model"] == model].set_index("metric")
@@ -146,11 +146,11 @@ FIGURES = (
         ("convergence", "fixed-points"),
         far_out,
         """Far beyond S_max. Left: slopes of the log length of a step and of the log relative change against log
-        loop over 64 loops, every looped model; 95% over sequences (text: speeches). Dotted: what a constant
-        drift gives, 0 and -1. Convergence needs *both* clearly below their dotted line. Right: how far one
-        more loop moves the state at loop 64, 16 sequences, 95%; a fixed point is called verified only where
-        this is below 1e-4 (dotted) and steps have shrunk. The paper speaks of refinement that converges;
-        slopes at the dotted lines count against it. Definitions are ours.""",
+        loop over the later half of 64 loops, every looped model; 95% over sequences (text: speeches). Dotted:
+        what a constant drift gives, 0 and -1. Convergence needs both clearly below their dotted line. Right:
+        how far one more loop moves the state at loop 64, 16 sequences, 95%; a fixed point is called verified
+        only where this is below 1e-4 (dotted) and steps have shrunk. The paper speaks of refinement that
+        converges; slopes at the dotted lines count against it. Definitions are ours.""",
     ),
     Figure(
         "state-paths",

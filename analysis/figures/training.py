@@ -3,7 +3,7 @@
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from analysis.figures.figure import PANELS, SEEDS, Figure, Tables, compared
+from analysis.figures.entry import PANELS, SEEDS, Figure, Tables, compared
 from analysis.plots import quality
 from analysis.plots.style import PAGE
 

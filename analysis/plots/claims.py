@@ -24,7 +24,7 @@ def plot_claims(df: pd.DataFrame, columns: list[tuple[str, tuple[str, ...]]], *,
     claims = list(dict.fromkeys(df["claim"]))
     for row, claim in enumerate(claims):
         part = df[df["claim"] == claim]
-        lines = "\n".join(textwrap.wrap(part["text"].iloc[0], 72))
+        lines = "\n".join(textwrap.wrap(part["text"].iloc[0], 64))
         ax.text(0, row, lines, ha="left", va="center", fontsize=6.3)
         for place, (_, tasks) in enumerate(columns):
             for cell in part[part["task"].isin(tasks)].itertuples():

@@ -88,7 +88,7 @@ class Explorer:
     def _repr_html_(self) -> str:
         """A frame that holds the document; scripts run in it, nothing else of the notebook is in reach."""
         return (
-            f'<iframe title="{html.escape(self.title)}" sandbox="allow-scripts" loading="lazy" '
+            f'<iframe title="{html.escape(self.title)}" sandbox="allow-scripts" '
             f'style="width:100%;height:{HEIGHT}px;border:0" srcdoc="{html.escape(self.html)}"></iframe>'
         )
 

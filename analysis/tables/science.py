@@ -143,7 +143,7 @@ PLAIN: tuple[tuple[str, tuple[str, ...], tuple[str, ...], dict], ...] = (
     ("training-free", with_weights("base"), ("n_loops", "damping", "change"), {}),
     ("sudoku-boards", _sudoku(), ("loop", "metric", "value"), {"read_to": READ_TO}),
     ("sudoku-settling", _sudoku()[:1], ("depth", "loop_settled", "share"), {}),
-    ("sudoku-depth", _sudoku(), ("arm", "correlation"), {}),
+    ("sudoku-depth", (*_sudoku(), "sudoku-base"), ("arm", "correlation"), {}),
     ("sudoku-orders", _sudoku(), ("n_loops", "order", "solve_rate"), {"n": 200}),
     ("belief-rounds", _TREES, ("loop", "round", "kl"), {}),
     ("best-rounds", _TREES, ("loop", "best_round"), {}),

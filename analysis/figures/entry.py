@@ -35,7 +35,7 @@ class Figure:
 
     def draw(self, out: Path | str | None = None) -> MatplotlibFigure:
         """Draw from the tables; with `out` also write pdf, png, svg and a JSON sidecar there."""
-        loaded = {name: tables.load(name) for name in self.tables}
+        loaded = self.load()
         with style():
             figure = self.builder(loaded)
             if out is not None:
@@ -45,8 +45,14 @@ class Figure:
 
     def show(self) -> "Shown":
         """The figure with its caption and where its numbers come from, for a notebook."""
-        loaded = {name: tables.load(name) for name in self.tables}
-        return Shown(png_bytes(self.draw()), self.sidecar(loaded))
+        loaded = self.load()
+        with style():
+            picture = png_bytes(self.builder(loaded))
+        return Shown(picture, self.sidecar(loaded))
+
+    def load(self) -> Tables:
+        """Its tables, by name."""
+        return {name: tables.load(name) for name in self.tables}
 
     def _write(self, figure: MatplotlibFigure, out: Path, loaded: Tables) -> None:
         dates = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {"Software": None}}
