@@ -50,20 +50,6 @@ def plot_shares(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def plot_two_by_two(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Test NELBO of the four arms, a mark a seed and the mean as a bar; `df`: arm seed nll."""
-    ax = ax or plt.gca()
-    arms = ("base", "loop", "base-isolated", "loop-isolated")
-    for place, arm in enumerate(arms):
-        values = df.loc[df["arm"] == arm, "nll"]
-        ax.plot(np.full(len(values), place), values, **ARM_STYLE[arm] | {"linestyle": "none"})
-        ax.hlines(values.mean(), place - 0.25, place + 0.25, color="#444444", linewidth=1.2)
-    labels = ("base\nS = 1", "loop\n$S_{max}$", "base\nisolated", "loop\nisolated")
-    ax.set_xticks(range(len(arms)), labels)
-    ax.set(ylabel="test NELBO (nats per token)", xlim=(-0.5, 3.5))
-    return ax
-
-
 def plot_effects(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Heat map loop x mask ratio of an effect, thousandths of a nat; brackets where its 95% interval holds 0."""
     ax = ax or plt.gca()

@@ -156,7 +156,8 @@ def plot_arms(df: pd.DataFrame, value: str, *, ax: Axes | None = None) -> Axes:
         spread = place + 0.1 * (np.arange(len(values)) - (len(values) - 1) / 2)
         ax.plot(spread, values, **ARM_STYLE[arm] | {"linestyle": "none"})
         ax.hlines(values.mean(), place - 0.32, place + 0.32, color="#444444", linewidth=1.2)
-    ax.set_xticks(range(len(arms)), [f"{arm}\n({(df['arm'] == arm).sum()})" for arm in arms])
+    labels = [arm.replace("-", "\n") + f"\n({(df['arm'] == arm).sum()})" for arm in arms]
+    ax.set_xticks(range(len(arms)), labels)
     ax.set_xlim(-0.6, len(arms) - 0.4)
     return ax
 
