@@ -25,6 +25,7 @@ BENCHMARKS = {
     "frontier": science.replay,
     "similarity": science.similarity,
     "all-measures": science.suite,
+    "figures": science.drawing,
     "explorer": browser.explorer,
 }
 

@@ -4,6 +4,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 
@@ -98,3 +99,17 @@ def suite() -> Iterator[Row]:
             ):
                 measure(item.name, name, n=128, mask_ratios=(0.5,))
         yield at_most(f"all measures of {name}, 128 sequences", time.perf_counter() - start, 300, " s")
+
+
+def drawing() -> Iterator[Row]:
+    """All figures from the committed tables, in seconds."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from analysis.figures import FIGURES
+
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        for item in FIGURES.values():
+            item.draw(out=folder)
+        yield at_most("all figures from tables", time.perf_counter() - start, 45, " s")
