@@ -38,7 +38,7 @@ def read_table(path: Path, columns: Iterable[str] = ()) -> pd.DataFrame:
         status = path.stat()
     except OSError as error:
         raise UsageError(f"{path} is damaged ({error}); {remedy}") from error
-    df = _checked(path, status.st_mtime_ns, status.st_size, status.st_ino, remedy)
+    df = _checked(path, status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns, remedy)
     missing = [column for column in columns if column not in df.columns]
     if missing:
         raise UsageError(f"{path} lacks column {missing[0]}; {remedy}")
@@ -46,7 +46,7 @@ def read_table(path: Path, columns: Iterable[str] = ()) -> pd.DataFrame:
 
 
 @lru_cache(maxsize=64)
-def _checked(path: Path, modified: int, size: int, inode: int, remedy: str) -> pd.DataFrame:  # noqa: ARG001
+def _checked(path: Path, modified: int, size: int, inode: int, changed: int, remedy: str) -> pd.DataFrame:  # noqa: ARG001
     """The table of this state of the file."""
     try:
         df = pd.read_parquet(path)

@@ -209,15 +209,16 @@ class PredictedGain(StoppingRule):
         """Net gain in nats, [batch]."""
         if self.scope == "token":
             raise UsageError('the predictor knows whole sequences; scope "token" does not apply')
-        if view.loop >= len(self.predictor.ridges):
+        if view.loop >= self.max_loops - 1:
             return torch.zeros(len(view.state), device=view.state.device)
         values = {}
         for rule in feature_rules(self.max_loops):
             name = RECORDED[type(rule)]
             if name in _names(self.predictor.features):
-                values[name] = (
-                    rule.reduce(rule.values(view), self.group(view.masked, view.real)).double().cpu().numpy()
-                )
+                value = rule.values(view)
+                assert value is not None
+                value = rule.reduce(value, self.group(view.masked, view.real))
+                values[name] = value.double().detach().cpu().numpy()
         real = view.real.sum(-1).double()
         ratio = ((view.masked & view.real).sum(-1).double() / real).cpu().numpy()
         gains = self.predictor.ridges[view.loop](_columns(ratio, values))[:, : self.max_loops - 1 - view.loop]

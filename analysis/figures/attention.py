@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from analysis import zoo
-from analysis.figures.entry import GRIDS, OURS, PANELS, TEXT, Figure, Tables
+from analysis.figures.entry import GRIDS, ONE, OURS, PANELS, TEXT, Figure, Tables
 from analysis.plots import attention
 from analysis.plots.style import PAGE, mark_s_max
 
@@ -30,6 +30,9 @@ def mask_to_mask(loaded: Tables) -> MatplotlibFigure:
         row[0].set_title(f"{title}: mass, 50% masked")
         log_odds = loop[loop["key_group"] == "masked"]
         attention.plot_log_odds_by_loop(log_odds, ax=row[1])
+        others = [_looped(df, name) for name in zoo.names(model.split("-")[0], "loop") if name != model]
+        attention.plot_other_seeds([one[(one["segment"] == "loop") & (one["key_group"] == "masked")]
+                                    for one in others], ax=row[1])  # fmt: skip
         row[1].set_title(f"{title}: log-odds")
         for ax in row[:2]:
             mark_s_max(ax, zoo.s_max(model), len(half["loop"].unique()))
@@ -121,10 +124,11 @@ FIGURES = (
         mask_to_mask,
         f"""Attention of masked queries in the looped layer, by loop, to 3 x S_max. Left: mean mass on other
         masked keys, on clean keys and on itself, heads averaged; dotted: chance, the mean share of such keys.
-        Middle: log-odds of a masked against a clean key, self excluded; 0 = the head does not care. Right: the
-        same in the layers outside the loop. {GRIDS}; {TEXT}. Bands and bars: 95%. Loop i is the same for every
-        n_loops > i, so there is one curve. The paper reports that mask-to-mask attention rises with the loop
-        count and saturates near S_max; a flat or falling curve counts against it. {OURS}""",
+        Middle: log-odds of a masked against a clean key, self excluded; 0 = the head does not care; thin:
+        other training seeds, half masked. Right: the same in the layers outside the loop. {GRIDS}; {TEXT}.
+        Bands and bars: 95%. Loop i is the same for every n_loops > i, so there is one curve. The paper reports
+        that mask-to-mask attention rises with the loop count and saturates near S_max; a flat or falling curve
+        counts against it. {OURS} {ONE}""",
     ),
     Figure(
         "attention-maps",
@@ -133,18 +137,18 @@ FIGURES = (
         f"""Attention of one head of sotu-loop at three loops, and last minus first. The first 32 tokens of one
         test block, drawn by seed before looking; half of them masked (in brackets, with the true token). The
         head is the one that changes most: an illustration, n = 1, not a test. The map at loop i is the map a
-        run with n_loops = i ends on. {OURS}""",
+        run with n_loops = i ends on. {OURS} {ONE}""",
     ),
     Figure(
         "attention-content",
         ("mask-attention", "attention-along-sampling"),
         content,
-        f"""Left: norm of what masked keys move into masked queries in the looped layer (attention times the
-        value through the output matrix, less what all masked keys have in common), by loop, at three mask
-        ratios, to 3 x S_max; bands: 95%. Right: log-odds of a masked against a clean key before some denoising
-        steps of the model's own samples, 64 of them; in the first step nothing is clean. {GRIDS}; {TEXT}.
-        Log-odds that rise while content does not would say that masked positions look at each other more and
-        tell each other no more. {OURS}""",
+        f"""What masked positions pass on, and where they look while sampling. Left: norm of what masked keys
+        move into masked queries in the looped layer (attention times the value through the output matrix, less
+        what all masked keys have in common), by loop, at three mask ratios, to 3 x S_max; bands: 95%. Right:
+        log-odds of a masked against a clean key before some denoising steps of the model's own samples, 64 of
+        them; in the first step nothing is clean. {GRIDS}; {TEXT}. Log-odds that rise while content does not
+        would say that masked positions look at each other more and tell each other no more. {OURS} {ONE}""",
     ),
     Figure(
         "specification-curve",
@@ -152,18 +156,19 @@ FIGURES = (
         specifications,
         f"""Does masked-to-masked attention rise from the first loop to S_max? Every reasonable definition: mass,
         lift, log-odds, content, toggled key; with and without self and sinks; heads averaged, weighted by
-        content, or the one that grows most; three mask ratios. Above: the rise in units of its own standard
-        error (symmetric log scale), below: what was chosen. {GRIDS}; {TEXT}. One definition that falls where
-        others rise means that the claim depends on the definition. One seed of training; the definitions are
-        ours, the paper's is not public.""",
+        content, or the one that grows most; three mask ratios. Definitions that come to the same number are
+        shown once. Above: the rise in units of its own standard error (symmetric log scale), below: what was
+        chosen; verdicts by Student's t at 95% over sequences (text: speeches; half of them for the head that
+        grows most). {GRIDS}; {TEXT}. One definition that falls where others rise means that the claim depends
+        on the definition. One seed of training; the definitions are ours, the paper's is not public.""",
     ),
     Figure(
         "attention-heads",
         ("attention-heads",),
         heads,
         f"""Rise of the masked : clean log-odds of each head of the looped layer, from the first loop to S_max at
-        half masked. Heads are ranked on one half of the sequences (hollow) and measured on the other (full,
-        95%), so that choosing them does not flatter them. {GRIDS}; {TEXT}. A head below 0 turns away from
-        masked keys. {OURS}""",
+        half masked. Heads are ranked on one half of the sequences (hollow) and measured on the other (full;
+        1.96 standard errors), so that choosing them does not flatter them. {GRIDS}; {TEXT}. A head below 0
+        turns away from masked keys. {OURS} {ONE}""",
     ),
 )

@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from analysis import zoo
-from analysis.figures.entry import GRIDS, OURS, PANELS, SEEDS, TEXT, Figure, Tables, of_models
+from analysis.figures.entry import GRIDS, MEANS, ONE, OURS, PANELS, TEXT, Figure, Tables, of_models
 from analysis.plots import causal, quality
 from analysis.plots.style import COLUMN, PAGE
 
@@ -27,7 +27,7 @@ def mediated_share(loaded: Tables) -> MatplotlibFigure:
 def cut_effects(loaded: Tables) -> MatplotlibFigure:
     """Heat maps of what cutting masked-to-masked, or stale values, cost at one loop alone."""
     drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 3.8), layout="constrained")
-    tables = (("cut-effects", "masked → masked cut"), ("stale-effects", "values of loop 0"))
+    tables = (("cut-effects", "masked → masked cut"), ("stale-effects", "values of the first loop"))
     for row, (model, title) in zip(axes, PANELS, strict=True):
         for ax, (name, what) in zip(row, tables, strict=True):
             df = loaded[name]
@@ -73,17 +73,18 @@ FIGURES = (
         when masked-to-clean is cut, and when masked keys keep the values they had in the first loop. One mark
         a training seed; bars: 95% over sequences (text: over speeches). {GRIDS}; {TEXT}; two masks each. If
         random cuts lost as much, the gain would not need masked-to-masked attention. 0: the gain survives; 1:
-        nothing is left; models without a measurable gain have no share. {OURS}""",
+        nothing is left; above 1: looping hurts after the cut (linear to 2, then logarithmic); models without a
+        measurable gain have no share. {OURS}""",
     ),
     Figure(
         "cut-effects",
         ("cut-effects", "stale-effects"),
         cut_effects,
         f"""NELBO lost at S_max, in thousandths of a nat per masked token, by one change at one loop alone, by
-        mask ratio: attention among masked positions cut (left), masked keys' values of loop 0 in their place
-        (right). In brackets: the 95% interval holds 0. 128 test sequences, two masks each. Both arms on one
-        attention path, paired by sequence and mask. Numbers near 0 would say that loops do not use what masked
-        positions tell each other. {OURS}""",
+        mask ratio: attention among masked positions cut (left), masked keys' values of the first loop in their
+        place (right). In brackets: the 95% interval holds 0. 128 test sequences, two masks each. Both arms on
+        one attention path, paired by sequence and mask. Numbers near 0 would say that loops do not use what
+        masked positions tell each other. {OURS} {ONE}""",
     ),
     Figure(
         "trained-two-by-two",
@@ -101,7 +102,7 @@ FIGURES = (
         training_free,
         f"""Models that were never looped, with their middle layer run S times: in full steps and damped by 1/S.
         Left: change of the NELBO. Right: rise of the masked-to-masked log-odds from the first to the last loop
-        at half masked, self excluded. {SEEDS} If the log-odds rise here, too, a rise in looped models says
+        at half masked, self excluded. {MEANS} If the log-odds rise here, too, a rise in looped models says
         nothing about training with loops. Definitions are ours.""",
     ),
 )

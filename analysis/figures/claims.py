@@ -29,7 +29,7 @@ FIGURES = (
         lies on the other side; undecided: neither; not run: no such models. Estimate, interval and number of
         training seeds stand in the cell; the interval is over seeds, over test items or documents where there
         is one seed, and then the verdict is about that model alone. Estimands, margins and falsifiers were
-        written down before the runs, in figures/claims.toml. What is false here may be true at the paper's
-        scale.""",
+        written down before the five-seed Sudoku runs, in figures/claims.toml, which says what was known by
+        then and which two were reworded later. What is false here may be true at the paper's scale.""",
     ),
 )

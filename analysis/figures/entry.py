@@ -102,8 +102,12 @@ class Shown:
 
 SEEDS = """Lines: means over training seeds (numbers in the legend), thin ones single seeds; bands: 95%, by
 Student's t over seeds, over test items where there is one seed."""
-OURS = "Definitions are ours; the paper's are not public. One seed of training."
-TEXT = "256 test blocks of 64 tokens from 8 unseen speeches (errors over speeches)"
+MEANS = """Lines: means over training seeds; bands: 95%, by Student's t over seeds, over test items where there
+is one seed."""
+OURS = "Definitions are ours; the paper's are not public."
+ONE = "One seed of training."
+TEXT = """256 test blocks of 64 tokens from 8 unseen speeches (1.96 standard errors over speeches; Student's
+interval would be 1.2 times as wide)"""
 GRIDS = "256 grids of unseen classes (errors over grids)"
 """Parts of captions."""
 

@@ -45,7 +45,7 @@ def changed(names: Iterable[str], out: Path, gallery: Path) -> list[str]:
         fresh = Path(folder)
         for name in names:
             FIGURES[name].draw(out=fresh)
-            found += _differences(name, fresh, out) + _from_gallery(name, fresh, gallery, known, same_versions)
+            found += _differences(name, fresh, out) + against_gallery(name, fresh, gallery, known, same_versions)
     return found
 
 
@@ -64,7 +64,8 @@ def _differences(name: str, fresh: Path, out: Path) -> list[str]:
     return [f"{out / file} differs" for file in files if (out / file).read_bytes() != (fresh / file).read_bytes()]
 
 
-def _from_gallery(name: str, fresh: Path, gallery: Path, known: dict, same_versions: bool) -> list[str]:
+def against_gallery(name: str, fresh: Path, gallery: Path, known: dict, same_versions: bool) -> list[str]:
+    """What of a committed picture differs from the one drawn into `fresh`; at most one line."""
     picture = gallery / f"{name}.png"
     if name not in known["tables"] or not picture.exists():
         return [f"{picture} is missing; run `make gallery`"]
@@ -153,7 +154,7 @@ def headline() -> str:
 
 def first_sentence(figure: Figure) -> str:
     """What a picture shows, for those who cannot see it."""
-    return re.split(r"(?<=[.;:]) ", figure.text, maxsplit=1)[0].rstrip(".;:")
+    return re.split(r"(?<=\.) ", figure.text, maxsplit=1)[0].rstrip(".")
 
 
 def claims_markdown(df: pd.DataFrame) -> str:

@@ -5,7 +5,7 @@ import pandas as pd
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from analysis import zoo
-from analysis.figures.entry import PANELS, SEEDS, Figure, Tables, compared, of_models
+from analysis.figures.entry import MEANS, PANELS, SEEDS, Figure, Tables, compared, of_models
 from analysis.plots import quality
 from analysis.plots.style import PAGE
 
@@ -96,9 +96,7 @@ def generative(loaded: Tables) -> MatplotlibFigure:
     axes[1].plot(real["unigram_entropy"], real["judge_nll"], marker="*", color="black", linestyle="none",
                  markersize=7, label="real text")  # fmt: skip
     axes[1].legend(frameon=False, loc="center left")
-    axes[1].set(
-        xlabel="unigram entropy (nats)", ylabel="judge's NLL (nats)", title="far from real text at every S"
-    )
+    axes[1].set(xlabel="unigram entropy (nats)", ylabel="judge's NLL (nats)", title="beside unigram entropy")
     return drawn
 
 
@@ -146,8 +144,8 @@ FIGURES = (
         gain_by_noise,
         f"""Gain of looping over S = 1 (nats per masked token, paired by sequence and mask) by mask ratio, at
         several loop counts, looped models. 1,000 grids of unseen classes; all test blocks of 8 unseen
-        speeches; two masks each. {SEEDS} The paper reports the largest gain at intermediate noise; a curve
-        that peaks at an end counts against it.""",
+        speeches; two masks each. {MEANS} The band is that of S_max. The paper reports the largest gain at
+        intermediate noise; a curve that peaks at an end counts against it.""",
     ),
     Figure(
         "zero-shot",
@@ -165,9 +163,9 @@ FIGURES = (
         """NLL of unconditional samples under SmolLM2-135M, by loops and denoising steps; 64 samples of 64 tokens
         each, 95% over samples; lines: equal FLOPs of the whole run. Right: the same beside the entropy of a
         sample's unigrams, which a judge alone would reward for falling; star: real test text. Samples of
-        models of this size are 20 times as surprising as real text, and differences between loop counts are
-        within the errors: the figure says that nothing can be said here. The paper: generative perplexity
-        falls with S, most at few steps. One seed of training.""",
+        models of this size are far more surprising than real text. The paper: generative perplexity falls with
+        S, most at few steps; a column that does not fall upwards counts against it (errors are of single
+        cells; no correction for their number). One seed of training.""",
     ),
     Figure(
         "loops-or-steps",
@@ -175,7 +173,8 @@ FIGURES = (
         loops_or_steps,
         """What a fixed amount of FLOPs buys, spent on loops or on denoising steps. Left: whole boards (16 of 36
         cells given, cells filled by confidence, any valid completion counts; 64 puzzles). Middle, right: the
-        NELBO of single tokens, which steps cannot change: flat lines. Bars: 95% over puzzles, sequences or
+        NELBO of single tokens, which steps cannot change: flat lines; loop counts are paired by mask, so that
+        their differences are surer than the bars. Bars: 1.96 standard errors over puzzles, sequences or
         speeches. If more loops at equal FLOPs always solved more, steps would be the worse buy. The comparison
         is ours; one seed of training.""",
     ),

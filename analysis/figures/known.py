@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from analysis import zoo
-from analysis.figures.entry import SEEDS, Figure, Tables
+from analysis.figures.entry import MEANS, Figure, Tables
 from analysis.plots import known
 from analysis.plots.style import PAGE, mark_s_max
 
@@ -58,7 +58,7 @@ FIGURES = (
         36 cells hidden, 256 grids of unseen classes. Left: pairs of cells of one unit with the same symbol,
         hidden cells against clues and among themselves; hidden cells that differ from the solution; boards
         without a conflict with their clues that are invalid. Right: hidden cells that a loop repairs and that
-        it breaks. {SEEDS} The paper: early loops are locally plausible and globally inconsistent, later ones
+        it breaks. {MEANS} The paper: early loops are locally plausible and globally inconsistent, later ones
         repair. Loops that break as much as they repair would count against it. Definitions are ours.""",
     ),
     Figure(
@@ -80,9 +80,9 @@ FIGURES = (
         nat per hidden node, by S (first column: the base model, equal size and training FLOPs) and by the
         rounds of belief propagation that a node's posterior needs (hops; at most 12 shown); means over seeds,
         two masks a sequence. Right: KL from the belief after each synchronous round of belief propagation to
-        the read-out after each loop, half masked; framed: the round each loop is nearest to. Above: a binary
-        tree of 63 nodes with observed leaves, below: a chain, whose posterior needs only the nearest observed
-        nodes. If loop i did what round i does, frames would run down a diagonal on the tree. Definitions are
-        ours; the paper does not have these tasks.""",
+        the read-out after each loop, half masked; framed: the rounds each loop is nearest to, within 1%.
+        Above: a binary tree of 63 nodes with observed leaves, below: a chain, whose posterior needs only the
+        nearest observed nodes. If loop i did what round i does, frames would run down a diagonal on the tree.
+        Definitions are ours; the paper does not have these tasks.""",
     ),
 )

@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from analysis import zoo
-from analysis.figures.entry import GRIDS, OURS, PANELS, TEXT, Figure, Tables
+from analysis.figures.entry import GRIDS, ONE, OURS, PANELS, TEXT, Figure, Tables
 from analysis.plots import representation
 from analysis.plots.style import PAGE, mark_s_max
 
@@ -120,7 +120,7 @@ FIGURES = (
         f"""Change of the state at masked positions from loop to loop, to 3 x S_max: relative change ||H(i) -
         H(i-1)|| / ||H(i)|| beside the 1/i of a constant drift; cosine of successive steps; KL of each read-out
         to the previous one; share of best tokens that flip. {GRIDS}; {TEXT}. Bands: 95%. A relative change
-        that only follows the dotted line is no convergence. {OURS}""",
+        that only follows the dotted line is no convergence. {OURS} {ONE}""",
     ),
     Figure(
         "lenses",
@@ -130,7 +130,8 @@ FIGURES = (
         would if it stopped there, and by unembedding the state directly, to 3 x S_max. The lenses need not
         agree: the coda is trained to read what the loop leaves, the unembedding is not. Left: probability of
         the true token; middle: entropy; right: KL to the previous loop's answer. {GRIDS}; {TEXT}. Bands: 95%.
-        Loops that refine an answer raise p(true) at least to S_max; a fall there counts against it. {OURS}""",
+        Loops that refine an answer raise p(true) at least to S_max; a fall there counts against it. {OURS}
+        {ONE}""",
     ),
     Figure(
         "similarity",
@@ -139,18 +140,18 @@ FIGURES = (
         f"""Linear CKA (debiased) between the states of masked positions after every two loops, to 2 x S_max;
         "in": what enters the first loop. Half masked. {GRIDS}; {TEXT}. 1: equal up to rotation and scale, so
         that a state which only grows counts as unchanged. Neighbours that stay below 1 far out would say that
-        loops go on computing. {OURS}""",
+        loops go on computing. {OURS} {ONE}""",
     ),
     Figure(
         "far-out",
         ("convergence", "fixed-points"),
         far_out,
-        """Far beyond S_max. Left: slopes of the log length of a step and of the log relative change against log
+        f"""Far beyond S_max. Left: slopes of the log length of a step and of the log relative change against log
         loop over the later half of 64 loops, every looped model; 95% over sequences (text: speeches). Dotted:
-        what a constant drift gives, 0 and -1. Convergence needs both clearly below their dotted line. Right:
-        how far one more loop moves the state at loop 64, 16 sequences, 95%; a fixed point is called verified
-        only where this is below 1e-4 (dotted) and steps have shrunk. The paper speaks of refinement that
-        converges; slopes at the dotted lines count against it. Definitions are ours.""",
+        what a constant drift gives, 0 and -1. Steps that shrink like 1/i still add up without end, so
+        convergence needs both slopes below -1.25. Right: how far one more loop moves the state at loop 64, 16
+        sequences, 95%; a fixed point is called verified only where this is below 1e-4 (dotted) and steps have
+        shrunk. The paper speaks of refinement that converges; slopes above that count against it. {OURS}""",
     ),
     Figure(
         "state-paths",
@@ -159,6 +160,6 @@ FIGURES = (
         f"""Mean states of masked positions of 12 sequences, from what enters the loop (hollow) through each loop
         (larger marks) to S_max (full), in the first two principal components of all of them. An illustration:
         two components hold the share of variance given at the axes, and what looks like standing still may
-        move in the others. {GRIDS}; {TEXT}. {OURS}""",
+        move in the others. {GRIDS}; {TEXT}. {OURS} {ONE}""",
     ),
 )

@@ -37,18 +37,18 @@ def plot_loops_by_step(df: pd.DataFrame, most: int, *, ax: Axes | None = None) -
     band(ax, part["step"] + 1, part["value"], low, high, **RULE_STYLE["state-delta"] | {"label": "loops used"})
     ax.axhline(most, **NULL)
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.set(xlabel="denoising step (1 = all masked)", ylabel="loops used", ylim=(0, most + 0.5))
+    ax.set(xlabel="denoising step (1 = first)", ylabel="loops used", ylim=(0, most + 0.5))
     return ax
 
 
 def plot_usage(df: pd.DataFrame, most: int, *, ax: Axes | None = None) -> Axes:
     """Loops used by group, both scopes; `df`: rows of one model: scope by group value standard_error."""
     ax = ax or plt.gca()
-    df = df[df["by"] != "all"]
+    df = df.loc[df["by"] != "all"]
     groups = list(dict.fromkeys(zip(df["by"], df["group"], strict=True)))
     looks = {"sequence": ("#1b4f8f", "o"), "token": ("#e08214", "^")}
     for side, (scope, (colour, marker)) in enumerate(looks.items()):
-        part = df[df["scope"] == scope].set_index(["by", "group"]).reindex(groups)
+        part = df[df["scope"] == scope].set_index(["by", "group"]).reindex(pd.MultiIndex.from_tuples(groups))
         place = np.arange(len(groups)) + 0.22 * (side - 0.5)
         ax.errorbar(part["value"], place, xerr=Z95 * part["standard_error"], linestyle="none", color=colour,
                     marker=marker, linewidth=0.9, label=f"scope {scope}")  # fmt: skip

@@ -50,6 +50,15 @@ def plot_log_odds_by_loop(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def plot_other_seeds(frames: Sequence[pd.DataFrame], *, ax: Axes) -> Axes:
+    """Log-odds at half masked of other training seeds, a thin line each; frames as `plot_log_odds_by_loop`'s."""
+    for df in frames:
+        part = df[np.isclose(df["nominal_mask_ratio"], 0.5)].sort_values("loop")
+        colour = RATIO_STYLE[0.5]["color"]
+        ax.plot(part["loop"].astype(int) + 1, part["log_odds"], color=colour, linewidth=0.5, zorder=1)
+    return ax
+
+
 def plot_log_odds_by_layer(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Log-odds of the layers outside the loop, a mark a mask ratio, with 95% intervals."""
     ax = ax or plt.gca()
@@ -155,6 +164,7 @@ def plot_specifications(df: pd.DataFrame, axes: Sequence[Axes]) -> None:
     `df`: rows of one model: measure self sinks heads nominal_mask_ratio estimate standard_error low high verdict.
     """
     above, below = axes
+    df = df.drop_duplicates(["measure", "nominal_mask_ratio", "estimate", "standard_error"])
     df = df.assign(score=df["estimate"] / df["standard_error"])
     order = df.sort_values(["measure", "score"]).reset_index(drop=True)
     colours = {"rises": "#1b4f8f", "undecided": "#bbbbbb", "falls": "#e08214"}
@@ -164,6 +174,7 @@ def plot_specifications(df: pd.DataFrame, axes: Sequence[Axes]) -> None:
                    markersize=2.2, label=f"{says} ({len(part)})")  # fmt: skip
     above.axhline(0, **NULL)
     above.set_yscale("symlog", linthresh=2)
+    above.margins(y=0.08)
     choices = [("measure", name) for name in dict.fromkeys(order["measure"])]
     choices += [("self", "in"), ("sinks", "in")]
     choices += [("heads", name) for name in dict.fromkeys(order["heads"])]

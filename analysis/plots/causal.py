@@ -16,7 +16,7 @@ ARMS_CUT = (
     ("masked->masked", False, "cut masked → masked"),
     ("masked->masked", True, "random, equal mass\nand distance"),
     ("masked->clean", False, "cut masked → clean"),
-    ("stale", False, "values of loop 0 at\nmasked keys"),
+    ("stale", False, "values of first loop\nat masked keys"),
 )
 
 

@@ -43,8 +43,10 @@ def _draw_cell(ax: Axes, left: float, row: int, cell) -> None:
     ax.add_patch(Rectangle((left, row - 0.46), WIDTH * 0.96, 0.92, **box))
     middle = left + WIDTH * 0.48
     below = said(cell)
-    ax.text(middle, row - 0.18 * bool(below), f"{sign} {cell.verdict}", ha="center", va="center", fontsize=6.3)
-    ax.text(middle, row + 0.22, below, ha="center", va="center", fontsize=5.2)
+    named = "" if cell.task in ("sudoku", "sotu") else f"{cell.task}: "
+    place = {"ha": "center", "va": "center"}
+    ax.text(middle, row - 0.18 * bool(below), f"{named}{sign} {cell.verdict}", fontsize=6.3, **place)
+    ax.text(middle, row + 0.22, below, fontsize=5.2, **place)
 
 
 def said(cell) -> str:

@@ -80,6 +80,8 @@ def plot_orders(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 SHOWN_LOOPS, MOST_HOPS = (1, 2, 3, 4, 6, 8, 12, 16), 12
+NEAR = 1.01
+"""Rounds whose divergence is within this factor of the least are not told apart."""
 
 
 def plot_excess(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -88,7 +90,7 @@ def plot_excess(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     `df`: rows of one task, means over seeds are taken: arm n_loops hops excess_kl.
     """
     ax = ax or plt.gca()
-    df = df[df["n_loops"].isin(SHOWN_LOOPS) & (df["hops"] <= MOST_HOPS)]
+    df = df.loc[df["n_loops"].isin(SHOWN_LOOPS) & (df["hops"] <= MOST_HOPS)]
     mean = df.groupby(["arm", "n_loops", "hops"], as_index=False)["excess_kl"].mean()
     looped = mean[mean["arm"] == "loop"].pivot(index="hops", columns="n_loops", values="excess_kl")
     base = mean[(mean["arm"] == "base") & (mean["n_loops"] == 1)].set_index("hops")["excess_kl"]
@@ -99,7 +101,7 @@ def plot_excess(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def plot_rounds(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """KL between the belief after each round and the read-out after each loop; a frame marks each loop's nearest.
+    """KL between the belief after each round and the read-out after each loop; frames mark each loop's nearest.
 
     `df`: rows of one model and mask ratio: loop round kl.
     """
@@ -107,7 +109,8 @@ def plot_rounds(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     table = 1e3 * df.pivot(index="round", columns="loop", values="kl")
     table.columns = table.columns + 1
     _heat(ax, table, "", "KL(belief || read-out), nats / 1000")
-    for column, row in enumerate(table.to_numpy().argmin(axis=0)):
+    near = table.to_numpy() <= NEAR * table.to_numpy().min(axis=0)
+    for row, column in np.argwhere(near):
         ax.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#d95f02", linewidth=1.3))
     ax.set(xlabel="loop (1 = first)", ylabel="round of belief propagation")
     return ax

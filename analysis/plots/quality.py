@@ -182,13 +182,9 @@ def plot_flops_ratio(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
                 ax.annotate(count, (x, 0.345), ha="center", fontsize=5.5)
                 continue
             look = ARM_STYLE[arm] | {"linestyle": "none"}
-            whole = row.n_reached == row.n and row.n_reached_against == row.n_against
-            ax.plot(x, row.ratio, **look, markerfacecolor=look["color"] if whole else "white")
+            ax.plot(x, row.ratio, **look)
             if np.isfinite(row.low):
                 ax.vlines(x, row.low, row.high, color=look["color"], linewidth=0.9)
-            ax.annotate(
-                f"{100 * row.share:.0f}", (x, 0.02), xycoords=("data", "axes fraction"), ha="center", fontsize=5.5
-            )
     ax.axhline(1, **NULL)
     ax.set_yscale("log")
     ax.set_yticks([0.25, 0.5, 1, 2, 4], ["0.25", "0.5", "1", "2", "4"])
@@ -236,7 +232,7 @@ def plot_loops_or_steps(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         look = {"color": colour, "marker": marker, "linestyle": "-", "linewidth": 1}
         error = Z95 * part["quality_se"]
         ax.errorbar(part["flops"] / 1e9, part["quality"], yerr=error, label=f"S = {count}", **look)
-    budgets = sorted(df["budget"].unique() / 1e9)
+    budgets = sorted(set(df["budget"] / 1e9))
     ax.set_xscale("log")
     ax.set_xticks(budgets, [f"{budget:.2g}" for budget in budgets])
     ax.set_xticks([], minor=True)

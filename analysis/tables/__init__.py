@@ -94,7 +94,7 @@ def measure_all(names: Iterable[str], workers: int = 0) -> Iterator[str]:
     folder = tables_folder()
     waiting = {name: set(table(name).tables) for name in names}
     waiting = {name: needs & waiting.keys() for name, needs in waiting.items()}
-    context = multiprocessing.get_context("spawn")
+    context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
     with ProcessPoolExecutor(workers or os.cpu_count(), context, _one_thread) as pool:
         try:
             running: dict[Future, str] = {}
@@ -111,8 +111,9 @@ def measure_all(names: Iterable[str], workers: int = 0) -> Iterator[str]:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in multiprocessing.active_children():
-                child.terminate()
-                child.join()
+                if child not in others:
+                    child.terminate()
+                    child.join()
             clear_partial(folder)
             raise
 

@@ -1,5 +1,7 @@
 """A predictor that can know beats the schedule, one that cannot does not; pairs of loops and steps cost alike."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -74,19 +76,26 @@ def test_free_gain_is_taken_and_dear_flops_are_not():
 @pytest.mark.parametrize("features", ["state", "lens"])
 def test_the_predictor_as_a_rule_is_its_replay_and_pays_for_what_it_reads(features):
     m = toy_model(max_loops=4, seed=5)
-    tokens = torch.randint(0, m.cfg.d_vocab - 1, (48, 10), generator=torch.Generator().manual_seed(1))
-    b = mask_tokens(tokens, m.cfg.mask_token_id, mask_ratio=0.5, seed=0)
+    tokens = torch.randint(0, m.cfg.d_vocab - 1, (64, 10), generator=torch.Generator().manual_seed(1))
+    b = mask_tokens(tokens, m.cfg.mask_token_id, t=torch.linspace(0.45, 0.95, 64), seed=0)
     record = record_loops(m, b, feature_rules(4))
-    predictor = GainPredictor.fit(record, features)
-    gains = predictor.gains(record, 0)
-    for price in np.quantile(np.abs(gains), [0.2, 0.5, 0.8]) / float(record.flops()[1, 0] - record.flops()[0, 0]):
+    needed = (torch.arange(64) % 4)[None]  # planted: a row gains until its own loop
+    losses = (needed - torch.arange(4)[:, None]).clamp(min=0).double() + 0.3 * record.criteria["DirectEntropy"]
+    predictor = GainPredictor.fit(replace(record, losses=losses), features)
+    step = float(record.flops()[1, 0] - record.flops()[0, 0])
+    counts = set()
+    for price in np.linspace(0.05, 1.0, 8) / step:
         rule = PredictedGain.of(predictor, record, price)
         run = m.run(b.tokens, stop=rule)
-        assert run.loops_used.tolist() == predictor.loops(record, price).tolist()
-        plain = m.run(b.tokens, stop=FixedLoops(max_loops=1)).flops
-        first = run.loops_used == 1
-        if first.any():
-            assert bool((run.flops[first] > plain[first]).all()) == (features == "lens")
+        counts |= set(run.loops_used.tolist())
+        if features == "state":  # reading costs differ between rows, the rule knows their mean
+            assert run.loops_used.tolist() == predictor.loops(record, price).tolist()
+    assert len(counts) >= 3
+    short = PredictedGain.of(predictor, record, -1.0, max_loops=2)  # paid for looping: to the end
+    run = m.run(b.tokens, stop=short)
+    assert run.loops_used.unique().tolist() == [2]
+    plain = m.run(b.tokens, stop=FixedLoops(max_loops=2)).flops
+    assert bool((run.flops > plain).all()) == (features == "lens")
     with pytest.raises(UsageError, match="4 at most"):
         PredictedGain.of(predictor, record, 0.0, max_loops=9)
 

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from analysis import figures, frames, tables
+from analysis.figures import gallery
 from loopmdm_model.errors import UsageError
 
 
@@ -23,6 +24,11 @@ def test_each_figure_is_written_whole_with_its_provenance(name, tmp_path):
             assert ax.lines or ax.collections or ax.containers or ax.images, ax.get_title()
     caption = figures.FIGURES[name].text
     assert "ours" in caption or "paper" in caption
+
+
+@pytest.mark.parametrize("name", list(figures.FIGURES))
+def test_each_committed_picture_is_what_its_tables_give(name, tmp_path):
+    assert gallery.changed([name], tmp_path / "out", tables.figures_folder() / "gallery") == []
 
 
 def test_a_shown_figure_carries_the_batch_figures_sidecar(tmp_path):
