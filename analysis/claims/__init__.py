@@ -1,10 +1,10 @@
 """The paper's claims, each put to a measurement that could have said no.
 
 `figures/claims.toml` holds every claim's estimand, margin, direction and falsifier, from before the five-seed
-Sudoku runs (`seen` says what was known by then); here is how the estimand is read off the tables. The interval is over training seeds (Student's t, Welch's for two arms)
-wherever there are two or more, else over test items. Verdict: "supported" if the whole interval lies beyond the
-margin in the claimed direction, "not supported" if it lies on the other side, "undecided" otherwise, "not run"
-where the models are not there.
+Sudoku runs (`seen` says what was known by then); here is how the estimand is read off the tables. The interval
+is over training seeds (Student's t, Welch's for two arms) wherever there are two or more, else over test items.
+Verdict: "supported" if the whole interval lies beyond the margin in the claimed direction, "not supported" if
+it lies on the other side, "undecided" otherwise, "not run" where the models are not there.
 """
 
 import tomllib

@@ -126,7 +126,7 @@ FIGURES = (
         masked keys, on clean keys and on itself, heads averaged; dotted: chance, the mean share of such keys.
         Middle: log-odds of a masked against a clean key, self excluded; 0 = the head does not care; thin:
         other training seeds, half masked. Right: the same in the layers outside the loop. {GRIDS}; {TEXT}.
-        Bands and bars: 95%. Loop i is the same for every n_loops > i, so there is one curve. The paper reports
+        Loop i is the same for every n_loops > i, so there is one curve. The paper reports
         that mask-to-mask attention rises with the loop count and saturates near S_max; a flat or falling curve
         counts against it. {OURS} {ONE}""",
     ),

@@ -13,6 +13,7 @@ from analysis.tables import training
 from loopmdm_model import stats
 from loopmdm_model.checkpoints import list_runs
 from loopmdm_model.errors import UsageError
+from loopmdm_model.training.spec import DataSpec
 
 
 def test_every_shipped_model_has_a_task_an_arm_and_a_seed():
@@ -41,7 +42,7 @@ def test_arms_of_a_comparison_had_equal_training_flops():
         records = [zoo.record(name) for name in zoo.names(task)]
         spent = np.array([record["training_flops"]["realised"] for record in records])
         assert spent.max() / spent.min() < 1.001, task
-        assert len({str(record["spec"]["data"]) for record in records}) == 1
+        assert len({DataSpec(**record["spec"]["data"]) for record in records}) == 1
 
 
 def test_welch_is_scipys():
