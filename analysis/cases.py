@@ -58,6 +58,11 @@ class Case:
             return None
         return spread(torch.from_numpy(self.test.clusters), self.n).numpy()
 
+    @property
+    def n_units(self) -> int:
+        """How many of them are independent: documents or templates where sequences share one."""
+        return len(self.tokens) if self.clusters is None else len(np.unique(self.clusters))
+
     @cached_property
     def validation(self) -> TestSet:
         """Sequences to choose thresholds and fit predictors on."""

@@ -190,7 +190,7 @@ def _late(twins: dict[str, int]) -> list[str]:
 def _add_table(items: Items, table: Any, folder: Path, axes: dict[str, int]) -> None:
     twins, attributes = _twins(table.models, axes), _attributes(folder / f"{table.name}.parquet")
     needs = tuple(f"{kind}/{name}" for kind in ("model", "table") for name in getattr(table, f"{kind}s"))
-    after = tuple(f"corpus/{item.name}" for item in sources().values() if item.role == table.reads)
+    after = tuple(f"corpus/{item.name}" for item in sources().values() if table.reads in (item.role, item.name))
     after += tuple(f"model/{twin}" for twin in _late(twins))
     current = all(items[need].current for need in needs if need in items) and not _late(twins)
     recorded = current and attributes.get("models") == {name: _model_hash(name) for name in table.models}

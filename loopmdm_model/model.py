@@ -243,6 +243,8 @@ class LoopMDM(nn.Module):
         """
         if rows is not None and self._heard(taps):
             return self.unembedding(self.coda(state, context, taps), taps)[rows]
+        if rows is not None and not bool(rows.any()):
+            return self.unembedding(state, taps, rows)  # nobody asks
         return self.unembedding(self.coda(state, context, taps, rows=rows), taps, rows)
 
     def _heard(self, taps: TapSource) -> bool:

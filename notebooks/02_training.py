@@ -150,13 +150,31 @@ last.pivot(index=["task", "arm"], columns="seed", values="nelbo").round(3)
 # The table holds the last validation NELBO of every run at its S_max, in nats per token. Read along a row before
 # you compare rows: the spread within a row is what a difference between rows has to beat.
 #
+# ## Where to loop, and how much
+#
+# The paper loops early-middle layers, and says that few suffice. Here five layers share one budget: none of them
+# loops, or one, or two, or all. The crosses are the same models read at S = 1: a placement whose cross lies on
+# its mark was trained with loops and does not use them.
+
+# %%
+figures.FIGURES["placement"].show()
+
+# %% [markdown]
+# The other choice is how far S goes in training. A larger S_max makes a step dearer, so the same FLOPs buy fewer
+# steps. Look at two things: which curve is lowest at its ring, and where each curve turns. A model whose best S
+# lies beyond its ring would have had use for more loops than it was trained with.
+
+# %%
+figures.FIGURES["amount-of-looping"].show()
+
+# %% [markdown]
 # ## Verdicts
 #
 # The estimands and margins are in `figures/claims.toml`. Intervals run over training seeds where there are at
 # least two.
 
 # %%
-mine = ["fewer-training-flops", "better-at-equal-flops", "better-than-deeper"]
+mine = ["fewer-training-flops", "better-at-equal-flops", "better-than-deeper", "placement"]
 verdicts = claims_table().query("claim in @mine").set_index(["claim", "task"])
 verdicts[["verdict", "estimate", "low", "high", "margin", "direction", "n_seeds"]].round(3)
 

@@ -134,7 +134,7 @@ figures.FIGURES["loops-or-steps"].show()
 
 # %%
 mine = ["one-loop-is-worse", "more-loops-are-better", "most-by-half", "better-beyond-s-max", "intermediate-noise",
-        "zero-shot", "solves-what-shallow-cannot"]  # fmt: skip
+        "zero-shot", "solves-what-shallow-cannot", "reasoning"]  # fmt: skip
 verdicts = claims_table().query("claim in @mine").set_index(["claim", "task"])
 verdicts[["verdict", "estimate", "low", "high", "margin", "direction", "n_seeds"]].round(3)
 

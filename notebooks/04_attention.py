@@ -103,6 +103,16 @@ untrained.query(looped).query("loop in @loops")[columns].round(3)
 figures.FIGURES["mask-to-mask-by-loop"].show()
 
 # %% [markdown]
+# ## Does it end where training ended?
+#
+# "Saturates near S_max" could mean that training up to S_max sets the place, or that a few loops are always
+# enough. Models that were trained with another S_max tell the two apart: in the first case their curves turn at
+# different loops on the left, and all near 1 on the right.
+
+# %%
+figures.FIGURES["saturation"].show()
+
+# %% [markdown]
 # ## What the attention moves
 #
 # Mass is not communication. If log-odds rise while content falls, masked positions look at each other more and

@@ -24,7 +24,7 @@ from loopmdm_model.sampling import sample
 
 MARGINAL = "marginal-nll"
 COLUMNS = ["budget", "n_loops", "steps", "order", "temperature", "measure", "quality", "quality_se",
-           "against_first", "against_first_se", "flops", "n"]  # fmt: skip
+           "against_first", "against_first_se", "flops", "n", "n_units"]  # fmt: skip
 Pair = tuple[float, int, int]
 """Budget (FLOPs a sequence; NaN: none given), n_loops, steps."""
 
@@ -74,7 +74,7 @@ def loops_against_steps(
     sequence (same seeds; without budgets: of the first pair); `flops` are those spent, of one sequence. `clusters`
     name the documents of `test`. Sudoku: "confidence" order at temperature 0 by default, else "random" at 1.
     Columns: budget n_loops steps order temperature measure quality quality_se against_first against_first_se
-    flops n.
+    flops n n_units.
     """
     if (grid is None) == (not budgets):
         raise UsageError("give either grid=, pairs (n_loops, steps), or budgets= in FLOPs per sequence")
@@ -101,7 +101,8 @@ def loops_against_steps(
             other = first.setdefault((str(budget), own.measure), own)
             mean, error, number = own.mean(owner)
             rows.append((budget, count, len(r.loops_used), order, temperature, own.measure, mean, error,
-                         *own.against(other, owner), r.flops / len(r.tokens), number))  # fmt: skip
+                         *own.against(other, owner), r.flops / len(r.tokens), number,
+                         number if owner is None else len(np.unique(owner))))  # fmt: skip
     return pd.DataFrame(rows, columns=COLUMNS)
 
 

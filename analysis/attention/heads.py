@@ -82,7 +82,7 @@ def head_growth(
     """Heads of the looped layers by growth on one half; the `top` of them (default: all) tested on the other.
 
     Columns: n_loops layer head rank mask_ratio growth_ranked (the half that ranks) growth standard_error p_value
-    p_holm n (the half that tests), best rank (1) first.
+    p_holm n n_units (the half that tests), best rank (1) first.
     """
     n_loops = check_loops(m, n_loops)
     check_batch("head_growth", b, clusters)
@@ -95,7 +95,7 @@ def head_growth(
     frame = pd.DataFrame({
         "n_loops": n_loops, "layer": layer + m.cfg.n_prelude_layers, "head": head, "mask_ratio": b.mask_ratio,
         "growth_ranked": ranked.ravel(), "growth": growth.ravel(), "standard_error": error.ravel(),
-        "p_value": one_sided(growth, error, units).ravel(), "n": n.ravel(),
+        "p_value": one_sided(growth, error, units).ravel(), "n": n.ravel(), "n_units": units.ravel(),
     })  # fmt: skip
     frame = frame.sort_values("growth_ranked", ascending=False, na_position="last", kind="stable").head(n_tests)
     frame = frame.reset_index(drop=True)

@@ -46,16 +46,17 @@ def over_seeds(values: np.ndarray, errors: np.ndarray, n: int, n_units: int) -> 
 
 
 def between_arms(ours: pd.DataFrame, theirs: pd.DataFrame, value: str, paired: str | None = None) -> Answer:
-    """Difference of two arms: Welch over seeds; for one seed each the paired column with its _se."""
+    """Difference of two arms: Welch over seeds; for one seed the paired column with its _se, or no interval."""
     if ours.empty or theirs.empty:
         raise NotRun
     if min(len(ours), len(theirs)) > 1:
         difference, low, high = stats.welch(ours[value].to_numpy(), theirs[value].to_numpy())
         return Answer(difference, low, high, min(len(ours), len(theirs)), int(ours["n"].iloc[0]))
     if paired is None:
-        raise NotRun
+        difference = float(ours[value].mean() - theirs[value].mean())
+        return Answer(difference, float("nan"), float("nan"), 1, int(ours["n"].iloc[0]))
     row = ours.iloc[0]
-    units = int(row.get("n_clusters", row["n"]))
+    units = int(row.get("n_units", row["n"]))
     return over_seeds(np.array([row[paired]]), np.array([row[f"{paired}_se"]]), int(row["n"]), units)
 
 
@@ -74,7 +75,7 @@ def _looped(task: str) -> int:
 def _units(task: str) -> int:
     """Independent test units: grids, or documents where sequences share one."""
     df = tables.load("nll-by-loops")
-    return int(df.loc[df["task"] == task, "n_clusters"].iloc[0])
+    return int(df.loc[df["task"] == task, "n_units"].iloc[0])
 
 
 def _rows(name: str, task: str, **where: object) -> pd.DataFrame:
@@ -120,7 +121,7 @@ def _change(last: Callable[[int], int], first: Callable[[int], int]) -> Callable
         errors = ours["change_from_s1_se"].to_numpy()  # of one seed; against S = 1 only
         if first(most) != 1 and len(values) == 1:
             errors = np.full(1, np.nan)
-        return over_seeds(values, errors, int(ours["n"].iloc[0]), int(ours["n_clusters"].iloc[0]))
+        return over_seeds(values, errors, int(ours["n"].iloc[0]), int(ours["n_units"].iloc[0]))
 
     return answer
 
@@ -294,8 +295,28 @@ def _training_free(task: str) -> Answer:
     return over_seeds(rows["change"].to_numpy(), rows["change_se"].to_numpy(), n, _units(task))
 
 
-def _not_run(task: str) -> Answer:
-    raise NotRun(task)
+PLACES = ("loop-early", "loop-first", "loop-middle", "loop-late", "loop-two", "loop-whole")
+"""Placements of the loop in five layers, the claimed one first."""
+
+
+def _placement(task: str) -> Answer:
+    """Each at its own S_max; the best of the others is chosen by the same numbers, which is hard on the claim."""
+    df = tables.load("nll-by-loops")
+    df = df[(df["task"] == task) & (df["n_loops"] == df["max_loops"])]
+    arms = {arm: df[df["arm"] == arm] for arm in PLACES}
+    if any(part.empty for part in arms.values()):
+        raise NotRun
+    early = arms.pop(PLACES[0])
+    return between_arms(early, min(arms.values(), key=lambda part: part["nll"].mean()), "nll")
+
+
+def _word_problems(task: str) -> Answer:
+    if not zoo.names(task, "loop"):
+        raise NotRun
+    df = tables.load("word-problems")
+    df = df[(df["task"] == task) & (df["problems"] == "gsm-symbolic")]
+    ours = df[(df["arm"] == "loop") & (df["n_loops"] == _looped(task))]
+    return between_arms(ours, df[(df["arm"] == "base") & (df["n_loops"] == 1)], "accuracy")
 
 
 ANSWERS: dict[str, Callable[[str], Answer]] = {
@@ -322,6 +343,6 @@ ANSWERS: dict[str, Callable[[str], Answer]] = {
     "zero-shot": _zero_shot,
     "loop-is-a-round-of-belief-propagation": _belief,
     "training-free": _training_free,
-    "placement": _not_run,
-    "reasoning": _not_run,
+    "placement": _placement,
+    "reasoning": _word_problems,
 }

@@ -71,6 +71,18 @@ def _matrix(part: pd.DataFrame) -> np.ndarray:
     return part.pivot(index="query", columns="key", values="attention").to_numpy()
 
 
+def saturation(loaded: Tables) -> MatplotlibFigure:
+    """Where the rise of masked-to-masked attention ends, by S_max of training."""
+    df = loaded["mask-attention-by-s-max"]
+    df = df[(df["segment"] == "loop") & (df["query_group"] == "masked") & (df["key_group"] == "masked")]
+    drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.9), layout="constrained")
+    attention.plot_by_s_max(df, axes=axes)
+    axes[0].set_title("6x6 Sudoku: log-odds (rings: $S_{max}$)")
+    axes[1].set_title("rise since the first loop")
+    axes[0].legend(title="$S_{max}$ of training", title_fontsize=6.8, frameon=False, ncols=2)
+    return drawn
+
+
 def content(loaded: Tables) -> MatplotlibFigure:
     """What is moved between masked positions, by loop, and the log-odds along the model's own sampling."""
     df, sampled = loaded["mask-attention"], loaded["attention-along-sampling"]
@@ -126,9 +138,20 @@ FIGURES = (
         masked keys, on clean keys and on itself, heads averaged; dotted: chance, the mean share of such keys.
         Middle: log-odds of a masked against a clean key, self excluded; 0 = the head does not care; thin:
         other training seeds, half masked. Right: the same in the layers outside the loop. {GRIDS}; {TEXT}.
-        Loop i is the same for every n_loops > i, so there is one curve. The paper reports
-        that mask-to-mask attention rises with the loop count and saturates near S_max; a flat or falling curve
-        counts against it. {OURS} {ONE}""",
+        Loop i is the same for every n_loops > i, so there is one curve. The paper reports that mask-to-mask
+        attention rises with the loop count and saturates near S_max; a flat or falling curve counts against
+        it. {OURS} {ONE}""",
+    ),
+    Figure(
+        "saturation",
+        ("mask-attention-by-s-max",),
+        saturation,
+        f"""Where the rise of masked-to-masked attention ends, by the largest loop count of training: log-odds of
+        a masked against a clean key for masked queries in the looped layer, half masked, heads pooled, each
+        model read to 3 x its S_max. Left: by loop; bands: 95%. Right: the rise since the first loop, against
+        loop / S_max. {GRIDS}. The paper: the rise saturates near S_max of training. Curves that bend at one
+        and the same loop whatever S_max was, or that go on rising beyond 1 on the right, count against it; so
+        does a curve that does not rise. {OURS} One seed of training a line, five for S_max = 6 (thin).""",
     ),
     Figure(
         "attention-maps",
@@ -168,7 +191,7 @@ FIGURES = (
         heads,
         f"""Rise of the masked : clean log-odds of each head of the looped layer, from the first loop to S_max at
         half masked. Heads are ranked on one half of the sequences (hollow) and measured on the other (full;
-        1.96 standard errors), so that choosing them does not flatter them. {GRIDS}; {TEXT}. A head below 0
-        turns away from masked keys. {OURS} {ONE}""",
+        95% by Student's t), so that choosing them does not flatter them. {GRIDS}; {TEXT}. A head below 0 turns
+        away from masked keys. {OURS} {ONE}""",
     ),
 )

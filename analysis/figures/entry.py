@@ -106,8 +106,7 @@ MEANS = """Lines: means over training seeds; bands: 95%, by Student's t over see
 is one seed."""
 OURS = "Definitions are ours; the paper's are not public."
 ONE = "One seed of training."
-TEXT = """256 test blocks of 64 tokens from 8 unseen speeches (1.96 standard errors over speeches; Student's
-interval would be 1.2 times as wide)"""
+TEXT = "256 test blocks of 64 tokens from 8 unseen speeches (errors over speeches, Student's t)"
 GRIDS = "256 grids of unseen classes (errors over grids)"
 """Parts of captions."""
 

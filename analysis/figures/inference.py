@@ -7,7 +7,7 @@ from matplotlib.figure import Figure as MatplotlibFigure
 from analysis import zoo
 from analysis.figures.entry import MEANS, PANELS, SEEDS, Figure, Tables, compared, of_models
 from analysis.plots import quality
-from analysis.plots.style import PAGE
+from analysis.plots.style import PAGE, half_width
 
 
 def nll_by_loops(loaded: Tables) -> MatplotlibFigure:
@@ -42,13 +42,39 @@ def nll_by_loops(loaded: Tables) -> MatplotlibFigure:
 
 
 def sudoku_solve_rate(loaded: Tables) -> MatplotlibFigure:
-    """One-shot solve rate by S."""
-    drawn, ax = plt.subplots(figsize=(3.6, 2.6), layout="constrained")
+    """One-shot solve rate by S, 6x6 and 9x9."""
     df = loaded["sudoku-solve-rate"]
-    quality.plot_solve_rate(compared(df[df["n_clues"] == 20], "sudoku"), ax=ax)
-    ax.legend(frameon=False, loc="lower right")
-    ax.set_title("6x6 Sudoku, 16 of 36 cells hidden")
+    panels = [panel for panel in BOARD_PANELS if panel[0] in set(df["task"])]
+    size = (PAGE * len(panels) / 2, 2.6)
+    drawn, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    for ax, (task, clues, title) in zip(axes[0], panels, strict=True):
+        quality.plot_solve_rate(compared(df[df["n_clues"] == clues], task), ax=ax)
+        ax.legend(frameon=False, loc="best")
+        ax.set_title(title)
     return drawn
+
+
+BOARD_PANELS = (
+    ("sudoku", 20, "6x6 Sudoku, 16 of 36 cells hidden"),
+    ("sudoku9", 60, "9x9 Sudoku, 21 of 81 cells hidden"),
+)
+
+
+def word_problems(loaded: Tables) -> MatplotlibFigure:
+    """Grade-school word problems: NELBO of worked answers by S, and accuracy."""
+    nll, df = loaded["nll-by-loops"], loaded["word-problems"]
+    drawn, axes = plt.subplots(1, 3, figsize=(PAGE, 2.7), layout="constrained")
+    quality.plot_nll_by_loops(compared(nll, "gsm"), ax=axes[0])
+    axes[0].set(title="worked answers", ylabel="test NELBO (nats per token)")
+    axes[0].legend(frameon=False)
+    for ax, (problems, title) in zip(axes[1:], PROBLEM_PANELS, strict=True):
+        part = df[df["problems"] == problems]
+        quality.plot_accuracy(part, ax=ax)
+        ax.set_title(title + (" (chance level)" if (part["low"] <= part["chance"]).all() else ""))
+    return drawn
+
+
+PROBLEM_PANELS = (("gsm-symbolic", "unseen templates"), ("gsm8k-100", "GSM8K items"))
 
 
 def gain_by_noise(loaded: Tables) -> MatplotlibFigure:
@@ -74,7 +100,7 @@ def zero_shot(loaded: Tables) -> MatplotlibFigure:
         for model, count in wanted
     ]
     drawn, ax = plt.subplots(figsize=(PAGE * 0.7, 3.2), layout="constrained")
-    quality.plot_zero_shot(pd.concat(parts), ax=ax)
+    quality.plot_zero_shot(pd.concat(parts).rename(columns={"n_documents": "n_units"}), ax=ax)
     drawn.legend(loc="outside lower center", ncols=4, frameon=False)
     return drawn
 
@@ -90,8 +116,8 @@ def generative(loaded: Tables) -> MatplotlibFigure:
     looks = {"sotu-base": ("#8c8c8c", "s"), "sotu-loop": ("#1b4f8f", "o")}
     for model, (colour, marker) in looks.items():
         part = samples[samples["model"] == model]
-        axes[1].errorbar(part["unigram_entropy"], part["judge_nll"], xerr=1.96 * part["unigram_entropy_se"],
-                         yerr=1.96 * part["judge_nll_se"], linestyle="none", marker=marker, color=colour,
+        axes[1].errorbar(part["unigram_entropy"], part["judge_nll"], xerr=half_width(part, "unigram_entropy_se"),
+                         yerr=half_width(part, "judge_nll_se"), linestyle="none", marker=marker, color=colour,
                          linewidth=0.7, label=model)  # fmt: skip
     axes[1].plot(real["unigram_entropy"], real["judge_nll"], marker="*", color="black", linestyle="none",
                  markersize=7, label="real text")  # fmt: skip
@@ -132,11 +158,11 @@ FIGURES = (
         "sudoku-solve-rate",
         ("sudoku-solve-rate",),
         sudoku_solve_rate,
-        f"""Share of 6x6 puzzles solved in one shot (every hidden cell filled at once with its best symbol; any
-        valid completion counts), 16 of 36 cells hidden, 500 grids of unseen classes. {SEEDS} base: same size,
-        same training FLOPs, no looping in training; deep: the looped layer untied. The puzzle set and the
-        one-shot protocol are ours; the paper's are not public. A loop curve that does not rise above the base
-        arm's S = 1 would count against the claim that looping helps.""",
+        f"""Share of puzzles solved in one shot (every hidden cell filled at once with its best symbol; any valid
+        completion counts), 500 grids of unseen classes. {SEEDS} base: same size, same training FLOPs, no
+        looping in training; deep: the looped layer untied. The puzzle sets and the one-shot protocol are ours;
+        the paper's are not public. A loop curve that does not rise above the base arm's S = 1 would count
+        against the claim that looping helps.""",
     ),
     Figure(
         "gain-by-noise",
@@ -174,8 +200,8 @@ FIGURES = (
         """What a fixed amount of FLOPs buys, spent on loops or on denoising steps. Left: whole boards (16 of 36
         cells given, cells filled by confidence, any valid completion counts; 64 puzzles). Middle, right: the
         NELBO of single tokens, which steps cannot change: flat lines; loop counts are paired by mask, so that
-        their differences are surer than the bars. Bars: 1.96 standard errors over puzzles, sequences or
-        speeches. If more loops at equal FLOPs always solved more, steps would be the worse buy. The comparison
-        is ours; one seed of training.""",
+        their differences are surer than the bars. Bars: 95% over puzzles, sequences or speeches. If more loops
+        at equal FLOPs always solved more, steps would be the worse buy. The comparison is ours; one seed of
+        training.""",
     ),
 )

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure as MatplotlibFigure
 from analysis import zoo
 from analysis.figures.entry import GRIDS, ONE, OURS, PANELS, TEXT, Figure, Tables
 from analysis.plots import representation
-from analysis.plots.style import PAGE, mark_s_max
+from analysis.plots.style import PAGE, half_width, mark_s_max
 
 
 def representation_change(loaded: Tables) -> MatplotlibFigure:
@@ -89,8 +89,8 @@ def far_out(loaded: Tables) -> MatplotlibFigure:
     labels = []
     for place, (model, title) in enumerate(PANELS):
         part = points[points["model"] == model].set_index("metric")
-        residual, error = part.loc["residual", "value"], part.loc["residual", "standard_error"]
-        axes[1].errorbar(residual, place, xerr=1.96 * error, marker="o", color="#1b4f8f")
+        residual, half = part.loc["residual", "value"], half_width(part, "standard_error")["residual"]
+        axes[1].errorbar(residual, place, xerr=half, marker="o", color="#1b4f8f")
         n, found = int(part.loc["verified", "n"]), part.loc["verified", "value"]
         labels.append(f"{title}\n{found:.0%} of {n} verified")
     axes[1].set_yticks(range(len(labels)), labels)

@@ -1,11 +1,12 @@
-"""Figures of training: learning curves."""
+"""Figures of training: learning curves, arms at equal FLOPs, where and how much to loop."""
 
 import matplotlib.pyplot as plt
+import pandas as pd
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from analysis.figures.entry import PANELS, SEEDS, Figure, Tables, compared
 from analysis.plots import quality
-from analysis.plots.style import PAGE
+from analysis.plots.style import AMOUNT_STYLE, PAGE, PLACE_STYLE
 
 
 def learning_curves(loaded: Tables) -> MatplotlibFigure:
@@ -41,11 +42,49 @@ def arms(loaded: Tables) -> MatplotlibFigure:
         part = compared(nll, task)
         quality.plot_arms(part[part["n_loops"] == part["max_loops"]], "nll", ax=ax)
         ax.set(title=title, ylabel="test NELBO (nats per token)")
-    part = compared(solve[solve["n_clues"] == 20], "sudoku")
-    most = nll.groupby("model")["max_loops"].first()
-    part = part[part["n_loops"] == part["model"].map(most)]
-    quality.plot_arms(part, "solve_rate", ax=axes[2])
+    quality.plot_arms(compared(_as_trained(nll, solve), "sudoku"), "solve_rate", ax=axes[2])
     axes[2].set(title="Sudoku 6x6, one shot", ylabel="puzzles solved", ylim=(0, 1))
+    return drawn
+
+
+def _as_trained(nll: pd.DataFrame, solve: pd.DataFrame) -> pd.DataFrame:
+    """Solve rates of 6x6 puzzles with 20 clues, each model at S_max of its own training."""
+    part = solve[(solve["task"] == "sudoku") & (solve["n_clues"] == 20)]
+    return part[part["n_loops"] == part["model"].map(nll.groupby("model")["max_loops"].first())]
+
+
+def placement(loaded: Tables) -> MatplotlibFigure:
+    """Which of five layers loop: where each ends at equal training FLOPs, at S_max and at S = 1."""
+    nll, solve = loaded["nll-by-loops"], loaded["sudoku-solve-rate"]
+    nll = nll[nll["task"] == "sudoku"]
+    drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.7), layout="constrained")
+    once = nll[(nll["n_loops"] == 1) & (nll["arm"] != "stack")]
+    quality.plot_arms(nll[nll["n_loops"] == nll["max_loops"]], "nll", PLACE_STYLE, ax=axes[0])
+    for place, arm in enumerate(arm for arm in PLACE_STYLE if arm in set(nll["arm"])):
+        values = once.loc[once["arm"] == arm, "nll"]
+        axes[0].plot([place] * len(values), values, color="#444444", marker="x", linestyle="none", zorder=0)
+    axes[0].set(title="test NELBO (crosses: at S = 1)", ylabel="nats per token")
+    quality.plot_arms(_as_trained(nll, solve), "solve_rate", PLACE_STYLE, ax=axes[1])
+    axes[1].set(title="one shot, 16 of 36 cells hidden", ylabel="puzzles solved", ylim=(0, 1))
+    for ax in axes:
+        ax.set_xlabel("layers of five that loop (seeds)")
+    return drawn
+
+
+def amount(loaded: Tables) -> MatplotlibFigure:
+    """How far S goes in training: NELBO by S, and where each ends at its own S_max."""
+    nll, solve = loaded["nll-by-loops"], loaded["sudoku-solve-rate"]
+    nll = nll[nll["task"] == "sudoku"]
+    drawn, axes = plt.subplots(1, 3, figsize=(PAGE, 2.7), layout="constrained", width_ratios=[1.4, 1, 1])
+    quality.plot_amounts(nll, ax=axes[0])
+    axes[0].set_title("by S (rings: $S_{max}$ of training)")
+    axes[0].legend(frameon=False, title="$S_{max}$", ncols=2, title_fontsize=6.8)
+    quality.plot_arms(nll[nll["n_loops"] == nll["max_loops"]], "nll", AMOUNT_STYLE, ax=axes[1])
+    axes[1].set(title="at $S_{max}$", ylabel="test NELBO (nats per token)")
+    quality.plot_arms(_as_trained(nll, solve), "solve_rate", AMOUNT_STYLE, ax=axes[2])
+    axes[2].set(title="at $S_{max}$, one shot", ylabel="puzzles solved", ylim=(0, 1))
+    for ax in axes[1:]:
+        ax.set_xlabel("$S_{max}$ of training (seeds)")
     return drawn
 
 
@@ -81,5 +120,29 @@ FIGURES = (
         all 1,957 blocks of 8 unseen speeches, one mask a sequence; one-shot with 16 of 36 cells hidden on 500
         grids. The paper: looped models beat same-size and deeper ones; a higher NELBO, or fewer solved, than
         base or deep counts against it.""",
+    ),
+    Figure(
+        "placement",
+        ("nll-by-loops", "sudoku-solve-rate"),
+        placement,
+        """Which layers loop, on 6x6 Sudoku: five layers, of which none, one, two or all loop, at equal training
+        FLOPs. S is uniform on 1 to 6, on 1 to 2 where all five loop, which is the mean compute of a step of
+        one layer with S_max 6. A mark a training seed (their number in brackets), bars: means. Left: test
+        NELBO at S_max, 1,000 grids of unseen classes, one mask each; crosses: the same models at S = 1. Right:
+        500 grids, any valid completion counts. The early-middle layer is the 2nd. The paper: few layers
+        suffice and early-middle is the best place; another placement that ends lower counts against it. One
+        seed says nothing about the next run.""",
+    ),
+    Figure(
+        "amount-of-looping",
+        ("nll-by-loops", "sudoku-solve-rate"),
+        amount,
+        """How much to loop in training, on 6x6 Sudoku: one looped layer of three, S uniform on 1 to S_max, or 6
+        at every step; equal training FLOPs, so that a larger S_max means fewer steps. Left: test NELBO by S to
+        3 x S_max, means over seeds, thin: single seeds; dashed: the non-looped model of the same size. Middle
+        and right: at S_max, a mark a training seed (their number in brackets), bars: means. 1,000 grids of
+        unseen classes, one mask each; 500 grids in one shot with 16 of 36 cells hidden, any valid completion
+        counts. The paper trains with S up to 12; a larger S_max that ends higher at equal FLOPs counts against
+        more looping. Seeds of S_max = 6 lie far apart: a difference between single seeds says little.""",
     ),
 )

@@ -24,12 +24,16 @@ from loopmdm_model.errors import UsageError, check_count, unknown_name
 
 @dataclass(frozen=True)
 class Measure:
-    """`run` takes a case and, if `on` is "masks", a masked batch; else `on` is "test set" or the task it needs."""
+    """`run` takes a case and, if `on` is "masks", a masked batch; else `on` is "test set" or the task it needs.
+
+    `samples`: its errors are over samples that the model draws, not over test sequences.
+    """
 
     name: str
     what: str
     run: Callable[..., pd.DataFrame]
     on: str = "masks"
+    samples: bool = False
 
     def check(self, case: Case) -> None:
         """UsageError where the task has no such answer."""
@@ -51,8 +55,8 @@ def measure(
     """One measure of one model on `n` test sequences; columns `model` and `task` come first.
 
     Measures on masks run at each of `mask_ratios` (column `nominal_mask_ratio`), or, with `along_sampling`
-    denoising steps, before five steps
-    of the model's own samples (column `step`).
+    denoising steps, before five steps of the model's own samples (column `step`). `n_units` independent sequences,
+    or documents where they share one, are what errors are over; Student's t with n_units - 1 goes with them.
     """
     if name not in MEASURES:
         raise unknown_name("measure", name, MEASURES)
@@ -72,6 +76,8 @@ def measure(
     frame = frame.drop(columns=["model", "task"], errors="ignore")
     frame.insert(0, "model", str(model))
     frame.insert(1, "task", case.test.task)
+    if "n_units" not in frame and not (item.samples or along_sampling):
+        frame["n_units"] = case.n_units
     return frame
 
 
@@ -156,12 +162,19 @@ MEASURES = {
             looped(adapters.usage),
             "test set",
         ),
-        Measure("stopping-by-step", "loops used along a sampling run", looped(adapters.by_step), "test set"),
+        Measure(
+            "stopping-by-step",
+            "loops used along a sampling run",
+            looped(adapters.by_step),
+            "test set",
+            samples=True,
+        ),
         Measure(
             "stopping-in-sampling",
             "quality, FLOPs and time of whole sampling runs",
             looped(adapters.sampling),
             "test set",
+            samples=True,
         ),
         Measure(
             "gain-predictor",
@@ -177,6 +190,7 @@ MEASURES = {
             "loops against denoising steps at equal FLOPs",
             looped(adapters.loops_or_steps),
             "test set",
+            samples=True,
         ),
         Measure(
             "mediated-share",

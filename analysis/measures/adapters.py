@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -50,7 +51,8 @@ def fixed_points(case: Case, b: MaskedBatch) -> pd.DataFrame:
     few = torch.linspace(0, len(b) - 1, min(16, len(b))).long()
     clusters = None if case.clusters is None else case.clusters[few.numpy()]
     found = representation.fixed_points(case.m, b.rows(few), max(64, case.n_loops), seed=case.seed)
-    return representation.fixed_point_summary(found, clusters)
+    units = len(few) if clusters is None else len(np.unique(clusters))
+    return representation.fixed_point_summary(found, clusters).assign(n_units=units)
 
 
 def records(case: Case, rules: list | None = None) -> tuple[stopping.LoopRecord, stopping.LoopRecord]:

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analysis.plots.style import NULL, Z95, band
+from analysis.plots.style import NULL, band, half_width
 
 RULE_STYLE = {
     "fixed": {"color": "#444444", "marker": "s", "linestyle": "--", "label": "fixed S"},
@@ -33,8 +33,15 @@ def plot_loops_by_step(df: pd.DataFrame, most: int, *, ax: Axes | None = None) -
     """Loops used before each denoising step, 95% over samples; `df`: step mask_ratio value standard_error."""
     ax = ax or plt.gca()
     part = df.sort_values("step")
-    low, high = part["value"] - Z95 * part["standard_error"], part["value"] + Z95 * part["standard_error"]
-    band(ax, part["step"] + 1, part["value"], low, high, **RULE_STYLE["state-delta"] | {"label": "loops used"})
+    half = half_width(part, "standard_error")
+    band(
+        ax,
+        part["step"] + 1,
+        part["value"],
+        part["value"] - half,
+        part["value"] + half,
+        **RULE_STYLE["state-delta"] | {"label": "loops used"},
+    )
     ax.axhline(most, **NULL)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel="denoising step (1 = first)", ylabel="loops used", ylim=(0, most + 0.5))
@@ -50,7 +57,7 @@ def plot_usage(df: pd.DataFrame, most: int, *, ax: Axes | None = None) -> Axes:
     for side, (scope, (colour, marker)) in enumerate(looks.items()):
         part = df[df["scope"] == scope].set_index(["by", "group"]).reindex(pd.MultiIndex.from_tuples(groups))
         place = np.arange(len(groups)) + 0.22 * (side - 0.5)
-        ax.errorbar(part["value"], place, xerr=Z95 * part["standard_error"], linestyle="none", color=colour,
+        ax.errorbar(part["value"], place, xerr=half_width(part, "standard_error"), linestyle="none", color=colour,
                     marker=marker, linewidth=0.9, label=f"scope {scope}")  # fmt: skip
     names = {"mask_ratio": lambda group: f"{float(group):.0%} masked", "difficulty": lambda group: f"{group} loss"}
     ax.set_yticks(range(len(groups)), [names.get(by, str)(group) for by, group in groups])

@@ -10,7 +10,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.plots.style import KEY_STYLE, NULL, RATIO_STYLE, Z95, band, style
+from analysis.plots.style import AMOUNT_STYLE, KEY_STYLE, NULL, RATIO_STYLE, band, half_width, style
 
 if TYPE_CHECKING:
     from analysis.attention.maps import AttentionMaps
@@ -25,8 +25,8 @@ def plot_mass_by_loop(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     for group, look in KEY_STYLE.items():
         part = df[df["key_group"] == group].sort_values("loop")
         x = part["loop"].astype(int) + 1
-        low, high = part["mass"] - Z95 * part["mass_se"], part["mass"] + Z95 * part["mass_se"]
-        band(ax, x, part["mass"], low, high, **look)
+        half = half_width(part, "mass_se")
+        band(ax, x, part["mass"], part["mass"] - half, part["mass"] + half, **look)
         ax.plot(x, part["chance"], **NULL | {"color": look["color"]})
     ax.set(xlabel="loop (1 = first)", ylabel="attention mass", ylim=(0, None))
     return ax
@@ -42,9 +42,8 @@ def plot_log_odds_by_loop(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         part = df[np.isclose(df["nominal_mask_ratio"], ratio)].sort_values("loop")
         if part.empty:
             continue
-        low = part["log_odds"] - Z95 * part["log_odds_se"]
-        high = part["log_odds"] + Z95 * part["log_odds_se"]
-        band(ax, part["loop"].astype(int) + 1, part["log_odds"], low, high, label=f"{ratio:.0%} masked", **look)
+        x, y, half = part["loop"].astype(int) + 1, part["log_odds"], half_width(part, "log_odds_se")
+        band(ax, x, y, y - half, y + half, label=f"{ratio:.0%} masked", **look)
     ax.axhline(0, **NULL)
     ax.set(xlabel="loop (1 = first)", ylabel="log-odds masked : clean")
     return ax
@@ -59,6 +58,31 @@ def plot_other_seeds(frames: Sequence[pd.DataFrame], *, ax: Axes) -> Axes:
     return ax
 
 
+def plot_by_s_max(df: pd.DataFrame, *, axes: Sequence[Axes]) -> None:
+    """Log-odds over loops, and their rise since the first loop over loop / S_max; a line an S_max of training.
+
+    Seeds beyond the first are thin. `df`: arm seed s_max loop log_odds log_odds_se.
+    """
+    for arm in [name for name in AMOUNT_STYLE if name in set(df["arm"])]:
+        for seed, part in df[df["arm"] == arm].groupby("seed"):
+            part, look = part.sort_values("loop"), AMOUNT_STYLE[arm] | {"markersize": 2.4}
+            x, y, half = part["loop"].astype(int) + 1, part["log_odds"], half_width(part, "log_odds_se")
+            rise = y - y.iloc[0]
+            if seed:
+                look = {"color": look["color"], "linewidth": 0.5, "zorder": 1}
+                axes[0].plot(x, y, **look)
+            else:
+                band(axes[0], x, y, y - half, y + half, **look)
+                last = x == part["s_max"]
+                axes[0].plot(x[last], y[last], marker="o", markersize=7, fillstyle="none", color=look["color"])
+            axes[1].plot(x / part["s_max"], rise, **look)
+    axes[0].axhline(0, **NULL)
+    axes[0].set(xlabel="loop (1 = first)", ylabel="log-odds masked : clean")
+    axes[1].axhline(0, **NULL)
+    axes[1].axvline(1, color="#666666", linewidth=0.8, linestyle="-.", zorder=0)
+    axes[1].set(xlabel="loop / $S_{max}$", ylabel="log-odds less those of the first loop")
+
+
 def plot_log_odds_by_layer(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Log-odds of the layers outside the loop, a mark a mask ratio, with 95% intervals."""
     ax = ax or plt.gca()
@@ -67,7 +91,7 @@ def plot_log_odds_by_layer(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         part = df[np.isclose(df["nominal_mask_ratio"], ratio)].sort_values("layer")
         x = [layers.index(layer) + 0.18 * (offset - 1) for layer in part["layer"]]
         bars = {"color": look["color"], "marker": look["marker"], "linestyle": "none"}
-        ax.errorbar(x, part["log_odds"], yerr=Z95 * part["log_odds_se"], label=f"{ratio:.0%} masked", **bars)
+        ax.errorbar(x, part["log_odds"], yerr=half_width(part, "log_odds_se"), label=f"{ratio:.0%} masked", **bars)
     names = [df.loc[df["layer"] == layer, "segment"].iloc[0] for layer in layers]
     ax.set_xticks(
         range(len(layers)), [f"{name}\nlayer {layer}" for name, layer in zip(names, layers, strict=True)]
@@ -133,8 +157,8 @@ def plot_content_by_loop(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = ax or plt.gca()
     for ratio, look in RATIO_STYLE.items():
         part = df[np.isclose(df["nominal_mask_ratio"], ratio)].sort_values("loop")
-        low, high = (part["content"] + side * Z95 * part["content_se"] for side in (-1, 1))
-        band(ax, part["loop"].astype(int) + 1, part["content"], low, high, label=f"{ratio:.0%} masked", **look)
+        x, y, half = part["loop"].astype(int) + 1, part["content"], half_width(part, "content_se")
+        band(ax, x, y, y - half, y + half, label=f"{ratio:.0%} masked", **look)
     ax.set(xlabel="loop (1 = first)", ylabel="content (norm)", ylim=(0, None))
     return ax
 
@@ -203,7 +227,7 @@ def plot_heads(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     place = np.arange(len(df))
     ax.plot(place - 0.1, df["growth_ranked"], linestyle="none", marker="o", markerfacecolor="white",
             color="#8c8c8c", label="half that ranks")  # fmt: skip
-    ax.errorbar(place + 0.1, df["growth"], yerr=Z95 * df["standard_error"], linestyle="none", marker="o",
+    ax.errorbar(place + 0.1, df["growth"], yerr=half_width(df, "standard_error"), linestyle="none", marker="o",
                 color="#1b4f8f", linewidth=0.9, label="half that tests")  # fmt: skip
     ax.axhline(0, **NULL)
     ax.set_xticks(place, [f"{row.layer}.{row.head}" for row in df.itertuples()])

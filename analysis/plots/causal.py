@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis.plots.quality import band_over_seeds
-from analysis.plots.style import ARM_STYLE, NULL, Z95
+from analysis.plots.style import ARM_STYLE, NULL, half_width
 
 DAMPING_STYLE = {
     "none": {"color": "#8c8c8c", "marker": "s", "linestyle": "--", "label": "full steps"},
@@ -54,11 +54,13 @@ def plot_effects(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Heat map loop x mask ratio of an effect, thousandths of a nat; brackets where its 95% interval holds 0."""
     ax = ax or plt.gca()
     table = 1e3 * df.pivot(index="mask_ratio", columns="loop", values="effect").sort_index(ascending=False)
-    error = 1e3 * df.pivot(index="mask_ratio", columns="loop", values="effect_se").sort_index(ascending=False)
+    half = 1e3 * df.assign(half=half_width(df, "effect_se")).pivot(
+        index="mask_ratio", columns="loop", values="half"
+    ).sort_index(ascending=False)
     most = float(np.nanmax(np.abs(table.to_numpy())))
     ax.imshow(table, cmap="PuOr_r", vmin=-most, vmax=most, aspect="auto")
     for (row, column), value in np.ndenumerate(table.to_numpy()):
-        sure = abs(value) > Z95 * error.to_numpy()[row, column]
+        sure = abs(value) > half.to_numpy()[row, column]
         colour = "white" if abs(value) > 0.6 * most else "black"
         shown = f"{round(value)}"  # no -0
         text = shown if sure else f"({shown})"

@@ -1,12 +1,14 @@
 """Plots of quality over loops or training, one line an arm: NELBO, solve rate, learning curves."""
 
+from collections.abc import Mapping
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from scipy import stats as distributions
 
-from analysis.plots.style import ARM_STYLE, NULL, Z95, band, mark_s_max
+from analysis.plots.style import AMOUNT_STYLE, ARM_STYLE, NULL, band, half_width, mark_s_max
 
 
 def over_seeds(df: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
@@ -24,7 +26,7 @@ def over_seeds(df: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
         elif "low" in part:
             low, high = part["low"].iloc[0], part["high"].iloc[0]
         else:
-            half = Z95 * np.nan_to_num(part[f"{y}_se"].iloc[0])
+            half = np.nan_to_num(half_width(part, f"{y}_se").iloc[0])
             low, high = mean - half, mean + half
         rows.append((value, mean, low, high, n))
     return pd.DataFrame(rows, columns=[x, y, "low", "high", "n"])
@@ -82,6 +84,22 @@ def plot_solve_rate(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def plot_accuracy(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Share of problems answered rightly over n_loops with its interval, a guess as a dotted line.
+
+    `df`: arm n_loops accuracy low high chance s_max; arms that were not looped have S = 1 alone.
+    """
+    ax = ax or plt.gca()
+    for shift, (arm, look) in enumerate((arm, look) for arm, look in ARM_STYLE.items() if arm in set(df["arm"])):
+        part = df[df["arm"] == arm].sort_values("n_loops")
+        reach = np.abs(part[["low", "high"]].to_numpy().T - part["accuracy"].to_numpy())
+        ax.errorbar(part["n_loops"] + 0.25 * shift, part["accuracy"], yerr=reach, label=arm, **look)
+    ax.axhline(df["chance"].iloc[0], **NULL)
+    mark_s_max(ax, df["s_max"].iloc[0], df["n_loops"].max())
+    ax.set(xlabel="n_loops (S)", ylabel="right answers", ylim=(0, None))
+    return ax
+
+
 def plot_learning_curves(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Validation NELBO over training FLOPs, each arm at its S_max; `df`: arm seed point flops nelbo nelbo_se."""
     ax = ax or plt.gca()
@@ -129,7 +147,7 @@ def plot_zero_shot(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ax.errorbar(
             part["nelbo"],
             place,
-            xerr=Z95 * part["standard_error"],
+            xerr=half_width(part, "standard_error"),
             label=label,
             linewidth=0.9,
             **dict(look) | {"linestyle": "none"},
@@ -147,18 +165,43 @@ def _base_level(df: pd.DataFrame, column: str, ax: Axes) -> None:
         ax.axhline(base[column].mean(), color=ARM_STYLE["base"]["color"], linewidth=0.8, linestyle="--", zorder=0)
 
 
-def plot_arms(df: pd.DataFrame, value: str, *, ax: Axes | None = None) -> Axes:
-    """A mark a training seed and a bar at the mean for each arm; `df`: arm seed and the column `value`."""
+def plot_arms(
+    df: pd.DataFrame, value: str, looks: Mapping[str, Mapping] = ARM_STYLE, *, ax: Axes | None = None, **more
+) -> Axes:
+    """A mark a training seed and a bar at the mean for each arm of `looks`; `df`: arm seed and column `value`."""
     ax = ax or plt.gca()
-    arms = [arm for arm in ARM_STYLE if arm in set(df["arm"])]
+    arms = [arm for arm in looks if arm in set(df["arm"])]
     for place, arm in enumerate(arms):
         values = df.loc[df["arm"] == arm, value]
         spread = place + 0.1 * (np.arange(len(values)) - (len(values) - 1) / 2)
-        ax.plot(spread, values, **ARM_STYLE[arm] | {"linestyle": "none"})
-        ax.hlines(values.mean(), place - 0.32, place + 0.32, color="#444444", linewidth=1.2)
-    labels = [arm.replace("-", "\n") + f"\n({(df['arm'] == arm).sum()})" for arm in arms]
+        ax.plot(spread, values, **{**looks[arm], "linestyle": "none", **more})
+        if len(values) > 1:
+            ax.hlines(values.mean(), place - 0.32, place + 0.32, color="#444444", linewidth=1.2)
+    labels = [looks[arm].get("label", arm.replace("-", "\n")) + f"\n({(df['arm'] == arm).sum()})" for arm in arms]
     ax.set_xticks(range(len(arms)), labels)
     ax.set_xlim(-0.6, len(arms) - 0.4)
+    return ax
+
+
+def plot_amounts(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Test NELBO over n_loops, a line an S_max of training (its place ringed); `df`: arm n_loops nll s_max."""
+    ax, ticks = ax or plt.gca(), [1, 2, 4, 6, 8, 12, 24, 36]
+    for arm, look in AMOUNT_STYLE.items():
+        part = df[df["arm"] == arm]
+        if part.empty:
+            continue
+        mean = part.groupby("n_loops")["nll"].mean()
+        ticked = [place for place, count in enumerate(mean.index) if count in ticks]
+        ax.plot(mean.index, mean, **look, markersize=2.8, linewidth=1, markevery=ticked)
+        for _, single in part.groupby("seed") if part["seed"].nunique() > 1 else ():
+            ax.plot(single["n_loops"], single["nll"], color=look["color"], linewidth=0.4, alpha=0.6, zorder=1)
+        most = part["s_max"].iloc[0]
+        ax.plot(most, mean[most], marker="o", markersize=7, fillstyle="none", color=look["color"])
+    _base_level(df, "nll", ax)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, [str(tick) for tick in ticks])
+    ax.set_xticks([], minor=True)
+    ax.set(xlabel="n_loops (S)", ylabel="test NELBO (nats per token)")
     return ax
 
 
@@ -200,13 +243,14 @@ def plot_generative(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     `df`: samples of one model: n_loops steps flops judge_nll judge_nll_se.
     """
     ax = ax or plt.gca()
-    table, error, flops = (
-        df.pivot(index="n_loops", columns="steps", values=name) for name in ("judge_nll", "judge_nll_se", "flops")
+    df = df.assign(half=half_width(df, "judge_nll_se"))
+    table, half, flops = (
+        df.pivot(index="n_loops", columns="steps", values=name) for name in ("judge_nll", "half", "flops")
     )
     image = ax.imshow(table, cmap="Greys", aspect="auto", origin="lower", alpha=0.6)
     for (row, column), value in np.ndenumerate(table.to_numpy()):
         spent = f"{flops.to_numpy()[row, column] / 1e9:.1f} GFLOPs"
-        text = f"{value:.2f} ± {Z95 * error.to_numpy()[row, column]:.2f}\n{spent}"
+        text = f"{value:.2f} ± {half.to_numpy()[row, column]:.2f}\n{spent}"
         ax.text(column, row, text, ha="center", va="center", fontsize=6.2, color="black")
     if min(table.shape) > 1:
         levels = np.geomspace(flops.to_numpy().min(), flops.to_numpy().max(), 6)[1:-1]
@@ -230,7 +274,7 @@ def plot_loops_or_steps(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         part = df[df["n_loops"] == count].sort_values("flops")
         colour = plt.get_cmap("Blues")(0.35 + 0.6 * shade / max(1, len(counts) - 1))
         look = {"color": colour, "marker": marker, "linestyle": "-", "linewidth": 1}
-        error = Z95 * part["quality_se"]
+        error = half_width(part, "quality_se")
         ax.errorbar(part["flops"] / 1e9, part["quality"], yerr=error, label=f"S = {count}", **look)
     budgets = sorted(set(df["budget"] / 1e9))
     ax.set_xscale("log")

@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from analysis.plots.style import NULL, RATIO_STYLE, Z95, band, style
+from analysis.plots.style import NULL, RATIO_STYLE, band, half_width, style
 
 
 def plot_metric_by_loop(df: pd.DataFrame, metric: str, *, ax: Axes | None = None) -> Axes:
@@ -17,8 +17,16 @@ def plot_metric_by_loop(df: pd.DataFrame, metric: str, *, ax: Axes | None = None
     ax = ax or plt.gca()
     for ratio, look in RATIO_STYLE.items():
         part = df[np.isclose(df["nominal_mask_ratio"], ratio) & (df["metric"] == metric)].sort_values("loop")
-        low, high = part["value"] - Z95 * part["standard_error"], part["value"] + Z95 * part["standard_error"]
-        band(ax, part["loop"] + 1, part["value"], low, high, label=f"{ratio:.0%} masked", **look)
+        half = half_width(part, "standard_error")
+        band(
+            ax,
+            part["loop"] + 1,
+            part["value"],
+            part["value"] - half,
+            part["value"] + half,
+            label=f"{ratio:.0%} masked",
+            **look,
+        )
     ax.set(xlabel="loop (1 = first)")
     return ax
 
@@ -69,8 +77,8 @@ def plot_lenses(df: pd.DataFrame, metric: str, *, ax: Axes | None = None) -> Axe
     ax = ax or plt.gca()
     for prefix, look in LENS_STYLE.items():
         part = df[df["metric"] == f"{prefix}{metric}"].sort_values("loop")
-        low, high = (part["value"] + side * Z95 * part["standard_error"] for side in (-1, 1))
-        band(ax, part["loop"] + 1, part["value"], low, high, **look)
+        half = half_width(part, "standard_error")
+        band(ax, part["loop"] + 1, part["value"], part["value"] - half, part["value"] + half, **look)
     ax.set(xlabel="loop (1 = first)")
     return ax
 

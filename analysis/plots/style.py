@@ -6,15 +6,17 @@ from contextlib import contextmanager
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from loopmdm_model import stats
+
 COLUMN, PAGE = 3.35, 6.9
 """Widths in inches: one column, full page."""
 
-Z95 = 1.96
-"""Half-width of a 95% interval in standard errors."""
 
 ARM_STYLE = {
     "base": {"color": "#8c8c8c", "marker": "s", "linestyle": "--"},
@@ -23,6 +25,31 @@ ARM_STYLE = {
     "base-isolated": {"color": "#c9c9c9", "marker": "D", "linestyle": ":"},
     "loop-isolated": {"color": "#9ecae1", "marker": "v", "linestyle": ":"},
 }
+PLACE_STYLE = {
+    arm: {"color": colour, "marker": marker, "label": label}
+    for arm, colour, marker, label in (
+        ("stack", "#8c8c8c", "s", "none"),
+        ("loop-first", "#1b4f8f", "o", "1st"),
+        ("loop-early", "#1b4f8f", "o", "2nd"),
+        ("loop-middle", "#1b4f8f", "o", "3rd"),
+        ("loop-late", "#1b4f8f", "o", "4th"),
+        ("loop-two", "#e08214", "D", "2nd,\n3rd"),
+        ("loop-whole", "#e08214", "^", "all"),
+    )
+}
+"""Which of five layers loop."""
+AMOUNT_STYLE = {
+    arm: {"color": colour, "marker": marker, "linestyle": line, "label": label}
+    for arm, colour, marker, line, label in (
+        ("loop-s2", "#9ecae1", "v", ":", "2"),
+        ("loop-s4", "#6baed6", "s", "--", "4"),
+        ("loop", "#3182bd", "o", "-", "6"),
+        ("loop-s8", "#1b4f8f", "^", "-.", "8"),
+        ("loop-s12", "#08264d", "D", "-", "12"),
+        ("loop-fixed", "#e08214", "P", "--", "6, fixed"),
+    )
+}
+"""S_max of training, S drawn uniformly up to it, or fixed."""
 KEY_STYLE = {
     "masked": {"color": "#1b4f8f", "marker": "o", "linestyle": "-", "label": "masked → masked"},
     "clean": {"color": "#e08214", "marker": "^", "linestyle": "--", "label": "masked → clean"},
@@ -78,6 +105,12 @@ def band(ax: Axes, x, y, low, high, **line) -> None:
     """A line with its interval as a shade."""
     ax.plot(x, y, **line)
     ax.fill_between(x, low, high, color=line.get("color"), alpha=0.18, linewidth=0)
+
+
+def half_width(df: pd.DataFrame, error: str) -> pd.Series:
+    """Half of the 95% interval of the standard errors in a column: Student's t over the table's `n_units`."""
+    units = df.get("n_units", np.inf)
+    return df[error] * stats.t95(units)
 
 
 def mark_s_max(ax: Axes, s_max: int, last: int) -> None:

@@ -6,6 +6,7 @@ replayed exactly from one record within one forward. Scope "token" and sampling 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -219,28 +220,33 @@ BLOCK = 2**18
 
 @dataclass(frozen=True)
 class Answers:
-    """One read-out: `log_probs` [row, d_vocab], [MASK] at -1e9; `entropy`, `top` token, `kl` to the last [row]."""
+    """One read-out: `log_probs` [row, d_vocab], [MASK] at -1e9; `entropy` and `kl` to the last one [row]."""
 
     log_probs: Float[Tensor, "row d_vocab"]
     entropy: Float[Tensor, " row"]
-    top: Int[Tensor, " row"]
     kl: Float[Tensor, " row"]
+
+    @cached_property
+    def top(self) -> Int[Tensor, " row"]:
+        """The likeliest token; by numpy, as torch's argmax is many times slower."""
+        return torch.from_numpy(self.log_probs.cpu().numpy().argmax(-1)).to(self.log_probs.device)
 
     @classmethod
     def of(cls, logits: Float[Tensor, "row d_vocab"], before: "Answers | None") -> "Answers":
         """From logits, as the rules would compute it, block by block of rows."""
         size = max(1, BLOCK // logits.shape[-1])
         log_probs = torch.empty_like(logits, dtype=torch.float32)
+        closed = torch.isneginf(logits[:1]).any(0)  # [MASK]: of the same columns in every row
         parts = []
         for start in range(0, len(logits), size):
             span = slice(start, start + size)
-            block = logits[span].float().log_softmax(-1).clamp_(min=-1e9)
+            block = logits[span].float().log_softmax(-1)
+            block[:, closed] = -1e9
             log_probs[span], p = block, block.exp()
             kl = torch.full_like(block[:, 0], float("nan"))
             if before is not None:
-                kl = (p * (block - before.log_probs[span])).sum(-1).clamp_(min=0.0)
-            top = torch.from_numpy(block.cpu().numpy().argmax(-1)).to(block.device)  # torch's is many times slower
-            parts.append((-(p * block).sum(-1), top, kl))
+                kl = torch.linalg.vecdot(p, block - before.log_probs[span]).clamp_(min=0.0)
+            parts.append((-torch.linalg.vecdot(p, block), kl))
         return cls(log_probs, *(torch.cat(column) for column in zip(*parts, strict=True)))
 
 

@@ -25,7 +25,7 @@ from loopmdm_model.files import clear_partial
 class Table:
     """One table: `compute` gives a tidy frame with at least `columns`, from `models`.
 
-    It may also read other `tables`, and fetched corpora of the role `reads`.
+    It may also read other `tables`, and fetched corpora of the role or name `reads`.
     """
 
     name: str
@@ -129,7 +129,7 @@ def _measure(name: str, folder: Path) -> None:
     table(name).measure(folder)
 
 
-EVERY, SUDOKU, TEXT = zoo.names(), zoo.names("sudoku"), ("sotu-base", "sotu-loop")
+EVERY, SUDOKU, TEXT = zoo.names(), zoo.names("sudoku") + zoo.names("sudoku9"), ("sotu-base", "sotu-loop")
 KNOWN = zoo.names("tree") + zoo.names("markov")
 
 
@@ -151,6 +151,12 @@ TABLES = {
             science.LOOPED,
             ("model", "loop", "metric", "value"),
             internals.representation_table,
+        ),
+        Table(
+            "mask-attention-by-s-max",
+            internals.amounts(),
+            ("model", "arm", "seed", "s_max", "loop", "log_odds"),
+            internals.by_s_max_table,
         ),
         Table("attention-maps", ("sotu-loop",), ("loop", "head", "query", "key"), internals.attention_maps_table),
         Table(

@@ -17,7 +17,9 @@ from loopmdm_model.flops import flops_per_token
 from loopmdm_model.likelihood import nelbo_by_loop
 
 READ_TO = 3
-CLUES, N_PUZZLES = (20, 16), 500
+N_PUZZLES = 500
+CLUES = {"sudoku": (20, 16), "sudoku9": (60, 45)}
+"""Cells that are given: 5 and 4 ninths of a 6x6 grid; about 3 quarters and 5 ninths of a 9x9 one."""
 
 
 def read_to(model: zoo.Shipped, max_loops: int) -> int:
@@ -44,7 +46,7 @@ def nll_table() -> pd.DataFrame:
                              ("change_from_base", values - twin)):  # fmt: skip
             frame[name], frame[f"{name}_se"], _ = stats.mean_and_error(change, clusters)
         frame["n"] = len(values)
-        frame["n_clusters"] = len(np.unique(clusters))
+        frame["n_units"] = len(np.unique(clusters))
         frame["flops_per_token"] = [flops_per_token(cfg, cfg.n_ctx, s) for s in frame["n_loops"]]
         rows.append(frame.assign(**label(model), max_loops=cfg.max_loops, s_max=zoo.s_max(model.name)))
     return pd.concat(rows, ignore_index=True)
@@ -56,7 +58,7 @@ def measure_by_loops(name: str) -> None:
         if model.name == name:
             loops = read_to(model, LoopMDMConfig.load(resolve(name) / CONFIG).max_loops)
             _sequence_nll(model, loops)
-            if model.task == "sudoku":
+            if model.task in CLUES:
                 _solve_rates(model, loops)
 
 
@@ -75,22 +77,24 @@ def _sequence_nll(model: zoo.Shipped, loops: int) -> tuple[np.ndarray, np.ndarra
 
 
 def solve_rate_table() -> pd.DataFrame:
-    """One-shot solve rate of 6x6 Sudoku by S and clue count, every shipped Sudoku model."""
+    """One-shot solve rate of Sudoku by S and clue count, every shipped Sudoku model."""
     tables = []
-    for model in zoo.shipped("sudoku"):
+    for model in (model for task in CLUES for model in zoo.shipped(task)):
         loops = read_to(model, LoopMDMConfig.load(resolve(model.name) / CONFIG).max_loops)
         tables.append(_solve_rates(model, loops).assign(**label(model), s_max=zoo.s_max(model.name)))
     return pd.concat(tables, ignore_index=True)
 
 
 def _solve_rates(model: zoo.Shipped, loops: int) -> pd.DataFrame:
-    return cached(model.name, ["one-shot by S", loops, CLUES, N_PUZZLES], partial(_one_shot, model.name, loops))
+    clues = CLUES[model.task]
+    compute = partial(_one_shot, model.name, loops, clues)
+    return cached(model.name, ["one-shot by S", loops, clues, N_PUZZLES], compute)
 
 
-def _one_shot(name: str, loops: int) -> pd.DataFrame:
+def _one_shot(name: str, loops: int, counts: tuple[int, ...]) -> pd.DataFrame:
     m, test = zoo.opened(name)
     board, rows = BOARDS[test.task], []
-    for clues in CLUES:
+    for clues in counts:
         b = puzzles(board, test.tokens[:N_PUZZLES], clues)
         for n_loops, outcome in enumerate(solve_one_shot(m.model, board, b, loops), start=1):
             low, high = stats.wilson(int(outcome.sum()), len(outcome))
@@ -127,6 +131,20 @@ def generative_table() -> pd.DataFrame:
     """Generative perplexity beside diversity; the base model only as it was trained, at S = 1."""
     base = evaluated("generative", ("sotu-base",), counts=(1,))
     return pd.concat([base, evaluated("generative", ("sotu-loop",), counts=(1, 2, 6, 12))], ignore_index=True)
+
+
+WORD_PROBLEMS = {"steps": 32, "n": 100}
+
+
+def word_problems_table() -> pd.DataFrame:
+    """Accuracy on word problems by S, unseen templates and real GSM8K items; others than looped ones at S = 1."""
+    frames = []
+    for model in zoo.shipped("gsm"):
+        most = zoo.s_max(model.name)
+        counts = [1, 2, most, 2 * most] if model.arm == "loop" else [1]
+        frame = evaluate(model.name, "word-problems", counts, **WORD_PROBLEMS).rename(columns={"task": "problems"})
+        frames.append(frame.assign(**label(model), s_max=most))
+    return pd.concat(frames, ignore_index=True)
 
 
 def references_table() -> pd.DataFrame:

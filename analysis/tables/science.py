@@ -73,7 +73,7 @@ def controls_table() -> pd.DataFrame:
         for seed in range(3):
             rows.append(_untrained(name, seed))
     keep = ["model", "task", "arm", "seed", "n_loops", "segment", "loop", "layer", "depth", "head", "query_group",
-            "key_group", "mass", "chance", "log_odds", "log_odds_se", "content", "n"]  # fmt: skip
+            "key_group", "mass", "chance", "log_odds", "log_odds_se", "content", "n", "n_units"]  # fmt: skip
     frame = pd.concat(rows, ignore_index=True)[keep]
     return frame[frame["query_group"] == "masked"].reset_index(drop=True)
 
@@ -93,7 +93,7 @@ def _untrained(name: str, seed: int) -> pd.DataFrame:
             torch.manual_seed(seed)
             m = HookedLoopMDM(LoopMDM(case.m.cfg).eval())
         frame = mask_attention(m, case.masked(HALF[0]), case.n_loops, clusters=case.clusters)
-        return frame.assign(model=name, task=case.test.task)
+        return frame.assign(model=name, task=case.test.task, n_units=case.n_units)
 
     return cached(name, ["untrained mask-attention", seed], compute).assign(arm="untrained", seed=seed)
 

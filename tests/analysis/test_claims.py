@@ -53,6 +53,8 @@ def test_arms_are_compared_over_seeds_or_paired_in_one():
     assert between_arms(ours, theirs, "nll").estimate == pytest.approx(-0.3)
     single = between_arms(ours[:1], theirs[:1], "nll", "change")
     assert single.estimate == 0.5 and single.n_seeds == 1
+    alone = between_arms(ours[:1], theirs[:1], "nll")
+    assert alone.estimate == pytest.approx(-0.3) and verdict(alone, 0.0, "below") == "undecided"
     with pytest.raises(NotRun):
         between_arms(ours[:0], theirs, "nll")
 
@@ -82,7 +84,7 @@ def test_every_claim_has_an_answer_and_a_figure():
     assert {claim.figure for claim in listed} <= set(figures.FIGURES) | PLANNED
 
 
-PLANNED = {"placement", "word-problems"}
+PLANNED = {"word-problems"}
 """Figures of models that are still to be trained."""
 
 
@@ -123,7 +125,7 @@ def test_answers_recover_planted_tables(monkeypatch):
     rows = [
         {"model": f"sudoku-{arm}{'' if seed == 0 else f'-seed{seed}'}", "task": "sudoku", "arm": arm, "seed": seed,
          "n_loops": s, "nll": level + 0.01 * seed, "change_from_s1_se": 0.1, "change_from_base": -0.5,
-         "change_from_base_se": 0.1, "n": 10, "n_clusters": 10}
+         "change_from_base_se": 0.1, "n": 10, "n_units": 10}
         for arm, levels in (("base", {1: 1.0, 2: 3.0, 4: 3.0}), ("loop", {1: 1.3, 2: 0.5, 4: 0.6}))
         for s, level in levels.items() for seed in (0, 1)
     ]  # fmt: skip
@@ -135,3 +137,18 @@ def test_answers_recover_planted_tables(monkeypatch):
     assert answers.ANSWERS["better-beyond-s-max"]("sudoku").estimate == pytest.approx(0.1)
     with pytest.raises(NotRun):
         answers.ANSWERS["better-than-deeper"]("sudoku")
+
+
+def test_a_placement_is_compared_with_the_best_of_the_others_at_its_own_s_max(monkeypatch):
+    levels = {"early": 0.5, "first": 0.7, "middle": 0.4, "late": 0.6, "two": 0.8, "whole": 0.55}
+    rows = [
+        {"task": "sudoku", "arm": f"loop-{place}", "seed": seed, "n_loops": s, "max_loops": 2, "n": 10,
+         "nll": level + 0.01 * seed + (s != 2)}
+        for place, level in levels.items() for seed in (0, 1) for s in (1, 2, 3)
+    ]  # fmt: skip
+    monkeypatch.setattr(answers.tables, "load", lambda name: pd.DataFrame(rows))
+    found = answers.ANSWERS["placement"]("sudoku")
+    assert found.estimate == pytest.approx(0.1) and found.low < 0.1 < found.high and found.n_seeds == 2
+    rows = [row for row in rows if row["arm"] != "loop-late"]
+    with pytest.raises(NotRun):
+        answers.ANSWERS["placement"]("sudoku")

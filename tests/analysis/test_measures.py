@@ -20,6 +20,7 @@ def test_a_measure_runs_at_every_mask_ratio_on_the_test_set():
     alone = mask_attention(case.m, case.masked(0.75), 3, by_head=False)
     part = frame[frame["nominal_mask_ratio"] == 0.75].reset_index(drop=True)
     pd.testing.assert_frame_equal(part[alone.columns.tolist()], alone)
+    assert (frame["n_units"] == 16).all()
 
 
 def test_along_sampling_sees_what_the_sampler_saw():
@@ -31,6 +32,7 @@ def test_along_sampling_sees_what_the_sampler_saw():
     with pytest.raises(UsageError, match="0 to 5"):
         list(case.along_sampling(6, at=[6]))
     frame = measure("mask-attention-pooled", "sudoku-loop", 2, n=8, along_sampling=6)
+    assert "n_units" not in frame  # its errors are over samples
     assert frame["step"].nunique() == 5 and frame["mask_ratio"].is_monotonic_decreasing
     first = frame[(frame["step"] == 0) & (frame["key_group"] == "clean")]
     assert (first["n"] == 0).all() and first["mass"].isna().all()  # nothing is clean yet
@@ -38,7 +40,7 @@ def test_along_sampling_sees_what_the_sampler_saw():
 
 def test_clusters_and_validation_belong_to_the_task():
     case = Case.of("sotu-loop", 2, 32)
-    assert case.clusters is not None and len(np.unique(case.clusters)) == 8
+    assert case.clusters is not None and len(np.unique(case.clusters)) == 8 == case.n_units
     assert not set(map(tuple, case.validation.tokens.tolist())) & set(map(tuple, case.test.tokens.tolist()))
 
 

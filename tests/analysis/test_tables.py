@@ -9,6 +9,7 @@ from scipy import stats as distributions
 
 from analysis import frames, tables, zoo
 from analysis.plots.quality import over_seeds
+from analysis.plots.style import half_width
 from analysis.tables import training
 from loopmdm_model import stats
 from loopmdm_model.checkpoints import list_runs
@@ -106,3 +107,11 @@ def test_a_failing_table_ends_the_others_and_leaves_nothing_half_written(tmp_pat
     with pytest.raises(OSError, match="file"):
         list(tables.measure_all(["references"], workers=1))
     assert not multiprocessing.active_children()
+
+
+def test_half_widths_are_students_where_the_table_names_its_units():
+    df = pd.DataFrame({"y_se": [0.1, 0.1, 0.1], "n_units": [8, 1000, 1]})
+    halves = half_width(df, "y_se")
+    assert halves[0] == pytest.approx(0.1 * distributions.t.ppf(0.975, 7)) and np.isnan(halves[2])
+    assert halves[1] == pytest.approx(0.1962, abs=1e-4)
+    assert half_width(df[["y_se"]], "y_se")[0] == pytest.approx(0.1 * stats.Z95)
