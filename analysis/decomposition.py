@@ -6,6 +6,7 @@ maskable tokens, as in `nelbo`. By position, `nll` is the mean over masks and se
 masked) * L / l: its mean over positions, weighted by `n`, is the NELBO.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from loopmdm_model import stats
 from loopmdm_model.errors import UsageError, check_count
-from loopmdm_model.likelihood import check_clean, loop_losses, row_sums
+from loopmdm_model.likelihood import check_clean, loop_counts, loop_losses, row_sums
 from loopmdm_model.model import LoopedModel
 
 
@@ -24,7 +25,7 @@ from loopmdm_model.model import LoopedModel
 def nelbo_decomposition(
     m: LoopedModel,
     tokens: Int[Tensor, "batch pos"],
-    n_loops: int,
+    n_loops: int | Sequence[int],
     by: Literal["mask_ratio", "position"] = "mask_ratio",
     n_bins: int = 10,
     n_samples: int = 8,
@@ -34,23 +35,21 @@ def nelbo_decomposition(
     batch_size: int = 64,
     clusters: np.ndarray | None = None,
 ) -> pd.DataFrame:
-    """NELBO by noise level or position at every S = 1..n_loops, and what looping gains there.
+    """NELBO by noise level or position at every S = 1..n_loops, or at named counts, and what looping gains.
 
     Columns: n_loops; `mask_ratio` (the bin's middle) with `low`, `high`, or `position`; nll, standard_error;
-    gain = nll at S = 1 - nll, paired by sequence and mask, and gain_standard_error; n sequences. Nats
-    per token; errors over sequences, or over `clusters`.
+    gain = nll at the least S (1, unless others are named) - nll, paired by sequence and mask, and
+    gain_standard_error; n sequences. Nats per token; errors over sequences, or over `clusters`.
     """
     if by not in ("mask_ratio", "position"):
         raise UsageError(f'by must be "mask_ratio" or "position", got {by!r}')
-    check_count("n_loops", n_loops)
+    loops = loop_counts(n_loops)
     allowed, attention_mask = check_clean(m, tokens, maskable, attention_mask)
     width = check_count("n_bins", n_bins) if by == "mask_ratio" else tokens.shape[1]
     lengths = allowed.sum(-1)
-    total = torch.zeros(n_loops, len(tokens), width, dtype=torch.float64)
+    total = torch.zeros(len(loops), len(tokens), width, dtype=torch.float64)
     draws = torch.zeros(len(tokens), width, dtype=torch.float64)
-    for span, part, losses in loop_losses(
-        m, tokens, n_loops, n_samples, maskable, attention_mask, seed, batch_size
-    ):
+    for span, part, losses in loop_losses(m, tokens, loops, n_samples, maskable, attention_mask, seed, batch_size):
         counts, size = part.masked.sum(-1), lengths[span]
         if by == "mask_ratio":
             rows = torch.arange(len(part))
@@ -62,7 +61,9 @@ def nelbo_decomposition(
         else:
             row, position = part.masked.nonzero().T
             weight = (size / counts)[row]
-            total[:, span].view(n_loops, -1).index_add_(1, (row * width + position).cpu(), (losses * weight).cpu())
+            total[:, span].view(len(loops), -1).index_add_(
+                1, (row * width + position).cpu(), (losses * weight).cpu()
+            )
             draws[span] += 1
     values = (total / draws).numpy()  # [loop, batch, bin]; NaN where a sequence has no draw
     weights = lengths.double().cpu().numpy()
@@ -70,8 +71,8 @@ def nelbo_decomposition(
         values, weights = np.where(allowed.cpu().numpy(), values, np.nan), np.ones_like(weights)
     nll, error, n = stats.weighted_mean_and_error(values.swapaxes(0, 1), weights, clusters)
     gain, gain_error, _ = stats.weighted_mean_and_error((values[:1] - values).swapaxes(0, 1), weights, clusters)
-    loops, place = np.divmod(np.arange(n_loops * width), width)
-    frame = pd.DataFrame({"n_loops": loops + 1})
+    place = np.tile(np.arange(width), len(loops))
+    frame = pd.DataFrame({"n_loops": np.repeat(loops, width)})
     if by == "mask_ratio":
         frame["mask_ratio"], frame["low"], frame["high"] = (
             (place + 0.5) / width, place / width, (place + 1) / width,

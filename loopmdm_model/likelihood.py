@@ -185,31 +185,42 @@ def nelbo(
     return summarise(total, n_samples, allowed.sum(-1).cpu(), mean_loops, clusters, cost)
 
 
+def loop_counts(n_loops: int | Sequence[int]) -> list[int]:
+    """1..n_loops, or the counts that are named, in rising order."""
+    if not isinstance(n_loops, Sequence):
+        return list(range(1, check_count("n_loops", n_loops) + 1))
+    counts = sorted({check_count("n_loops", count) for count in n_loops})
+    if not counts:
+        raise UsageError("n_loops names no loop count; give at least one")
+    return counts
+
+
 def loop_losses(
     model: LoopedModel,
     tokens: Int[Tensor, "batch pos"],
-    n_loops: int,
+    n_loops: int | Sequence[int],
     n_samples: int = 8,
     maskable: Tensor | None = None,
     attention_mask: Tensor | None = None,
     seed: int = 0,
     batch_size: int = 64,
 ) -> Iterator[tuple[slice, MaskedBatch, Float[Tensor, "loop row"]]]:
-    """Cross-entropies at the masked positions after every loop, off one trajectory a batch.
+    """Cross-entropies at the masked positions after every loop of `loop_counts`, off one trajectory a batch.
 
     Yields the span of sequences, their masks, and the losses in reading order; each draw visits all
     sequences. The draws are those of `nelbo`.
     """
-    check_count("n_loops", n_loops)
+    counts = loop_counts(n_loops)
     check_count("batch_size", batch_size)
     allowed, attention_mask = check_clean(model, tokens, maskable, attention_mask)
     for batch, _ in _draws("exact-count", model, tokens, allowed, seed, n_samples, attention_mask):
         for start in range(0, len(tokens), batch_size):
             part = batch.rows(slice(start, start + batch_size))
-            trajectory = model.states(part.tokens, n_loops, part.attention_mask)
+            trajectory = model.states(part.tokens, counts[-1], part.attention_mask)
             losses = [
                 row_cross_entropy(model.readout(state, context, rows=part.masked), part)
-                for state, context in trajectory
+                for loop, (state, context) in enumerate(trajectory, start=1)
+                if loop in counts
             ]
             yield slice(start, start + batch_size), part, torch.stack(losses)
 
@@ -218,7 +229,7 @@ def loop_losses(
 def nelbo_by_loop(
     model: LoopedModel,
     tokens: Int[Tensor, "batch pos"],
-    n_loops: int,
+    n_loops: int | Sequence[int],
     n_samples: int = 8,
     maskable: Tensor | None = None,
     attention_mask: Tensor | None = None,
@@ -228,13 +239,15 @@ def nelbo_by_loop(
 ) -> list[NelboResult]:
     """NELBO at every S = 1..n_loops off one trajectory: entry S - 1 equals `nelbo(.., n_loops=S)`.
 
-    Its `flops` is what a run of S loops alone would cost.
+    With several counts as `n_loops`, an entry for each of `loop_counts`. `flops` is what a run of S loops alone
+    would cost.
     """
+    counts = loop_counts(n_loops)
     allowed, attention_mask = check_clean(model, tokens, maskable, attention_mask)
-    total = torch.zeros(check_count("n_loops", n_loops), 2, len(tokens), dtype=torch.float64)
+    total = torch.zeros(len(counts), 2, len(tokens), dtype=torch.float64)
     cfg, length, cost = model.cfg, tokens.shape[1], 0.0
     for span, part, losses in loop_losses(
-        model, tokens, n_loops, n_samples, maskable, attention_mask, seed, batch_size
+        model, tokens, counts, n_samples, maskable, attention_mask, seed, batch_size
     ):
         value = (row_sums(losses, part) / part.masked.sum(-1)).cpu()
         total[:, :, span] += torch.stack([value, value**2], dim=1)
@@ -243,8 +256,8 @@ def nelbo_by_loop(
     lengths = allowed.sum(-1).cpu()
     loop_cost = n_samples * len(tokens) * cfg.n_loop_layers * flops.layer_flops(cfg, length)
     return [
-        summarise(row, n_samples, lengths, loop + 1.0, clusters, cost + (loop + 1) * loop_cost)
-        for loop, row in enumerate(total)
+        summarise(row, n_samples, lengths, float(count), clusters, cost + count * loop_cost)
+        for count, row in zip(counts, total, strict=True)
     ]
 
 

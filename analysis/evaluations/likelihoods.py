@@ -13,7 +13,7 @@ from loopmdm_model.data.fetch import sources
 from loopmdm_model.data.trees import TREE_TASKS
 from loopmdm_model.data.windows import sliding_windows
 from loopmdm_model.errors import UsageError
-from loopmdm_model.likelihood import draw_masks, nelbo, nelbo_by_loop
+from loopmdm_model.likelihood import draw_masks, loop_counts, nelbo, nelbo_by_loop
 
 ZERO_SHOT_DOCUMENTS, ZERO_SHOT_WINDOWS = 500, 512
 
@@ -35,7 +35,7 @@ def noise_level(subject: Subject, counts: list[int], n_samples: int = 2) -> pd.D
     frame = nelbo_decomposition(
         subject.model,
         test.tokens,
-        max(counts),
+        [1, *counts],
         n_samples=n_samples,
         maskable=test.maskable,
         clusters=test.clusters,
@@ -57,10 +57,9 @@ def zero_shot(subject: Subject, counts: list[int], n_samples: int = 2) -> pd.Dat
         some = spread(torch.arange(len(w.tokens)), ZERO_SHOT_WINDOWS)
         owners = w.owners[some.numpy()]
         results = nelbo_by_loop(
-            subject.model, w.tokens[some], max(counts), n_samples, w.scored[some], w.real[some], clusters=owners
+            subject.model, w.tokens[some], counts, n_samples, w.scored[some], w.real[some], clusters=owners
         )
-        for count in counts:
-            r = results[count - 1]
+        for count, r in zip(loop_counts(counts), results, strict=True):
             rows.append((corpus, count, r.mean, r.standard_error, r.bits_per_byte(bytes_per_token),
                          r.perplexity, r.n, len(np.unique(owners))))  # fmt: skip
     columns = ["corpus", "n_loops", "nelbo", "standard_error", "bits_per_byte", "perplexity", "n", "n_documents"]

@@ -77,14 +77,20 @@ def amount(loaded: Tables) -> MatplotlibFigure:
     nll = nll[nll["task"] == "sudoku"]
     drawn, axes = plt.subplots(1, 3, figsize=(PAGE, 2.7), layout="constrained", width_ratios=[1.4, 1, 1])
     quality.plot_amounts(nll, ax=axes[0])
+    once = nll[nll["n_loops"] == 1].set_index("arm")["nll"]
+    others = once[once.index.isin(AMOUNT_STYLE) & (once.index != "loop-fixed")]
+    axes[0].set_ylim(top=others.max() + 0.02)  # without loops the model of fixed S is far off
+    axes[0].annotate(f"fixed: {once['loop-fixed']:.2f} at S = 1", (2, others.max()), fontsize=6.5, va="center")
     axes[0].set_title("by S (rings: $S_{max}$ of training)")
-    axes[0].legend(frameon=False, title="$S_{max}$", ncols=2, title_fontsize=6.8)
     quality.plot_arms(nll[nll["n_loops"] == nll["max_loops"]], "nll", AMOUNT_STYLE, ax=axes[1])
     axes[1].set(title="at $S_{max}$", ylabel="test NELBO (nats per token)")
     quality.plot_arms(_as_trained(nll, solve), "solve_rate", AMOUNT_STYLE, ax=axes[2])
     axes[2].set(title="at $S_{max}$, one shot", ylabel="puzzles solved", ylim=(0, 1))
     for ax in axes[1:]:
         ax.set_xlabel("$S_{max}$ of training (seeds)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    drawn.legend(handles, [f"$S_{{max}}$ = {' '.join(label.split())}" for label in labels],
+                 loc="outside lower center", ncols=6, frameon=False, columnspacing=1.2)  # fmt: skip
     return drawn
 
 

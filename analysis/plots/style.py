@@ -46,7 +46,7 @@ AMOUNT_STYLE = {
         ("loop", "#3182bd", "o", "-", "6"),
         ("loop-s8", "#1b4f8f", "^", "-.", "8"),
         ("loop-s12", "#08264d", "D", "-", "12"),
-        ("loop-fixed", "#e08214", "P", "--", "6, fixed"),
+        ("loop-fixed", "#e08214", "P", "--", "6,\nfixed"),
     )
 }
 """S_max of training, S drawn uniformly up to it, or fixed."""

@@ -60,6 +60,8 @@ def measure_by_loops(name: str) -> None:
             _sequence_nll(model, loops)
             if model.task in CLUES:
                 _solve_rates(model, loops)
+            if model.task == "gsm":
+                _word_problems(model)
 
 
 def _sequence_nll(model: zoo.Shipped, loops: int) -> tuple[np.ndarray, np.ndarray]:
@@ -138,13 +140,14 @@ WORD_PROBLEMS = {"steps": 32, "n": 100}
 
 def word_problems_table() -> pd.DataFrame:
     """Accuracy on word problems by S, unseen templates and real GSM8K items; others than looped ones at S = 1."""
-    frames = []
-    for model in zoo.shipped("gsm"):
-        most = zoo.s_max(model.name)
-        counts = [1, 2, most, 2 * most] if model.arm == "loop" else [1]
-        frame = evaluate(model.name, "word-problems", counts, **WORD_PROBLEMS).rename(columns={"task": "problems"})
-        frames.append(frame.assign(**label(model), s_max=most))
-    return pd.concat(frames, ignore_index=True)
+    return pd.concat([_word_problems(model) for model in zoo.shipped("gsm")], ignore_index=True)
+
+
+def _word_problems(model: zoo.Shipped) -> pd.DataFrame:
+    most = zoo.s_max(model.name)
+    counts = [1, 2, most, 2 * most] if model.arm == "loop" else [1]
+    frame = evaluate(model.name, "word-problems", counts, **WORD_PROBLEMS).rename(columns={"task": "problems"})
+    return frame.drop(columns="model").assign(**label(model), s_max=most)
 
 
 def references_table() -> pd.DataFrame:

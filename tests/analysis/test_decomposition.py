@@ -1,6 +1,7 @@
 """The parts add up to the whole."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -52,3 +53,10 @@ def test_positions_that_are_never_masked_are_nan(model, clean):
     assert frame["n"].tolist() == [0] * 4 + [4] * 6
     with pytest.raises(UsageError, match="by must be"):
         nelbo_decomposition(model, clean, 1, by="time")
+
+
+@pytest.mark.parametrize("by", ["mask_ratio", "position"])
+def test_named_loop_counts_are_those_of_the_whole_trajectory(model, clean, by):
+    whole = nelbo_decomposition(model, clean, 4, by=by, n_bins=2, n_samples=6)
+    some = nelbo_decomposition(model, clean, [4, 1], by=by, n_bins=2, n_samples=6)
+    pd.testing.assert_frame_equal(some, whole[whole["n_loops"].isin([1, 4])].reset_index(drop=True))

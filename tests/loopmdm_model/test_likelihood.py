@@ -81,6 +81,11 @@ def test_all_loops_off_one_trajectory_equal_separate_runs(model, clean):
     for n_loops, result in enumerate(together, start=1):
         alone = nelbo(model, clean, n_loops=n_loops, n_samples=3, seed=1)
         same(result.per_sequence, alone.per_sequence)
+    some = nelbo_by_loop(model, clean, [4, 2, 4], n_samples=3, seed=1)
+    assert [(r.mean, r.flops) for r in some] == [(together[s - 1].mean, together[s - 1].flops) for s in (2, 4)]
+    for wrong in ([], [0, 2], 0, "2"):
+        with pytest.raises(UsageError, match="n_loops"):
+            nelbo_by_loop(model, clean, wrong)
 
 
 def test_only_maskable_positions_count(model, clean):
