@@ -123,6 +123,12 @@ with torch.no_grad():
 figures.FIGURES["learning-curves"].show()
 
 # %% [markdown]
+# The same on the other tasks. On the chain nobody should win: neighbours tell all there is.
+
+# %%
+figures.FIGURES["learning-curves-elsewhere"].show()
+
+# %% [markdown]
 # ## FLOPs to a target
 #
 # The same curves read sideways: for the loss that one arm has after a quarter, a half and all of its budget,

@@ -75,6 +75,17 @@ figures.FIGURES["nll-by-loops"].show()
 figures.FIGURES["sudoku-solve-rate"].show()
 
 # %% [markdown]
+# ## Word problems
+#
+# Grade-school arithmetic in words is one of the paper's tests of reasoning (GSM8K: up to 8.5 points above the same
+# size, and above a deeper model). The templates of the test are unseen. A small model can learn how such an answer
+# is worded long before it can compute one, so the NELBO of worked answers and the share of right ones are
+# different questions. If the right panels are at chance level, only the left one says something about loops.
+
+# %%
+figures.FIGURES["word-problems"].show()
+
+# %% [markdown]
 # ## Where the gain is
 #
 # The NELBO is the mean of the cross-entropy over mask ratios, so it can be taken apart by them. `gain` is the

@@ -63,8 +63,9 @@ def figures(
             needed = dict.fromkeys(name for figure in chosen for name in figure.tables)
             for _ in bar.track(tables.measure_all(needed), total=len(needed), description="tables"):
                 pass
-        for figure in bar.track(chosen, description="figures"):
-            figure.draw(out=out)
+        drawn = registry.draw_all([figure.name for figure in chosen], out)
+        for _ in bar.track(drawn, total=len(chosen), description="figures"):
+            pass
     show(["figure", "file"], [(figure.name, out / f"{figure.name}.pdf") for figure in chosen])
 
 

@@ -4,8 +4,14 @@ from analysis import figures
 figures.FIGURES["mask-to-mask-by-loop"].draw(out="figures/out")
 """
 
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import matplotlib as mpl
+
 from analysis.figures import adaptive, attention, causal, claims, inference, known, representation, training
 from analysis.figures.entry import Figure
+from analysis.parallel import in_processes
 from loopmdm_model.errors import unknown_name
 
 FAMILIES = {
@@ -26,3 +32,16 @@ def figure(name: str) -> Figure:
     if name not in FIGURES:
         raise unknown_name("figure", name, FIGURES)
     return FIGURES[name]
+
+
+def draw_all(names: Iterable[str], out: Path, workers: int = 0) -> Iterator[str]:
+    """Draw figures into `out` in processes (default: one a core); yields names as they are done."""
+    return in_processes(_draw, {name: set() for name in names}, out, workers, _without_display)
+
+
+def _without_display() -> None:
+    mpl.use("Agg")
+
+
+def _draw(name: str, out: Path) -> None:
+    figure(name).draw(out=out)

@@ -148,10 +148,11 @@ FIGURES = (
         saturation,
         f"""Where the rise of masked-to-masked attention ends, by the largest loop count of training: log-odds of
         a masked against a clean key for masked queries in the looped layer, half masked, heads pooled, each
-        model read to 3 x its S_max. Left: by loop; bands: 95%. Right: the rise since the first loop, against
-        loop / S_max. {GRIDS}. The paper: the rise saturates near S_max of training. Curves that bend at one
-        and the same loop whatever S_max was, or that go on rising beyond 1 on the right, count against it; so
-        does a curve that does not rise. {OURS} One seed of training a line, five for S_max = 6 (thin).""",
+        model read to 3 x its S_max. Left: by loop; bands: 95% (seed 0). Right: the rise since the first loop,
+        against loop / S_max. {GRIDS}. The paper: the rise saturates near S_max of training. Curves that turn
+        at one and the same loop whatever S_max was, that fall before S_max, or that go on rising beyond 1 on
+        the right count against it; so does one that does not rise. {OURS} One seed of training a line; of
+        S_max = 6 four more (thin).""",
     ),
     Figure(
         "attention-maps",

@@ -4,21 +4,17 @@ Everything is measured on the shipped models and on the test split; masks and pu
 by seed. Committed tables lie in figures/tables; a missing one is measured again.
 """
 
-import multiprocessing
-import os
-import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from analysis import frames, provenance, zoo
+from analysis.parallel import in_processes
 from analysis.tables import internals, quality, science, training
 from loopmdm_model.errors import unknown_name
-from loopmdm_model.files import clear_partial
 
 
 @dataclass(frozen=True)
@@ -91,38 +87,14 @@ def measure_all(names: Iterable[str], workers: int = 0) -> Iterator[str]:
 
     A table that reads others waits for them.
     """
-    folder = tables_folder()
-    waiting = {name: set(table(name).tables) for name in names}
-    waiting = {name: needs & waiting.keys() for name, needs in waiting.items()}
-    context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
-    with ProcessPoolExecutor(workers or os.cpu_count(), context, _one_thread) as pool:
-        try:
-            running: dict[Future, str] = {}
-            while waiting or running:
-                for name in [name for name, needs in waiting.items() if not needs]:
-                    del waiting[name]
-                    running[pool.submit(_measure, name, folder)] = name
-                for done in wait(running, return_when=FIRST_COMPLETED).done:
-                    name = running.pop(done)
-                    done.result()
-                    for needs in waiting.values():
-                        needs.discard(name)
-                    yield name
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in multiprocessing.active_children():
-                if child not in others:
-                    child.terminate()
-                    child.join()
-            clear_partial(folder)
-            raise
+    after = {name: set(table(name).tables) for name in names}
+    return in_processes(_measure, after, tables_folder(), workers, _one_thread)
 
 
 def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of its own
 
 
 def _measure(name: str, folder: Path) -> None:
@@ -197,6 +169,13 @@ TABLES = {
             ("model", "n_loops", "steps", "judge_nll", "unigram_entropy"),
             quality.generative_table,
             reads="judge",
+        ),
+        Table(
+            "word-problems",
+            zoo.names("gsm"),
+            ("model", "arm", "seed", "problems", "n_loops", "accuracy", "low", "high", "chance"),
+            quality.word_problems_table,
+            reads="gsm8k-100",
         ),
         Table(
             "attention-controls",

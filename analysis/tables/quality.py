@@ -135,7 +135,7 @@ def generative_table() -> pd.DataFrame:
     return pd.concat([base, evaluated("generative", ("sotu-loop",), counts=(1, 2, 6, 12))], ignore_index=True)
 
 
-WORD_PROBLEMS = {"steps": 32, "n": 100}
+WORD_PROBLEMS = {"steps": 16, "n": 100}
 
 
 def word_problems_table() -> pd.DataFrame:
@@ -145,7 +145,7 @@ def word_problems_table() -> pd.DataFrame:
 
 def _word_problems(model: zoo.Shipped) -> pd.DataFrame:
     most = zoo.s_max(model.name)
-    counts = [1, 2, most, 2 * most] if model.arm == "loop" else [1]
+    counts = [1, 2, most] if model.arm == "loop" else [1]
     frame = evaluate(model.name, "word-problems", counts, **WORD_PROBLEMS).rename(columns={"task": "problems"})
     return frame.drop(columns="model").assign(**label(model), s_max=most)
 

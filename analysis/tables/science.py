@@ -13,9 +13,14 @@ HALF = (0.5,)
 READ_TO = 3
 
 
+AT_CHANCE = ("gsm",)
+"""Tasks that no shipped model has learned: what goes on inside explains nothing."""
+
+
 def with_weights(*arms: str) -> tuple[str, ...]:
-    """All shipped models of some arms whose weights are here, every seed."""
-    return tuple(model.name for model in zoo.shipped(None, *arms) if model.name in list_models())
+    """Models of some arms whose weights are here, every seed, of tasks that were learned."""
+    listed = list_models()
+    return tuple(m.name for m in zoo.shipped(None, *arms) if m.name in listed and m.task not in AT_CHANCE)
 
 
 def looped() -> tuple[str, ...]:
@@ -52,8 +57,7 @@ def _one(
 
 def controls() -> tuple[str, ...]:
     """Models that were not looped, seed 0, and those whose shape the untrained ones have."""
-    plain = [model.name for model in zoo.shipped(None, "base", "deep") if model.name in list_models()]
-    return tuple(name for name in plain if "-seed" not in name) + LOOPED
+    return tuple(name for name in with_weights("base", "deep") if "-seed" not in name) + LOOPED
 
 
 def controls_table() -> pd.DataFrame:
@@ -105,7 +109,7 @@ def verdicts_table() -> pd.DataFrame:
     """
     frames = []
     for model in zoo.shipped(None, "loop"):
-        if model.name in list_models():
+        if model.name in looped():
             frame = measured("stopping-verdicts", (model.name,))
             frames.append(frame.assign(seed=model.seed))
     return pd.concat(frames, ignore_index=True)

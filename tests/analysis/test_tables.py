@@ -61,7 +61,7 @@ def test_means_over_seeds_have_students_interval_and_one_seed_its_own():
     assert (first.y, first.low, first.high, first.n) == pytest.approx((3.0, low, high, 3))
     assert (second.low, second.high) == (0.0, 0.0)
     (single,) = over_seeds(df[:1], "x", "y").itertuples(index=False)
-    assert single.high - single.y == pytest.approx(1.96 * 9)
+    assert single.high - single.y == pytest.approx(stats.Z95 * 9)
 
 
 def test_contrasts_recover_planted_differences(monkeypatch):
