@@ -5,7 +5,7 @@ from the influence of each sequence (the delta method), summed within clusters f
 """
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy import stats as distributions
 
 from loopmdm_model.errors import UsageError
@@ -81,10 +81,9 @@ def log_ratio_and_error(
     return value, np.where(np.isfinite(value), error, np.nan)
 
 
-def t95(n_units: ArrayLike) -> Array:
+def t95(n_units: int) -> float:
     """Half-width of a 95% interval in standard errors, by Student's t over independent units; NaN below two."""
-    units = np.asarray(n_units, dtype=float)
-    return np.where(units > 1, distributions.t.ppf(0.975, np.maximum(units - 1, 1)), np.nan)[()]
+    return float(distributions.t.ppf(0.975, n_units - 1)) if n_units > 1 else float("nan")
 
 
 def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:

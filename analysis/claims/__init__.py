@@ -26,7 +26,7 @@ COLUMNS = ["claim", "task", "verdict", "estimate", "low", "high", "margin", "dir
 TABLES = (
     "flops-to-target", "nll-by-loops", "noise-level", "mask-attention", "sudoku-solve-rate", "stopping-verdicts",
     "mediated-share", "sudoku-orders", "sudoku-boards", "convergence", "zero-shot", "training-free",
-    "best-rounds",
+    "best-rounds", "word-problems",
 )  # fmt: skip
 """What the answers are read off."""
 

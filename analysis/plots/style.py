@@ -11,8 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-from loopmdm_model import stats
+from scipy import stats
 
 COLUMN, PAGE = 3.35, 6.9
 """Widths in inches: one column, full page."""
@@ -109,8 +108,8 @@ def band(ax: Axes, x, y, low, high, **line) -> None:
 
 def half_width(df: pd.DataFrame, error: str) -> pd.Series:
     """Half of the 95% interval of the standard errors in a column: Student's t over the table's `n_units`."""
-    units = df.get("n_units", np.inf)
-    return df[error] * stats.t95(units)
+    units = np.asarray(df.get("n_units", np.inf), dtype=float)
+    return df[error] * np.where(units > 1, stats.t.ppf(0.975, np.maximum(units - 1, 1)), np.nan)
 
 
 def mark_s_max(ax: Axes, s_max: int, last: int) -> None:
