@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from loopmdm_model import stats
 from loopmdm_model.data.batches import spread
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.evaluation import TestSet, load_test_set, task_of
@@ -61,7 +62,7 @@ class Case:
     @property
     def n_units(self) -> int:
         """How many of them are independent: documents or templates where sequences share one."""
-        return len(self.tokens) if self.clusters is None else len(np.unique(self.clusters))
+        return stats.count_units(len(self.tokens), self.clusters)
 
     @cached_property
     def validation(self) -> TestSet:

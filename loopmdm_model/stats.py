@@ -38,6 +38,11 @@ def influence_error(influence: Array, clusters: NDArray | None = None) -> Array:
     return np.asarray(np.where(units > 1, error, np.nan))
 
 
+def count_units(n: int, clusters: Array | None) -> int:
+    """How many of `n` sequences are independent: all, or the clusters they fall into."""
+    return n if clusters is None else len(np.unique(clusters))
+
+
 def mean_and_error(values: Array, clusters: NDArray | None = None) -> tuple[Array, Array, Array]:
     """Mean, standard error and n over the first axis, ignoring NaN; NaN with n = 0 where nothing is known."""
     known = np.isfinite(values)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from analysis.stopping.quality import Judge, Quality, sample_quality
-from loopmdm_model import flops
+from loopmdm_model import flops, stats
 from loopmdm_model.config import LoopMDMConfig
 from loopmdm_model.data.sudoku import Board
 from loopmdm_model.errors import UsageError, check_count
@@ -102,7 +102,7 @@ def loops_against_steps(
             mean, error, number = own.mean(owner)
             rows.append((budget, count, len(r.loops_used), order, temperature, own.measure, mean, error,
                          *own.against(other, owner), r.flops / len(r.tokens), number,
-                         number if owner is None else len(np.unique(owner))))  # fmt: skip
+                         stats.count_units(number, owner)))  # fmt: skip
     return pd.DataFrame(rows, columns=COLUMNS)
 
 

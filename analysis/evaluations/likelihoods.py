@@ -40,8 +40,7 @@ def noise_level(subject: Subject, counts: list[int], n_samples: int = 2) -> pd.D
         maskable=test.maskable,
         clusters=test.clusters,
     )
-    units = len(test.tokens) if test.clusters is None else len(np.unique(test.clusters))
-    return at(frame, counts).assign(n_units=units)
+    return at(frame, counts).assign(n_units=stats.count_units(len(test.tokens), test.clusters))
 
 
 def zero_shot(subject: Subject, counts: list[int], n_samples: int = 2) -> pd.DataFrame:

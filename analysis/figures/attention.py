@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from analysis import zoo
-from analysis.figures.entry import GRIDS, ONE, OURS, PANELS, TEXT, Figure, Tables
+from analysis.figures.entry import GRIDS, ONE, OURS, PANELS, TEXT, Figure, Tables, of_models
 from analysis.plots import attention
 from analysis.plots.style import PAGE, mark_s_max
 
@@ -73,8 +73,9 @@ def _matrix(part: pd.DataFrame) -> np.ndarray:
 
 def saturation(loaded: Tables) -> MatplotlibFigure:
     """Where the rise of masked-to-masked attention ends, by S_max of training."""
-    df = loaded["mask-attention-by-s-max"]
+    df = of_models(loaded["mask-attention-by-s-max"])
     df = df[(df["segment"] == "loop") & (df["query_group"] == "masked") & (df["key_group"] == "masked")]
+    df = df.assign(s_max=df["model"].map({name: zoo.s_max(name) for name in df["model"].unique()}))
     drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.9), layout="constrained")
     attention.plot_by_s_max(df, axes=axes)
     axes[0].set_title("6x6 Sudoku: log-odds (rings: $S_{max}$)")

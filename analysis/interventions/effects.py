@@ -56,7 +56,7 @@ def mediated_share(
 
     intact, weights = gains(cut(m, "none", loops, layers, heads))
     whole, whole_se, n = stats.weighted_mean_and_error(intact, weights, clusters)
-    half = stats.t95(int(n) if clusters is None else len(np.unique(clusters)))
+    half = stats.t95(stats.count_units(int(n), clusters))
     rows = []
     for what, matched in arms:
         arm = _stale(m, loops, layers) if what == "stale" else cut(m, what, loops, layers, heads, matched, seed)

@@ -142,7 +142,7 @@ def _contrast(
     ours, theirs = (solved[name, count] - solved[name, least] for name in (order, REFERENCE))
     gain, gain_se, _ = stats.mean_and_error(ours, clusters)
     contrast, error, n = stats.mean_and_error(ours - theirs, clusters)
-    half = error * stats.t95(int(n) if clusters is None else len(np.unique(clusters)))
+    half = error * stats.t95(stats.count_units(int(n), clusters))
     log_odds, influence = 0.0, np.zeros(len(ours))
     for name, number, sign in (
         (order, count, 1), (order, least, -1), (REFERENCE, count, -1), (REFERENCE, least, 1)

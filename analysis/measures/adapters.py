@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -10,6 +9,7 @@ from analysis import allocation, interventions, known, representation, stopping
 from analysis.cases import Case
 from analysis.stopping.frontier import thresholds
 from analysis.training_free import training_free
+from loopmdm_model import stats
 from loopmdm_model.data.puzzles import puzzles
 from loopmdm_model.data.sudoku import BOARDS
 from loopmdm_model.errors import UsageError
@@ -51,7 +51,7 @@ def fixed_points(case: Case, b: MaskedBatch) -> pd.DataFrame:
     few = torch.linspace(0, len(b) - 1, min(16, len(b))).long()
     clusters = None if case.clusters is None else case.clusters[few.numpy()]
     found = representation.fixed_points(case.m, b.rows(few), max(64, case.n_loops), seed=case.seed)
-    units = len(few) if clusters is None else len(np.unique(clusters))
+    units = stats.count_units(len(few), clusters)
     return representation.fixed_point_summary(found, clusters).assign(n_units=units)
 
 

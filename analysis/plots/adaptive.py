@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analysis.plots.style import NULL, band, half_width
+from analysis.plots.style import NULL, error_band, half_width
 
 RULE_STYLE = {
     "fixed": {"color": "#444444", "marker": "s", "linestyle": "--", "label": "fixed S"},
@@ -33,15 +33,8 @@ def plot_loops_by_step(df: pd.DataFrame, most: int, *, ax: Axes | None = None) -
     """Loops used before each denoising step, 95% over samples; `df`: step mask_ratio value standard_error."""
     ax = ax or plt.gca()
     part = df.sort_values("step")
-    half = half_width(part, "standard_error")
-    band(
-        ax,
-        part["step"] + 1,
-        part["value"],
-        part["value"] - half,
-        part["value"] + half,
-        **RULE_STYLE["state-delta"] | {"label": "loops used"},
-    )
+    look = RULE_STYLE["state-delta"] | {"label": "loops used"}
+    error_band(ax, part["step"] + 1, part, "value", "standard_error", **look)
     ax.axhline(most, **NULL)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel="denoising step (1 = first)", ylabel="loops used", ylim=(0, most + 0.5))

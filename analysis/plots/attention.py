@@ -10,7 +10,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.plots.style import AMOUNT_STYLE, KEY_STYLE, NULL, RATIO_STYLE, band, half_width, style
+from analysis.plots.style import AMOUNT_STYLE, KEY_STYLE, NULL, RATIO_STYLE, error_band, half_width, style
 
 if TYPE_CHECKING:
     from analysis.attention.maps import AttentionMaps
@@ -25,8 +25,7 @@ def plot_mass_by_loop(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     for group, look in KEY_STYLE.items():
         part = df[df["key_group"] == group].sort_values("loop")
         x = part["loop"].astype(int) + 1
-        half = half_width(part, "mass_se")
-        band(ax, x, part["mass"], part["mass"] - half, part["mass"] + half, **look)
+        error_band(ax, x, part, "mass", "mass_se", **look)
         ax.plot(x, part["chance"], **NULL | {"color": look["color"]})
     ax.set(xlabel="loop (1 = first)", ylabel="attention mass", ylim=(0, None))
     return ax
@@ -42,8 +41,8 @@ def plot_log_odds_by_loop(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         part = df[np.isclose(df["nominal_mask_ratio"], ratio)].sort_values("loop")
         if part.empty:
             continue
-        x, y, half = part["loop"].astype(int) + 1, part["log_odds"], half_width(part, "log_odds_se")
-        band(ax, x, y, y - half, y + half, label=f"{ratio:.0%} masked", **look)
+        x = part["loop"].astype(int) + 1
+        error_band(ax, x, part, "log_odds", "log_odds_se", label=f"{ratio:.0%} masked", **look)
     ax.axhline(0, **NULL)
     ax.set(xlabel="loop (1 = first)", ylabel="log-odds masked : clean")
     return ax
@@ -66,13 +65,13 @@ def plot_by_s_max(df: pd.DataFrame, *, axes: Sequence[Axes]) -> None:
     for arm in [name for name in AMOUNT_STYLE if name in set(df["arm"])]:
         for seed, part in df[df["arm"] == arm].groupby("seed"):
             part, look = part.sort_values("loop"), AMOUNT_STYLE[arm] | {"markersize": 2.4}
-            x, y, half = part["loop"].astype(int) + 1, part["log_odds"], half_width(part, "log_odds_se")
+            x, y = part["loop"].astype(int) + 1, part["log_odds"]
             rise = y - y.iloc[0]
             if seed:
                 look = {"color": look["color"], "linewidth": 0.5, "zorder": 1}
                 axes[0].plot(x, y, **look)
             else:
-                band(axes[0], x, y, y - half, y + half, **look)
+                error_band(axes[0], x, part, "log_odds", "log_odds_se", **look)
                 last = x == part["s_max"]
                 axes[0].plot(x[last], y[last], marker="o", markersize=7, fillstyle="none", color=look["color"])
             axes[1].plot(x / part["s_max"], rise, **look)
@@ -157,8 +156,8 @@ def plot_content_by_loop(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = ax or plt.gca()
     for ratio, look in RATIO_STYLE.items():
         part = df[np.isclose(df["nominal_mask_ratio"], ratio)].sort_values("loop")
-        x, y, half = part["loop"].astype(int) + 1, part["content"], half_width(part, "content_se")
-        band(ax, x, y, y - half, y + half, label=f"{ratio:.0%} masked", **look)
+        x = part["loop"].astype(int) + 1
+        error_band(ax, x, part, "content", "content_se", label=f"{ratio:.0%} masked", **look)
     ax.set(xlabel="loop (1 = first)", ylabel="content (norm)", ylim=(0, None))
     return ax
 

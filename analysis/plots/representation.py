@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from analysis.plots.style import NULL, RATIO_STYLE, band, half_width, style
+from analysis.plots.style import NULL, RATIO_STYLE, error_band, style
 
 
 def plot_metric_by_loop(df: pd.DataFrame, metric: str, *, ax: Axes | None = None) -> Axes:
@@ -17,16 +17,7 @@ def plot_metric_by_loop(df: pd.DataFrame, metric: str, *, ax: Axes | None = None
     ax = ax or plt.gca()
     for ratio, look in RATIO_STYLE.items():
         part = df[np.isclose(df["nominal_mask_ratio"], ratio) & (df["metric"] == metric)].sort_values("loop")
-        half = half_width(part, "standard_error")
-        band(
-            ax,
-            part["loop"] + 1,
-            part["value"],
-            part["value"] - half,
-            part["value"] + half,
-            label=f"{ratio:.0%} masked",
-            **look,
-        )
+        error_band(ax, part["loop"] + 1, part, "value", "standard_error", label=f"{ratio:.0%} masked", **look)
     ax.set(xlabel="loop (1 = first)")
     return ax
 
@@ -77,8 +68,7 @@ def plot_lenses(df: pd.DataFrame, metric: str, *, ax: Axes | None = None) -> Axe
     ax = ax or plt.gca()
     for prefix, look in LENS_STYLE.items():
         part = df[df["metric"] == f"{prefix}{metric}"].sort_values("loop")
-        half = half_width(part, "standard_error")
-        band(ax, part["loop"] + 1, part["value"], part["value"] - half, part["value"] + half, **look)
+        error_band(ax, part["loop"] + 1, part, "value", "standard_error", **look)
     ax.set(xlabel="loop (1 = first)")
     return ax
 

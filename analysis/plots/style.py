@@ -112,6 +112,12 @@ def half_width(df: pd.DataFrame, error: str) -> pd.Series:
     return df[error] * np.where(units > 1, stats.t.ppf(0.975, np.maximum(units - 1, 1)), np.nan)
 
 
+def error_band(ax: Axes, x, df: pd.DataFrame, value: str, error: str, **line) -> None:
+    """A column as a line, with the 95% interval of its standard errors as a shade."""
+    half = half_width(df, error)
+    band(ax, x, df[value], df[value] - half, df[value] + half, **line)
+
+
 def mark_s_max(ax: Axes, s_max: int, last: int) -> None:
     """A thin line at the largest loop count of training, and ticks at 1 and its multiples."""
     ax.axvline(s_max, color="#666666", linewidth=0.8, linestyle="-.", zorder=0)

@@ -126,9 +126,9 @@ TABLES = {
         ),
         Table(
             "mask-attention-by-s-max",
-            internals.amounts(),
-            ("model", "arm", "seed", "s_max", "loop", "log_odds"),
-            internals.by_s_max_table,
+            science.amounts(),
+            ("model", "loop", "log_odds"),
+            lambda: science.measured("mask-attention-pooled", science.amounts(), read_to=science.READ_TO),
         ),
         Table("attention-maps", ("sotu-loop",), ("loop", "head", "query", "key"), internals.attention_maps_table),
         Table(

@@ -6,7 +6,6 @@ import torch
 
 from analysis import zoo
 from analysis.tables.science import LOOPED, looped, measured
-from loopmdm_model.checkpoints import list_models
 from loopmdm_model.masking import mask_tokens
 
 RATIOS = (0.25, 0.5, 0.75)
@@ -26,25 +25,6 @@ def mask_attention_table() -> pd.DataFrame:
         if name in LOOPED:
             rows.append(measured("mask-attention", (name,), ratios))
     return pd.concat(rows, ignore_index=True)
-
-
-AMOUNTS = ("loop-s2", "loop-s4", "loop", "loop-s8", "loop-s12")
-"""Arms of Sudoku that differ in S_max of training."""
-
-
-def amounts() -> tuple[str, ...]:
-    """The looped Sudoku models with weights, whatever their S_max of training."""
-    return tuple(model.name for model in zoo.shipped("sudoku", *AMOUNTS) if model.name in list_models())
-
-
-def by_s_max_table() -> pd.DataFrame:
-    """Group masses at half masked to 3 x S_max of training, heads pooled, for each S_max."""
-    frames = []
-    for model in zoo.shipped("sudoku", *AMOUNTS):
-        if model.name in amounts():
-            frame = measured("mask-attention-pooled", (model.name,), read_to=READ_TO)
-            frames.append(frame.assign(arm=model.arm, seed=model.seed, s_max=zoo.s_max(model.name)))
-    return pd.concat(frames, ignore_index=True)
 
 
 def representation_table() -> pd.DataFrame:

@@ -11,8 +11,6 @@ from loopmdm_model.checkpoints import list_models
 LOOPED = ("sotu-loop", "sudoku-loop")
 HALF = (0.5,)
 READ_TO = 3
-
-
 AT_CHANCE = ("gsm",)
 """Tasks that no shipped model has learned: what goes on inside explains nothing."""
 
@@ -53,6 +51,12 @@ def _one(
         return measures.measure(measure, name, n_loops, ratios, n, along_sampling)
 
     return cached(name, ["measure", measure, n_loops, list(ratios), n, along_sampling], compute)
+
+
+def amounts() -> tuple[str, ...]:
+    """The three-layer Sudoku models with weights that loop, whatever their S_max of training."""
+    arms = ("loop-s2", "loop-s4", "loop", "loop-s8", "loop-s12")
+    return tuple(name for name in with_weights(*arms) if name.startswith("sudoku-"))
 
 
 def controls() -> tuple[str, ...]:
@@ -107,9 +111,9 @@ def verdicts_table() -> pd.DataFrame:
 
     Columns of `analysis.stopping.verdicts` with model, task, seed and rule.
     """
-    frames = []
+    frames, names = [], looped()
     for model in zoo.shipped(None, "loop"):
-        if model.name in looped():
+        if model.name in names:
             frame = measured("stopping-verdicts", (model.name,))
             frames.append(frame.assign(seed=model.seed))
     return pd.concat(frames, ignore_index=True)

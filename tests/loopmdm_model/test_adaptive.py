@@ -225,3 +225,11 @@ def test_on_loop_sees_every_loop_of_who_still_runs(model, batch):
     for loop, rows in seen:
         assert rows == (run.loops_used > loop).nonzero().flatten().tolist()
     assert len(seen) == run.loops_used.max()
+
+
+def test_a_read_out_that_nobody_asks_for_is_not_computed(model, batch, monkeypatch):
+    monkeypatch.setattr(model, "coda", None)
+    with pytest.raises(TypeError):
+        model.run(batch.tokens, n_loops=2, rows=batch.masked)
+    run = model.run(batch.tokens, n_loops=2, rows=torch.zeros_like(batch.masked))
+    assert run.logits.shape == (0, model.cfg.d_vocab) and run.loops_used.tolist() == [2] * len(batch.tokens)
