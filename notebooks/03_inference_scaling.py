@@ -80,8 +80,8 @@ figures.FIGURES["sudoku-solve-rate"].show()
 # Grade-school arithmetic in words is one of the paper's tests of reasoning (GSM8K: up to 8.5 points above the same
 # size, and above a deeper model). The templates of the test are unseen. A small model can learn how such an answer
 # is worded long before it can compute one, so the NELBO of worked answers and the share of right ones are
-# different questions. If the right panels are at chance level, only the left one can say something about loops, and
-# its bands, over ten templates, say how little.
+# different questions. If the right panels are at chance level, only the left one can say something about loops,
+# and its bands, over ten templates, say how little.
 
 # %%
 figures.FIGURES["word-problems"].show()
