@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from loopmdm_model import stats
@@ -53,7 +53,7 @@ def nelbo_decomposition(
         counts, size = part.masked.sum(-1), lengths[span]
         if by == "mask_ratio":
             rows = torch.arange(len(part))
-            bins = ((counts * n_bins - 1) // size.clamp(min=1)).clamp(0, n_bins - 1).cpu()
+            bins = noise_bins(counts, size, n_bins).cpu()
             known = (counts > 0).cpu()
             mean = (row_sums(losses, part) / counts).cpu()
             total[:, span][:, rows[known], bins[known]] += mean[:, known]
@@ -67,17 +67,53 @@ def nelbo_decomposition(
             draws[span] += 1
     values = (total / draws).numpy()  # [loop, batch, bin]; NaN where a sequence has no draw
     weights = lengths.double().cpu().numpy()
-    if by == "position":
-        values, weights = np.where(allowed.cpu().numpy(), values, np.nan), np.ones_like(weights)
+    if by == "mask_ratio":
+        return _by_noise(values, weights, loops, clusters)
+    frame = _averaged(np.where(allowed.cpu().numpy(), values, np.nan), np.ones_like(weights), loops, clusters)
+    frame.insert(1, "position", np.tile(np.arange(width), len(loops)))
+    return frame
+
+
+def noise_bins(
+    counts: Int[Tensor, " batch"], lengths: Int[Tensor, " batch"], n_bins: int
+) -> Int[Tensor, " batch"]:
+    """Which of `n_bins` equal bins of mask ratio `counts` of `lengths` masked positions fall in: (low, high]."""
+    return ((counts * n_bins - 1) // lengths.clamp(min=1)).clamp(0, n_bins - 1)
+
+
+def by_noise_level(
+    nll: Float[np.ndarray, "loop batch"],
+    counts: Int[Tensor, " batch"],
+    lengths: Int[Tensor, " batch"],
+    n_bins: int = 10,
+    clusters: np.ndarray | None = None,
+) -> pd.DataFrame:
+    """`nelbo_decomposition` by mask ratio of what was measured already: `nll` at S = 1, 2, .. under one mask each.
+
+    `counts` of `lengths` maskable positions were masked, as by `draw_counts`.
+    """
+    values = np.full((*nll.shape, n_bins), np.nan)
+    row = np.flatnonzero(counts.numpy() > 0)
+    values[:, row, noise_bins(counts, lengths, n_bins).numpy()[row]] = nll[:, row]
+    return _by_noise(values, lengths.double().numpy(), list(range(1, len(nll) + 1)), clusters)
+
+
+def _by_noise(
+    values: np.ndarray, weights: np.ndarray, loops: list[int], clusters: np.ndarray | None
+) -> pd.DataFrame:
+    frame, width = _averaged(values, weights, loops, clusters), values.shape[-1]
+    place = np.tile(np.arange(width), len(loops))
+    for column, shift in (("high", 1.0), ("low", 0.0), ("mask_ratio", 0.5)):
+        frame.insert(1, column, (place + shift) / width)
+    return frame
+
+
+def _averaged(
+    values: np.ndarray, weights: np.ndarray, loops: list[int], clusters: np.ndarray | None
+) -> pd.DataFrame:
+    """Means over sequences of `values` [loop, batch, bin] and of their gain, by loop count and bin."""
     nll, error, n = stats.weighted_mean_and_error(values.swapaxes(0, 1), weights, clusters)
     gain, gain_error, _ = stats.weighted_mean_and_error((values[:1] - values).swapaxes(0, 1), weights, clusters)
-    place = np.tile(np.arange(width), len(loops))
-    frame = pd.DataFrame({"n_loops": np.repeat(loops, width)})
-    if by == "mask_ratio":
-        frame["mask_ratio"], frame["low"], frame["high"] = (
-            (place + 0.5) / width, place / width, (place + 1) / width,
-        )  # fmt: skip
-    else:
-        frame["position"] = place
     columns = {"nll": nll, "standard_error": error, "gain": gain, "gain_standard_error": gain_error, "n": n}
+    frame = pd.DataFrame({"n_loops": np.repeat(loops, values.shape[-1])})
     return frame.assign(**{name: column.ravel() for name, column in columns.items()})

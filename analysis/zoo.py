@@ -44,11 +44,20 @@ def names(task: str | None = None, *arms: str) -> tuple[str, ...]:
 
 
 def s_max(name: str) -> int:
-    """S_max of training of a looped model, or of the task's looped arm: the axis that its other arms share."""
+    """S_max of training of a looped model, or of the task's looped arm: the axis that its other arms share.
+
+    While that arm is still to be shipped, what the roster says of it.
+    """
     match = NAME.fullmatch(name)
     if match is None:
         raise UsageError(f"{name} is no shipped model's name")
     looped = name if match["arm"].startswith("loop") else f"{match['task']}-loop"
+    if looped not in list_runs():
+        from analysis.roster import roster  # needs what trains
+
+        for entry in roster():
+            if entry.spec == looped:
+                return entry.load().config.max_loops
     return record(looped)["spec"]["model"]["max_loops"]
 
 

@@ -75,6 +75,18 @@ figures.FIGURES["nll-by-loops"].show()
 figures.FIGURES["sudoku-solve-rate"].show()
 
 # %% [markdown]
+# The larger board costs more to learn than our budget pays for: both arms are far from solving it, which says
+# nothing about loops.
+#
+# ## The other tasks
+#
+# Does the shape of the curve, a fall to about S_max and a rise after it, hold on other data? Each panel has its own
+# axis; one seed says how sure a value is over test items, not over runs.
+
+# %%
+figures.FIGURES["nll-by-loops-elsewhere"].show()
+
+# %% [markdown]
 # ## Word problems
 #
 # Grade-school arithmetic in words is one of the paper's tests of reasoning (GSM8K: up to 8.5 points above the same

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from analysis import provenance, tables, zoo
-from analysis.plots.style import FORMATS, png_bytes, style
+from analysis.plots.style import FORMATS, PAGE, png_bytes, style
 from loopmdm_model.files import write_atomic, write_json
 from loopmdm_model.training.record import commit, versions
 
@@ -114,6 +115,32 @@ GRIDS = "256 grids of unseen classes (errors over grids)"
 def compared(df: pd.DataFrame, task: str) -> pd.DataFrame:
     """Rows of the paper's arms on one task."""
     return df[(df["task"] == task) & df["arm"].isin(ARMS)]
+
+
+OTHER_TASKS = {
+    "imdb": "text (imdb)",
+    "wiki": "text (wiki)",
+    "gsm": "word problems",
+    "sudoku9": "Sudoku 9x9",
+    "tree": "tree",
+    "markov": "chain (control)",
+}
+
+
+def elsewhere(df: pd.DataFrame, plot: Callable[..., Axes], ylabel: str) -> MatplotlibFigure:
+    """A panel for each task beside the two main ones: `plot(rows, ax=)` of the paper's arms."""
+    tasks = [task for task in OTHER_TASKS if task in set(df["task"])]
+    rows = -(-len(tasks) // 3)
+    drawn, axes = plt.subplots(rows, 3, figsize=(PAGE, 2.3 * rows), layout="constrained", squeeze=False)
+    for ax, task in zip(axes.flat, tasks, strict=False):
+        plot(compared(df, task), ax=ax)
+        ax.set(title=OTHER_TASKS[task], ylabel="")
+        ax.legend(frameon=False)
+    for ax in axes[:, 0]:
+        ax.set_ylabel(f"{ylabel}\n(nats per token)")
+    for ax in axes.flat[len(tasks) :]:
+        ax.set_axis_off()
+    return drawn
 
 
 def of_models(df: pd.DataFrame) -> pd.DataFrame:

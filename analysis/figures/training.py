@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from analysis.figures.entry import PANELS, SEEDS, Figure, Tables, compared
+from analysis.figures.entry import PANELS, SEEDS, Figure, Tables, compared, elsewhere
 from analysis.plots import quality
 from analysis.plots.style import AMOUNT_STYLE, PAGE, PLACE_STYLE
 
@@ -20,31 +20,9 @@ def learning_curves(loaded: Tables) -> MatplotlibFigure:
     return drawn
 
 
-OTHER_TASKS = {
-    "imdb": "text (imdb)",
-    "wiki": "text (wiki)",
-    "gsm": "word problems",
-    "sudoku9": "Sudoku 9x9",
-    "tree": "tree",
-    "markov": "chain (control)",
-}
-
-
 def other_curves(loaded: Tables) -> MatplotlibFigure:
     """Learning curves of the tasks beside the two main ones."""
-    df = loaded["learning-curves"]
-    tasks = [task for task in OTHER_TASKS if task in set(df["task"])]
-    rows = -(-len(tasks) // 3)
-    drawn, axes = plt.subplots(rows, 3, figsize=(PAGE, 2.3 * rows), layout="constrained", squeeze=False)
-    for ax, task in zip(axes.flat, tasks, strict=False):
-        quality.plot_learning_curves(compared(df, task), ax=ax)
-        ax.set(title=OTHER_TASKS[task], ylabel="")
-        ax.legend(frameon=False)
-    for ax in axes[:, 0]:
-        ax.set_ylabel("validation NELBO\n(nats per token)")
-    for ax in axes.flat[len(tasks) :]:
-        ax.set_axis_off()
-    return drawn
+    return elsewhere(loaded["learning-curves"], quality.plot_learning_curves, "validation NELBO")
 
 
 TASKS = (("sudoku", "Sudoku 6x6"), ("sotu", "text (sotu)"))

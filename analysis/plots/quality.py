@@ -80,7 +80,7 @@ def plot_solve_rate(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     plot_by_arm(df, "n_loops", "solve_rate", ax=ax)
     _base_level(df, "solve_rate", ax)
     mark_s_max(ax, df["s_max"].iloc[0], df["n_loops"].max())
-    ax.set(xlabel="n_loops (S)", ylabel="puzzles solved in one shot", ylim=(0, 1))
+    ax.set(xlabel="n_loops (S)", ylabel="puzzles solved in one shot", ylim=(-0.02, 1.02))
     return ax
 
 
@@ -96,7 +96,7 @@ def plot_accuracy(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ax.errorbar(part["n_loops"] + 0.25 * shift, part["accuracy"], yerr=reach, label=arm, **look)
     ax.axhline(df["chance"].iloc[0], **NULL)
     mark_s_max(ax, df["s_max"].iloc[0], df["n_loops"].max())
-    ax.set(xlabel="n_loops (S)", ylabel="right answers", ylim=(0, None))
+    ax.set(xlabel="n_loops (S)", ylabel="right answers", ylim=(-0.05 * df["high"].max(), None))
     return ax
 
 

@@ -154,7 +154,8 @@ TABLES = {
             "noise-level",
             science.looped(),
             ("model", "n_loops", "gain"),
-            lambda: quality.evaluated("noise-level", science.looped()),
+            quality.noise_level_table,
+            tables=("nll-by-loops",),
         ),
         Table(
             "zero-shot",

@@ -4,9 +4,13 @@ from functools import partial
 
 import numpy as np
 import pandas as pd
+import torch
 
 from analysis import zoo
+from analysis.decomposition import by_noise_level
 from analysis.evaluations import cached, evaluate
+from analysis.evaluations.subject import at
+from analysis.tables import science
 from loopmdm_model import stats
 from loopmdm_model.checkpoints import CONFIG, resolve
 from loopmdm_model.config import LoopMDMConfig
@@ -14,7 +18,7 @@ from loopmdm_model.data.puzzles import puzzles
 from loopmdm_model.data.sudoku import BOARDS
 from loopmdm_model.evaluation import solve_one_shot, task_of
 from loopmdm_model.flops import flops_per_token
-from loopmdm_model.likelihood import nelbo_by_loop
+from loopmdm_model.likelihood import draw_counts, nelbo_by_loop
 
 READ_TO = 3
 N_PUZZLES = 500
@@ -23,8 +27,10 @@ CLUES = {"sudoku": (20, 16), "sudoku9": (60, 45)}
 
 
 def read_to(model: zoo.Shipped, max_loops: int) -> int:
-    """Loops a model is read to: 3 x S_max, also for base models; others that were not looped only at S = 1."""
-    return READ_TO * zoo.s_max(model.name) if max_loops > 1 or model.arm == "base" else 1
+    """Loops a model is read to: 3 x S_max, base models to S_max; others that were not looped only at S = 1."""
+    if max_loops > 1:
+        return READ_TO * zoo.s_max(model.name)
+    return zoo.s_max(model.name) if model.arm == "base" else 1
 
 
 def nll_table() -> pd.DataFrame:
@@ -50,6 +56,23 @@ def nll_table() -> pd.DataFrame:
         frame["flops_per_token"] = [flops_per_token(cfg, cfg.n_ctx, s) for s in frame["n_loops"]]
         rows.append(frame.assign(**label(model), max_loops=cfg.max_loops, s_max=zoo.s_max(model.name)))
     return pd.concat(rows, ignore_index=True)
+
+
+def noise_level_table() -> pd.DataFrame:
+    """NELBO and gain over S = 1 by mask ratio, every looped model with weights; of the values of `nll_table`."""
+    frames = []
+    for model in (model for model in zoo.shipped(None, "loop") if model.name in science.looped()):
+        most = zoo.s_max(model.name)
+        values, clusters = _sequence_nll(model, READ_TO * most)
+        _, test = zoo.opened(model.name)
+        lengths = torch.full((len(test.tokens),), test.tokens.shape[1])
+        if test.maskable is not None:
+            lengths = test.maskable.expand_as(test.tokens).sum(-1)
+        frame = at(by_noise_level(values.T, draw_counts(lengths, seed=0, draw=0), lengths, clusters=clusters),
+                   [1, 2, *(most * times for times in range(1, READ_TO + 1))])  # fmt: skip
+        frame.insert(0, "model", model.name)
+        frames.append(frame.assign(n_units=len(np.unique(clusters))))
+    return pd.concat(frames, ignore_index=True)
 
 
 def measure_by_loops(name: str) -> None:

@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.decomposition import nelbo_decomposition
+from analysis.decomposition import by_noise_level, nelbo_decomposition
 from loopmdm_model.errors import UsageError
-from loopmdm_model.likelihood import nelbo_by_loop
+from loopmdm_model.likelihood import draw_counts, nelbo_by_loop
 
 
 @pytest.mark.parametrize(("by", "width"), [("mask_ratio", 5), ("position", 10)])
@@ -60,3 +60,15 @@ def test_named_loop_counts_are_those_of_the_whole_trajectory(model, clean, by):
     whole = nelbo_decomposition(model, clean, 4, by=by, n_bins=2, n_samples=6)
     some = nelbo_decomposition(model, clean, [4, 1], by=by, n_bins=2, n_samples=6)
     pd.testing.assert_frame_equal(some, whole[whole["n_loops"].isin([1, 4])].reset_index(drop=True))
+
+
+def test_values_measured_before_give_the_same_decomposition(model, clean):
+    real = torch.zeros_like(clean)
+    for row, length in enumerate((2, 1, 7, 10)):
+        real[row, :length] = 1
+    whole = nelbo_decomposition(model, clean, 3, n_bins=4, n_samples=1, attention_mask=real)
+    results = nelbo_by_loop(model, clean, 3, n_samples=1, attention_mask=real)
+    lengths = real.sum(-1)
+    values = np.stack([result.per_sequence.numpy() for result in results])
+    frame = by_noise_level(values, draw_counts(lengths, seed=0, draw=0), lengths, n_bins=4)
+    pd.testing.assert_frame_equal(frame, whole)

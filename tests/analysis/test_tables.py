@@ -37,6 +37,13 @@ def test_names_are_told_apart(monkeypatch):
         zoo.s_max("nothing")
 
 
+def test_a_base_run_may_be_shipped_before_its_looped_one(monkeypatch):
+    monkeypatch.setattr(zoo, "list_runs", lambda: ["tree-base"])
+    assert zoo.s_max("tree-base") == 8  # of the roster
+    with pytest.raises(UsageError, match="nothing-loop"):
+        zoo.s_max("nothing-base")
+
+
 def test_arms_of_a_comparison_had_equal_training_flops():
     """Also size: base and loop are equal, and what differs in loops alone shares data and recipe."""
     for task in {model.task for model in zoo.shipped()}:
