@@ -25,7 +25,7 @@ from typing import Any
 
 from analysis.roster import FIGURES, Entry, roster
 from loopmdm_model import checkpoints
-from loopmdm_model.data.fetch import cache_folder, sources
+from loopmdm_model.data.fetch import cache_folder, serving, sources
 from loopmdm_model.errors import UsageError
 from loopmdm_model.files import read_json
 from loopmdm_model.training.spec import RunSpec
@@ -190,7 +190,7 @@ def _late(twins: dict[str, int]) -> list[str]:
 def _add_table(items: Items, table: Any, folder: Path, axes: dict[str, int]) -> None:
     twins, attributes = _twins(table.models, axes), _attributes(folder / f"{table.name}.parquet")
     needs = tuple(f"{kind}/{name}" for kind in ("model", "table") for name in getattr(table, f"{kind}s"))
-    after = tuple(f"corpus/{item.name}" for item in sources().values() if table.reads in (item.role, item.name))
+    after = tuple(f"corpus/{item.name}" for item in serving(table.reads)) if table.reads else ()
     after += tuple(f"model/{twin}" for twin in _late(twins))
     current = all(items[need].current for need in needs if need in items) and not _late(twins)
     recorded = current and attributes.get("models") == {name: _model_hash(name) for name in table.models}

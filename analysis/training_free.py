@@ -122,8 +122,7 @@ def _nelbo(
     """NELBO at each count."""
     shared = (n_samples, maskable, attention_mask, seed, batch_size, clusters)
     if damping == "none":
-        every = nelbo_by_loop(m, tokens, counts[-1], *shared)
-        return [every[count - 1] for count in counts]
+        return nelbo_by_loop(m, tokens, counts, *shared)
     results = []
     for count in counts:
         with _arm(m, damping, count):

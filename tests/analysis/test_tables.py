@@ -116,6 +116,14 @@ def test_a_failing_table_ends_the_others_and_leaves_nothing_half_written(tmp_pat
     assert not multiprocessing.active_children()
 
 
+def test_missing_archives_are_named_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOOPMDM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tables, "tables_folder", lambda: tmp_path / "tables")
+    with pytest.raises(UsageError, match=r"zero-shot, generative .* `loopmdm data fetch zero-shot judge`"):
+        list(tables.measure_all(["learning-curves", "zero-shot", "generative"], workers=1))
+    assert not (tmp_path / "tables").exists()
+
+
 def test_half_widths_are_students_where_the_table_names_its_units():
     df = pd.DataFrame({"y_se": [0.1, 0.1, 0.1], "n_units": [8, 1000, 1]})
     halves = half_width(df, "y_se")
