@@ -17,7 +17,7 @@ from loopmdm_model import flops, stats
 from loopmdm_model.config import LoopMDMConfig
 from loopmdm_model.data.sudoku import Board
 from loopmdm_model.errors import UsageError, check_count
-from loopmdm_model.likelihood import nelbo_by_loop
+from loopmdm_model.likelihood import loop_counts, nelbo_by_loop
 from loopmdm_model.masking import MaskedBatch
 from loopmdm_model.model import LoopedModel
 from loopmdm_model.sampling import sample
@@ -110,10 +110,8 @@ def _marginal(
     m: LoopedModel, test: Tensor, counts: set[int], n_samples: int, maskable: Tensor | None, seed: int
 ) -> dict[int, Quality]:
     with torch.no_grad():
-        results = nelbo_by_loop(m, test, max(counts), n_samples, maskable, seed=seed)
+        results = nelbo_by_loop(m, test, list(counts), n_samples, maskable, seed=seed)
     return {
-        count: Quality(
-            MARGINAL, results[count - 1].per_sequence.numpy(), results[count - 1].lengths.double().numpy()
-        )
-        for count in counts
+        count: Quality(MARGINAL, result.per_sequence.numpy(), result.lengths.double().numpy())
+        for count, result in zip(loop_counts(list(counts)), results, strict=True)
     }

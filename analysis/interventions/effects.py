@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from analysis.decomposition import noise_bins
 from analysis.interventions.contexts import cut, stale
 from analysis.interventions.places import Chosen, Loops
 from loopmdm_model import stats
@@ -51,8 +52,10 @@ def mediated_share(
 
     def gains(arm: AbstractContextManager) -> tuple[np.ndarray, np.ndarray]:
         with arm:
-            by_loop = nelbo_by_loop(m, tokens, n_loops, n_samples, maskable, seed=seed, batch_size=batch_size)
-        return (by_loop[0].per_sequence - by_loop[-1].per_sequence).numpy(), by_loop[0].lengths.double().numpy()
+            once, often = nelbo_by_loop(
+                m, tokens, [1, n_loops], n_samples, maskable, seed=seed, batch_size=batch_size
+            )
+        return (once.per_sequence - often.per_sequence).numpy(), once.lengths.double().numpy()
 
     intact, weights = gains(cut(m, "none", loops, layers, heads))
     whole, whole_se, n = stats.weighted_mean_and_error(intact, weights, clusters)
@@ -117,13 +120,14 @@ def effect_by_loop(
         total, number = np.zeros((2, len(tokens), n_bins))
         with arm:
             for span, part, values in loop_losses(
-                m, tokens, n_loops, n_samples, maskable, seed=seed, batch_size=batch_size
+                m, tokens, [n_loops], n_samples, maskable, seed=seed, batch_size=batch_size
             ):
                 counts = part.masked.sum(-1)
-                sizes = part.masked.shape[1] if part.maskable is None else part.maskable.sum(-1)
-                place = ((counts * n_bins - 1) // sizes).clamp(0, n_bins - 1).cpu().numpy()
-                index = np.arange(len(tokens))[span], place
-                np.add.at(total, index, (row_sums(values[-1], part) / counts).cpu().numpy())
+                sizes = torch.full_like(counts, part.masked.shape[1])
+                if part.maskable is not None:
+                    sizes = part.maskable.sum(-1)
+                index = np.arange(len(tokens))[span], noise_bins(counts, sizes, n_bins).cpu().numpy()
+                np.add.at(total, index, (row_sums(values[0], part) / counts).cpu().numpy())
                 np.add.at(number, index, 1)
         with np.errstate(invalid="ignore"):
             return total / number, number
