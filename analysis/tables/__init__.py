@@ -178,14 +178,14 @@ TABLES = {
             "zero-shot",
             TEXT,
             ("model", "corpus", "n_loops", "nelbo"),
-            lambda: quality.evaluated("zero-shot", TEXT),
+            lambda: quality.text_table("zero-shot"),
             reads="zero-shot",
         ),
         Table(
             "generative",
             TEXT,
             ("model", "n_loops", "steps", "judge_nll", "unigram_entropy"),
-            quality.generative_table,
+            lambda: quality.text_table("generative", (1, 2, 6, 12)),
             reads="judge",
         ),
         Table(

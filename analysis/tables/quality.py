@@ -152,10 +152,10 @@ def excess_kl_table() -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def generative_table() -> pd.DataFrame:
-    """Generative perplexity beside diversity; the base model only as it was trained, at S = 1."""
-    base = evaluated("generative", ("sotu-base",), counts=(1,))
-    return pd.concat([base, evaluated("generative", ("sotu-loop",), counts=(1, 2, 6, 12))], ignore_index=True)
+def text_table(measure: str, counts: tuple[int, ...] = ()) -> pd.DataFrame:
+    """One measure of the text models of seed 0: the base one only as it was trained, at S = 1."""
+    base = evaluated(measure, ("sotu-base",), counts=(1,))
+    return pd.concat([base, evaluated(measure, ("sotu-loop",), counts)], ignore_index=True)
 
 
 WORD_PROBLEMS = {"steps": 16, "n": 100}
