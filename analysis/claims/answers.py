@@ -287,8 +287,7 @@ def _belief(task: str) -> Answer:
 def _training_free(task: str) -> Answer:
     df = tables.load("training-free")
     rows = df[df["model"].isin(zoo.names(task, "base"))]
-    rows = rows[(rows["n_loops"] == 2) & (rows["damping"] == "1/n_loops") & (rows["first_layer"] == 1)]
-    rows = rows[rows["n_layers"] == 1]
+    rows = rows[(rows["n_loops"] == 2) & (rows["damping"] == "1/n_loops")]
     if rows.empty:
         raise NotRun
     n = int(rows["n"].iloc[0])

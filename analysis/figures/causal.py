@@ -49,7 +49,6 @@ def two_by_two(loaded: Tables) -> MatplotlibFigure:
 def training_free(loaded: Tables) -> MatplotlibFigure:
     """Looping the middle of base models: NELBO, and masked-to-masked log-odds."""
     df = of_models(loaded["training-free"])
-    df = df[(df["first_layer"] == 1) & (df["n_layers"] == 1)]
     drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 4.2), layout="constrained", sharex=True)
     for row, (model, title) in zip(axes, PANELS, strict=True):
         part = df[df["task"] == model.split("-")[0]]

@@ -208,6 +208,12 @@ TABLES = {
             quality.excess_kl_table,
         ),
         Table(
+            "training-free",
+            science.untrained_loops(),
+            ("model", "n_loops", "damping", "change"),
+            science.training_free_table,
+        ),
+        Table(
             "stopping-verdicts",
             science.looped(),
             ("model", "rule", "verdict", "useful"),

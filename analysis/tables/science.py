@@ -1,12 +1,14 @@
 """Tables of the analysis suite: any registered measure, on any models, cached by their weights."""
 
 from collections.abc import Iterable
+from functools import partial
 
 import pandas as pd
 
 from analysis import zoo
 from analysis.evaluations import cached
-from loopmdm_model.checkpoints import list_models
+from loopmdm_model.checkpoints import CONFIG, list_models, resolve
+from loopmdm_model.config import LoopMDMConfig
 
 LOOPED = ("sotu-loop", "sudoku-loop")
 HALF = (0.5,)
@@ -106,6 +108,31 @@ def _untrained(name: str, seed: int) -> pd.DataFrame:
     return cached(name, ["untrained mask-attention", seed], compute).assign(arm="untrained", seed=seed)
 
 
+def untrained_loops() -> tuple[str, ...]:
+    """The non-looped twins, every seed, of the models in `LOOPED`."""
+    tasks = tuple(name.partition("-")[0] + "-" for name in LOOPED)
+    return tuple(name for name in with_weights("base") if name.startswith(tasks))
+
+
+def training_free_table() -> pd.DataFrame:
+    """Non-looped models with the layer repeated that their looped twins loop; see `analysis.training_free`."""
+    from analysis.cases import Case
+    from analysis.training_free import training_free
+
+    def compute(name: str) -> pd.DataFrame:
+        case, twin = Case.of(name), LoopMDMConfig.load(resolve(f"{name.partition('-')[0]}-loop") / CONFIG)
+        block = (twin.n_prelude_layers, twin.n_loop_layers)
+        frame = training_free(
+            case.m, case.tokens, blocks=[block], maskable=case.maskable, clusters=case.clusters, seed=case.seed
+        )
+        return frame.assign(model=name, task=case.test.task, n_units=case.n_units)
+
+    names = untrained_loops()
+    return pd.concat(
+        [cached(name, ["training-free, as the twin"], partial(compute, name)) for name in names], ignore_index=True
+    )
+
+
 def verdicts_table() -> pd.DataFrame:
     """Non-inferiority of every rule, and whether it beats its controls, for every looped model.
 
@@ -148,7 +175,6 @@ PLAIN: tuple[tuple[str, tuple[str, ...], tuple[str, ...], dict], ...] = (
     ("mediated-share", looped(), ("edges", "matched", "share"), {}),
     ("cut-effects", LOOPED, ("loop", "mask_ratio", "effect"), {"n": 128}),
     ("stale-effects", LOOPED, ("loop", "mask_ratio", "effect"), {"n": 128}),
-    ("training-free", with_weights("base"), ("n_loops", "damping", "change"), {}),
     ("sudoku-boards", _sudoku(), ("loop", "metric", "value"), {"read_to": READ_TO}),
     ("sudoku-settling", _sudoku()[:1], ("depth", "loop_settled", "share"), {}),
     ("sudoku-depth", (*_sudoku(), "sudoku-base"), ("arm", "correlation"), {}),
