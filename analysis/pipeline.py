@@ -123,6 +123,8 @@ def _corpora(spec: RunSpec) -> tuple[str, ...]:
 def _add_run(items: Items, entry: Entry, spec: RunSpec) -> None:
     folder, own = _run_folder(spec), spec.to_dict()
     command = ("train", f"figures/specs/{entry.spec}.toml", "--seed", str(entry.seed), "--resume")
+    for key, value in entry.changes:
+        command += ("--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}")
     command += ("--out", str(folder)) if folder.name != spec.name else ()
     _add(items, "run", spec.name, own, command, _recorded_spec(folder) == own, after=_corpora(spec))
 

@@ -9,20 +9,24 @@ from loopmdm_model.errors import UsageError, check_count, check_keys
 from loopmdm_model.training.spec import RunSpec
 
 FIGURES = Path(__file__).parents[1] / "figures"
-KEYS = ("spec", "seeds", "weights")
+KEYS = ("spec", "seeds", "weights", "set")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One run of the zoo: figures/specs/`spec`.toml with `seed`; without `weights` only its record is kept."""
+    """One run of the zoo: figures/specs/`spec`.toml with `seed`; without `weights` only its record is kept.
+
+    `changes` are keys of the spec that this run had otherwise, as `loopmdm train --set` takes them.
+    """
 
     spec: str
     seed: int
     weights: bool
+    changes: tuple[tuple[str, Any], ...] = ()
 
     def load(self, figures: Path = FIGURES) -> RunSpec:
-        """The spec as `loopmdm train SPEC --seed SEED` resolves it."""
-        loaded = RunSpec.load(figures / "specs" / f"{self.spec}.toml")
+        """The spec as `loopmdm train SPEC --seed SEED --set ..` resolves it."""
+        loaded = RunSpec.load(figures / "specs" / f"{self.spec}.toml", dict(self.changes))
         if loaded.seed == self.seed:
             return loaded
         return RunSpec.from_dict(loaded.to_dict() | {"seed": self.seed, "name": f"{loaded.name}-seed{self.seed}"})
@@ -60,4 +64,10 @@ def _entries(part: dict[str, Any], origin: str) -> list[Entry]:
         raise UsageError(f"{what}: needs spec = NAME and seeds = [0, 1, ..]; weights is a list of seeds, too")
     if not set(weights) <= set(seeds):
         raise UsageError(f"{what}: weights {weights} are not all among seeds {seeds}")
-    return [Entry(spec, check_count(f"{what} seeds", seed, least=0), seed in weights) for seed in seeds]
+    changes = part.get("set", {})
+    if not isinstance(changes, dict):
+        raise UsageError(f'{what}: set is a table, such as set = {{"training.learning_rate" = 5e-4}}')
+    return [
+        Entry(spec, check_count(f"{what} seeds", seed, least=0), seed in weights, tuple(changes.items()))
+        for seed in seeds
+    ]

@@ -69,8 +69,9 @@ def solve_one_shot(model: LoopedModel, board: Board, b: MaskedBatch, n_loops: in
     """
     solved = []
     for state, context in model.states(b.tokens, n_loops):
-        guess = model.readout(state, context).argmax(-1)
-        solved.append(board.is_valid(torch.where(b.masked, guess, b.tokens)))
+        guess = b.tokens.clone()
+        guess[b.masked] = model.readout(state, context, rows=b.masked).argmax(-1)
+        solved.append(board.is_valid(guess))
     return solved
 
 

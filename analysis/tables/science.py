@@ -178,7 +178,7 @@ PLAIN: tuple[tuple[str, tuple[str, ...], tuple[str, ...], dict], ...] = (
     ("sudoku-boards", _sudoku(), ("loop", "metric", "value"), {"read_to": READ_TO}),
     ("sudoku-settling", _sudoku()[:1], ("depth", "loop_settled", "share"), {}),
     ("sudoku-depth", (*_sudoku(), "sudoku-base"), ("arm", "correlation"), {}),
-    ("sudoku-orders", _sudoku(), ("n_loops", "order", "solve_rate"), {"n": 200}),
+    ("sudoku-orders", _sudoku(), ("n_loops", "order", "solve_rate"), {"n": 100}),
     ("belief-rounds", _TREES, ("loop", "round", "kl"), {}),
     ("best-rounds", _TREES, ("loop", "best_round"), {}),
 )  # fmt: skip

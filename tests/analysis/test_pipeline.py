@@ -1,6 +1,7 @@
 """The pipeline, run by Snakemake in a copy of the repository: what it would do, what it reruns, how it fails."""
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -12,10 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.roster import roster
+from analysis import pipeline
+from analysis.cli.training import _changes
+from analysis.roster import Entry, roster
 from loopmdm_model.checkpoints import ZOO, list_models, list_runs
 from loopmdm_model.data.fetch import sources
 from loopmdm_model.errors import UsageError
+from loopmdm_model.training.spec import RunSpec
 
 ROOT = Path(__file__).parents[2]
 
@@ -179,6 +183,7 @@ def test_a_roster_that_makes_no_sense_is_refused(tmp_path):
         ("[[run]]\nspec = 'a'\nseeds = [-1]\n", "at least 0"),
         ("[[run]]\nspec = 'a'\nseeds = [0]\n[[run]]\nspec = 'a'\nseeds = [0]\n", "twice"),
         ("[[run]]\nspec = 'a'\nseed = [0]\n", "did you mean seeds"),
+        ("[[run]]\nspec = 'a'\nseeds = [0]\nset = 'x=1'\n", "set is a table"),
         ("[[run", "not TOML"),
     ):
         (tmp_path / "zoo.toml").write_text(text)
@@ -195,7 +200,10 @@ def test_dry_run_of_the_real_registries(tmp_path):
     logs = [line.split()[-2] for line in said.splitlines() if line.startswith("Shell command")]
     trained = {Path(log).name.removeprefix("train-").partition(".")[0] for log in logs if "/train-" in log}
     specs = {spec.name: spec.to_dict() for entry in roster() for spec in [entry.load()]}
-    records = {path.parent.name: json.loads(path.read_text())["spec"] for path in ZOO.glob("*/train.json")}
+    records = {
+        path.parent.name: RunSpec.from_dict(json.loads(path.read_text())["spec"]).to_dict()
+        for path in ZOO.glob("*/train.json")
+    }
     assert trained == {name for name, spec in specs.items() if records.get(name) != spec}
     assert "sudoku-loop" not in trained and "figures sudoku-boards " in said
 
@@ -224,6 +232,21 @@ def test_a_changed_spec_reruns_what_depends_on_it_and_nothing_else(world):
     assert sorted(asked(world)) == sorted(held)
     (world / "figures/out/learning-curves.png").touch()
     assert "Nothing to be done" in snakemake(world, "--config", stub) and asked(world) == []
+
+
+def test_a_run_may_differ_from_its_spec():
+    changes = (("training.learning_rate", 2e-3), ("training.matmul_precision", "highest"))
+    entry = Entry("markov-loop", 1, True, changes)
+    spec = entry.load()
+    assert (spec.name, spec.training.learning_rate, spec.training.matmul_precision) == (
+        "markov-loop-seed1", 2e-3, "highest",
+    )  # fmt: skip
+    items: pipeline.Items = {}
+    pipeline._add_run(items, entry, spec)
+    command = list(items["run/markov-loop-seed1"].command)
+    assert command[:4] == ["train", "figures/specs/markov-loop.toml", "--seed", "1"]
+    given = [after for before, after in itertools.pairwise(command) if before == "--set"]
+    assert _changes(given) == dict(changes)
 
 
 def test_from_scratch_trains_everything(world):
