@@ -65,8 +65,8 @@ def _entries(part: dict[str, Any], origin: str) -> list[Entry]:
     if not set(weights) <= set(seeds):
         raise UsageError(f"{what}: weights {weights} are not all among seeds {seeds}")
     changes = part.get("set", {})
-    if not isinstance(changes, dict):
-        raise UsageError(f'{what}: set is a table, such as set = {{"training.learning_rate" = 5e-4}}')
+    if not isinstance(changes, dict) or any(isinstance(value, dict) for value in changes.values()):
+        raise UsageError(f'{what}: set takes quoted keys, such as set = {{ "training.learning_rate" = 5e-4 }}')
     return [
         Entry(spec, check_count(f"{what} seeds", seed, least=0), seed in weights, tuple(changes.items()))
         for seed in seeds

@@ -33,6 +33,12 @@ class TestSet:
 
     __test__ = False  # not a pytest class
 
+    @property
+    def n_maskable(self) -> Int[Tensor, " batch"]:
+        """How many positions of each sequence are predicted."""
+        everywhere = torch.ones_like(self.tokens, dtype=torch.bool)
+        return (everywhere if self.maskable is None else everywhere & self.maskable).sum(-1)
+
 
 def task_of(record: dict) -> str:
     """The corpus or task a model was trained on, from its train.json."""

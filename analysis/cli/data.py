@@ -43,7 +43,8 @@ def data_list() -> None:
 @data_app.command("fetch")
 def data_fetch(
     names: Annotated[
-        list[str] | None, typer.Argument(help="corpora or roles, see `loopmdm data list`; default sotu")
+        list[str] | None,
+        typer.Argument(help="corpora that can be fetched, or their roles; see `loopmdm data list`; default sotu"),
     ] = None,
 ) -> None:
     """Fetch corpora into the cache; refuses anything whose hash is not the pinned one."""

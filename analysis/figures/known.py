@@ -67,7 +67,7 @@ FIGURES = (
         sudoku_orders,
         """Share of 6x6 puzzles completed validly at S = 1 and at S_max by order of generation: one cell a step
         by confidence, row by row, hardest first (least confident, or deepest for a propagation solver), and
-        all cells at once; always the best symbol, 200 grids of unseen classes, any valid completion counts. A
+        all cells at once; always the best symbol, 100 grids of unseen classes, any valid completion counts. A
         mark a training seed; bars: 95% over puzzles. The paper: looping matters where the order is restricted.
         A gain no larger there than by confidence counts against it. What the paper means by restricted is not
         public; these are ours.""",

@@ -123,10 +123,9 @@ def effect_by_loop(
                 m, tokens, [n_loops], n_samples, maskable, seed=seed, batch_size=batch_size
             ):
                 counts = part.masked.sum(-1)
-                sizes = torch.full_like(counts, part.masked.shape[1])
-                if part.maskable is not None:
-                    sizes = part.maskable.sum(-1)
-                index = np.arange(len(tokens))[span], noise_bins(counts, sizes, n_bins).cpu().numpy()
+                assert part.maskable is not None
+                place = noise_bins(counts, part.maskable.sum(-1), n_bins)
+                index = np.arange(len(tokens))[span], place.cpu().numpy()
                 np.add.at(total, index, (row_sums(values[0], part) / counts).cpu().numpy())
                 np.add.at(number, index, 1)
         with np.errstate(invalid="ignore"):

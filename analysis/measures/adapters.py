@@ -1,6 +1,6 @@
 """Measures with their own signatures, as functions of a case and, where they look at masks, a masked batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 import torch
@@ -209,6 +209,8 @@ def rounds(function: Callable[..., pd.DataFrame]) -> Callable[..., pd.DataFrame]
     return run
 
 
-def looped_without_training(case: Case) -> pd.DataFrame:
-    """Looping the middle of a non-looped stack."""
-    return training_free(case.m, case.tokens, maskable=case.maskable, clusters=case.clusters, seed=case.seed)
+def looped_without_training(case: Case, blocks: Sequence[tuple[int, int]] | None = None) -> pd.DataFrame:
+    """Looping the middle of a non-looped stack: `blocks` as `training_free` takes them, or every one."""
+    return training_free(
+        case.m, case.tokens, blocks=blocks, maskable=case.maskable, clusters=case.clusters, seed=case.seed
+    )

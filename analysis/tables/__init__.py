@@ -22,7 +22,8 @@ from loopmdm_model.errors import UsageError, unknown_name
 class Table:
     """One table: `compute` gives a tidy frame with at least `columns`, from `models`.
 
-    It may also read other `tables`, and fetched corpora of the role or name `reads`.
+    It may also read other `tables`, or what was measured for them, and fetched corpora of the role or name
+    `reads`.
     """
 
     name: str
@@ -209,7 +210,7 @@ TABLES = {
         ),
         Table(
             "training-free",
-            science.untrained_loops(),
+            science.never_looped() + science.LOOPED,
             ("model", "n_loops", "damping", "change"),
             science.training_free_table,
         ),

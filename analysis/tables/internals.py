@@ -5,11 +5,10 @@ import pandas as pd
 import torch
 
 from analysis import zoo
-from analysis.tables.science import LOOPED, looped, measured
+from analysis.tables.science import LOOPED, READ_TO, looped, measured
 from loopmdm_model.masking import mask_tokens
 
 RATIOS = (0.25, 0.5, 0.75)
-READ_TO = 3
 
 
 def mask_attention_table() -> pd.DataFrame:

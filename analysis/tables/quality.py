@@ -4,13 +4,13 @@ from functools import partial
 
 import numpy as np
 import pandas as pd
-import torch
 
 from analysis import zoo
 from analysis.decomposition import by_noise_level
 from analysis.evaluations import cached, evaluate
 from analysis.evaluations.subject import at
 from analysis.tables import science
+from analysis.tables.science import READ_TO
 from loopmdm_model import stats
 from loopmdm_model.checkpoints import CONFIG, resolve
 from loopmdm_model.config import LoopMDMConfig
@@ -20,7 +20,7 @@ from loopmdm_model.evaluation import solve_one_shot, task_of
 from loopmdm_model.flops import flops_per_token
 from loopmdm_model.likelihood import draw_counts, nelbo_by_loop
 
-READ_TO = 3
+SEED = 0
 N_PUZZLES = 500
 CLUES = {"sudoku": (20, 16), "sudoku9": (60, 45)}
 """Cells that are given: 5 and 4 ninths of a 6x6 grid; about 3 quarters and 5 ninths of a 9x9 one."""
@@ -52,26 +52,25 @@ def nll_table() -> pd.DataFrame:
                              ("change_from_base", values - twin)):  # fmt: skip
             frame[name], frame[f"{name}_se"], _ = stats.mean_and_error(change, clusters)
         frame["n"] = len(values)
-        frame["n_units"] = len(np.unique(clusters))
+        frame["n_units"] = stats.count_units(len(values), clusters)
         frame["flops_per_token"] = [flops_per_token(cfg, cfg.n_ctx, s) for s in frame["n_loops"]]
         rows.append(frame.assign(**label(model), max_loops=cfg.max_loops, s_max=zoo.s_max(model.name)))
     return pd.concat(rows, ignore_index=True)
 
 
 def noise_level_table() -> pd.DataFrame:
-    """NELBO and gain over S = 1 by mask ratio, every looped model with weights; of the values of `nll_table`."""
-    frames = []
-    for model in (model for model in zoo.shipped(None, "loop") if model.name in science.looped()):
+    """NELBO and gain over S = 1 by mask ratio, models of `science.looped`; values and masks are `nll_table`'s."""
+    frames, names = [], science.looped()
+    for model in zoo.shipped(None, "loop"):
+        if model.name not in names:
+            continue
         most = zoo.s_max(model.name)
         values, clusters = _sequence_nll(model, READ_TO * most)
-        _, test = zoo.opened(model.name)
-        lengths = torch.full((len(test.tokens),), test.tokens.shape[1])
-        if test.maskable is not None:
-            lengths = test.maskable.expand_as(test.tokens).sum(-1)
-        frame = at(by_noise_level(values.T, draw_counts(lengths, seed=0, draw=0), lengths, clusters=clusters),
+        lengths = zoo.opened(model.name)[1].n_maskable
+        frame = at(by_noise_level(values.T, draw_counts(lengths, SEED, draw=0), lengths, clusters=clusters),
                    [1, 2, *(most * times for times in range(1, READ_TO + 1))])  # fmt: skip
         frame.insert(0, "model", model.name)
-        frames.append(frame.assign(n_units=len(np.unique(clusters))))
+        frames.append(frame.assign(n_units=stats.count_units(len(values), clusters)))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -92,7 +91,7 @@ def _sequence_nll(model: zoo.Shipped, loops: int) -> tuple[np.ndarray, np.ndarra
 
     def compute() -> pd.DataFrame:
         m, test = zoo.opened(model.name)
-        results = nelbo_by_loop(m.model, test.tokens, loops, n_samples=1, maskable=test.maskable)
+        results = nelbo_by_loop(m.model, test.tokens, loops, n_samples=1, maskable=test.maskable, seed=SEED)
         owner = np.arange(len(test.tokens)) if test.clusters is None else test.clusters
         columns = {str(n_loops): result.per_sequence.numpy() for n_loops, result in enumerate(results, start=1)}
         return pd.DataFrame(columns | {"cluster": owner})
@@ -153,7 +152,7 @@ def excess_kl_table() -> pd.DataFrame:
 
 
 def text_table(measure: str, counts: tuple[int, ...] = ()) -> pd.DataFrame:
-    """One measure of the text models of seed 0: the base one only as it was trained, at S = 1."""
+    """One measure of sotu-base and sotu-loop: the base one only as it was trained, at S = 1."""
     base = evaluated(measure, ("sotu-base",), counts=(1,))
     return pd.concat([base, evaluated(measure, ("sotu-loop",), counts)], ignore_index=True)
 

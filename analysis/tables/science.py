@@ -108,29 +108,28 @@ def _untrained(name: str, seed: int) -> pd.DataFrame:
     return cached(name, ["untrained mask-attention", seed], compute).assign(arm="untrained", seed=seed)
 
 
-def untrained_loops() -> tuple[str, ...]:
-    """The non-looped twins, every seed, of the models in `LOOPED`."""
+def never_looped() -> tuple[str, ...]:
+    """The base models with weights, every seed, of the tasks of `LOOPED`."""
     tasks = tuple(name.partition("-")[0] + "-" for name in LOOPED)
     return tuple(name for name in with_weights("base") if name.startswith(tasks))
 
 
 def training_free_table() -> pd.DataFrame:
-    """Non-looped models with the layer repeated that their looped twins loop; see `analysis.training_free`."""
+    """Base models with the layers repeated that their looped twins loop: training-free, of one block."""
     from analysis.cases import Case
-    from analysis.training_free import training_free
+    from analysis.measures.adapters import looped_without_training
 
-    def compute(name: str) -> pd.DataFrame:
-        case, twin = Case.of(name), LoopMDMConfig.load(resolve(f"{name.partition('-')[0]}-loop") / CONFIG)
-        block = (twin.n_prelude_layers, twin.n_loop_layers)
-        frame = training_free(
-            case.m, case.tokens, blocks=[block], maskable=case.maskable, clusters=case.clusters, seed=case.seed
-        )
+    def compute(name: str, block: tuple[int, int]) -> pd.DataFrame:
+        case = Case.of(name)
+        frame = looped_without_training(case, [block])
         return frame.assign(model=name, task=case.test.task, n_units=case.n_units)
 
-    names = untrained_loops()
-    return pd.concat(
-        [cached(name, ["training-free, as the twin"], partial(compute, name)) for name in names], ignore_index=True
-    )
+    frames = []
+    for name in never_looped():
+        twin = LoopMDMConfig.load(resolve(f"{name.partition('-')[0]}-loop") / CONFIG)
+        block = (twin.n_prelude_layers, twin.n_loop_layers)
+        frames.append(cached(name, ["training-free", *block], partial(compute, name, block)))
+    return pd.concat(frames, ignore_index=True)
 
 
 def verdicts_table() -> pd.DataFrame:

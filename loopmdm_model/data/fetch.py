@@ -53,7 +53,7 @@ def source(name: str) -> Source:
 
 
 def serving(name: str) -> list[Source]:
-    """The corpus of that name, or all of that role ("training", "zero-shot", "benchmark", "judge")."""
+    """The corpus of that name, or all of that role (training, zero-shot, benchmark, judge, tokenizer)."""
     found = sources()
     named = [item for item in found.values() if name in (item.name, item.role)]
     if not named:

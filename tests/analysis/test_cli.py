@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from analysis.cli.data import data_fetch
 from loopmdm_model.checkpoints import list_models
+from loopmdm_model.data import fetch
 
 ROOT = Path(__file__).parents[2]
 
@@ -193,6 +195,17 @@ def test_no_network_exits_1_and_keeps_nothing(tmp_path):
     _, err = run("data", "fetch", "sotu", code=1, env=environment)
     assert "check the network" in err and one_line(err)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_names_and_roles_are_fetched_once_each(monkeypatch, capsys, tmp_path):
+    asked = []
+    (tmp_path / "archive").write_text("")
+    monkeypatch.setattr(fetch, "fetch", lambda name: asked.append(name) or tmp_path / "archive")
+    data_fetch(["judge", "zero-shot", "judge", "xsum"])
+    roles = {name: item.role for name, item in fetch.sources().items()}
+    assert asked[0] == "judge" and len(asked) == len(set(asked))
+    assert set(asked[1:]) == {name for name, role in roles.items() if role == "zero-shot"}
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(asked)
 
 
 def test_an_interrupted_training_says_how_to_go_on(tmp_path):

@@ -183,7 +183,8 @@ def test_a_roster_that_makes_no_sense_is_refused(tmp_path):
         ("[[run]]\nspec = 'a'\nseeds = [-1]\n", "at least 0"),
         ("[[run]]\nspec = 'a'\nseeds = [0]\n[[run]]\nspec = 'a'\nseeds = [0]\n", "twice"),
         ("[[run]]\nspec = 'a'\nseed = [0]\n", "did you mean seeds"),
-        ("[[run]]\nspec = 'a'\nseeds = [0]\nset = 'x=1'\n", "set is a table"),
+        ("[[run]]\nspec = 'a'\nseeds = [0]\nset = 'x=1'\n", "quoted keys"),
+        ("[[run]]\nspec = 'a'\nseeds = [0]\nset = { training.ema = 0.9 }\n", "quoted keys"),
         ("[[run", "not TOML"),
     ):
         (tmp_path / "zoo.toml").write_text(text)

@@ -8,9 +8,12 @@ import pytest
 from scipy import stats as distributions
 
 from analysis import frames, tables, zoo
+from analysis.decomposition import nelbo_decomposition
+from analysis.pipeline import planted
 from analysis.plots.quality import over_seeds
 from analysis.plots.style import half_width
-from analysis.tables import training
+from analysis.roster import roster
+from analysis.tables import quality, science, training
 from loopmdm_model import stats
 from loopmdm_model.checkpoints import list_runs
 from loopmdm_model.errors import UsageError
@@ -37,11 +40,25 @@ def test_names_are_told_apart(monkeypatch):
         zoo.s_max("nothing")
 
 
-def test_a_base_run_may_be_shipped_before_its_looped_one(monkeypatch):
-    monkeypatch.setattr(zoo, "list_runs", lambda: ["tree-base"])
-    assert zoo.s_max("tree-base") == 8  # of the roster
-    with pytest.raises(UsageError, match="nothing-loop"):
-        zoo.s_max("nothing-base")
+def test_a_base_run_may_be_shipped_before_its_looped_one():
+    entries = [entry for entry in roster() if entry.spec == "tree-base"]
+    with planted((entry, entry.load()) for entry in entries):
+        assert list_runs() == ["tree-base"]
+        assert zoo.s_max("tree-base") == 8  # of the roster
+        with pytest.raises(UsageError, match="markov-loop-seed1"):
+            zoo.record("markov-loop-seed1")
+
+
+def test_noise_levels_are_those_of_the_same_masks(monkeypatch):
+    monkeypatch.setattr(science, "looped", lambda: ("tree-loop",))
+    monkeypatch.setattr(quality, "cached", lambda name, asked, compute: compute())
+    table = quality.noise_level_table()
+    m, test = zoo.opened("tree-loop")
+    counts = sorted(set(table["n_loops"]))
+    assert counts == [1, 2, 8, 16, 24] and test.maskable is not None
+    frame = nelbo_decomposition(m.model, test.tokens, counts, n_samples=1, maskable=test.maskable)
+    pd.testing.assert_frame_equal(table[frame.columns], frame)
+    assert (table["n_units"] == 1000).all()
 
 
 def test_arms_of_a_comparison_had_equal_training_flops():
