@@ -83,19 +83,20 @@ def noise_bins(
 
 def by_noise_level(
     nll: Float[np.ndarray, "loop batch"],
+    n_loops: Sequence[int],
     counts: Int[Tensor, " batch"],
     lengths: Int[Tensor, " batch"],
     n_bins: int = 10,
     clusters: np.ndarray | None = None,
 ) -> pd.DataFrame:
-    """`nelbo_decomposition` by mask ratio of what was measured already: `nll` at S = 1, 2, .. under one mask each.
+    """`nelbo_decomposition` by mask ratio of what was measured already: `nll` at `n_loops`, one mask each.
 
     `counts` of `lengths` maskable positions were masked, as by `draw_counts`.
     """
     values = np.full((*nll.shape, n_bins), np.nan)
     row = np.flatnonzero(counts.numpy() > 0)
     values[:, row, noise_bins(counts, lengths, n_bins).numpy()[row]] = nll[:, row]
-    return _by_noise(values, lengths.double().numpy(), list(range(1, len(nll) + 1)), clusters)
+    return _by_noise(values, lengths.double().numpy(), loop_counts(n_loops), clusters)
 
 
 def _by_noise(

@@ -193,7 +193,7 @@ def _two_by_two(task: str) -> Answer:
 
 def _solves(task: str) -> Answer:
     df = tables.load("sudoku-solve-rate")
-    df = df[(df["task"] == task) & (df["n_clues"] == 20)]
+    df = df[df["task"] == task]
     return between_arms(
         df[(df["arm"] == "loop") & (df["n_loops"] == _looped(task))],
         df[(df["arm"] == "base") & (df["n_loops"] == 1)],

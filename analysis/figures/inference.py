@@ -65,8 +65,8 @@ def sudoku_solve_rate(loaded: Tables) -> MatplotlibFigure:
     panels = [panel for panel in BOARD_PANELS if panel[0] in set(df["task"])]
     size = (PAGE * len(panels) / 2, 2.6)
     drawn, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
-    for ax, (task, clues, title) in zip(axes[0], panels, strict=True):
-        part = compared(df[df["n_clues"] == clues], task)
+    for ax, (task, title) in zip(axes[0], panels, strict=True):
+        part = compared(df, task)
         quality.plot_solve_rate(part, ax=ax)
         ax.legend(frameon=False, loc="best")
         ax.set_title(title + (" (next to none solved)" if (part["high"] <= NEXT_TO_NONE).all() else ""))
@@ -75,10 +75,7 @@ def sudoku_solve_rate(loaded: Tables) -> MatplotlibFigure:
 
 NEXT_TO_NONE = 0.02
 """Where all intervals end below this share of boards, the panel says so."""
-BOARD_PANELS = (
-    ("sudoku", 20, "6x6, 16 of 36 hidden"),
-    ("sudoku9", 60, "9x9, 21 of 81 hidden"),
-)
+BOARD_PANELS = (("sudoku", "6x6, 16 of 36 hidden"), ("sudoku9", "9x9, 21 of 81 hidden"))
 
 
 def word_problems(loaded: Tables) -> MatplotlibFigure:

@@ -132,7 +132,7 @@ TABLES = {
     for item in (
         Table(
             "mask-attention",
-            science.looped(),
+            science.main("loop"),
             ("model", "loop", "mass", "log_odds"),
             internals.mask_attention_table,
         ),
@@ -170,7 +170,7 @@ TABLES = {
         Table("references", TEXT, ("task", "reference", "nll"), quality.references_table),
         Table(
             "noise-level",
-            science.looped(),
+            science.main("loop"),
             ("model", "n_loops", "gain"),
             quality.noise_level_table,
             tables=("nll-by-loops",),
@@ -186,7 +186,7 @@ TABLES = {
             "generative",
             TEXT,
             ("model", "n_loops", "steps", "judge_nll", "unigram_entropy"),
-            lambda: quality.text_table("generative", (1, 2, 6, 12)),
+            lambda: quality.text_table("generative"),
             reads="judge",
         ),
         Table(
@@ -210,7 +210,7 @@ TABLES = {
         ),
         Table(
             "training-free",
-            science.never_looped() + science.LOOPED,
+            science.main("base") + science.LOOPED,
             ("model", "n_loops", "damping", "change"),
             science.training_free_table,
         ),

@@ -5,19 +5,19 @@ import pandas as pd
 import torch
 
 from analysis import zoo
-from analysis.tables.science import LOOPED, READ_TO, looped, measured
+from analysis.tables.science import LOOPED, READ_TO, main, measured
 from loopmdm_model.masking import mask_tokens
 
 RATIOS = (0.25, 0.5, 0.75)
 
 
 def mask_attention_table() -> pd.DataFrame:
-    """Group masses to S_max and 3 x S_max, heads pooled, of every looped model; by head of seed 0 to S_max.
+    """Group masses to S_max and 3 x S_max, heads pooled, of the two main tasks; by head of seed 0 to S_max.
 
-    Seeds beyond the first at half masked only.
+    Every seed, those beyond the first at half masked only.
     """
     rows = []
-    for name in looped():
+    for name in main("loop"):
         ratios = RATIOS if name in LOOPED else RATIOS[1:2]
         for read_to in (1, READ_TO):
             rows.append(measured("mask-attention-pooled", (name,), ratios, read_to=read_to))

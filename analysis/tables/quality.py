@@ -22,15 +22,20 @@ from loopmdm_model.likelihood import draw_counts, nelbo_by_loop
 
 SEED = 0
 N_PUZZLES = 500
-CLUES = {"sudoku": (20, 16), "sudoku9": (60, 45)}
-"""Cells that are given: 5 and 4 ninths of a 6x6 grid; about 3 quarters and 5 ninths of a 9x9 one."""
+CLUES = {"sudoku": 20, "sudoku9": 60}
+"""Cells that are given: 5 ninths of a 6x6 grid, about 3 quarters of a 9x9 one."""
 
 
-def read_to(model: zoo.Shipped, max_loops: int) -> int:
-    """Loops a model is read to: 3 x S_max, base models to S_max; others that were not looped only at S = 1."""
+def read_at(model: zoo.Shipped, max_loops: int) -> list[int]:
+    """Loop counts a model is read at: 1 to S_max + 2, then every second one to 3 x S_max, and twice S_max.
+
+    Base models are read to S_max, others that were not looped at S = 1 only.
+    """
+    most = zoo.s_max(model.name)
     if max_loops > 1:
-        return READ_TO * zoo.s_max(model.name)
-    return zoo.s_max(model.name) if model.arm == "base" else 1
+        near, far = range(1, most + 3), range(READ_TO * most, most + 2, -2)
+        return sorted({*near, *far, 2 * most})
+    return list(range(1, most + 1)) if model.arm == "base" else [1]
 
 
 def nll_table() -> pd.DataFrame:
@@ -42,12 +47,12 @@ def nll_table() -> pd.DataFrame:
     rows, base = [], {}
     for model in zoo.shipped():
         cfg = LoopMDMConfig.load(resolve(model.name) / CONFIG)
-        loops = read_to(model, cfg.max_loops)
-        values, clusters = _sequence_nll(model, loops)
+        counts = read_at(model, cfg.max_loops)
+        values, clusters = _sequence_nll(model, counts)
         if model.arm == "base":  # sorts before all other arms
             base[model.task, model.seed] = values[:, :1]
         twin = base.get((model.task, model.seed), np.full_like(values[:, :1], np.nan))
-        frame = pd.DataFrame({"n_loops": np.arange(1, loops + 1)})
+        frame = pd.DataFrame({"n_loops": counts})
         for name, change in (("nll", values), ("change_from_s1", values - values[:, :1]),
                              ("change_from_base", values - twin)):  # fmt: skip
             frame[name], frame[f"{name}_se"], _ = stats.mean_and_error(change, clusters)
@@ -59,15 +64,16 @@ def nll_table() -> pd.DataFrame:
 
 
 def noise_level_table() -> pd.DataFrame:
-    """NELBO and gain over S = 1 by mask ratio, models of `science.looped`; values and masks are `nll_table`'s."""
-    frames, names = [], science.looped()
+    """NELBO and gain over S = 1 by mask ratio, two main tasks, every seed; values and masks are `nll_table`'s."""
+    frames, names = [], science.main("loop")
     for model in zoo.shipped(None, "loop"):
         if model.name not in names:
             continue
-        most = zoo.s_max(model.name)
-        values, clusters = _sequence_nll(model, READ_TO * most)
+        most, counts = zoo.s_max(model.name), read_at(model, READ_TO)
+        values, clusters = _sequence_nll(model, counts)
         lengths = zoo.opened(model.name)[1].n_maskable
-        frame = at(by_noise_level(values.T, draw_counts(lengths, SEED, draw=0), lengths, clusters=clusters),
+        masked = draw_counts(lengths, SEED, draw=0)
+        frame = at(by_noise_level(values.T, counts, masked, lengths, clusters=clusters),
                    [1, 2, *(most * times for times in range(1, READ_TO + 1))])  # fmt: skip
         frame.insert(0, "model", model.name)
         frames.append(frame.assign(n_units=stats.count_units(len(values), clusters)))
@@ -78,34 +84,34 @@ def measure_by_loops(name: str) -> None:
     """Measure what the tables over seeds need of one run, so that it is cached."""
     for model in zoo.shipped():
         if model.name == name:
-            loops = read_to(model, LoopMDMConfig.load(resolve(name) / CONFIG).max_loops)
-            _sequence_nll(model, loops)
+            counts = read_at(model, LoopMDMConfig.load(resolve(name) / CONFIG).max_loops)
+            _sequence_nll(model, counts)
             if model.task in CLUES:
-                _solve_rates(model, loops)
+                _solve_rates(model, counts[-1])
             if model.task == "gsm":
                 _word_problems(model)
 
 
-def _sequence_nll(model: zoo.Shipped, loops: int) -> tuple[np.ndarray, np.ndarray]:
-    """NELBO of each test sequence at S = 1..loops [sequence, loop], and which share a document."""
+def _sequence_nll(model: zoo.Shipped, counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """NELBO of each test sequence at some S [sequence, count], and which share a document."""
 
     def compute() -> pd.DataFrame:
         m, test = zoo.opened(model.name)
-        results = nelbo_by_loop(m.model, test.tokens, loops, n_samples=1, maskable=test.maskable, seed=SEED)
+        results = nelbo_by_loop(m.model, test.tokens, counts, n_samples=1, maskable=test.maskable, seed=SEED)
         owner = np.arange(len(test.tokens)) if test.clusters is None else test.clusters
-        columns = {str(n_loops): result.per_sequence.numpy() for n_loops, result in enumerate(results, start=1)}
+        columns = {str(count): result.per_sequence.numpy() for count, result in zip(counts, results, strict=True)}
         return pd.DataFrame(columns | {"cluster": owner})
 
-    frame = cached(model.name, ["test NELBO by sequence, 1 mask", loops], compute)
+    frame = cached(model.name, ["test NELBO by sequence, 1 mask", counts], compute)
     return frame.drop(columns="cluster").to_numpy(), frame["cluster"].to_numpy()
 
 
 def solve_rate_table() -> pd.DataFrame:
-    """One-shot solve rate of Sudoku by S and clue count, every shipped Sudoku model."""
+    """One-shot solve rate of Sudoku by S, every shipped Sudoku model."""
     tables = []
     for model in (model for task in CLUES for model in zoo.shipped(task)):
-        loops = read_to(model, LoopMDMConfig.load(resolve(model.name) / CONFIG).max_loops)
-        tables.append(_solve_rates(model, loops).assign(**label(model), s_max=zoo.s_max(model.name)))
+        counts = read_at(model, LoopMDMConfig.load(resolve(model.name) / CONFIG).max_loops)
+        tables.append(_solve_rates(model, counts[-1]).assign(**label(model), s_max=zoo.s_max(model.name)))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -115,30 +121,19 @@ def _solve_rates(model: zoo.Shipped, loops: int) -> pd.DataFrame:
     return cached(model.name, ["one-shot by S", loops, clues, N_PUZZLES], compute)
 
 
-def _one_shot(name: str, loops: int, counts: tuple[int, ...]) -> pd.DataFrame:
+def _one_shot(name: str, loops: int, clues: int) -> pd.DataFrame:
     m, test = zoo.opened(name)
     board, rows = BOARDS[test.task], []
-    for clues in counts:
-        b = puzzles(board, test.tokens[:N_PUZZLES], clues)
-        for n_loops, outcome in enumerate(solve_one_shot(m.model, board, b, loops), start=1):
-            low, high = stats.wilson(int(outcome.sum()), len(outcome))
-            rows.append((clues, n_loops, float(outcome.float().mean()), low, high, len(outcome)))
+    b = puzzles(board, test.tokens[:N_PUZZLES], clues)
+    for n_loops, outcome in enumerate(solve_one_shot(m.model, board, b, loops), start=1):
+        low, high = stats.wilson(int(outcome.sum()), len(outcome))
+        rows.append((clues, n_loops, float(outcome.float().mean()), low, high, len(outcome)))
     return pd.DataFrame(rows, columns=["n_clues", "n_loops", "solve_rate", "low", "high", "n"])
 
 
 def label(model: zoo.Shipped) -> dict:
     """The columns that say which model a row is of."""
     return {"model": model.name, "task": model.task, "arm": model.arm, "seed": model.seed}
-
-
-def evaluated(measure: str, models: tuple[str, ...], counts: tuple[int, ...] = (), **options) -> pd.DataFrame:
-    """One measure of `analysis.evaluations` for several models, at `counts` or at 1, 2, S_max, 2 and 3 x S_max."""
-    frames = []
-    for name in models:
-        most = zoo.s_max(name)
-        loops = counts or (1, 2, most, 2 * most, 3 * most)
-        frames.append(evaluate(name, measure, list(loops), **options))
-    return pd.concat(frames, ignore_index=True)
 
 
 def excess_kl_table() -> pd.DataFrame:
@@ -151,10 +146,11 @@ def excess_kl_table() -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def text_table(measure: str, counts: tuple[int, ...] = ()) -> pd.DataFrame:
-    """One measure of sotu-base and sotu-loop: the base one only as it was trained, at S = 1."""
-    base = evaluated(measure, ("sotu-base",), counts=(1,))
-    return pd.concat([base, evaluated(measure, ("sotu-loop",), counts)], ignore_index=True)
+def text_table(measure: str) -> pd.DataFrame:
+    """One measure of sotu-base as it was trained, at S = 1, and of sotu-loop at 1, S_max and twice S_max."""
+    most = zoo.s_max("sotu-loop")
+    asked = (("sotu-base", [1]), ("sotu-loop", [1, most, 2 * most]))
+    return pd.concat([evaluate(name, measure, counts) for name, counts in asked], ignore_index=True)
 
 
 WORD_PROBLEMS = {"steps": 16, "n": 100}
@@ -167,7 +163,7 @@ def word_problems_table() -> pd.DataFrame:
 
 def _word_problems(model: zoo.Shipped) -> pd.DataFrame:
     most = zoo.s_max(model.name)
-    counts = [1, 2, most] if model.arm == "loop" else [1]
+    counts = [1, most] if model.arm == "loop" else [1]
     frame = evaluate(model.name, "word-problems", counts, **WORD_PROBLEMS).rename(columns={"task": "problems"})
     return frame.drop(columns="model").assign(**label(model), s_max=most)
 
