@@ -132,7 +132,7 @@ TABLES = {
     for item in (
         Table(
             "mask-attention",
-            science.main("loop"),
+            science.main_tasks("loop"),
             ("model", "loop", "mass", "log_odds"),
             internals.mask_attention_table,
         ),
@@ -170,7 +170,7 @@ TABLES = {
         Table("references", TEXT, ("task", "reference", "nll"), quality.references_table),
         Table(
             "noise-level",
-            science.main("loop"),
+            science.main_tasks("loop"),
             ("model", "n_loops", "gain"),
             quality.noise_level_table,
             tables=("nll-by-loops",),
@@ -210,7 +210,7 @@ TABLES = {
         ),
         Table(
             "training-free",
-            science.main("base") + science.LOOPED,
+            science.main_tasks("base") + science.LOOPED,
             ("model", "n_loops", "damping", "change"),
             science.training_free_table,
         ),

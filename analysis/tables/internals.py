@@ -5,7 +5,7 @@ import pandas as pd
 import torch
 
 from analysis import zoo
-from analysis.tables.science import LOOPED, READ_TO, main, measured
+from analysis.tables.science import LOOPED, READ_TO, main_tasks, measured
 from loopmdm_model.masking import mask_tokens
 
 RATIOS = (0.25, 0.5, 0.75)
@@ -17,7 +17,7 @@ def mask_attention_table() -> pd.DataFrame:
     Every seed, those beyond the first at half masked only.
     """
     rows = []
-    for name in main("loop"):
+    for name in main_tasks("loop"):
         ratios = RATIOS if name in LOOPED else RATIOS[1:2]
         for read_to in (1, READ_TO):
             rows.append(measured("mask-attention-pooled", (name,), ratios, read_to=read_to))

@@ -26,13 +26,13 @@ CLUES = {"sudoku": 20, "sudoku9": 60}
 """Cells that are given: 5 ninths of a 6x6 grid, about 3 quarters of a 9x9 one."""
 
 
-def read_at(model: zoo.Shipped, max_loops: int) -> list[int]:
+def read_at(model: zoo.Shipped) -> list[int]:
     """Loop counts a model is read at: 1 to S_max + 2, then every second one to 3 x S_max, and twice S_max.
 
     Base models are read to S_max, others that were not looped at S = 1 only.
     """
     most = zoo.s_max(model.name)
-    if max_loops > 1:
+    if LoopMDMConfig.load(resolve(model.name) / CONFIG).max_loops > 1:
         near, far = range(1, most + 3), range(READ_TO * most, most + 2, -2)
         return sorted({*near, *far, 2 * most})
     return list(range(1, most + 1)) if model.arm == "base" else [1]
@@ -47,7 +47,7 @@ def nll_table() -> pd.DataFrame:
     rows, base = [], {}
     for model in zoo.shipped():
         cfg = LoopMDMConfig.load(resolve(model.name) / CONFIG)
-        counts = read_at(model, cfg.max_loops)
+        counts = read_at(model)
         values, clusters = _sequence_nll(model, counts)
         if model.arm == "base":  # sorts before all other arms
             base[model.task, model.seed] = values[:, :1]
@@ -65,11 +65,11 @@ def nll_table() -> pd.DataFrame:
 
 def noise_level_table() -> pd.DataFrame:
     """NELBO and gain over S = 1 by mask ratio, two main tasks, every seed; values and masks are `nll_table`'s."""
-    frames, names = [], science.main("loop")
+    frames, names = [], science.main_tasks("loop")
     for model in zoo.shipped(None, "loop"):
         if model.name not in names:
             continue
-        most, counts = zoo.s_max(model.name), read_at(model, READ_TO)
+        most, counts = zoo.s_max(model.name), read_at(model)
         values, clusters = _sequence_nll(model, counts)
         lengths = zoo.opened(model.name)[1].n_maskable
         masked = draw_counts(lengths, SEED, draw=0)
@@ -84,7 +84,7 @@ def measure_by_loops(name: str) -> None:
     """Measure what the tables over seeds need of one run, so that it is cached."""
     for model in zoo.shipped():
         if model.name == name:
-            counts = read_at(model, LoopMDMConfig.load(resolve(name) / CONFIG).max_loops)
+            counts = read_at(model)
             _sequence_nll(model, counts)
             if model.task in CLUES:
                 _solve_rates(model, counts[-1])
@@ -110,8 +110,7 @@ def solve_rate_table() -> pd.DataFrame:
     """One-shot solve rate of Sudoku by S, every shipped Sudoku model."""
     tables = []
     for model in (model for task in CLUES for model in zoo.shipped(task)):
-        counts = read_at(model, LoopMDMConfig.load(resolve(model.name) / CONFIG).max_loops)
-        tables.append(_solve_rates(model, counts[-1]).assign(**label(model), s_max=zoo.s_max(model.name)))
+        tables.append(_solve_rates(model, read_at(model)[-1]).assign(**label(model), s_max=zoo.s_max(model.name)))
     return pd.concat(tables, ignore_index=True)
 
 

@@ -23,7 +23,7 @@ def with_weights(*arms: str) -> tuple[str, ...]:
     return tuple(m.name for m in zoo.shipped(None, *arms) if m.name in listed and m.task not in AT_CHANCE)
 
 
-def main(arm: str) -> tuple[str, ...]:
+def main_tasks(arm: str) -> tuple[str, ...]:
     """Models of an arm with weights, every seed, of the tasks of `LOOPED`."""
     tasks = tuple(name.partition("-")[0] + "-" for name in LOOPED)
     return tuple(name for name in with_weights(arm) if name.startswith(tasks))
@@ -125,7 +125,7 @@ def training_free_table() -> pd.DataFrame:
         return frame.assign(model=name, task=case.test.task, n_units=case.n_units)
 
     frames = []
-    for name in main("base"):
+    for name in main_tasks("base"):
         twin = LoopMDMConfig.load(resolve(f"{name.partition('-')[0]}-loop") / CONFIG)
         block = (twin.n_prelude_layers, twin.n_loop_layers)
         frames.append(cached(name, ["training-free", *block], partial(compute, name, block)))
@@ -171,7 +171,7 @@ PLAIN: tuple[tuple[str, tuple[str, ...], tuple[str, ...], dict], ...] = (
     ("stopping-in-sampling", LOOPED, ("rule", "quality", "time_ratio"), {"n": 64}),
     ("gain-predictor", LOOPED, ("rule", "flops", "nll"), {"read_to": 2}),
     ("loops-or-steps", LOOPED, ("budget", "n_loops", "steps", "quality"), {"n": 64}),
-    ("mediated-share", main("loop"), ("edges", "matched", "share"), {}),
+    ("mediated-share", main_tasks("loop"), ("edges", "matched", "share"), {}),
     ("cut-effects", LOOPED, ("loop", "mask_ratio", "effect"), {"n": 128}),
     ("stale-effects", LOOPED, ("loop", "mask_ratio", "effect"), {"n": 128}),
     ("sudoku-boards", _sudoku(), ("loop", "metric", "value"), {"read_to": READ_TO}),

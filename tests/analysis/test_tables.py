@@ -50,7 +50,7 @@ def test_a_base_run_may_be_shipped_before_its_looped_one():
 
 
 def test_noise_levels_are_those_of_the_same_masks(monkeypatch):
-    monkeypatch.setattr(science, "main", lambda arm: ("tree-loop",))
+    monkeypatch.setattr(science, "main_tasks", lambda arm: ("tree-loop",))
     monkeypatch.setattr(quality, "cached", lambda name, asked, compute: compute())
     table = quality.noise_level_table()
     m, test = zoo.opened("tree-loop")
