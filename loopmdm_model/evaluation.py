@@ -12,7 +12,7 @@ from loopmdm_model.data import corpora, gsm
 from loopmdm_model.data.batches import HELD_OUT_SEEDS, encode, evaluation_blocks
 from loopmdm_model.data.sudoku import BOARDS, Board
 from loopmdm_model.data.trees import TREE_TASKS
-from loopmdm_model.errors import UsageError
+from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.masking import MaskedBatch
 from loopmdm_model.model import LoopedModel
 
@@ -68,17 +68,22 @@ def load_test_set(task: str, length: int, tokenizer: Tokenizer | None, split: co
 
 
 @torch.no_grad()
-def solve_one_shot(model: LoopedModel, board: Board, b: MaskedBatch, n_loops: int) -> list[Bool[Tensor, " batch"]]:
+def solve_one_shot(
+    model: LoopedModel, board: Board, b: MaskedBatch, n_loops: int, batch_size: int = 32
+) -> list[Bool[Tensor, " batch"]]:
     """For S = 1..n_loops: whether filling every hidden cell with its best symbol, at once, is valid.
 
-    Any valid completion counts; clues stay.
+    Any valid completion counts; clues stay. Only as many boards as `batch_size` run at a time.
     """
-    solved = []
-    for state, context in model.states(b.tokens, n_loops):
-        guess = b.tokens.clone()
-        guess[b.masked] = model.readout(state, context, rows=b.masked).argmax(-1)
-        solved.append(board.is_valid(guess))
-    return solved
+    check_count("batch_size", batch_size)
+    solved: list[list[Tensor]] = [[] for _ in range(check_count("n_loops", n_loops))]
+    for start in range(0, len(b), batch_size):
+        part = b.rows(slice(start, start + batch_size))
+        for outcomes, (state, context) in zip(solved, model.states(part.tokens, n_loops), strict=True):
+            guess = part.tokens.clone()
+            guess[part.masked] = model.readout(state, context, rows=part.masked).argmax(-1)
+            outcomes.append(board.is_valid(guess))
+    return [torch.cat(outcomes) for outcomes in solved]
 
 
 @dataclass(frozen=True)

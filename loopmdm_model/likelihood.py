@@ -152,7 +152,7 @@ def nelbo(
     maskable: Tensor | None = None,
     attention_mask: Tensor | None = None,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int = 32,
     clusters: np.ndarray | None = None,
     estimator: Estimator = "exact-count",
 ) -> NelboResult:
@@ -203,7 +203,7 @@ def loop_losses(
     maskable: Tensor | None = None,
     attention_mask: Tensor | None = None,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int = 32,
 ) -> Iterator[tuple[slice, MaskedBatch, Float[Tensor, "loop row"]]]:
     """Cross-entropies at the masked positions after every loop of `loop_counts`, off one trajectory a batch.
 
@@ -234,7 +234,7 @@ def nelbo_by_loop(
     maskable: Tensor | None = None,
     attention_mask: Tensor | None = None,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int = 32,
     clusters: np.ndarray | None = None,
 ) -> list[NelboResult]:
     """NELBO at every S = 1..n_loops off one trajectory: entry S - 1 equals `nelbo(.., n_loops=S)`.
@@ -269,7 +269,7 @@ def continuation_nelbo(
     stop: StoppingRule | None = None,
     n_samples: int = 8,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int = 32,
 ) -> NelboResult:
     """NELBO of each continuation given its prompt (token ids); the log-likelihood is -per_sequence * lengths."""
     if len(prompts) != len(continuations) or not continuations:
@@ -300,7 +300,7 @@ def corpus_nelbo(
     stop: StoppingRule | None = None,
     n_samples: int = 2,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int = 32,
 ) -> NelboResult:
     """NELBO of whole documents (token ids) in windows of n_ctx; `.perplexity` is the corpus perplexity.
 

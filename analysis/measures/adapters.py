@@ -209,8 +209,11 @@ def rounds(function: Callable[..., pd.DataFrame]) -> Callable[..., pd.DataFrame]
     return run
 
 
-def looped_without_training(case: Case, blocks: Sequence[tuple[int, int]] | None = None) -> pd.DataFrame:
+def looped_without_training(
+    case: Case, blocks: Sequence[tuple[int, int]] | None = None, n_samples: int = 2
+) -> pd.DataFrame:
     """Looping the middle of a non-looped stack: `blocks` as `training_free` takes them, or every one."""
     return training_free(
-        case.m, case.tokens, blocks=blocks, maskable=case.maskable, clusters=case.clusters, seed=case.seed
-    )
+        case.m, case.tokens, blocks=blocks, n_samples=n_samples, maskable=case.maskable, clusters=case.clusters,
+        seed=case.seed,
+    )  # fmt: skip

@@ -14,6 +14,7 @@ import pandas as pd
 from analysis import frames, provenance, zoo
 from analysis.parallel import in_processes
 from analysis.tables import internals, quality, science, training
+from loopmdm_model.allocator import keep_freed_memory
 from loopmdm_model.data.fetch import cached_archive, serving
 from loopmdm_model.errors import UsageError, unknown_name
 
@@ -92,7 +93,7 @@ def measure_all(names: Iterable[str], workers: int = 0) -> Iterator[str]:
     names = list(names)
     _need_archives(names)
     after = {name: set(table(name).tables) for name in names}
-    return in_processes(_measure, after, tables_folder(), workers, _one_thread)
+    return in_processes(_measure, after, tables_folder(), workers, _prepare)
 
 
 def _need_archives(names: list[str]) -> None:
@@ -109,10 +110,11 @@ def _need_archives(names: list[str]) -> None:
         )
 
 
-def _one_thread() -> None:
+def _prepare() -> None:
     import torch
 
     torch.set_num_threads(1)
+    keep_freed_memory()
 
 
 def _measure(name: str, folder: Path) -> None:

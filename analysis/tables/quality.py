@@ -152,7 +152,7 @@ def text_table(measure: str) -> pd.DataFrame:
     return pd.concat([evaluate(name, measure, counts) for name, counts in asked], ignore_index=True)
 
 
-WORD_PROBLEMS = {"steps": 16, "n": 100}
+WORD_PROBLEMS = {"steps": 16, "n": 50}
 
 
 def word_problems_table() -> pd.DataFrame:

@@ -115,20 +115,23 @@ def _untrained(name: str, seed: int) -> pd.DataFrame:
 
 
 def training_free_table() -> pd.DataFrame:
-    """Base models with the layers repeated that their looped twins loop: training-free, of one block."""
+    """Base models with the layers repeated that their looped twins loop: training-free, of one block.
+
+    One mask a sequence.
+    """
     from analysis.cases import Case
     from analysis.measures.adapters import looped_without_training
 
     def compute(name: str, block: tuple[int, int]) -> pd.DataFrame:
         case = Case.of(name)
-        frame = looped_without_training(case, [block])
+        frame = looped_without_training(case, [block], n_samples=1)
         return frame.assign(model=name, task=case.test.task, n_units=case.n_units)
 
     frames = []
     for name in main_tasks("base"):
         twin = LoopMDMConfig.load(resolve(f"{name.partition('-')[0]}-loop") / CONFIG)
         block = (twin.n_prelude_layers, twin.n_loop_layers)
-        frames.append(cached(name, ["training-free", *block], partial(compute, name, block)))
+        frames.append(cached(name, ["training-free, 1 mask", *block], partial(compute, name, block)))
     return pd.concat(frames, ignore_index=True)
 
 

@@ -1,10 +1,12 @@
 """N-gram references are distributions, and solving is judged by the rules."""
 
 import numpy as np
+import pytest
 import torch
 
 from loopmdm_model.data.puzzles import puzzles
 from loopmdm_model.data.sudoku import BOARDS
+from loopmdm_model.errors import UsageError
 from loopmdm_model.evaluation import NGrams, solve_one_shot
 from tests.conftest import toy_model
 
@@ -29,3 +31,14 @@ def test_solving_keeps_clues_and_counts_valid_boards():
     one_cell = puzzles(board, grids, 35)
     guess = torch.where(one_cell.masked, model(one_cell.tokens, n_loops=1).argmax(-1), one_cell.tokens)
     assert solve_one_shot(model, board, one_cell, 1)[0].tolist() == (guess == grids).all(-1).tolist()
+
+
+def test_solving_in_small_batches_is_solving_at_once():
+    board = BOARDS["sudoku6"]
+    b = puzzles(board, board.sample_grids("test", 40), 35)
+    model = toy_model(d_vocab=7, n_ctx=36)
+    at_once, small = (solve_one_shot(model, board, b, 3, batch_size=size) for size in (40, 7))
+    assert [outcome.tolist() for outcome in small] == [outcome.tolist() for outcome in at_once]
+    assert len(at_once) == 3 and {value for outcome in at_once for value in outcome.tolist()} == {True, False}
+    with pytest.raises(UsageError, match="batch_size"):
+        solve_one_shot(model, board, b, 1, batch_size=0)
