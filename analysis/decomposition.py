@@ -32,7 +32,7 @@ def nelbo_decomposition(
     maskable: Tensor | None = None,
     attention_mask: Tensor | None = None,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int = 32,
     clusters: np.ndarray | None = None,
 ) -> pd.DataFrame:
     """NELBO by noise level or position at every S = 1..n_loops, or at named counts, and what looping gains.

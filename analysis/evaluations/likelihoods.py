@@ -12,7 +12,7 @@ from loopmdm_model.data.batches import encode, spread
 from loopmdm_model.data.fetch import sources
 from loopmdm_model.data.trees import TREE_TASKS
 from loopmdm_model.data.windows import sliding_windows
-from loopmdm_model.errors import UsageError
+from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.likelihood import draw_masks, loop_counts, nelbo, nelbo_by_loop
 
 ZERO_SHOT_DOCUMENTS, ZERO_SHOT_WINDOWS = 500, 512
@@ -66,8 +66,9 @@ def zero_shot(subject: Subject, counts: list[int], n_samples: int = 2) -> pd.Dat
 
 
 @torch.no_grad()
-def excess_kl(subject: Subject, counts: list[int], n_samples: int = 2) -> pd.DataFrame:
+def excess_kl(subject: Subject, counts: list[int], n_samples: int = 2, batch_size: int = 32) -> pd.DataFrame:
     """KL(exact posterior || model) in nats per hidden node, by hops; masks as in the NELBO."""
+    check_count("batch_size", batch_size)
     if subject.test.task not in TREE_TASKS:
         raise UsageError(f"{subject.name}: no exact posterior is known for {subject.test.task}")
     task, tokens = TREE_TASKS[subject.test.task], subject.test.tokens
@@ -77,15 +78,19 @@ def excess_kl(subject: Subject, counts: list[int], n_samples: int = 2) -> pd.Dat
     maskable = subject.test.maskable.expand_as(tokens)
     for draw in range(n_samples):
         b = draw_masks(tokens, subject.model.cfg.mask_token_id, maskable, 0, draw, n_samples)
-        exact, hops = task.posterior(tokens, b.masked)[b.masked], task.hops(b.masked)[b.masked].numpy()
-        owner = b.masked.nonzero()[:, 0].numpy()
-        np.add.at(number, (owner, hops), 1)
-        for loop, (state, context) in enumerate(subject.model.states(b.tokens, max(counts))):
-            if loop + 1 in counts:
-                logits = subject.model.readout(state, context, rows=b.masked)
-                log_probs = logits.double().log_softmax(-1)[:, : task.n_states]
-                kl = (exact * (exact.clamp(min=1e-300).log() - log_probs)).sum(-1).numpy()
-                np.add.at(total[counts.index(loop + 1)], (owner, hops), kl)
+        posterior, distance = task.posterior(tokens, b.masked), task.hops(b.masked)
+        for start in range(0, len(tokens), batch_size):
+            span = slice(start, start + batch_size)
+            part = b.rows(span)
+            exact, hops = posterior[span][part.masked], distance[span][part.masked].numpy()
+            owner = start + part.masked.nonzero()[:, 0].numpy()
+            np.add.at(number, (owner, hops), 1)
+            for loop, (state, context) in enumerate(subject.model.states(part.tokens, max(counts)), start=1):
+                if loop in counts:
+                    logits = subject.model.readout(state, context, rows=part.masked)
+                    log_probs = logits.double().log_softmax(-1)[:, : task.n_states]
+                    kl = (exact * (exact.clamp(min=1e-300).log() - log_probs)).sum(-1).numpy()
+                    np.add.at(total[counts.index(loop)], (owner, hops), kl)
     rows = []
     for index, count in enumerate(counts):
         for hop in np.flatnonzero(number.sum(0)):

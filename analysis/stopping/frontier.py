@@ -31,7 +31,7 @@ def stopping_frontier(
     maskable: Tensor | None = None,
     clusters: np.ndarray | None = None,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int = 32,
 ) -> pd.DataFrame:
     """Each rule at thresholds spread over its criterion's range on `validation` (default: `data` itself).
 

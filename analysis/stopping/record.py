@@ -107,7 +107,7 @@ def record_loops(
     maskable: Tensor | None = None,
     clusters: np.ndarray | None = None,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int = 32,
 ) -> LoopRecord:
     """Run every sequence to `max_loops` (default S_max) and keep what any rule would have seen.
 

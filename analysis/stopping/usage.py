@@ -92,7 +92,7 @@ def loop_usage(
     maskable: Tensor | None = None,
     clusters: np.ndarray | None = None,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int = 32,
 ) -> pd.DataFrame:
     """Loops that hidden tokens get under `rule`, run online in each scope.
 

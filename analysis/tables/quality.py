@@ -10,7 +10,7 @@ from analysis.decomposition import by_noise_level
 from analysis.evaluations import cached, evaluate
 from analysis.evaluations.subject import at
 from analysis.tables import science
-from analysis.tables.science import READ_TO
+from analysis.tables.science import AT_CHANCE, READ_TO
 from loopmdm_model import stats
 from loopmdm_model.checkpoints import CONFIG, resolve
 from loopmdm_model.config import LoopMDMConfig
@@ -29,10 +29,14 @@ CLUES = {"sudoku": 20, "sudoku9": 60}
 def read_at(model: zoo.Shipped) -> list[int]:
     """Loop counts a model is read at: 1 to S_max + 2, then every second one to 3 x S_max, and twice S_max.
 
-    Base models are read to S_max, others that were not looped at S = 1 only.
+    Base models are read to S_max, others that were not looped at S = 1 only. Of a task that nobody learned, looped
+    models are read to S_max and all others at S = 1.
     """
     most = zoo.s_max(model.name)
-    if LoopMDMConfig.load(resolve(model.name) / CONFIG).max_loops > 1:
+    looped = LoopMDMConfig.load(resolve(model.name) / CONFIG).max_loops > 1
+    if model.task in AT_CHANCE:
+        return list(range(1, most + 1)) if looped else [1]
+    if looped:
         near, far = range(1, most + 3), range(READ_TO * most, most + 2, -2)
         return sorted({*near, *far, 2 * most})
     return list(range(1, most + 1)) if model.arm == "base" else [1]
