@@ -49,6 +49,16 @@ def test_a_base_run_may_be_shipped_before_its_looped_one():
             zoo.record("markov-loop-seed1")
 
 
+def test_loop_counts_are_those_that_say_something():
+    counts = {model.name: quality.read_at(model) for model in zoo.shipped() if model.task in ("sudoku", "gsm")}
+    assert counts["sudoku-loop"] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 18]
+    assert counts["sudoku-base"] == [1, 2, 3, 4, 5, 6] and counts["sudoku-deep"] == [1]
+    assert counts["gsm-loop"] == [1, 2, 3, 4, 5, 6]  # nobody learned it
+    assert counts["gsm-base"] == counts["gsm-deep"] == [1]
+    stored = tables.load("nll-by-loops").groupby("model")["n_loops"].unique()
+    assert {name: list(stored[name]) for name in counts} == counts
+
+
 def test_noise_levels_are_those_of_the_same_masks(monkeypatch):
     monkeypatch.setattr(science, "main_tasks", lambda arm: ("tree-loop",))
     monkeypatch.setattr(quality, "cached", lambda name, asked, compute: compute())
