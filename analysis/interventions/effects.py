@@ -33,7 +33,7 @@ def mediated_share(
     maskable: Tensor | None = None,
     clusters: np.ndarray | None = None,
     seed: int = 0,
-    batch_size: int = 32,
+    batch_size: int = 64,
 ) -> pd.DataFrame:
     """How much of the gain of looping goes through some edges: share = 1 - gain_cut / gain_intact.
 
@@ -104,7 +104,7 @@ def effect_by_loop(
     maskable: Tensor | None = None,
     clusters: np.ndarray | None = None,
     seed: int = 0,
-    batch_size: int = 32,
+    batch_size: int = 64,
 ) -> pd.DataFrame:
     """What an intervention at loop i alone (`onward`: from i on) does to the NELBO at n_loops, by mask ratio.
 
