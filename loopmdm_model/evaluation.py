@@ -76,6 +76,8 @@ def solve_one_shot(
     Any valid completion counts; clues stay. Only as many boards as `batch_size` run at a time.
     """
     check_count("batch_size", batch_size)
+    if not len(b):
+        raise UsageError("no boards to solve; give at least one")
     solved: list[list[Tensor]] = [[] for _ in range(check_count("n_loops", n_loops))]
     for start in range(0, len(b), batch_size):
         part = b.rows(slice(start, start + batch_size))

@@ -141,8 +141,8 @@ figures.FIGURES["flops-to-target"].show()
 # %% [markdown]
 # ## Arm by arm, seed by seed
 #
-# The same model, trained from other seeds, can end far apart. Five seeds are few, three decide almost
-# nothing, one says nothing about the next run.
+# The same model, trained from other seeds, can end far apart. Five seeds are few, three decide little,
+# one says nothing about the next run.
 
 # %%
 figures.FIGURES["arms"].show()
@@ -159,8 +159,8 @@ last.pivot(index=["task", "arm"], columns="seed", values="nelbo").round(3)
 # ## Where to loop, and how much
 #
 # The paper loops early-middle layers, and says that few suffice. Here five layers share one budget: none of them
-# loops, or one, or two, or all. The crosses are the same models read at S = 1: a placement whose cross lies on
-# its mark was trained with loops and does not use them.
+# loops, or one, or two, or all. The crosses are the same models read at S = 1: a run whose cross lies on its
+# mark was trained with loops and does not use them.
 
 # %%
 figures.FIGURES["placement"].show()

@@ -81,7 +81,8 @@ figures.FIGURES["sudoku-solve-rate"].show()
 # ## The other tasks
 #
 # Does the shape of the curve, a fall to about S_max and a rise after it, hold on other data? Each panel has its
-# own axis; the band of a single seed says how sure a value is over test items, not over runs.
+# own axis (word problems, which nobody learned, are read to S_max only); the band of a single seed says how sure
+# a value is over test items, not over runs.
 
 # %%
 figures.FIGURES["nll-by-loops-elsewhere"].show()

@@ -101,7 +101,7 @@ FIGURES = (
         training_free,
         f"""Models that were never looped, with their middle layer run S times: in full steps and damped by 1/S.
         Left: change of the NELBO. Right: rise of the masked-to-masked log-odds from the first to the last loop
-        at half masked, self excluded. {MEANS} If the log-odds rise here, too, a rise in looped models says
-        nothing about training with loops. Definitions are ours.""",
+        at half masked, self excluded. {GRIDS}; {TEXT}; one mask each. {MEANS} If the log-odds rise here, too,
+        a rise in looped models says nothing about training with loops. Definitions are ours.""",
     ),
 )

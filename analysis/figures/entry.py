@@ -101,8 +101,8 @@ class Shown:
         return {"text/html": page, SIDECAR_TYPE: self.sidecar}
 
 
-SEEDS = """Lines: means over training seeds (numbers in the legend), thin ones single seeds; bands: 95%, by
-Student's t over seeds, over test items where there is one seed."""
+SEEDS = """Lines: means over training seeds (numbers in the legend), thin ones single seeds; bands (bars at
+single points): 95%, by Student's t over seeds, over test items where there is one seed."""
 MEANS = """Lines: means over training seeds; bands: 95%, by Student's t over seeds, over test items where there
 is one seed."""
 OURS = "Definitions are ours; the paper's are not public."

@@ -181,10 +181,10 @@ FIGURES = (
         f"""Test NELBO by number of loops on the other tasks, to 3 x S_max (dash-dotted: S_max of training), one
         mask a sequence; base models to S_max, untrained for it beyond S = 1, where their curve may leave the
         panel. 1,000 test grids, trees or chains each; all problems of unseen templates, which nobody learned
-        (read to S_max only, base at S = 1); all blocks of unseen documents. {SEEDS} Axes differ between
-        panels; a band that fills one is wider than it. The paper: more loops, lower NLL, on every corpus; a
-        loop curve that does not fall, or ends above base at S = 1, counts against it, except on the chain,
-        where nothing is to be gained.""",
+        (read to S_max only, base and deep at S = 1); all blocks of unseen documents. {SEEDS} Axes differ
+        between panels; a band that fills one is wider than it. The paper: more loops, lower NLL, on every
+        corpus; a loop curve that does not fall, or ends above base at S = 1, counts against it, except on the
+        chain, where nothing is to be gained.""",
     ),
     Figure(
         "sudoku-solve-rate",
@@ -204,11 +204,11 @@ FIGURES = (
         word_problems,
         """Grade-school word problems by S: models trained on generated GSM-Symbolic problems of 67 templates,
         tested on templates that training never saw (12, of which 10 are short enough), and on real GSM8K items
-        without those that are a template's. Left: NELBO of the worked answer given its question; bands: 95%,
-        Student's t over templates. All arms learn the training templates by heart: on unseen ones their NELBO
-        rises from a sixth of the budget on (learning-curves-elsewhere). Middle and right: the final number,
-        generated most confident token first in 16 steps; bars: Wilson's 95% over problems (100 and fewer;
-        templates taken as alike); dotted: always the commonest answer of training. base: same size and
+        without those that are a template's. Left: NELBO of the worked answer given its question; bands and
+        bars: 95%, Student's t over templates. All arms learn the training templates by heart: on unseen ones
+        their NELBO rises from a sixth of the budget on (learning-curves-elsewhere). Middle and right: the
+        final number, generated most confident token first in 16 steps; bars: Wilson's 95% over problems (45
+        and 50; templates taken as alike); dotted: always the commonest answer of training. base: same size and
         training FLOPs; deep: the looped layer untied. The paper: looping raises accuracy, above a deeper
         model's, too; accuracy that does not rise above base's counts against it. Chance level: no interval
         lies more than two points above the dotted line; such a panel says nothing about looping, only that

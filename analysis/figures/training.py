@@ -63,11 +63,13 @@ def placement(loaded: Tables) -> MatplotlibFigure:
     nll, solve = loaded["nll-by-loops"], loaded["sudoku-solve-rate"]
     nll = nll[nll["task"] == "sudoku"]
     drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.7), layout="constrained")
-    once = nll[(nll["n_loops"] == 1) & (nll["arm"] != "stack")]
-    quality.plot_arms(nll[nll["n_loops"] == nll["max_loops"]], "nll", PLACE_STYLE, ax=axes[0])
+    once, ends = nll[(nll["n_loops"] == 1) & (nll["arm"] != "stack")], nll[nll["n_loops"] == nll["max_loops"]]
+    quality.plot_arms(ends, "nll", PLACE_STYLE, ax=axes[0])
     for place, arm in enumerate(arm for arm in PLACE_STYLE if arm in set(nll["arm"])):
-        values = once.loc[once["arm"] == arm, "nll"]
-        axes[0].plot([place] * len(values), values, color="#444444", marker="x", linestyle="none", zorder=0)
+        runs = once[once["arm"] == arm].merge(ends, on="model", suffixes=("_once", ""))
+        across = quality.side_by_side(place, len(runs))
+        axes[0].plot(across, runs["nll_once"], color="#444444", marker="x", linestyle="none", zorder=0)
+        axes[0].vlines(across, runs["nll"], runs["nll_once"], color="#999999", linewidth=0.6, zorder=0)
     axes[0].set(title="test NELBO (crosses: at S = 1)", ylabel="nats per token")
     quality.plot_arms(_as_trained(nll, solve), "solve_rate", PLACE_STYLE, ax=axes[1])
     axes[1].set(title="one shot, 16 of 36 cells hidden", ylabel="puzzles solved", ylim=(0, 1))
@@ -85,7 +87,9 @@ def amount(loaded: Tables) -> MatplotlibFigure:
     once = nll[nll["n_loops"] == 1].groupby("arm")["nll"].mean()
     others = once[once.index.isin(AMOUNT_STYLE) & (once.index != "loop-fixed")]
     axes[0].set_ylim(top=others.max() + 0.02)  # without loops the model of fixed S is far off
-    axes[0].annotate(f"fixed: {once['loop-fixed']:.2f} at S = 1", (2, others.max()), fontsize=6.5, va="center")
+    axes[0].annotate(
+        f"fixed: mean {once['loop-fixed']:.2f} at S = 1", (2, others.max()), fontsize=6.5, va="center"
+    )
     axes[0].set_title("by S (rings: $S_{max}$ of training)")
     quality.plot_arms(nll[nll["n_loops"] == nll["max_loops"]], "nll", AMOUNT_STYLE, ax=axes[1])
     axes[1].set(title="at $S_{max}$", ylabel="test NELBO (nats per token)")
@@ -150,11 +154,11 @@ FIGURES = (
         other pairs were not tried), at equal training FLOPs. S is uniform on 1 to 6, on 1 to 2 where all five
         loop, which is the mean compute of a step of one layer with S_max 6; two layers cost more a step, none
         less. A mark a training seed (their number in brackets), bars: means where there are several. Left:
-        test NELBO at S_max, 1,000 grids of unseen classes, one mask each; crosses: the same models at S = 1.
-        Right: 500 grids, any valid completion counts. We take the 2nd layer as early-middle. The paper: few
-        layers suffice and early-middle is the best place; another placement that ends lower counts against it.
-        Most runs are still falling when the budget ends, and seeds of one place lie about as far apart as
-        places.""",
+        test NELBO at S_max, 1,000 grids of unseen classes, one mask each; crosses: the same model at S = 1,
+        joined to its mark. Right: 500 grids, any valid completion counts. We take the 2nd layer as
+        early-middle. The paper: few layers suffice and early-middle is the best place; another placement that
+        ends lower counts against it. Most runs are still falling when the budget ends; of the 1st layer and of
+        two layers, seeds lie as far apart as places.""",
     ),
     Figure(
         "amount-of-looping",
@@ -163,11 +167,11 @@ FIGURES = (
         """How much to loop in training, on 6x6 Sudoku: one looped layer of three, S uniform on 1 to S_max, or 6
         at every step; equal training FLOPs, so that a larger S_max means fewer steps. Left: test NELBO by S to
         3 x S_max, rings at S_max; lines: means over training seeds, thin ones single seeds; thin grey dashes:
-        the non-looped model of the same size; the axis leaves out fixed S at S = 1. Middle and right: at
-        S_max, a mark a training seed (their number in brackets), bars: means where there are several. 1,000
-        grids of unseen classes, one mask each; 500 grids in one shot with 16 of 36 cells hidden, any valid
-        completion counts. The paper trains with S up to 12; a larger S_max that ends higher at equal FLOPs
-        counts against more looping. Seeds lie far apart where some runs make the drop within the budget and
-        others do not: the means say how often it came.""",
+        the non-looped model of the same size; the axis leaves out fixed S at S = 1, 2 and 18. Middle and
+        right: at S_max, a mark a training seed (their number in brackets), bars: means where there are
+        several. 1,000 grids of unseen classes, one mask each; 500 grids in one shot with 16 of 36 cells
+        hidden, any valid completion counts. The paper trains with S up to 12; a larger S_max that ends higher
+        at equal FLOPs counts against more looping. Seeds lie far apart where some runs make the drop within
+        the budget and others do not: a mean then mixes how often with how far.""",
     ),
 )

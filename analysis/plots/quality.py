@@ -84,16 +84,22 @@ def plot_solve_rate(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def side_by_side(place: int, n: int) -> np.ndarray:
+    """Where n marks stand around a place on the axis."""
+    return place + 0.1 * (np.arange(n) - (n - 1) / 2)
+
+
 def plot_accuracy(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Share of problems answered rightly over n_loops with its interval, a guess as a dotted line.
 
     `df`: arm n_loops accuracy low high chance s_max; arms that were not looped have S = 1 alone.
     """
     ax = ax or plt.gca()
-    for shift, (arm, look) in enumerate((arm, look) for arm, look in ARM_STYLE.items() if arm in set(df["arm"])):
+    arms = [arm for arm in ARM_STYLE if arm in set(df["arm"])]
+    for shift, arm in zip(side_by_side(0, len(arms)), arms, strict=True):
         part = df[df["arm"] == arm].sort_values("n_loops")
         reach = np.abs(part[["low", "high"]].to_numpy().T - part["accuracy"].to_numpy())
-        ax.errorbar(part["n_loops"] + 0.25 * shift, part["accuracy"], yerr=reach, label=arm, **look)
+        ax.errorbar(part["n_loops"] + shift, part["accuracy"], yerr=reach, label=arm, **ARM_STYLE[arm])
     ax.axhline(df["chance"].iloc[0], **NULL)
     mark_s_max(ax, df["s_max"].iloc[0], df["n_loops"].max())
     ax.set(xlabel="n_loops (S)", ylabel="right answers", ylim=(-0.05 * df["high"].max(), None))
@@ -173,8 +179,7 @@ def plot_arms(
     arms = [arm for arm in looks if arm in set(df["arm"])]
     for place, arm in enumerate(arms):
         values = df.loc[df["arm"] == arm, value]
-        spread = place + 0.1 * (np.arange(len(values)) - (len(values) - 1) / 2)
-        ax.plot(spread, values, **{**looks[arm], "linestyle": "none", **more})
+        ax.plot(side_by_side(place, len(values)), values, **{**looks[arm], "linestyle": "none", **more})
         if len(values) > 1:
             ax.hlines(values.mean(), place - 0.32, place + 0.32, color="#444444", linewidth=1.2)
     labels = [looks[arm].get("label", arm.replace("-", "\n")) + f"\n({(df['arm'] == arm).sum()})" for arm in arms]

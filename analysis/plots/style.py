@@ -101,9 +101,12 @@ def style() -> Iterator[None]:
 
 
 def band(ax: Axes, x, y, low, high, **line) -> None:
-    """A line with its interval as a shade."""
+    """A line with its interval as a shade; a single point with a bar."""
     ax.plot(x, y, **line)
-    ax.fill_between(x, low, high, color=line.get("color"), alpha=0.18, linewidth=0)
+    if len(x) == 1:
+        ax.vlines(x, low, high, color=line.get("color"), linewidth=0.9)
+    else:
+        ax.fill_between(x, low, high, color=line.get("color"), alpha=0.18, linewidth=0)
 
 
 def half_width(df: pd.DataFrame, error: str) -> pd.Series:

@@ -49,6 +49,9 @@ def test_an_oracle_has_no_excess(task):
     assert (before.query("hops == 1")["excess_kl"] > 0.1).all()  # the prior is not good enough
     assert before["excess_kl"].max() <= np.log(TREE_TASKS[task].n_states) + 1e-9
     assert frame.groupby("n_loops")["n_nodes"].sum().nunique() == 1
+    pd.testing.assert_frame_equal(excess_kl(subject, [1, 2], 2, batch_size=700), frame)
+    with pytest.raises(UsageError, match="batch_size"):
+        excess_kl(subject, [1, 2], batch_size=0)
 
 
 def test_results_are_cached_by_weights_and_question(monkeypatch, tmp_path):
