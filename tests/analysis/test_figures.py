@@ -51,6 +51,17 @@ def test_pictures_are_byte_identical_between_runs(tmp_path):
         assert files[0] == files[1], kind
 
 
+def test_each_cross_of_the_placements_stands_at_its_run():
+    drawn = figures.FIGURES["placement"].draw()
+    marks = {True: set(), False: set()}
+    for line in drawn.axes[0].get_lines():
+        marks[line.get_marker() == "x"] |= set(zip(*line.get_data(), strict=True))
+    nll = tables.load("nll-by-loops")
+    for _, run in nll[nll["arm"].isin(["loop-first", "loop-two", "loop-whole"])].groupby("model"):
+        once, end = (run.loc[run["n_loops"] == count, "nll"].item() for count in (1, run["max_loops"].iloc[0]))
+        assert {x for x, y in marks[True] if y == once} == {x for x, y in marks[False] if y == end} != set()
+
+
 @pytest.mark.parametrize("name", list(tables.TABLES))
 def test_committed_tables_belong_to_the_shipped_models(name):
     from analysis.provenance import model_hashes

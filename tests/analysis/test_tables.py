@@ -2,6 +2,7 @@
 
 import multiprocessing
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,7 +12,7 @@ from analysis import frames, tables, zoo
 from analysis.decomposition import nelbo_decomposition
 from analysis.pipeline import planted
 from analysis.plots.quality import over_seeds
-from analysis.plots.style import half_width
+from analysis.plots.style import band, half_width
 from analysis.roster import roster
 from analysis.tables import quality, science, training
 from loopmdm_model import stats
@@ -157,3 +158,12 @@ def test_half_widths_are_students_where_the_table_names_its_units():
     assert halves[0] == pytest.approx(0.1 * distributions.t.ppf(0.975, 7)) and np.isnan(halves[2])
     assert halves[1] == pytest.approx(0.1962, abs=1e-4)
     assert half_width(df[["y_se"]], "y_se")[0] == pytest.approx(0.1 * stats.Z95)
+
+
+def test_a_single_point_shows_its_interval():
+    drawn, (one, many) = plt.subplots(1, 2)
+    band(one, pd.Series([1]), pd.Series([2.0]), pd.Series([1.5]), pd.Series([3.0]), color="k")
+    band(many, pd.Series([1, 2]), pd.Series([2.0, 2.0]), pd.Series([1.0, 1.0]), pd.Series([3.0, 3.0]), color="k")
+    assert one.collections[0].get_segments()[0].tolist() == [[1, 1.5], [1, 3]]
+    assert many.collections[0].get_paths()[0].get_extents().bounds == (1, 1, 1, 2)
+    plt.close(drawn)
