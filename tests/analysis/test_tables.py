@@ -1,6 +1,7 @@
 """Tables over arms and seeds: names, means over seeds, contrasts with a known answer."""
 
 import multiprocessing
+import time
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -141,6 +142,11 @@ def test_a_failing_table_ends_the_others_and_leaves_nothing_half_written(tmp_pat
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="file"):
         list(tables.measure_all(["references"], workers=1))
+    deadline = (
+        time.monotonic() + 10
+    )  # who was joined is struck off the list by the pool's own thread, a moment later
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert not multiprocessing.active_children()
 
 
