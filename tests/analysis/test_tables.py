@@ -142,9 +142,7 @@ def test_a_failing_table_ends_the_others_and_leaves_nothing_half_written(tmp_pat
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="file"):
         list(tables.measure_all(["references"], workers=1))
-    deadline = (
-        time.monotonic() + 10
-    )  # who was joined is struck off the list by the pool's own thread, a moment later
+    deadline = time.monotonic() + 10  # the pool's own thread strikes off the list whom it saw end
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not multiprocessing.active_children()
