@@ -15,6 +15,7 @@ from loopmdm_model.errors import UsageError, check_count, check_keys
 from loopmdm_model.files import read_json
 
 SEGMENTS = ("prelude", "loop", "coda")
+FORBIDDEN = ("forbid_mask_to_mask", "forbid_masked_keys")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +24,12 @@ class LoopMDMConfig:
 
     `mask_token_id` is always the last id, d_vocab - 1. `max_loops` is the largest S drawn in
     training (S_max) and the default S at inference. `forbid_mask_to_mask` names the segments in
-    which a masked query may not attend to *other* masked keys. `normalization_type` is "LN" or
-    "RMS"; `gated_mlp` with `act_fn="silu"` is SwiGLU.
+    which a masked query may not attend to *other* masked keys; `forbid_masked_keys` those in which no
+    query at all may (itself excepted), so that no clean position relays what a masked one says.
+    `normalization_type` is "LN" or "RMS"; `gated_mlp` with `act_fn="silu"` is SwiGLU. Output
+    projections start smaller by sqrt(2 x depth): `init_depth` "all" counts the effective depth in every
+    layer, "looped" in the looped layers alone and n_layers elsewhere, so that arms which differ in their
+    loops start from the same prelude and coda.
     """
 
     d_vocab: int
@@ -49,6 +54,8 @@ class LoopMDMConfig:
     rotary_base: float = 10000.0
     initializer_range: float = 0.02
     forbid_mask_to_mask: tuple[str, ...] = ()
+    forbid_masked_keys: tuple[str, ...] = ()
+    init_depth: Literal["all", "looped"] = "all"
 
     def __post_init__(self):
         """Fill derived fields and refuse shapes that cannot run."""
@@ -95,12 +102,14 @@ class LoopMDMConfig:
 
     def _check_choices(self) -> None:
         choices = {"normalization_type": ("LN", "RMS"), "act_fn": ("gelu_new", "gelu", "silu")}
+        choices |= {"init_depth": ("all", "looped")}
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise UsageError(f"{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
-        for segment in self.forbid_mask_to_mask:
-            if segment not in SEGMENTS:
-                raise UsageError(f"forbid_mask_to_mask takes segments of {SEGMENTS}, got {segment!r}")
+        for field in FORBIDDEN:
+            for segment in getattr(self, field):
+                if segment not in SEGMENTS:
+                    raise UsageError(f"{field} takes segments of {SEGMENTS}, got {segment!r}")
 
     @property
     def n_layers(self) -> int:
@@ -116,6 +125,11 @@ class LoopMDMConfig:
     def effective_depth(self) -> float:
         """Layer applications of an average training forward: prelude + E[S] * loop + coda."""
         return self.n_prelude_layers + self.mean_loops * self.n_loop_layers + self.n_coda_layers
+
+    def initial_depth(self, segment: str) -> float:
+        """Layer applications by which output projections of a segment start smaller."""
+        counts = self.init_depth == "all" or segment == "loop"
+        return self.effective_depth if counts else float(self.n_layers)
 
     def layers(self, segment: str) -> range:
         """Physical layer indices of "prelude", "loop" or "coda"."""
@@ -140,7 +154,7 @@ class LoopMDMConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready dict of all fields."""
-        return dataclasses.asdict(self) | {"forbid_mask_to_mask": list(self.forbid_mask_to_mask)}
+        return dataclasses.asdict(self) | {field: list(getattr(self, field)) for field in FORBIDDEN}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "LoopMDMConfig":
@@ -150,7 +164,7 @@ class LoopMDMConfig:
         missing = [key for key in ("d_vocab", "n_ctx", "d_model", "n_heads") if key not in values]
         if missing:
             raise UsageError(f"config: missing {', '.join(missing)}")
-        complete: dict[str, Any] = values | {"forbid_mask_to_mask": tuple(values.get("forbid_mask_to_mask", ()))}
+        complete: dict[str, Any] = values | {field: tuple(values.get(field, ())) for field in FORBIDDEN}
         return cls(**complete)
 
     def save(self, path: Path | str) -> None:

@@ -130,13 +130,15 @@ class LoopMDM(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Normal weights; what writes to the stream shrinks by sqrt(2 x effective depth)."""
-        std = self.cfg.initializer_range
+        """Normal weights; what writes to the stream shrinks by sqrt(2 x depth), see `cfg.initial_depth`."""
         for name, parameter in self.named_parameters():
             if parameter.ndim < 2:
                 continue
-            writes = name.endswith(("attn.out.weight", "mlp.out.weight"))
-            nn.init.normal_(parameter, std=std / (2 * self.cfg.effective_depth) ** 0.5 if writes else std)
+            std = self.cfg.initializer_range
+            if name.endswith(("attn.out.weight", "mlp.out.weight")):
+                segment = self.cfg.segment(int(name.split(".")[1]))
+                std = std / (2 * self.cfg.initial_depth(segment)) ** 0.5
+            nn.init.normal_(parameter, std=std)
 
     # --- the forward pass, read top to bottom ---
 
@@ -198,12 +200,13 @@ class LoopMDM(nn.Module):
         keys = None if attention_mask is None else self._check_attention_mask(attention_mask, tokens)
         shared = None if keys is None else keys[:, None, None, :]
         allowed: dict[str, Tensor | None] = {segment: shared for segment in SEGMENTS}
+        masked = tokens == self.cfg.mask_token_id
         if self.cfg.forbid_mask_to_mask:
-            masked = tokens == self.cfg.mask_token_id
             apart = ~(masked[:, None, :, None] & masked[:, None, None, :])
-            apart = apart if keys is None else apart & keys[:, None, None, :]
-            apart = apart | torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)
-            allowed |= dict.fromkeys(self.cfg.forbid_mask_to_mask, apart)
+            allowed |= dict.fromkeys(self.cfg.forbid_mask_to_mask, _and_itself(apart, keys))
+        if self.cfg.forbid_masked_keys:
+            clean = ~masked[:, None, None, :].expand(-1, 1, tokens.shape[1], -1)
+            allowed |= dict.fromkeys(self.cfg.forbid_masked_keys, _and_itself(clean, keys))
         rotary = self.rotary_cos[: tokens.shape[1]], self.rotary_sin[: tokens.shape[1]]
         return Context(rotary, allowed, tokens, self.cfg.mask_token_id, keys)
 
@@ -343,3 +346,9 @@ class LoopMDM(nn.Module):
         model = cls(cfg)
         model.load_state_dict(checkpoints.load_weights(folder, model.state_dict()))
         return model.to(device).eval()
+
+
+def _and_itself(allowed: Tensor, keys: Tensor | None) -> Tensor:
+    """Edges `allowed` [batch, 1, query, key] to real keys, and every position's own."""
+    allowed = allowed if keys is None else allowed & keys[:, None, None, :]
+    return allowed | torch.eye(allowed.shape[-1], dtype=torch.bool, device=allowed.device)

@@ -138,7 +138,10 @@ class TrainingSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """One training run."""
+    """One training run.
+
+    `seed` draws data, masks and loops, and the initial weights too unless `init_seed` does.
+    """
 
     name: str
     seed: int
@@ -146,6 +149,7 @@ class RunSpec:
     model: dict[str, Any]
     training: TrainingSpec
     loops: LoopSchedule = field(default_factory=LoopSchedule)
+    init_seed: int | None = None
 
     @property
     def config(self) -> LoopMDMConfig:
@@ -153,8 +157,9 @@ class RunSpec:
         return LoopMDMConfig.from_dict(self.model | {"d_vocab": self.data.d_vocab, "n_ctx": self.data.length})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict, as the TOML file reads."""
-        return dataclasses.asdict(self)
+        """Plain nested dict, as the TOML file reads: `init_seed` only if it is given."""
+        values = dataclasses.asdict(self)
+        return {key: value for key, value in values.items() if (key, value) != ("init_seed", None)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], origin: str = "spec") -> "RunSpec":
@@ -165,6 +170,8 @@ class RunSpec:
             built[name] = kind(**_build(kind, values.get(name, {}), f"{origin} [{name}]"))
         spec = cls(**built)
         check_count("seed", spec.seed, least=0)
+        if spec.init_seed is not None:
+            check_count("init_seed", spec.init_seed, least=0)
         if not re.fullmatch(r"[\w.-]+", spec.name) or spec.name.startswith("."):
             raise UsageError(f"{origin}: name must be letters, digits, '-', '_' or '.', got {spec.name!r}")
         reserved = {"d_vocab", "n_ctx", "mask_token_id"} & spec.model.keys()

@@ -6,7 +6,9 @@ from tests.conftest import toy_config
 
 
 def test_json_round_trip(tmp_path):
-    cfg = toy_config(forbid_mask_to_mask=("loop",), normalization_type="RMS", gated_mlp=True)
+    cfg = toy_config(
+        forbid_mask_to_mask=("loop",), forbid_masked_keys=("coda",), normalization_type="RMS", gated_mlp=True
+    )
     cfg.save(tmp_path / "config.json")
     assert LoopMDMConfig.load(tmp_path / "config.json") == cfg
 
@@ -43,6 +45,8 @@ def test_segments_and_depths():
         ({"mask_token_id": 3}, "last id"),
         ({"normalization_type": "BN"}, "LN, RMS"),
         ({"forbid_mask_to_mask": ("middle",)}, "segments"),
+        ({"forbid_masked_keys": ("middle",)}, "forbid_masked_keys takes segments"),
+        ({"init_depth": "some"}, "init_depth must be one of all, looped"),
         ({"n_prelude_layers": 0, "n_loop_layers": 0, "n_coda_layers": 0}, "at least one layer"),
     ],
 )

@@ -136,8 +136,26 @@ def test_forbidding_mask_to_mask_leaves_masked_queries_blind_to_other_masked_key
     torch.testing.assert_close(run(x)[0, query], run(moved)[0, query])
 
 
-def test_forbidding_with_padded_masks_has_no_nan():
-    model = toy_model(forbid_mask_to_mask=("loop",))
+@pytest.mark.parametrize("loops", [1, 3])
+def test_with_masked_keys_hidden_from_all_no_position_relays_what_a_masked_one_holds(batch, loops):
+    everywhere = ("prelude", "loop", "coda")
+    other = int(batch.masked[0].nonzero()[1])
+    for field, relays in (("forbid_masked_keys", False), ("forbid_mask_to_mask", True)):
+        model = toy_model(**{field: everywhere})
+        context = model.context(batch.tokens)
+        start = model.prelude(batch.tokens, context)
+        run = lambda x: [x := model.loop(x, context, i) for i in range(loops)][-1]  # noqa: B023, E731
+        moved = start.clone()
+        moved[0, other] += torch.linspace(-1, 1, start.shape[-1])
+        change = (run(moved) - run(start))[0].abs().amax(-1)
+        assert change[other] > 0.1
+        change[other] = 0
+        assert (change.max() > 1e-3) == relays  # a clean position reads it, and is read in the next loop
+
+
+@pytest.mark.parametrize("field", ["forbid_mask_to_mask", "forbid_masked_keys"])
+def test_forbidding_with_padded_masks_has_no_nan(field):
+    model = toy_model(**{field: ("loop",)})
     tokens, real = torch.full((1, 6), 22), torch.tensor([[1, 1, 1, 1, 0, 0]])
     explicit = model(tokens, n_loops=2, attention_mask=real, taps=explicit_taps)
     fused = model(tokens, n_loops=2, attention_mask=real)
@@ -152,6 +170,17 @@ def test_initial_output_projections_shrink_with_effective_depth():
     expected = (deep.cfg.effective_depth / shallow.cfg.effective_depth) ** 0.5
     assert abs(ratio / expected - 1) < 0.02
     assert deep.cfg.effective_depth == 1 + 6.5 * 2 + 1
+
+
+def test_extra_depth_may_be_counted_in_the_looped_layers_alone():
+    once, often = (toy_model(max_loops=loops, init_depth="looped").state_dict() for loops in (1, 12))
+    looped = ("blocks.1.", "blocks.2.")
+    writes = ("attn.out.weight", "mlp.out.weight")
+    for name, weight in once.items():
+        if name.startswith(looped) and name.endswith(writes):
+            torch.testing.assert_close(often[name], weight * (4 / 15) ** 0.5)  # 1 + 2 + 1 of 1 + 6.5 * 2 + 1
+        else:
+            assert torch.equal(often[name], weight)
 
 
 def test_paper_scale_counts_162_million_parameters():

@@ -297,6 +297,25 @@ def test_without_a_compiler_training_is_eager_with_a_warning(monkeypatch, model)
         assert trainer.compile_blocks(model) is False
 
 
+def test_initial_weights_have_a_seed_of_their_own_and_curves_one_set_of_masks(tmp_path):
+    def begun(**seeds):
+        spec = RunSpec.from_dict(_values(flops=1e9) | seeds)
+        return trainer.Trainer(spec, tmp_path / f"run-{seeds}")
+
+    first, other, crossed = begun(seed=1), begun(seed=2), begun(seed=2, init_seed=1)
+    weights = [run._bare().unembed.weight for run in (first, other, crossed)]
+    assert torch.equal(weights[0], weights[2])
+    assert not torch.equal(weights[0], weights[1])
+    assert torch.equal(other.data.batch(0, 8), crossed.data.batch(0, 8))
+    assert not torch.equal(first.data.batch(0, 8), crossed.data.batch(0, 8))
+    for run in (first, crossed):
+        run.progress.window = {key: 1.0 for key in ("loss", "gradient_norm", "n_loops", "steps")}
+        run._record_row()
+    assert first.progress.rows[0]["validation_nelbo_1"] == crossed.progress.rows[0]["validation_nelbo_1"]
+    assert "init_seed" not in first.spec.to_dict()  # what was recorded before reads the same
+    assert RunSpec.from_dict(crossed.spec.to_dict()) == crossed.spec
+
+
 def test_a_corrupted_state_is_refused(tmp_path):
     spec, folder = RunSpec.from_dict(_values(flops=1e9)), tmp_path / "run"
     with torch.enable_grad():
@@ -332,6 +351,7 @@ def test_a_corrupted_state_is_refused(tmp_path):
         ("d_model = 32", "d_model = 32\nd_vocab = 9", "follow from"),
         ("widen_from = 0.2", "widen_from = 0.9", "widen_from <= widen_until"),
         ("seed = 1", "seed = 1 1", "not TOML"),
+        ("seed = 1", "seed = 1\ninit_seed = -1", "init_seed"),
         ("[loops]", "[lops]", "did you mean loops"),
     ],
 )
