@@ -18,7 +18,7 @@ from torch import Tensor
 from loopmdm_model import stats
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.likelihood import check_clean, loop_counts, loop_losses, row_sums
-from loopmdm_model.model import LoopedModel
+from loopmdm_model.protocol import LoopedModel
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from analysis.attention import mask_attention
-from analysis.interventions import damp, resegment
+from analysis.interventions import damp
 from loopmdm_model import stats
 from loopmdm_model.errors import UsageError, check_count, unknown_name
 from loopmdm_model.hooked import HookedLoopMDM
@@ -80,7 +80,7 @@ def training_free(
     groups = _groups(len(tokens), clusters)
     rows = []
     for first, n_layers in places:
-        looped = HookedLoopMDM(resegment(plain, first, n_layers), tokenizer)
+        looped = HookedLoopMDM(plain.looping(first, n_layers), tokenizer)
         for damping in dampings:
             results = _nelbo(looped, tokens, counts, damping, n_samples, allowed, real, clusters, seed, batch_size)
             odds = _log_odds(looped, b, counts, damping, groups, batch_size)

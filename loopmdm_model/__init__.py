@@ -10,8 +10,9 @@ from loopmdm_model.config import LoopMDMConfig
 from loopmdm_model.errors import UsageError
 from loopmdm_model.likelihood import NelboResult, continuation_nelbo, corpus_nelbo, nelbo, nelbo_by_loop
 from loopmdm_model.masking import MaskedBatch, mask_tokens
-from loopmdm_model.model import LoopMDM, LoopOutput
+from loopmdm_model.model import LoopMDM
 from loopmdm_model.orders import Order
+from loopmdm_model.protocol import LoopOutput
 from loopmdm_model.sampling import SampleResult, sample
 from loopmdm_model.stopping import (
     ArgmaxStable,

@@ -7,21 +7,37 @@ token that the rule looks at has stopped.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from loopmdm_model import flops
+from loopmdm_model.context import Context
 from loopmdm_model.errors import UsageError
+from loopmdm_model.layout import Layout
 from loopmdm_model.stopping import Lens, LensRule, LoopView, StoppingRule
 from loopmdm_model.taps import TapSource, no_taps
 
-if TYPE_CHECKING:
-    from loopmdm_model.model import Context, LoopMDM
-
 OnLoop = Callable[[LoopView], None]
+
+
+class Looping(Protocol):
+    """What looping needs of a model."""
+
+    cfg: Layout
+
+    def loop(self, x: Tensor, context: Context, loop: int, taps: TapSource = no_taps) -> Tensor:
+        """One loop."""
+        ...
+
+    def coda(self, state: Tensor, context: Context) -> Tensor:
+        """The layers after the loop."""
+        ...
+
+    def unembedding(self, x: Tensor) -> Tensor:
+        """Logits of states."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -42,9 +58,9 @@ class Iteration:
 
 
 def iterate(
-    model: "LoopMDM",
+    model: Looping,
     state: Tensor,
-    context: "Context",
+    context: Context,
     rule: StoppingRule,
     taps: TapSource = no_taps,
     on_loop: OnLoop | None = None,
@@ -64,7 +80,7 @@ def iterate(
 class _Run:
     """The sequences that still run, what their rule remembers, and the results of all."""
 
-    def __init__(self, model: "LoopMDM", state: Tensor, context: "Context", rule: StoppingRule):
+    def __init__(self, model: Looping, state: Tensor, context: Context, rule: StoppingRule):
         self.model, self.context, self.rule = model, context, rule
         batch, self.length = context.tokens.shape
         device, self.by_token = state.device, rule.scope == "token"
@@ -86,7 +102,7 @@ class _Run:
         model, context = self.model, self.context
         free = None if context.held is None else ~context.held
         moving = self.length if free is None else free.sum(-1)
-        self.cost[self.running] += model.cfg.n_loop_layers * flops.layer_flops(model.cfg, self.length, moving)
+        self.cost[self.running] += model.cfg.n_loop_layers * model.cfg.layer_flops(self.length, moving)
         if self.token_loops is not None:
             self.token_loops[self.running] += 1 if free is None else free.long()
         earlier, self.previous = self.previous, self.x
@@ -155,7 +171,7 @@ class _Run:
 class _Reader:
     """Logits of one loop's state by either lens; the coda runs once at most, and nobody listens to it."""
 
-    def __init__(self, model: "LoopMDM", state: Tensor, context: "Context"):
+    def __init__(self, model: Looping, state: Tensor, context: Context):
         self.model, self.state, self.context = model, state, context
         self._coda: Tensor | None = None
 
@@ -170,11 +186,11 @@ class _Reader:
         return self.model.unembedding((self.after_coda() if lens == "coda" else self.state)[rows])
 
 
-def _reading_flops(model: "LoopMDM", lens: Lens, length: int, rows: Tensor) -> Tensor:
+def _reading_flops(model: Looping, lens: Lens, length: int, rows: Tensor) -> Tensor:
     """FLOPs [batch] of one reading by `lens` of the positions `rows`."""
     cfg = model.cfg
     layers = cfg.n_coda_layers if lens == "coda" else 0
-    return layers * flops.layer_flops(cfg, length) + flops.unembedding_flops(cfg, rows.sum(-1))
+    return layers * cfg.layer_flops(length) + cfg.unembedding_flops(rows.sum(-1))
 
 
 def spread_change(

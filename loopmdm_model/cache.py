@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from loopmdm_model import names
+from loopmdm_model import sites
 from loopmdm_model.errors import UnknownNameError, UsageError, unknown_name
 
 if TYPE_CHECKING:
@@ -40,16 +40,16 @@ class LoopCache(Mapping[str, Tensor]):
         self.n_loops = int(loops_used.max())
         self.has_batch_dim = has_batch_dim
 
-    def __getitem__(self, key: str | tuple) -> Tensor:
+    def __getitem__(self, key: str | tuple | sites.Site) -> Tensor:
         """An activation by full name, ("pattern", layer) or ("pattern", "loop", i, layer); -1 = last."""
-        name = names.resolve(self.cfg, key, self.n_loops)
+        name = sites.resolve(self.cfg, key, self.n_loops)
         if name in self._activations:
             return self._activations[name]
         try:
-            names.check_name(self.cfg, name.removesuffix("_grad"), self.n_loops)
+            sites.check_name(self.cfg, name.removesuffix("_grad"), self.n_loops)
         except UnknownNameError as error:
             raise error from None
-        loop = names.parse_loop(name)
+        loop = sites.Site.parse(name).loop
         if loop is not None and loop >= self.n_loops:
             raise UnknownNameError(f"{name} is not in the cache: only {self.n_loops} loops ran")
         raise unknown_name("cached activation", name, self._activations, "(exists, but names_filter left it out)")
@@ -57,7 +57,7 @@ class LoopCache(Mapping[str, Tensor]):
     def __contains__(self, key: object) -> bool:
         """Whether a name or key is cached."""
         try:
-            return isinstance(key, str | tuple) and self[key] is not None
+            return isinstance(key, str | tuple | sites.Site) and self[key] is not None
         except (KeyError, UsageError):
             return False
 

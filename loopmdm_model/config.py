@@ -13,13 +13,14 @@ from typing import Any, Literal
 
 from loopmdm_model.errors import UsageError, check_count, check_keys
 from loopmdm_model.files import read_json
+from loopmdm_model.layout import SEGMENTS, Layout
+from loopmdm_model.sites import LEAVES, OUTER
 
-SEGMENTS = ("prelude", "loop", "coda")
 FORBIDDEN = ("forbid_mask_to_mask", "forbid_masked_keys")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopMDMConfig:
+class LoopMDMConfig(Layout):
     """Shape of a LoopMDM: `n_prelude_layers`, then `n_loop_layers` run S times, then `n_coda_layers`.
 
     `mask_token_id` is always the last id, d_vocab - 1. `max_loops` is the largest S drawn in
@@ -112,9 +113,14 @@ class LoopMDMConfig:
                     raise UsageError(f"{field} takes segments of {SEGMENTS}, got {segment!r}")
 
     @property
-    def n_layers(self) -> int:
-        """Physical layers stored."""
-        return self.n_prelude_layers + self.n_loop_layers + self.n_coda_layers
+    def leaves(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Leaf names of one layer application."""
+        return tuple(leaf for leaf in LEAVES if leaf != "mlp.hook_pre_linear" or self.gated_mlp)
+
+    @property
+    def outer_leaves(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Names outside layers and loops."""
+        return OUTER
 
     @property
     def mean_loops(self) -> float:
@@ -130,27 +136,6 @@ class LoopMDMConfig:
         """Layer applications by which output projections of a segment start smaller."""
         counts = self.init_depth == "all" or segment == "loop"
         return self.effective_depth if counts else float(self.n_layers)
-
-    def layers(self, segment: str) -> range:
-        """Physical layer indices of "prelude", "loop" or "coda"."""
-        after_loop = self.n_prelude_layers + self.n_loop_layers
-        if segment == "prelude":
-            return range(self.n_prelude_layers)
-        if segment == "loop":
-            return range(self.n_prelude_layers, after_loop)
-        assert segment == "coda", segment
-        return range(after_loop, after_loop + self.n_coda_layers)
-
-    def segment(self, layer: int) -> str:
-        """The segment that physical `layer` belongs to."""
-        return next(name for name in SEGMENTS if layer in self.layers(name))
-
-    def depth(self, layer: int, loop: int, n_loops: int) -> int:
-        """0-based place of an application in running order; `loop` counts for looped layers only."""
-        segment = self.segment(layer)
-        if segment == "loop":
-            return layer + loop * self.n_loop_layers
-        return layer + (n_loops - 1) * self.n_loop_layers if segment == "coda" else layer
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready dict of all fields."""

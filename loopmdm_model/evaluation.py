@@ -14,7 +14,7 @@ from loopmdm_model.data.sudoku import BOARDS, Board
 from loopmdm_model.data.trees import TREE_TASKS
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.masking import MaskedBatch
-from loopmdm_model.model import LoopedModel
+from loopmdm_model.protocol import LoopedModel
 
 
 @dataclass(frozen=True)

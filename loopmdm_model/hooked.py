@@ -17,32 +17,36 @@ from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
 
-from loopmdm_model import names
+from loopmdm_model import sites
 from loopmdm_model.adaptive import OnLoop
 from loopmdm_model.cache import LoopCache
 from loopmdm_model.checkpoints import RECORD, TOKENIZER, resolve
 from loopmdm_model.config import LoopMDMConfig
+from loopmdm_model.context import Context
 from loopmdm_model.data.tokenizer import load_tokenizer
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.files import read_json
-from loopmdm_model.model import Context, LoopMDM, LoopOutput
-from loopmdm_model.points import AttnPath, LoopHooks
+from loopmdm_model.layout import Facts
+from loopmdm_model.model import LoopMDM
+from loopmdm_model.points import AttnPath, Call, LoopHooks, Scope, check_path, warn_unfired
+from loopmdm_model.protocol import Core, LoopOutput
+from loopmdm_model.sites import Site
 from loopmdm_model.stopping import StoppingRule, as_rule
 from loopmdm_model.text import TextEntries
 from loopmdm_model.unrolled import unroll
 
-Names = str | Iterable[str] | Callable[[str], bool] | None
+Names = str | Site | Iterable[str | Site] | Callable[[str], bool] | None
 LARGE_CACHE = 4 * 2**30
 
 
 class HookedLoopMDM(TextEntries, LoopHooks):
-    """A LoopMDM that TransformerLens users can look into.
+    """A LoopMDM, or any other `Core`, that TransformerLens users can look into.
 
-    `model` is the plain LoopMDM, `tokenizer` optional. Hook functions have TransformerLens' form
-    `fn(activation, hook)`; names are those of `names.py`.
+    `model` is the core, `tokenizer` optional. Hook functions have TransformerLens' form
+    `fn(activation, hook)`; names are those of `sites.py`.
     """
 
-    def __init__(self, model: LoopMDM | LoopMDMConfig, tokenizer: Tokenizer | None = None):
+    def __init__(self, model: Core | LoopMDMConfig, tokenizer: Tokenizer | None = None):
         plain = LoopMDM(model).eval() if isinstance(model, LoopMDMConfig) else model
         super().__init__(plain.cfg)
         self.model, self.tokenizer = plain, tokenizer
@@ -75,6 +79,11 @@ class HookedLoopMDM(TextEntries, LoopHooks):
 
     # --- running ---
 
+    @property
+    def facts(self) -> Facts:
+        """What kind of model it is."""
+        return self.model.facts
+
     def forward(
         self,
         tokens: Tensor | str | list[str],
@@ -88,13 +97,9 @@ class HookedLoopMDM(TextEntries, LoopHooks):
             return self.run(tokens, n_loops, stop, attention_mask, attn_path).logits
         tokens, attention_mask = self._inputs(tokens, attention_mask)
         n_loops = check_count("n_loops", self.cfg.max_loops if n_loops is None else n_loops)
-        self.grow(n_loops)
-        if attn_path in ("auto", self.attn_path):
-            logits = self.model(tokens, n_loops, attention_mask, self.taps)
-        else:
-            with self.attention_path(attn_path):
-                logits = self.model(tokens, n_loops, attention_mask, self.taps)
-        self._loops_run = n_loops
+        call = Call(self, check_path(attn_path))
+        logits = self.model(tokens, n_loops, attention_mask, call.taps)
+        call.ran(n_loops)
         return logits
 
     def run(
@@ -108,15 +113,20 @@ class HookedLoopMDM(TextEntries, LoopHooks):
         rows: Tensor | None = None,
         on_loop: OnLoop | None = None,
     ) -> LoopOutput:
-        """Forward with hooks; a stopping rule makes it adaptive. `rows`, `on_loop`: see `LoopMDM.run`.
+        """Forward with hooks; a stopping rule makes it adaptive. `rows`, `on_loop`: see `Core.run`.
 
         What a rule reads through the coda fires no hooks; the final read-out does.
         """
         tokens, attention_mask = self._inputs(tokens, attention_mask)
-        self.grow(as_rule(n_loops, stop, self.cfg.max_loops).max_loops)
-        with self.attention_path(attn_path):
-            output = self.model.run(tokens, n_loops, stop, attention_mask, self.taps, rows=rows, on_loop=on_loop)
-        self._loops_run = int(output.loops_used.max())
+        rule = as_rule(n_loops, stop, self.cfg.max_loops)
+        call = Call(self, check_path(attn_path))
+        return self._run(call, tokens, rule, attention_mask, rows=rows, on_loop=on_loop)
+
+    def _run(
+        self, call: Call, tokens: Tensor, rule: StoppingRule, mask: Tensor | None, **options: Any
+    ) -> LoopOutput:
+        output = self.model.run(tokens, None, rule, mask, call.taps, **options)
+        call.ran(int(output.loops_used.max()))
         return output
 
     def states(
@@ -126,15 +136,18 @@ class HookedLoopMDM(TextEntries, LoopHooks):
         attention_mask: Tensor | None = None,
         attn_path: AttnPath = "auto",
     ) -> Iterator[tuple[Tensor, Context]]:
-        """H(0), H(1), .. with hooks, as `LoopMDM.states`."""
+        """H(0), H(1), .. with the hooks that hold where this is called, as `Core.states`."""
         tokens, attention_mask = self._inputs(tokens, attention_mask)
-        self.grow(check_count("n_loops", n_loops))
-        with self.attention_path(attn_path):
-            yield from self.model.states(tokens, n_loops, attention_mask, self.taps)
+        check_count("n_loops", n_loops)
+        return self.model.states(tokens, n_loops, attention_mask, Call(self, check_path(attn_path)).taps)
+
+    def loop(self, x: Tensor, context: Context, loop: int, attn_path: AttnPath = "auto") -> Tensor:
+        """One loop on a state with hooks, as `Core.loop`."""
+        return self.model.loop(x, context, loop, Call(self, check_path(attn_path)).taps)
 
     def readout(self, state: Tensor, context: Context, *, rows: Tensor | None = None) -> Tensor:
-        """Coda and unembedding with hooks, as `LoopMDM.readout`."""
-        return self.model.readout(state, context, self.taps, rows=rows)
+        """Coda and unembedding with hooks, as `Core.readout`."""
+        return self.model.readout(state, context, Call(self).taps, rows=rows)
 
     # --- caching ---
 
@@ -155,31 +168,30 @@ class HookedLoopMDM(TextEntries, LoopHooks):
 
         def save(value: Tensor, hook: HookPoint, suffix: str) -> None:
             assert hook.name is not None
-            value = piece.apply(value.detach(), dim=names.position_axis(hook.name)).to(device, dtype)
+            value = piece.apply(value.detach(), dim=sites.position_axis(hook.name)).to(device, dtype)
             store[hook.name + suffix] = value[0] if remove_batch_dim else value
 
-        self.is_caching = True
         backward = [(chosen, partial(save, suffix="_grad"))] if incl_bwd else []
         return store, [(chosen, partial(save, suffix=""))], backward
 
-    def _filter(self, names_filter: Names) -> Callable[[str], bool]:
+    def _filter(self, names_filter: Names, path: AttnPath | None = None) -> Callable[[str], bool]:
         if names_filter is None:
-            large = names.ON_DEMAND + (names.EXPLICIT_ONLY if self.attn_path == "sdpa" else ())
+            fused = (path or self.attn_path) == "sdpa"
+            large = sites.ON_DEMAND + (sites.EXPLICIT_ONLY if fused else ())
             return lambda name: not name.endswith(large)
         if callable(names_filter):
             return names_filter
-        listed = [names_filter] if isinstance(names_filter, str) else list(names_filter)
-        wanted = {self._known(name) for name in listed}
-        return lambda name: name in wanted
+        wanted = {self._known(name) for name in _listed(names_filter)}
+        return wanted.__contains__
 
     def estimate_cache(
         self, batch: int, pos: int, n_loops: int | None = None, names_filter: Names = None, dtype: Any = None
     ) -> int:
         """Bytes that caching a run of `batch` sequences of `pos` tokens will hold."""
         chosen = self._filter(names_filter)
-        size = (dtype or next(self.parameters()).dtype).itemsize
-        every = names.all_names(self.cfg, n_loops or self.cfg.max_loops)
-        shapes = [names.shape(self.cfg, name, batch, pos) for name in every if chosen(name)]
+        size = (dtype or self.model.dtype).itemsize
+        every = sites.all_names(self.cfg, n_loops or self.cfg.max_loops)
+        shapes = [sites.shape(self.cfg, name, batch, pos) for name in every if chosen(name)]
         return size * sum(torch.Size(shape).numel() for shape in shapes)
 
     def run_with_cache(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -211,19 +223,23 @@ class HookedLoopMDM(TextEntries, LoopHooks):
             raise UsageError("incl_bwd needs loss_fn=, a function from logits to a scalar")
         if incl_bwd and not torch.is_grad_enabled():
             raise UsageError("incl_bwd needs gradients; wrap the call in `with torch.enable_grad():`")
-        most = as_rule(n_loops, stop, self.cfg.max_loops).max_loops
-        self.grow(most)
-        with self.attention_path(attn_path):
-            self._warn_size(tokens, most, names_filter, dtype)
-            found = self.get_caching_hooks(
-                names_filter, incl_bwd, device, remove_batch_dim, pos_slice=pos_slice, dtype=dtype
-            )
-        store, forward, backward = found
-        with self.hooks(forward, backward, reset_hooks_end, clear_contexts):
-            output = self.run(tokens, n_loops, stop, attention_mask, attn_path)
-            if loss_fn is not None and incl_bwd:
-                self._backward(loss_fn(output.logits))
-        self._warn_absent(names_filter, store)
+        rule = as_rule(n_loops, stop, self.cfg.max_loops)
+        path = Call(self, check_path(attn_path)).path
+        self._warn_size(tokens, rule.max_loops, self._filter(names_filter, path), dtype)
+        store, forward, backward = self.get_caching_hooks(
+            self._filter(names_filter, path), incl_bwd, device, remove_batch_dim, pos_slice=pos_slice, dtype=dtype
+        )
+        if not reset_hooks_end:
+            self.add_hook(*forward[0])
+        own = Scope(
+            self, forward=self._checked(forward) if reset_hooks_end else [], backward=self._checked(backward)
+        )
+        output = self._run(Call(self, path, own), tokens, rule, attention_mask)
+        if loss_fn is not None and incl_bwd:
+            self._backward(loss_fn(output.logits))
+        if clear_contexts:
+            self.clear_contexts()
+        warn_unfired([] if names_filter is None or callable(names_filter) else _listed(names_filter), own)
         kept = LoopCache(store, self, output.loops_used, tokens, not remove_batch_dim, output.token_loops)
         return output.logits, kept
 
@@ -240,8 +256,8 @@ class HookedLoopMDM(TextEntries, LoopHooks):
             for parameter, gradient in zip(self.parameters(), kept, strict=True):
                 parameter.grad = gradient
 
-    def _warn_size(self, tokens: Tensor, n_loops: int, names_filter: Names, dtype: Any) -> None:
-        size = self.estimate_cache(len(tokens), tokens.shape[-1], n_loops, names_filter, dtype)
+    def _warn_size(self, tokens: Tensor, n_loops: int, chosen: Callable[[str], bool], dtype: Any) -> None:
+        size = self.estimate_cache(len(tokens), tokens.shape[-1], n_loops, chosen, dtype)
         if size > LARGE_CACHE:
             warnings.warn(
                 f"the cache will hold about {size / 2**30:.1f} GiB; choose less with names_filter=, "
@@ -249,8 +265,6 @@ class HookedLoopMDM(TextEntries, LoopHooks):
                 stacklevel=3,
             )
 
-    def _warn_absent(self, names_filter: Names, store: dict[str, Tensor]) -> None:
-        if names_filter is None or callable(names_filter):
-            return
-        listed = [names_filter] if isinstance(names_filter, str) else list(names_filter)
-        self._warn_unfired([name for name in listed if name not in store])
+
+def _listed(names: "str | Site | Iterable[str | Site]") -> list[str]:
+    return [str(names)] if isinstance(names, str | Site) else [str(name) for name in names]

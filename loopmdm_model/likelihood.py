@@ -26,7 +26,7 @@ from loopmdm_model import flops, stats
 from loopmdm_model.data.windows import sliding_windows
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.masking import MaskedBatch, check_maskable, hide, pick_positions
-from loopmdm_model.model import LoopedModel
+from loopmdm_model.protocol import LoopedModel
 from loopmdm_model.randomness import row_uniforms, step_generator
 from loopmdm_model.stopping import StoppingRule, as_rule
 
@@ -251,10 +251,10 @@ def nelbo_by_loop(
     ):
         value = (row_sums(losses, part) / part.masked.sum(-1)).cpu()
         total[:, :, span] += torch.stack([value, value**2], dim=1)
-        ends = cfg.n_prelude_layers * flops.layer_flops(cfg, length)
+        ends = cfg.n_prelude_layers * cfg.layer_flops(length)
         cost += float((ends + flops.readout_flops(cfg, length, part.masked.sum(-1))).sum())
     lengths = allowed.sum(-1).cpu()
-    loop_cost = n_samples * len(tokens) * cfg.n_loop_layers * flops.layer_flops(cfg, length)
+    loop_cost = n_samples * len(tokens) * cfg.n_loop_layers * cfg.layer_flops(length)
     return [
         summarise(row, n_samples, lengths, float(count), clusters, cost + count * loop_cost)
         for count, row in zip(counts, total, strict=True)

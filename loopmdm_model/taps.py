@@ -7,12 +7,10 @@ such as "loop.2.blocks.1.", to its tap. Training never meets a hook library.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from loopmdm_model.model import Context
+from loopmdm_model.context import Context
 
 
 class Tap:
@@ -26,7 +24,7 @@ class Tap:
         """Offer activation `x` under its leaf name; returns what the model goes on with."""
         return x
 
-    def enter(self, context: "Context") -> None:
+    def enter(self, context: Context) -> None:
         """Told before each application which sequences it runs on; those that stopped are gone from it."""
 
     def wants(self, *names: str) -> bool:  # noqa: ARG002

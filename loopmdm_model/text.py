@@ -4,19 +4,19 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from loopmdm_model.config import LoopMDMConfig
 from loopmdm_model.data.tokenizer import PAD
 from loopmdm_model.errors import UsageError
+from loopmdm_model.layout import Layout
 from loopmdm_model.masking import MaskedBatch, mask_tokens
-from loopmdm_model.model import LoopMDM
+from loopmdm_model.protocol import Core
 
 
 class TextEntries:
     """What a model with a tokenizer offers for text; mixed into HookedLoopMDM."""
 
-    cfg: LoopMDMConfig
+    cfg: Layout
     tokenizer: Tokenizer | None
-    model: LoopMDM
+    model: Core
 
     def _inputs(self, tokens: Tensor | str | list[str], mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Token ids of text or ids, and the padding mask that [PAD] implies unless one is given."""
@@ -42,7 +42,7 @@ class TextEntries:
         if longest == 0:
             raise UsageError("the text is empty; give at least one token")
         tokens = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
-        return tokens.to(self.model.rotary_cos.device)
+        return tokens.to(self.model.device)
 
     def padding_mask(self, tokens: Tensor) -> Tensor | None:
         """The attention mask that [PAD] in `tokens` implies, [batch, pos]; None if there is none."""

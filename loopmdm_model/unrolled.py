@@ -14,17 +14,10 @@ from torch import Tensor
 from loopmdm_model.cache import LoopCache
 from loopmdm_model.layers import Block
 from loopmdm_model.model import LoopMDM
+from loopmdm_model.sites import applications
 
 if TYPE_CHECKING:
     from transformer_lens import ActivationCache
-
-
-def applications(model: LoopMDM, n_loops: int) -> list[tuple[str, int]]:
-    """(prefix of the hook names, physical layer) of every application, in running order."""
-    cfg = model.cfg
-    looped = [(f"loop.{i}.blocks.{layer}.", layer) for i in range(n_loops) for layer in cfg.layers("loop")]
-    prelude = [(f"blocks.{layer}.", layer) for layer in cfg.layers("prelude")]
-    return prelude + looped + [(f"blocks.{layer}.", layer) for layer in cfg.layers("coda")]
 
 
 def virtual_block(block: Block) -> SimpleNamespace:
@@ -50,7 +43,7 @@ class UnrolledModel:
     def __post_init__(self):
         """Lay out the virtual layers."""
         cfg = self.model.cfg
-        layers = [layer for _, layer in applications(self.model, self.n_loops)]
+        layers = [layer for _, layer in applications(cfg, self.n_loops)]
         self.blocks = [virtual_block(self.model.get_submodule(f"blocks.{layer}")) for layer in layers]  # pyright: ignore[reportArgumentType]
         shapes = {name: getattr(cfg, name) for name in ("d_model", "n_heads", "d_head", "d_mlp", "d_vocab")}
         self.cfg = SimpleNamespace(
@@ -96,7 +89,7 @@ def unroll(model: LoopMDM, cache: LoopCache) -> "ActivationCache":
     from transformer_lens import ActivationCache
 
     virtual = {name: value for name, value in cache.items() if not name.startswith(("blocks.", "loop."))}
-    for depth, (prefix, _) in enumerate(applications(model, cache.n_loops)):
+    for depth, (prefix, _) in enumerate(applications(model.cfg, cache.n_loops)):
         for name, value in cache.items():
             if name.startswith(prefix):
                 virtual[f"blocks.{depth}.{name.removeprefix(prefix)}"] = value

@@ -20,7 +20,6 @@ import pandas as pd
 import torch
 
 from analysis import mask_attention, measure, read_loops
-from analysis.interventions import resegment
 from analysis.measures import MEASURES, Measure
 from loopmdm_model import HookedLoopMDM, LoopMDM, LoopMDMConfig, StateDelta, StoppingRule, nelbo, sample
 from loopmdm_model.stopping import unknown
@@ -102,7 +101,7 @@ print(*sorted(path.name for path in folder.iterdir()))
 # The same weights with other layers looped: the first two, say. This is a model that nobody trained for it.
 
 # %%
-wider = HookedLoopMDM(resegment(own, 0, 2), m.tokenizer)
+wider = HookedLoopMDM(own.looping(0, 2), m.tokenizer)
 for loops in (1, 2, 4):
     print(loops, round(nelbo(wider, b.clean, n_loops=loops, seed=seed).mean, 3))
 

@@ -19,7 +19,7 @@ from loopmdm_model.data.sudoku import Board
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.likelihood import loop_counts, nelbo_by_loop
 from loopmdm_model.masking import MaskedBatch
-from loopmdm_model.model import LoopedModel
+from loopmdm_model.protocol import LoopedModel
 from loopmdm_model.sampling import sample
 
 MARGINAL = "marginal-nll"
@@ -40,7 +40,7 @@ def equal_flops_pairs(
     pairs = []
     for budget in budgets:
         for count in n_loops:
-            cost = (cfg.n_prelude_layers + count * cfg.n_loop_layers) * flops.layer_flops(cfg, length)
+            cost = (cfg.n_prelude_layers + count * cfg.n_loop_layers) * cfg.layer_flops(length)
             steps = int(budget // (cost + flops.readout_flops(cfg, length, length / 2)))
             if 1 <= steps <= most_steps:
                 pairs.append((float(budget), count, steps))

@@ -154,7 +154,7 @@ def group_contents(seen: Seen, keys: Tensor, gram: Tensor) -> Float[Tensor, "bat
 
 def output_gram(m: HookedLoopMDM, layer: int) -> Float[Tensor, "head d_head d_head"]:
     """W_O W_O^T per head."""
-    weight = m.model.get_submodule(f"blocks.{layer}.attn.out").weight
+    weight = m.model.output_weight(layer)
     per_head = weight.float().T.unflatten(0, (m.cfg.n_heads, m.cfg.d_head))
     return per_head @ per_head.transpose(-1, -2)
 

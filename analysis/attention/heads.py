@@ -106,7 +106,7 @@ def head_growth(
 
 def random_marks(m: HookedLoopMDM, n_marks: int, seed: int) -> Float[Tensor, "mark d_model"]:
     """Random directions of the [MASK] embedding's length."""
-    embedding = m.model.embed.weight[m.cfg.mask_token_id].detach()
+    embedding = m.model.mask_vector.detach()
     noise = step_generator(seed, "order", 2).standard_normal((n_marks, m.cfg.d_model))
     directions = torch.from_numpy(noise / np.linalg.norm(noise, axis=1, keepdims=True)).to(embedding)
     return directions * embedding.norm()

@@ -22,11 +22,12 @@ from analysis.attention.groups import (
     group_masses,
     output_gram,
 )
-from analysis.attention.walk import chunks, in_loops, walk
+from analysis.attention.walk import chunks, walk
 from loopmdm_model import stats
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.hooked import HookedLoopMDM
 from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.sites import at
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def record(
     parts = []
     for part, _, _ in chunks(b, None, batch_size):
         watch = _Watch(m, keys, content)
-        walk(m, part, n_loops, [watch], where=in_loops(loops), readout=False)
+        walk(m, part, n_loops, [watch], where=at(loop=loops), readout=False)
         by_loop = [[watch.found[loop, layer] for layer in m.cfg.layers("loop")] for loop in loops]
         parts.append(torch.stack([torch.stack(row) for row in by_loop]))  # [loop, layer, quantity, sequence, ..]
     whole = torch.cat(parts, dim=3).permute(2, 3, 0, 1, 4, 5).numpy()

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from analysis.attention.groups import QUERY_GROUPS, KeyGroups, Seen, States, check_batch
 from analysis.attention.masses import AttentionSums
-from analysis.attention.walk import chunks, in_loops, walk
+from analysis.attention.walk import chunks, walk
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.hooked import HookedLoopMDM
 from loopmdm_model.masking import MaskedBatch
 from loopmdm_model.randomness import step_generator
+from loopmdm_model.sites import at
 
 FACTORS = (3.0, 5.0, 10.0)
 SINK_GROUPS = ("sink", "masked", "clean")
@@ -146,7 +147,7 @@ def received_attention(
         if loops is None:
             walk(m, part, n_loops, [sums])
         else:
-            walk(m, part, n_loops, [sums], where=in_loops(loops), readout=False)
+            walk(m, part, n_loops, [sums], where=at(loop=loops), readout=False)
     return sums
 
 
@@ -182,8 +183,8 @@ def sink_attention(
         for part, some, _ in chunks(b.rows(half), labels, batch_size):
             walk(m, part, n_loops, sums, some)
         whole = [one.merge(other) for one, other in zip(whole, sums, strict=True)] if whole else sums
-        for at, sinks in enumerate(chosen):
-            numbers[at].append(sinks)
+        for place, sinks in enumerate(chosen):
+            numbers[place].append(sinks)
     frames = [
         one.frame().assign(factor=float(factor), by=by, n_sinks=_numbers(one, some))
         for one, factor, some in zip(whole, factors, numbers, strict=True)

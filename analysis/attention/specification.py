@@ -28,11 +28,12 @@ from analysis.attention.groups import check_batch
 from analysis.attention.record import LoopRecord, check_loops, log_odds_growth, record
 from analysis.attention.sinks import halves, received_attention
 from analysis.attention.toggle import toggled
-from analysis.attention.walk import chunks, in_loops
+from analysis.attention.walk import chunks
 from loopmdm_model import stats
 from loopmdm_model.errors import UsageError
 from loopmdm_model.hooked import HookedLoopMDM
 from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.sites import at
 
 MEASURES = ("mass", "lift", "log_odds", "content", "toggle")
 HEADS = ("average", "content", "growth")
@@ -119,7 +120,7 @@ def _toggles(
 ) -> NDArray:
     parts = []
     for part, _, start in chunks(b, None, batch_size):
-        found = toggled(m, part, n_loops, n_keys, seed, start, in_loops(loops))
+        found = toggled(m, part, n_loops, n_keys, seed, start, at(loop=loops))
         grid = [[found[f"loop.{loop}.blocks.{layer}."] for layer in m.cfg.layers("loop")] for loop in loops]
         pairs = torch.stack([torch.stack(row) for row in grid]).double().nanmean(dim=4)
         parts.append((pairs[..., 0] - pairs[..., 1]).permute(2, 0, 1, 3).cpu().numpy())

@@ -23,12 +23,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from analysis.attention.groups import Seen, States, check_batch
-from analysis.attention.walk import Names, PlaceSums, chunks, walk
+from analysis.attention.walk import EVERYWHERE, PlaceSums, chunks, walk
 from loopmdm_model.errors import check_count
 from loopmdm_model.hooked import HookedLoopMDM
 from loopmdm_model.masking import MaskedBatch, check_maskable
 from loopmdm_model.moments import Moments
 from loopmdm_model.randomness import row_uniforms
+from loopmdm_model.sites import Filter, Site
 
 
 class Columns:
@@ -60,7 +61,7 @@ def toggled(
     n_keys: int,
     seed: int,
     first_index: int = 0,
-    where: Names = lambda name: True,  # noqa: ARG005
+    where: Filter = EVERYWHERE,
 ) -> dict[str, Float[Tensor, "batch head draw 2"]]:
     """A(q -> j) with j masked and with j clean, by application; NaN for draws a sequence does not have."""
     allowed = check_maskable(b.tokens, b.maskable, b.attention_mask)
@@ -93,9 +94,9 @@ def toggled(
     return pairs
 
 
-def _inside(m: HookedLoopMDM, where: Names) -> bool:
+def _inside(m: HookedLoopMDM, where: Filter) -> bool:
     """Whether only looped layers are looked at."""
-    return not any(where(f"blocks.{layer}.") for layer in m.cfg.layers("coda"))
+    return not any(where.holds(Site(None, layer, "pattern")) for layer in m.cfg.layers("coda"))
 
 
 def _flip(

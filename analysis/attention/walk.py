@@ -5,7 +5,7 @@ with the loops nor with the sequences. `PlaceSums` is what most reducers are: a 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -18,10 +18,12 @@ from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.hooked import HookedLoopMDM
 from loopmdm_model.masking import MaskedBatch
 from loopmdm_model.moments import Moments
-from loopmdm_model.names import parse_loop
+from loopmdm_model.sites import Filter, Site, at
 
-Names = Callable[[str], bool]
 Sums = TypeVar("Sums", bound="PlaceSums")
+
+
+EVERYWHERE = at()
 
 
 @runtime_checkable
@@ -46,10 +48,10 @@ def walk(
     n_loops: int,
     reducers: Sequence[Reducer],
     clusters: np.ndarray | None = None,
-    where: Names = lambda name: True,  # noqa: ARG005
+    where: Filter = EVERYWHERE,
     readout: bool = True,
 ) -> None:
-    """One forward of a batch; each application whose prefix is in `where` is shown to every reducer.
+    """One forward of a batch; each application in `where` is shown to every reducer.
 
     Without `readout` coda and unembedding are not run.
     """
@@ -58,17 +60,18 @@ def walk(
         reducer.begin(states)
 
     def keep(value: Tensor, hook: object) -> None:
-        values[_prefix(hook)] = value
+        values[_site(hook).prefix] = value
 
     def show(pattern: Tensor, hook: object) -> None:
-        prefix = _prefix(hook)
-        seen = Seen(prefix, layer_of(prefix), parse_loop(prefix), pattern, values.pop(prefix, None), states)
+        site = _site(hook)
+        assert site.layer is not None
+        seen = Seen(site.prefix, site.layer, site.loop, pattern, values.pop(site.prefix, None), states)
         for reducer in reducers:
             reducer.see(seen)
 
-    hooks = [(_leaf("hook_pattern", where), show)]
+    hooks = [(where & at(leaf="pattern"), show)]
     if any(reducer.needs_values for reducer in reducers):
-        hooks.append((_leaf("hook_v", where), keep))
+        hooks.append((where & at(leaf="v"), keep))
     with m.hooks(fwd_hooks=hooks):
         if readout:
             m(b.tokens, n_loops=n_loops, attention_mask=b.attention_mask)
@@ -84,22 +87,8 @@ def chunks(b: MaskedBatch, clusters: np.ndarray | None, batch_size: int):
         yield b.rows(span), None if clusters is None else clusters[span], start
 
 
-def in_loops(loops: Sequence[int]) -> Names:
-    """Whether a prefix belongs to one of these loops."""
-    return lambda prefix: parse_loop(prefix) in loops
-
-
-def _leaf(leaf: str, where: Names) -> Names:
-    return lambda name: name.endswith(f"attn.{leaf}") and where(name.rpartition("attn.")[0])
-
-
-def _prefix(hook: object) -> str:
-    return str(getattr(hook, "name", "")).rpartition("attn.")[0]
-
-
-def layer_of(prefix: str) -> int:
-    """The physical layer of an application's prefix, as in "loop.2.blocks.1."."""
-    return int(prefix.split(".")[-2])
+def _site(hook: object) -> Site:
+    return Site.parse(getattr(hook, "name", ""))
 
 
 class PlaceSums:
@@ -184,8 +173,8 @@ class PlaceSums:
     def _places(self, shape: tuple[int, ...]) -> dict[str, Any]:
         """Columns that say where each row was measured, for all applications in turn."""
         cfg, size = self.m.cfg, math.prod(shape)
-        layers = [layer_of(prefix) for prefix in self.moments]
-        loops = [parse_loop(prefix) for prefix in self.moments]
+        places = [Site.parse(f"{prefix}hook_resid_pre") for prefix in self.moments]
+        layers, loops = [site.layer for site in places], [site.loop for site in places]
         depths = [cfg.depth(layer, loop or 0, self.n_loops) for layer, loop in zip(layers, loops, strict=True)]
         index = np.tile(np.indices(shape).reshape(len(shape), -1), len(layers))
         place = {

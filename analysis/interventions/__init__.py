@@ -12,7 +12,7 @@ block.
 
 from analysis.interventions.contexts import cut, damp, freeze, patch, skip, stale
 from analysis.interventions.effects import effect_by_loop, mediated_share
-from analysis.interventions.schedules import resegment, run_layers
+from analysis.interventions.schedules import run_layers
 
-__all__ = ["cut", "damp", "effect_by_loop", "freeze", "mediated_share", "patch", "resegment", "run_layers", "skip",
+__all__ = ["cut", "damp", "effect_by_loop", "freeze", "mediated_share", "patch", "run_layers", "skip",
            "stale"]  # fmt: skip

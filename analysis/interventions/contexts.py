@@ -8,22 +8,15 @@ import torch
 from torch import Tensor
 
 from analysis.interventions.edges import check_edges, edges, matched_edges
-from analysis.interventions.places import Chosen, Loops, Places, several
-from loopmdm_model import names
+from analysis.interventions.places import Chosen, Loops, applications, in_loops, several
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.model import Context
 
 Group = Literal["masked", "clean"]
 
 
-def _context(m: HookedLoopMDM) -> Context:
-    assert m.context is not None  # set before any hook runs
-    return m.context
-
-
 def _members(m: HookedLoopMDM, group: str) -> Tensor:
-    context = _context(m)
+    context = m.context
     return (context.masked if group == "masked" else ~context.masked) & context.real
 
 
@@ -50,15 +43,14 @@ def cut(
     anything at all. Attention is explicit in all layers, in every arm; "none" cuts nothing: what a cut is
     compared with.
     """
-    places = Places.of(m.cfg, loops, layers)
+    where = applications(m.cfg, loops, layers, "attn_scores")
     chosen = several("head", heads, m.cfg.n_heads)
     check_edges(what)
 
     def forbid(scores: Tensor, hook: Any) -> Tensor:
-        context = _context(m)
+        context = m.context
         if matched:
-            loop, layer = names.parse_loop(hook.name) or 0, int(hook.name.partition("blocks.")[2].split(".")[0])
-            step = loop * m.cfg.n_layers + layer
+            step = (hook.loop() or 0) * m.cfg.n_layers + hook.layer()
             gone = matched_edges(scores.float().softmax(-1), context, what, seed, step)
         else:
             gone = edges(context, what)[:, None]
@@ -68,7 +60,7 @@ def cut(
             gone = gone & only[:, None, None]
         return scores.masked_fill(gone, float("-inf"))
 
-    with m.attention_path("eager"), m.hooks([(places.matches("attn.hook_attn_scores"), forbid)]):
+    with m.attention_path("eager"), m.hooks([(where, forbid)]):
         yield m
 
 
@@ -80,38 +72,36 @@ def stale(
 
     Tells whether the *update* of what masked positions say matters, or only that they are there.
     """
-    places, kept = Places.of(m.cfg, loops, layers), {}
-    if any(layer not in m.cfg.layers("loop") for layer in places.layers):
+    places, everywhere = (applications(m.cfg, some, layers, "v") for some in (loops, None))
+    if any(layer not in m.cfg.layers("loop") for layer in several("layer", layers, m.cfg.n_layers) or ()):
         raise UsageError(f"only looped layers have a loop 0: {list(m.cfg.layers('loop'))}")
     _check_group(group)
 
     def replace(value: Tensor, hook: Any) -> Tensor | None:
-        loop, layer = names.parse_loop(hook.name), int(hook.name.partition("blocks.")[2].split(".")[0])
-        if loop == 0:
-            kept[layer] = value
-        if loop is None or not places.loops(loop):
+        kept = m.call.notes.setdefault(replace, {})
+        if hook.loop() == 0:
+            kept[hook.layer()] = value
+        if not places(hook.name):
             return None
-        if len(kept[layer]) != len(value):
+        if len(kept[hook.layer()]) != len(value):
             raise UsageError("stale needs all sequences to run on; give n_loops, not a stopping rule")
-        return torch.where(_members(m, group)[:, :, None, None], kept[layer], value)
+        return torch.where(_members(m, group)[:, :, None, None], kept[hook.layer()], value)
 
-    everywhere = Places.of(m.cfg, None, sorted(places.layers))
-    with m.hooks([(everywhere.matches("attn.hook_v"), replace)]):
+    with m.hooks([(everywhere, replace)]):
         yield m
 
 
 @contextmanager
 def _between(m: HookedLoopMDM, loops: Loops, change: Any) -> Iterator[HookedLoopMDM]:
     """H(i) becomes change(H(i-1), H(i)) after the chosen loops."""
-    places, before = Places.of(m.cfg, loops, None), {}
 
     def enter(state: Tensor, hook: Any) -> None:  # noqa: ARG001
-        before["state"] = state
+        m.call.notes[enter] = state
 
     def leave(state: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        return change(before["state"], state)
+        return change(m.call.notes[enter], state)
 
-    with m.hooks([(places.matches_loop("hook_in"), enter), (places.matches_loop("hook_out"), leave)]):
+    with m.hooks([(in_loops(loops, "hook_in"), enter), (in_loops(loops, "hook_out"), leave)]):
         yield m
 
 
@@ -156,10 +146,11 @@ def patch(m: HookedLoopMDM, loop: int, state: Tensor, rows: Tensor | None = None
 @contextmanager
 def skip(m: HookedLoopMDM, layers: Chosen = None, loops: Loops = None) -> Iterator[HookedLoopMDM]:
     """Leave layers out in the chosen loops: they add nothing to the stream."""
-    places = Places.of(m.cfg, loops, layers)
 
     def nothing(update: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
         return torch.zeros_like(update)
 
-    with m.hooks([(places.matches(leaf), nothing) for leaf in ("hook_attn_out", "hook_mlp_out")]):
+    with m.hooks(
+        [(applications(m.cfg, loops, layers, leaf), nothing) for leaf in ("hook_attn_out", "hook_mlp_out")]
+    ):
         yield m

@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from loopmdm_model.context import Context
 from loopmdm_model.errors import unknown_name
-from loopmdm_model.model import Context
 from loopmdm_model.randomness import row_uniforms
 
 GROUPS = ("masked", "clean")

@@ -28,7 +28,7 @@ from loopmdm_model import stats
 from loopmdm_model.data.trees import TREE_TASKS, TreeModel
 from loopmdm_model.errors import UsageError, check_count, unknown_name
 from loopmdm_model.masking import MaskedBatch
-from loopmdm_model.model import LoopedModel
+from loopmdm_model.protocol import LoopedModel
 
 
 def beliefs(

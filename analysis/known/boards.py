@@ -32,7 +32,7 @@ from loopmdm_model.data.propagation import unique, units
 from loopmdm_model.data.sudoku import BOARDS, Board
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.masking import MaskedBatch
-from loopmdm_model.model import LoopedModel
+from loopmdm_model.protocol import LoopedModel
 
 Parts = tuple[Tensor, Tensor]
 """Per board: a sum, and the number of things it runs over."""

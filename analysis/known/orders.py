@@ -32,8 +32,8 @@ from loopmdm_model.data.propagation import propagate
 from loopmdm_model.data.sudoku import Board
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.masking import MaskedBatch
-from loopmdm_model.model import LoopedModel
 from loopmdm_model.orders import Commit, Order, StepView, as_order, lowest
+from loopmdm_model.protocol import LoopedModel
 from loopmdm_model.sampling import sample
 
 REFERENCE = "confidence"

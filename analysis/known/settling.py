@@ -27,7 +27,7 @@ from loopmdm_model import stats
 from loopmdm_model.data.propagation import Propagation, propagate, unique
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.masking import MaskedBatch
-from loopmdm_model.model import LoopedModel
+from loopmdm_model.protocol import LoopedModel
 from loopmdm_model.randomness import row_uniforms
 
 NEVER = -1

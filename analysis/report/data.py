@@ -24,6 +24,7 @@ from loopmdm_model.data.sudoku import BOARDS
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.evaluation import task_of
 from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.sites import Site
 
 LEVELS = 65535
 LARGEST = 48 * 2**20
@@ -106,7 +107,7 @@ def run_of(cache: LoopCache, clean: MaskedBatch | Tensor | None = None, sequence
     cached = dict(_cached(cache, sequence, n_loops))
     _check_maps(cached, len(real), n_loops if "loop.0.hook_out" in cache else 1)
     codas, answers = _read(cache, sequence, n_loops, padding, truth)
-    found = _merge(codas, cached, n_loops, 1e-4 if m.model.embed.weight.dtype == torch.float32 else 2e-2)
+    found = _merge(codas, cached, n_loops, 1e-4 if m.model.dtype == torch.float32 else 2e-2)
     places = tuple(sorted(found, key=lambda place: (place[0], place[1] or 0, place[2] or 0)))
     keep = real.cpu().numpy()
     return Run(
@@ -208,10 +209,8 @@ def _read(
         patterns = {f"blocks.{layer}.attn.hook_pattern" for layer in coda if ("pattern", layer) in cache}
         store, forward, _ = m.get_caching_hooks(patterns.__contains__)
         with m.hooks(forward if patterns else []):
-            logits = m.readout(state.to(m.model.embed.weight), context)[rows]
-        maps |= {
-            (int(name.split(".")[1]), None, loop + 1): v[0].float().cpu().numpy() for name, v in store.items()
-        }
+            logits = m.readout(state.to(m.model.device, m.model.dtype), context)[rows]
+        maps |= {(Site.parse(name).layer, None, loop + 1): v[0].float().cpu().numpy() for name, v in store.items()}
         for name, values in _answers(cache, logits, None if truth is None else truth[rows[0]]).items():
             answers.setdefault(name, []).append(values)
     return maps, answers

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from analysis.representation.trajectory import batches, check_loops, real_positions, token_groups, walk
 from loopmdm_model import stats
+from loopmdm_model.context import Context
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.hooked import HookedLoopMDM
 from loopmdm_model.masking import MaskedBatch
-from loopmdm_model.model import Context
 
 FLOOR = 1e-6
 """Relative steps below this (8 units of float32's last place) are rounding."""
@@ -47,9 +47,7 @@ class LoopMap:
 
     def __call__(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """F(x)."""
-        self.m.grow(self.loop + 1)
-        with self.m.attention_path("eager"):
-            return self.m.model.loop(x, self.context, self.loop, self.m.taps)
+        return self.m.loop(x, self.context, self.loop, attn_path="eager")
 
     def push(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """F(x) and the change dF/dH v."""
@@ -171,7 +169,7 @@ def fixed_point_residual(
 
 def _action(m: HookedLoopMDM, steps: Steps, loop: int, verified: Tensor, v: Tensor, horizon: int) -> list[tuple]:
     """(kind, value, rate) of each sequence, from its last state and a direction."""
-    state = steps.state.to(m.model.embed.weight.dtype)
+    state = steps.state.to(m.model.dtype)
     growth, moving = torch.full((len(state),), float("nan"), dtype=torch.float64), ~verified
     if bool(moving.any()):
         there = LoopMap(m, steps.context.rows(moving), loop)

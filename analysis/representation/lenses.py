@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from loopmdm_model.context import Context
 from loopmdm_model.errors import UsageError
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.model import Context
 from loopmdm_model.stopping import Lens
 
 LENSES: tuple[Lens, ...] = get_args(Lens)
@@ -32,7 +32,7 @@ def read(
     m: HookedLoopMDM, state: Tensor, context: Context, lens: Lens, rows: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, "row d_vocab"]:
     """Log-probabilities at the positions `rows`, in reading order, float32; [MASK] has -inf."""
-    state = state.to(m.model.embed.weight.dtype)
+    state = state.to(m.model.dtype)
     if not bool(rows.any()):
         return torch.zeros(0, m.cfg.d_vocab, device=state.device)
     logits = m.readout(state, context, rows=rows) if lens == "coda" else m.model.unembedding(state, rows=rows)

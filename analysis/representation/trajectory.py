@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from loopmdm_model.context import Context
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.hooked import HookedLoopMDM
 from loopmdm_model.masking import MaskedBatch
-from loopmdm_model.model import Context
 from loopmdm_model.points import AttnPath
 
 TOKEN_GROUPS = ("masked", "clean")

@@ -14,7 +14,7 @@ from analysis.stopping.record import LoopRecord, noise_bins, record_loops
 from loopmdm_model import stats
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.masking import MaskedBatch
-from loopmdm_model.model import LoopedModel
+from loopmdm_model.protocol import LoopedModel
 from loopmdm_model.stopping import StoppingRule, oracle_loops
 
 N_BINS = 5

@@ -19,7 +19,7 @@ from loopmdm_model.config import LoopMDMConfig
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.likelihood import check_clean, draw_masks, row_sums
 from loopmdm_model.masking import MaskedBatch
-from loopmdm_model.model import LoopedModel
+from loopmdm_model.protocol import LoopedModel, core_of
 from loopmdm_model.stopping import (
     RULES,
     ArgmaxStable,
@@ -87,10 +87,10 @@ class LoopRecord:
         reading = torch.zeros(len(self.n_masked), dtype=torch.float64)
         if lens is not None:
             layers = cfg.n_coda_layers if lens == "coda" else 0
-            reading = layers * flops.layer_flops(cfg, length) + flops.unembedding_flops(cfg, self.n_masked)
+            reading = layers * cfg.layer_flops(length) + cfg.unembedding_flops(self.n_masked)
         ends = flops.readout_flops(cfg, length, self.n_masked, coda=lens != "coda")
-        ends = ends + cfg.n_prelude_layers * flops.layer_flops(cfg, length)
-        return loops * (cfg.n_loop_layers * flops.layer_flops(cfg, length) + reading) + ends
+        ends = ends + cfg.n_prelude_layers * cfg.layer_flops(length)
+        return loops * (cfg.n_loop_layers * cfg.layer_flops(length) + reading) + ends
 
     def at(self, values: Tensor, loops: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
         """`values` [loop, row] after each row's own number of loops."""
@@ -167,7 +167,7 @@ def masked_draws(
 
 def _reader(m: LoopedModel, part: MaskedBatch) -> Callable[[Tensor], Tensor]:
     """What the model would answer at the masked positions from a state; nobody listens to it."""
-    core = getattr(m, "model", m)
+    core = core_of(m)
     context = core.context(part.tokens, part.attention_mask)
     return lambda state: core.readout(state, context, rows=part.masked)
 

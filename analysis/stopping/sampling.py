@@ -21,7 +21,7 @@ from loopmdm_model import stats
 from loopmdm_model.data.sudoku import Board
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.masking import MaskedBatch
-from loopmdm_model.model import LoopedModel
+from loopmdm_model.protocol import LoopedModel
 from loopmdm_model.sampling import SampleLoop, SampleResult, sample
 from loopmdm_model.stopping import FixedLoops, StoppingRule
 

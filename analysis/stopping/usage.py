@@ -22,7 +22,7 @@ from loopmdm_model.data.sudoku import Board
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.likelihood import row_cross_entropy
 from loopmdm_model.masking import MaskedBatch
-from loopmdm_model.model import LoopedModel
+from loopmdm_model.protocol import LoopedModel
 from loopmdm_model.stopping import StoppingRule
 
 TERCILES = ("low", "middle", "high")

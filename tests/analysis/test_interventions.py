@@ -13,7 +13,6 @@ from analysis.interventions import (
     freeze,
     mediated_share,
     patch,
-    resegment,
     run_layers,
     skip,
     stale,
@@ -64,12 +63,11 @@ def test_a_cut_removes_its_edges_renormalises_and_spares_the_rest(hooked, batch)
 
 def test_three_tokens_by_hand(hooked):
     tokens = torch.tensor([[22, 5, 22]])
-    with cut(hooked, "none"):
-        hooked(tokens)
-    assert edges(hooked.context, "masked->masked")[0].tolist() == [[0, 0, 1], [0, 0, 0], [1, 0, 0]]
-    assert edges(hooked.context, "masked->clean")[0].tolist() == [[0, 1, 0], [0, 0, 0], [0, 1, 0]]
-    assert edges(hooked.context, "clean->masked")[0].tolist() == [[0, 0, 0], [1, 0, 1], [0, 0, 0]]
-    assert not edges(hooked.context, "clean->clean").any() and not edges(hooked.context, "none").any()
+    context = hooked.model.context(tokens)
+    assert edges(context, "masked->masked")[0].tolist() == [[0, 0, 1], [0, 0, 0], [1, 0, 0]]
+    assert edges(context, "masked->clean")[0].tolist() == [[0, 1, 0], [0, 0, 0], [0, 1, 0]]
+    assert edges(context, "clean->masked")[0].tolist() == [[0, 0, 0], [1, 0, 1], [0, 0, 0]]
+    assert not edges(context, "clean->clean").any() and not edges(context, "none").any()
 
 
 def test_random_edges_carry_the_same_mass_at_the_same_distances():
@@ -78,9 +76,9 @@ def test_random_edges_carry_the_same_mass_at_the_same_distances():
     tokens = clean.masked_fill(torch.rand(8, 64, generator=torch.Generator().manual_seed(1)) < 0.5, 22)
     with cut(m, "none"):
         _, cache = m.run_with_cache(tokens, n_loops=1, names_filter=lambda n: n.endswith("hook_pattern"))
-    pattern = cache["pattern", "loop", 0, 1]
-    taken = matched_edges(pattern, m.context, "masked->masked", seed=3, step=0)
-    named = edges(m.context, "masked->masked")[:, None].expand_as(taken)
+    pattern, context = cache["pattern", "loop", 0, 1], m.model.context(tokens)
+    taken = matched_edges(pattern, context, "masked->masked", seed=3, step=0)
+    named = edges(context, "masked->masked")[:, None].expand_as(taken)
     masked = tokens == 22
     assert not taken.diagonal(dim1=-2, dim2=-1).any() and not taken[:, :, :, :].transpose(1, 2)[~masked].any()
     assert 0.2 < (taken & named).sum() / taken.sum() < 0.8  # of either group
@@ -93,8 +91,8 @@ def test_random_edges_carry_the_same_mass_at_the_same_distances():
         assert ((wanted - found).abs() <= largest + 1e-6)[:, :, :].transpose(1, 2)[masked].all()
         queries = masked[:, None].expand(8, 2, 64)
         assert float(found[queries].mean()) == pytest.approx(float(wanted[queries].mean()), rel=0.1)
-    again = matched_edges(pattern, m.context, "masked->masked", seed=3, step=0)
-    other = matched_edges(pattern, m.context, "masked->masked", seed=4, step=0)
+    again = matched_edges(pattern, context, "masked->masked", seed=3, step=0)
+    other = matched_edges(pattern, context, "masked->masked", seed=4, step=0)
     assert torch.equal(taken, again) and not torch.equal(taken, other)
 
 
@@ -202,7 +200,7 @@ def test_skipped_layers_and_other_orders(model, hooked, batch):
 
 
 def test_any_stack_can_be_looped_without_training(model, batch):
-    other = resegment(model, 0, 2)
+    other = model.looping(0, 2)
     assert (other.cfg.n_coda_layers, other.cfg.max_loops) == (2, 1)
     torch.testing.assert_close(other(batch.tokens, n_loops=1), model(batch.tokens, n_loops=1))
     torch.testing.assert_close(
@@ -210,7 +208,7 @@ def test_any_stack_can_be_looped_without_training(model, batch):
     )
     assert other.embed.weight.data_ptr() == model.embed.weight.data_ptr()
     with pytest.raises(UsageError, match="do not fit"):
-        resegment(model, 3, 2)
+        model.looping(3, 2)
 
 
 def test_where_edges_cannot_be_cut_nothing_is_mediated(clean):

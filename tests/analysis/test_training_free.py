@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from analysis.attention import mask_attention
-from analysis.interventions import damp, resegment
+from analysis.interventions import damp
 from analysis.training_free import _groups, middle_blocks, training_free
 from loopmdm_model import stats
 from loopmdm_model.errors import UsageError
@@ -35,7 +35,7 @@ def test_changes_are_those_of_the_nelbo_and_rises_those_of_the_attention(plain, 
     assert len(frame) == 3 * 2 * 2 and (frame["n"] == 12).all() and (frame["n_groups"] == 10).all()
     b = mask_tokens(tokens, 22, mask_ratio=0.5, maskable=maskable)
     for first, size in ((1, 1), (2, 1), (1, 2)):
-        m = HookedLoopMDM(resegment(plain, first, size))
+        m = HookedLoopMDM(plain.looping(first, size))
         once = nelbo(m, tokens, 1, n_samples=2, maskable=maskable)
         for damping, strength in (("none", 1.0), ("1/n_loops", 1 / 3)):
             with damp(m, strength):

@@ -5,11 +5,10 @@ import warnings
 import pytest
 import torch
 
-from loopmdm_model import names
+from loopmdm_model import sites
 from loopmdm_model.errors import UsageError
 from loopmdm_model.hooked import HookedLoopMDM
 from loopmdm_model.stopping import StateDelta
-from loopmdm_model.unrolled import applications
 from tests.conftest import toy_config, toy_model
 from tests.loopmdm_model.test_model import unrolled_copy
 
@@ -31,8 +30,8 @@ def test_every_value_and_gradient_equals_the_unrolled_copys(twins, batch):
         _, ours = looped.run_with_cache(batch.tokens, n_loops=3, **arguments)
         _, theirs = plain.run_with_cache(batch.tokens, n_loops=1, **arguments)
     compared = 0
-    for depth, (prefix, _) in enumerate(applications(looped.model, 3)):
-        for leaf in names.leaves(looped.cfg):
+    for depth, (prefix, _) in enumerate(sites.applications(looped.cfg, 3)):
+        for leaf in looped.cfg.leaves:
             for suffix in ("", "_grad"):
                 ours_name, theirs_name = f"{prefix}{leaf}{suffix}", f"blocks.{depth}.{leaf}{suffix}"
                 assert torch.equal(ours[ours_name], theirs[theirs_name]), ours_name
@@ -181,7 +180,7 @@ def test_what_is_kept_can_change_dtype_slice_and_batch_axis(hooked, batch):
         batch.tokens[:1], n_loops=2, dtype=torch.float16, pos_slice=3, remove_batch_dim=True
     )
     for name, value in cache.items():
-        axis = names.position_axis(name)
+        axis = sites.position_axis(name)
         expected = full[name].select(axis, 3)[0].half() if value.ndim < full[name].ndim - 1 else None
         assert value.dtype == torch.float16
         assert expected is None or torch.equal(value, expected), name

@@ -8,7 +8,6 @@ import torch
 from scipy.stats import chisquare, kstest
 
 from analysis.textbook import textbook_sample
-from loopmdm_model.model import LoopOutput
 from loopmdm_model.orders import (
     Ancestral,
     Blocks,
@@ -16,6 +15,7 @@ from loopmdm_model.orders import (
     FixedOrder,
     Remask,
 )
+from loopmdm_model.protocol import LoopOutput
 from loopmdm_model.sampling import sample
 from tests.conftest import toy_config, toy_model
 
