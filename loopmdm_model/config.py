@@ -8,6 +8,7 @@ attention without biases, untied embeddings); all of it can be changed here.
 import dataclasses
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,7 +113,7 @@ class LoopMDMConfig(Layout):
                 if segment not in SEGMENTS:
                     raise UsageError(f"{field} takes segments of {SEGMENTS}, got {segment!r}")
 
-    @property
+    @cached_property
     def leaves(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Leaf names of one layer application."""
         return tuple(leaf for leaf in LEAVES if leaf != "mlp.hook_pre_linear" or self.gated_mlp)

@@ -57,6 +57,37 @@ class SitePoint(HookPoint):
         return Site.parse(self.name)
 
 
+Rule = tuple[Names, Callable, str]
+
+
+class Listener:
+    """A scope's hooks at one site: forward ones are called, backward ones hang on a point of their own."""
+
+    __slots__ = ("backward", "forward", "point")
+
+    def __init__(self, point: HookPoint, forward: list[Callable], backward: list[Callable]):
+        self.point, self.forward, self.backward = point, forward, None
+        if backward:
+            self.backward = SitePoint()
+            self.backward.name, self.backward.ctx = point.name, point.ctx
+            for hook in backward:
+                self.backward.add_hook(hook, dir="bwd")
+
+    @classmethod
+    def of(cls, point: HookPoint, rules: list[Rule]) -> "Listener | None":
+        """The listener of those rules that mean this point; None if none does."""
+        meant = [(hook, direction) for matches, hook, direction in rules if matches(point.name)]  # pyright: ignore
+        sides = [[hook for hook, direction in meant if direction == side] for side in ("fwd", "bwd")]
+        return cls(point, *sides) if meant else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Run the hooks as a HookPoint would."""
+        for hook in self.forward:
+            out = hook(x, hook=self.point)
+            x = x if out is None else out
+        return x if self.backward is None else self.backward(x)
+
+
 class Scope:
     """What holds inside one `with` block, or for one call: hooks, or a pinned attention path.
 
@@ -79,33 +110,23 @@ class Scope:
         self.loops_run: int | None = None
         self.frame: FrameType | None = None
         self.missed, self.reached = 0, False
-        self._points: dict[str, dict[str, HookPoint]] = {}
+        self._listeners: dict[str, dict[str, Listener]] = {}
 
-    def points(self, prefix: str) -> dict[str, HookPoint]:
-        """Points of an application that somebody in this scope listens to, by leaf."""
+    def listeners(self, prefix: str) -> "dict[str, Listener]":
+        """Who listens to an application in this scope, by leaf."""
         if not self.rules:
             return {}
-        found = self._points.get(prefix)
+        found = self._listeners.get(prefix)
         if found is None:
-            found = self._points[prefix] = self._make(prefix)
+            points = self.owner.points(prefix)
+            made = {leaf: Listener.of(point, self.rules) for leaf, point in points.items()}
+            found = self._listeners[prefix] = {leaf: listener for leaf, listener in made.items() if listener}
         return found
-
-    def _make(self, prefix: str) -> dict[str, HookPoint]:
-        made = {}
-        for leaf, shared in self.owner.points(prefix).items():
-            assert shared.name is not None
-            rules = [(hook, direction) for matches, hook, direction in self.rules if matches(shared.name)]
-            if rules:
-                made[leaf] = point = SitePoint()
-                point.name, point.ctx = shared.name, shared.ctx
-                for hook, direction in rules:
-                    point.add_hook(hook, dir=direction)
-        return made
 
     def clear(self, direction: str = "both") -> None:
         """Drop the hooks of a direction."""
         self.rules = [rule for rule in self.rules if direction != "both" and rule[2] != direction]
-        self._points = {}
+        self._listeners = {}
 
     @contextmanager
     def open(self) -> Iterator["Scope"]:
@@ -182,7 +203,7 @@ class Call:
 
     def taps(self, prefix: str) -> Tap:
         """The tap of a layer application (a tap source for a core); a silent one where nobody listens."""
-        heard = [(scope, points) for scope in self.scopes if (points := scope.points(prefix))]
+        heard = [(scope, found) for scope in self.scopes if (found := scope.listeners(prefix))]
         if heard or self.owner.hears(prefix):
             return HookTap(self, self.owner.points(prefix), heard)
         return EXPLICIT_TAP if self.path == "eager" else NO_TAP
@@ -198,7 +219,7 @@ class HookTap(Tap):
 
     __slots__ = ("call", "heard", "points")
 
-    def __init__(self, call: Call, points: dict[str, HookPoint], heard: list[tuple[Scope, dict[str, HookPoint]]]):
+    def __init__(self, call: Call, points: dict[str, HookPoint], heard: list[tuple[Scope, dict[str, Listener]]]):
         self.call, self.points, self.heard = call, points, heard
 
     @property
@@ -210,17 +231,17 @@ class HookTap(Tap):
         """Run the hooks at a leaf, if there are any."""
         point = self.points[name]
         if point._forward_hooks or point._backward_hooks:
-            x = self._fire(point, x)
-        for scope, points in self.heard:
-            if name in points:
-                x = self._fire(points[name], x)
-                scope.fired.add(points[name].name or "")
+            x = self._fire(point, point, x)
+        for scope, listeners in self.heard:
+            if name in listeners:
+                x = self._fire(point, listeners[name], x)
+                scope.fired.add(point.name or "")
         return x
 
-    def _fire(self, point: HookPoint, x: Tensor) -> Tensor:
+    def _fire(self, point: HookPoint, hooks: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         token = _RUNNING.set(self.call)
         try:
-            out = point(x)
+            out = hooks(x)
         finally:
             _RUNNING.reset(token)
         if out.shape != x.shape:
@@ -238,7 +259,7 @@ class HookTap(Tap):
         """Whether a hook listens to one of these leaves."""
         for leaf in leaf_names:
             point = self.points[leaf]
-            if point._forward_hooks or point._backward_hooks or any(leaf in points for _, points in self.heard):
+            if point._forward_hooks or point._backward_hooks or any(leaf in found for _, found in self.heard):
                 if self.call.path == "sdpa" and leaf in sites.EXPLICIT_ONLY:
                     raise UsageError(f'{point.name} does not exist on attn_path="sdpa"; use "auto" or "eager"')
                 return True
@@ -331,7 +352,7 @@ class LoopHooks(HookedRootModule):
 
     def _matcher(self, chosen: Names) -> Names:
         """The predicate itself, after making sure that it matches something."""
-        if not any(chosen(name) for name in sites.all_names(self.cfg, max(64, self.n_grown))):
+        if not any(map(chosen, sites.each_name(self.cfg, max(64, self.n_grown)))):
             hint = _hint(chosen, sites.all_names(self.cfg, 1))
             raise UnknownNameError(f"the filter matches no hook name; names look like {hint}")
         return chosen

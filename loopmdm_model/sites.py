@@ -8,7 +8,7 @@ Leaves are TransformerLens'. `layer` is always the physical layer. A `Site` is o
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from types import EllipsisType
 from typing import Any
@@ -286,7 +286,14 @@ def outer_names(cfg: Layout) -> list[str]:
 
 def all_names(cfg: Layout, n_loops: int) -> list[str]:
     """Every name of a forward with `n_loops` loops."""
-    return outer_names(cfg) + [name for loop in range(n_loops) for name in loop_names(cfg, loop)]
+    return list(each_name(cfg, n_loops))
+
+
+def each_name(cfg: Layout, n_loops: int) -> Iterator[str]:
+    """As `all_names`, one at a time."""
+    yield from outer_names(cfg)
+    for loop in range(n_loops):
+        yield from loop_names(cfg, loop)
 
 
 def applications(cfg: Layout, n_loops: int) -> list[tuple[str, int]]:
