@@ -6,7 +6,6 @@ from the influence of each sequence (the delta method), summed within clusters f
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats as distributions
 
 from loopmdm_model.errors import UsageError
 
@@ -88,7 +87,7 @@ def log_ratio_and_error(
 
 def t95(n_units: int) -> float:
     """Half-width of a 95% interval in standard errors, by Student's t over independent units; NaN below two."""
-    return float(distributions.t.ppf(0.975, n_units - 1)) if n_units > 1 else float("nan")
+    return _t_quantile(n_units - 1) if n_units > 1 else float("nan")
 
 
 def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
@@ -109,7 +108,7 @@ def welch(ours: Array, theirs: Array) -> tuple[float, float, float]:
     if a + b == 0:
         return difference, difference, difference
     freedom = (a + b) ** 2 / (a**2 / (len(ours) - 1) + b**2 / (len(theirs) - 1))
-    half = float(distributions.t.ppf(0.975, freedom) * np.sqrt(a + b))
+    half = float(_t_quantile(freedom) * np.sqrt(a + b))
     return difference, difference - half, difference + half
 
 
@@ -124,5 +123,12 @@ def interaction(a: Array, b: Array, c: Array, d: Array) -> tuple[float, float, f
     if parts.sum() == 0:
         return estimate, estimate, estimate
     freedom = parts.sum() ** 2 / sum(part**2 / (len(group) - 1) for part, group in zip(parts, groups, strict=True))
-    half = float(distributions.t.ppf(0.975, freedom) * parts.sum() ** 0.5)
+    half = float(_t_quantile(freedom) * parts.sum() ** 0.5)
     return estimate, estimate - half, estimate + half
+
+
+def _t_quantile(freedom: float) -> float:
+    """The 97.5% quantile of Student's t; scipy's distributions take half a second to import, so late."""
+    from scipy import stats as distributions
+
+    return float(distributions.t.ppf(0.975, freedom))
