@@ -17,6 +17,10 @@ class UnknownNameError(UsageError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
+class Stopped(Exception):
+    """Work that was told to end (SIGTERM) and has kept what it had; the command line exits with 143."""
+
+
 class DivergedError(RuntimeError):
     """Training produced a loss that is not finite; the command line exits with 1."""
 

@@ -8,7 +8,7 @@ import sys
 import warnings
 
 from analysis.cli import data, evaluation, figures, report, sampling, science, training  # noqa: F401 - each adds its commands
-from analysis.cli.shared import Interrupted, app, err
+from analysis.cli.shared import Interrupted, Terminated, app, err
 from loopmdm_model.allocator import keep_freed_memory
 from loopmdm_model.errors import DivergedError, UsageError
 
@@ -20,24 +20,54 @@ def _describe(error: BaseException) -> str:
 
 def main() -> None:
     """Entry point: one line for each expected failure."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, _terminate)
     keep_freed_memory()
     warnings.showwarning = lambda message, *_, **__: err.print(
         f"warning: {message}", style="yellow", soft_wrap=True, markup=False, highlight=False
     )
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 shows escapes
     try:
-        app()
+        _run()
     except UsageError as error:
         _fail(f"error: {_describe(error)}", 2)
     except DivergedError as error:
         _fail(f"error: {_describe(error)}", 1)
+    except BrokenPipeError:
+        sys.stdout = None  # nothing more can be written; its flush at the end would fail again
+        _fail("error: whoever read the output went away", 141)
     except OSError as error:
         place = "" if error.filename is None else "; give another --out (or LOOPMDM_CACHE), or free some space"
         _fail(f"error: {_describe(error)}{place}", 1)
     except Interrupted as error:
-        _fail(f"interrupted: {error}", 130)
+        _fail(f"interrupted: {error}", error.code)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except Terminated:
+        _fail("interrupted: told to end", 143)
+
+
+def _run() -> None:
+    if sys.stdout is None:
+        raise UsageError("standard output is closed; redirect it to a file or to /dev/null")
+    code = 0
+    try:
+        app()
+    except SystemExit as error:
+        code = error.code
+    sys.stdout.flush()  # what cannot be written is an error of its own
+    if code == 130:
+        raise KeyboardInterrupt
+    raise SystemExit(code)
+
+
+def _terminate(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+    raise Terminated
 
 
 def _fail(message: str, code: int) -> None:
-    print(message, file=sys.stderr)
+    if sys.stderr is not None:
+        print(message, file=sys.stderr)
     raise SystemExit(code)

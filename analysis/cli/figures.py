@@ -25,6 +25,7 @@ def table(
         )
         return
     item = tables.table(name)
+    check_folder(out or tables.tables_folder())
     status = err.status(f"measuring {name}") if err.is_terminal else nullcontext()
     with interruptible("the old table is intact"), status:
         frame = item.measure(out or tables.tables_folder())

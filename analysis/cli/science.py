@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from analysis.cli.shared import app, err, integers, interruptible, show
+from analysis.cli.shared import app, check_out, err, integers, interruptible, show
 from loopmdm_model.errors import UsageError
 
 
@@ -31,8 +31,7 @@ def measure(
     if not model:
         raise UsageError(f"name a model: loopmdm measure {name} MODEL; `loopmdm models` lists the shipped ones")
     ratios = [_share(word) for word in mask_ratios.split(",")]
-    if out is not None and out.suffix != ".parquet":
-        raise UsageError(f"--out takes a .parquet file, got {out}")
+    check_out(out, ".parquet")
     status = err.status(f"{name} of {model}") if err.is_terminal else nullcontext()
     with interruptible("nothing was written"), status:
         frame = measures.measure(name, model, n_loops, ratios, n, along_sampling, seed)

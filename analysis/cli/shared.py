@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
-from loopmdm_model.errors import UsageError
+from loopmdm_model.errors import Stopped, UsageError
+from loopmdm_model.files import check_target
 
 app = typer.Typer(
     help="See inside looped masked-diffusion language models.",
@@ -26,16 +27,28 @@ err = Console(stderr=True)
 
 
 class Interrupted(RuntimeError):
-    """Ctrl-C, with what is left and how to go on."""
+    """Ctrl-C or SIGTERM, with what is left and how to go on; `code` is the command's exit code."""
+
+    def __init__(self, message: str, code: int = 130):
+        super().__init__(message)
+        self.code = code
+
+
+class Terminated(BaseException):
+    """SIGTERM: what a scheduler sends. Unwinds as Ctrl-C does, so that workers and partial files go."""
 
 
 @contextmanager
 def interruptible(message: str) -> Iterator[None]:
-    """Turn Ctrl-C into one line (typer itself would end without a word)."""
+    """Turn Ctrl-C and SIGTERM into one line (typer itself would end without a word)."""
     try:
         yield
     except KeyboardInterrupt:
         raise Interrupted(message) from None
+    except Terminated:
+        raise Interrupted(message, 143) from None
+    except Stopped as error:
+        raise Interrupted(str(error), 143) from None
 
 
 def show(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -84,3 +97,12 @@ def check_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"cannot write into {folder}; give another --out")
+
+
+def check_out(out: Path | None, *suffixes: str) -> None:
+    """Try --out before the work: a regular file or a new one, in a folder that can be written to."""
+    if out is None:
+        return
+    if suffixes and out.suffix.lower() not in suffixes:
+        raise UsageError(f"--out takes a {' or '.join(suffixes)} file, got {out}")
+    check_target(out)

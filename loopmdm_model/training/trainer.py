@@ -9,6 +9,8 @@ are what is evaluated and shipped. Several processes, GPUs, bf16 and FSDP are ac
 
 import json
 import math
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,14 +21,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from filelock import BaseFileLock
 from torch import Tensor, nn
 
 from loopmdm_model import checkpoints
 from loopmdm_model.allocator import keep_freed_memory
 from loopmdm_model.data.batches import Dataset, dataset
 from loopmdm_model.data.tokenizer import load_tokenizer
-from loopmdm_model.errors import DivergedError, UsageError
-from loopmdm_model.files import clear_partial, write_atomic, write_json
+from loopmdm_model.errors import DivergedError, Stopped, UsageError
+from loopmdm_model.files import LOCK, clear_partial, lock_folder, write_atomic, write_json
 from loopmdm_model.likelihood import draw_masks, masked_cross_entropy, nelbo
 from loopmdm_model.masking import MaskedBatch
 from loopmdm_model.model import LoopMDM
@@ -37,22 +40,27 @@ from loopmdm_model.training.record import run_record
 from loopmdm_model.training.spec import RunSpec
 
 OnStep = Callable[[state.Progress], None]
+STOP = 0
+"""Place of "stop" in what a step returns."""
 CURVE_SEED = 0
 """Masks of the validation sequences: one seed for all runs, so that curves differ by their models alone."""
 
 
 class Trainer:
-    """One run in one folder. `train` brings it to its end from wherever it stands."""
+    """One run in one folder, which it locks. `train` brings it to its end from wherever it stands.
 
-    def __init__(self, spec: RunSpec, folder: Path, resume: bool = False):
-        self.spec, self.folder = spec, folder
+    The state is written at every curve point, every `checkpoint_seconds`, and when SIGTERM comes: `train` then
+    raises Stopped after the step that runs, or before it if its batch comes in parts.
+    """
+
+    def __init__(self, spec: RunSpec, folder: Path, resume: bool = False, checkpoint_seconds: float = 600.0):
+        self.spec, self.folder, self.checkpoint_seconds = spec, folder, checkpoint_seconds
+        self.told_to_stop = False
         self.accelerator = Accelerator(mixed_precision=spec.training.precision or None)
         self._check_shares()
         with self.accelerator.main_process_first():
-            if self._first and not resume and folder.exists() and any(folder.iterdir()):
-                raise UsageError(f"{folder} is not empty; add --resume to continue it or give another --out")
             if self._first:
-                clear_partial(folder)
+                self.lock = self._take_folder(resume)
             torch.set_num_threads(spec.training.threads)
             keep_freed_memory()
             self.data = self._dataset()
@@ -68,6 +76,15 @@ class Trainer:
     @property
     def _first(self) -> bool:
         return self.accelerator.is_main_process
+
+    def _take_folder(self, resume: bool) -> BaseFileLock:
+        """The folder's lock; what a killed writer of it left behind goes."""
+        folder = self.folder
+        if not resume and folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
+            raise UsageError(f"{folder} is not empty; add --resume to continue it or give another --out")
+        lock = lock_folder(folder, "trained")
+        clear_partial(folder, folder / Path(state.STATE_FILE).parent)
+        return lock
 
     def _check_shares(self) -> None:
         training, processes = self.spec.training, self.accelerator.num_processes
@@ -121,19 +138,46 @@ class Trainer:
         if progress.finished:
             return
         started, before = time.monotonic(), progress.seconds
-        while self._share() < 1:
-            self._step()
-            if on_step is not None:
-                on_step(progress)
-            points = self.spec.training.curve_points
-            due = min(int(points * self._share()), points)
-            if due > len(progress.rows):
+        self._saved = started
+        with self._listening():
+            while self._share() < 1:
+                wanted = self._step()
                 progress.seconds = before + time.monotonic() - started
-                self._record_row()
-                self._checkpoint()
+                if on_step is not None:
+                    on_step(progress)
+                points = self.spec.training.curve_points
+                point = min(int(points * self._share()), points) > len(progress.rows)
+                if point:
+                    self._record_row()
+                if point or wanted.any():
+                    self._checkpoint()
+                if wanted[STOP]:
+                    raise Stopped(f"add --resume to go on from step {progress.step} in {self.folder}")
         self._checkpoint(finished=True)
 
-    def _step(self) -> None:
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """SIGTERM asks the run to stop after its step; only a process's first thread can hear it."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(*_: Any) -> None:
+            self.told_to_stop = True
+
+        before = signal.signal(signal.SIGTERM, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _wanted(self) -> Tensor:
+        """[stop, save]: whether this process was told to stop, and whether a state is due."""
+        due = time.monotonic() - self._saved >= self.checkpoint_seconds
+        return torch.tensor([float(self.told_to_stop), float(due)], device=self.accelerator.device)
+
+    def _step(self) -> Tensor:
+        """One step; [stop, save] as any process wants it, the same in all."""
         spec, progress = self.spec, self.progress
         n_loops = budget.draw_loops(spec, progress.step, self._share())
         parts = self._parts()
@@ -142,12 +186,15 @@ class Trainer:
             group["lr"] = rate
         total = torch.zeros((), device=self.accelerator.device)
         for number, part in enumerate(parts):
+            if self.told_to_stop and len(parts) > 1 and self.accelerator.num_processes == 1:
+                self.optimizer.zero_grad()
+                return self._wanted()
             waits = number + 1 < len(parts)
             with self.accelerator.no_sync(self.model) if waits else nullcontext():
                 total = total + self._backward(part, n_loops) / len(parts)
-        reduced = self.accelerator.reduce(total, "mean")
+        reduced = self.accelerator.reduce(torch.cat([total[None], self._wanted()]), "mean")
         assert isinstance(reduced, Tensor)
-        value = reduced.item()
+        value = reduced[0].item()
         self._check_finite("loss", value, n_loops)
         norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), spec.training.clip) or 0.0)
         self._check_finite("gradient norm", norm, n_loops)
@@ -155,6 +202,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.ema.update()
         self._count(n_loops, value, norm)
+        return reduced[1:].cpu() > 0
 
     def _backward(self, part: MaskedBatch, n_loops: int) -> Tensor:
         """Add the gradients of one part; returns its loss.
@@ -231,6 +279,7 @@ class Trainer:
         if self._first:
             state.save(self.folder, tensors, self.progress, self.identity)
         self._write_metrics()
+        self._saved = time.monotonic()
         self.accelerator.wait_for_everyone()
 
     def _write_metrics(self) -> None:

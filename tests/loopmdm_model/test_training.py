@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from loopmdm_model.errors import DivergedError, UsageError
+from loopmdm_model.files import LOCK, PARTIAL
 from loopmdm_model.flops import training_flops
 from loopmdm_model.training import budget, trainer
 from loopmdm_model.training.ema import Ema
@@ -78,12 +80,16 @@ def test_killed_and_resumed_equals_uninterrupted(spec_file, tmp_path):
         process.communicate()
     killed_at = len(rows(broken))
     assert 0 < killed_at < 20
-    (state.parent / ".partial-state.safetensors-killed").write_bytes(b"half")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    half = f"{PARTIAL}{socket.gethostname()}-{dead.pid}-01234567-state.safetensors"
+    (state.parent / half).write_bytes(b"half")
     finished(loopmdm("train", spec_file, "--out", broken, "--resume"))
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
     assert rows(whole) == rows(broken) and len(rows(whole)) == 20
-    assert not list(broken.rglob(".*"))
+    assert [path.name for path in broken.rglob(".*")] == [LOCK]
+
     before = state.stat().st_mtime_ns
     finished(loopmdm("train", spec_file, "--out", broken, "--resume"))  # finished: nothing to do
     assert state.stat().st_mtime_ns == before
@@ -93,6 +99,49 @@ def test_killed_and_resumed_equals_uninterrupted(spec_file, tmp_path):
     assert "training was" in err and err.count("\n") == 1
     _, err = finished(loopmdm("train", spec_file, "--out", broken), code=2)
     assert "--resume" in err
+
+
+def test_told_to_stop_it_keeps_what_it_has_and_goes_on_from_there(spec_file, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    finished(loopmdm("train", spec_file, "--out", whole))
+    ends, state = [], stopped / "state" / "state.safetensors"
+    for _ in range(2):
+        before = state.stat().st_mtime_ns if state.exists() else 0
+        process = loopmdm("train", spec_file, "--out", stopped, "--resume")
+        while process.poll() is None and (not state.exists() or state.stat().st_mtime_ns == before):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGTERM)
+        told = time.monotonic()
+        _, err = process.communicate()
+        ends.append((process.returncode, err.strip()))
+        assert time.monotonic() - told < 10
+    finished(loopmdm("train", spec_file, "--out", stopped, "--resume"))
+    assert (whole / "model.safetensors").read_bytes() == (stopped / "model.safetensors").read_bytes()
+    assert rows(whole) == rows(stopped)
+    for code, line in ends:
+        assert code == 143 and line.count("\n") == 0
+        assert "add --resume to go on" in line
+
+
+def test_a_state_is_written_by_the_clock_too(tmp_path):
+    spec = RunSpec.from_dict(_values(flops=2e9, curve_points=1))
+    run, saved = trainer.Trainer(spec, tmp_path / "run", checkpoint_seconds=0.0), []
+    write = run._checkpoint
+    run._checkpoint = lambda *given, **named: (saved.append(run.progress.step), write(*given, **named))
+    with torch.enable_grad():
+        run.train()
+    assert len(saved) > run.progress.step  # at every step, and at the end
+
+
+def test_two_trainers_do_not_share_a_folder(spec_file, tmp_path):
+    first = loopmdm("train", spec_file, "--out", tmp_path / "run")
+    while first.poll() is None and not (tmp_path / "run" / "tokenizer.json").exists():
+        time.sleep(0.005)
+    for arguments in (("--resume",), ()):
+        second = loopmdm("train", spec_file, "--out", tmp_path / "run", "--seed", "2", *arguments)
+        _, err = finished(second, code=2)
+        assert ("being trained by another process" in err or "is not empty" in err) and err.count("\n") == 1
+    finished(first)
 
 
 def test_bf16_inputs_of_products_stay_near_and_end_with_the_step(spec_file, tmp_path):
