@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -70,7 +71,7 @@ def cut(
         count = len(ids) // length
         blocks.append(ids[: count * length].reshape(count, length))
         owners += [index] * count
-    return torch.from_numpy(np.concatenate(blocks)), torch.tensor(owners)
+    return torch.from_numpy(np.concatenate(blocks)), torch.tensor(owners, dtype=torch.long)
 
 
 class Everywhere:
@@ -107,8 +108,21 @@ class TextData(Everywhere):
         self.n_blocks = len(self.stream) // self.length - 1
         if self.n_blocks < 1:
             raise UsageError(f"{self.corpus} has fewer than two blocks of {self.length} tokens; shorten length")
+        if self.held_out or self.corpus.startswith(corpora.FILES):
+            self._check_held_out()
         self.epoch_tokens = self.n_blocks * self.length
         self._epoch = lru_cache(maxsize=2)(self._epoch_order)
+
+    def _check_held_out(self) -> None:
+        """UsageError, before anything is trained, if a split has no block to evaluate on."""
+        for split in ("validation", "test"):
+            if not len(self.evaluation(split)):
+                names = [] if self.held_out else [Path(d.name).name for d in corpora.load(self.corpus, split)]
+                some = ", ".join(names[:3]) or "of the hub"
+                raise UsageError(
+                    f"{self.corpus}: no document held out for {split} ({some}) fills a block of {self.length} "
+                    "tokens; give longer texts or shorten data.length"
+                )
 
     def _epoch_order(self, epoch: int) -> tuple[int, np.ndarray]:
         generator = step_generator(self.seed, "data", epoch)

@@ -3,23 +3,23 @@
 `sotu-slice` lies in the repository; the others are read out of fetched archives (`sources.toml`). A
 document's split depends on its id alone. The slice holds all of sotu's test and validation speeches: what is
 reported on them can be recomputed without network. Corpora with role zero-shot are test only.
-`files:PATTERN` names a user's own text files, one document a file.
+`files:PATTERN` names a user's own text files, one document a file (`own_files.py`).
 """
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 from loopmdm_model.data.fetch import cached_archive, source
+from loopmdm_model.data.own_files import FILES, read_files
 from loopmdm_model.data.readers import READERS, read_texts
 from loopmdm_model.errors import UsageError, unknown_name
 
 SLICE = Path(__file__).parent / "sotu-slice.jsonl"
 CORPORA = (*READERS, "sotu-slice")
-FILES = "files:"
 SPLITS = ("train", "validation", "test")
 HELD_OUT = {"sotu": (8, 6), "imdb": (500, 250), "wiki": (400, 200)}
 """Documents in test and validation; other fetched corpora are test only."""
@@ -29,11 +29,12 @@ Split = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True)
 class Document:
-    """One text with its id and split."""
+    """One text with its id and split; `name` is the file of a user's own text."""
 
     id: str
     text: str
     split: Split
+    name: str = ""
 
 
 def _rank(identifier: str) -> str:
@@ -69,17 +70,10 @@ def _sotu_slice() -> list[Document]:
 
 
 def _own_files(pattern: str) -> list[Document]:
-    start = Path(pattern).anchor
-    found = Path(start or ".").glob(str(Path(pattern).relative_to(start)) if start else pattern)
-    paths = sorted(str(path) for path in found if path.is_file())
-    if len(paths) < 3:
-        raise UsageError(f"{FILES}{pattern} matches {len(paths)} files; training needs at least 3 (one a split)")
-    try:
-        texts = {path: Path(path).read_text(encoding="utf-8") for path in paths}
-    except UnicodeDecodeError as error:
-        raise UsageError(f"a file of {FILES}{pattern} is not UTF-8 text: {error}") from error
-    held_out = max(1, len(paths) // 20)
-    return _with_splits(texts, held_out, held_out)
+    found = read_files(pattern)
+    held_out = max(1, len(found) // 20)
+    documents = _with_splits({identity: text for identity, (_, text) in found.items()}, held_out, held_out)
+    return [replace(document, name=found[document.id][0]) for document in documents]
 
 
 def check_name(name: str) -> str:
@@ -112,5 +106,8 @@ def fingerprint(documents: list[Document]) -> str:
 def write_slice() -> None:
     """Write the embedded slice again from the full set: test, validation and the first training speeches."""
     documents = _fetched("sotu")[: sum(HELD_OUT["sotu"]) + N_SLICE_TRAIN]
-    rows = [json.dumps(vars(document), ensure_ascii=False) for document in documents]
+    rows = [
+        json.dumps({key: getattr(document, key) for key in ("id", "text", "split")}, ensure_ascii=False)
+        for document in documents
+    ]
     SLICE.write_text("\n".join(rows) + "\n", encoding="utf-8")

@@ -1,7 +1,8 @@
 """Corpora of the Hugging Face hub: streamed once, tokenised into one file of ids, read at random from there.
 
 The file makes step k's batch a function of (seed, k), which a stream is not. It lies in the cache
-(`prepared/`); an interrupted preparation starts again. Of every 1,000 documents one is validation, one test.
+(`prepared/`); an interrupted preparation starts again. One document in 1,000 is validation, one test, by the hash
+of its text: copies of one text stand on one side.
 """
 
 import hashlib
@@ -76,6 +77,12 @@ def prepare(name: str, tokenizer: Tokenizer, limit: int) -> Prepared:
     return Prepared(ids, held_out, about["sha256"])
 
 
+def split_of(text: str) -> str | None:
+    """The split that a text is held out for, if it is."""
+    rank = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) % HELD_OUT_EVERY
+    return {1: "validation", 2: "test"}.get(rank)
+
+
 def _write(name: str, tokenizer: Tokenizer, limit: int, folder: Path) -> None:
     end, kind = tokenizer.token_to_id(EOS), np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
     held_out: dict[str, list[list[int]]] = {"validation": [], "test": []}
@@ -95,16 +102,17 @@ def _write(name: str, tokenizer: Tokenizer, limit: int, folder: Path) -> None:
                     written += len(ids)
                 batch.clear()
 
-            for number, row in enumerate(stream(name)):
-                split = {1: "validation", 2: "test"}.get(number % HELD_OUT_EVERY)
-                if split and len(held_out[split]) < MOST_HELD_OUT:
-                    held_out[split].append([*tokenizer.encode(row["text"]).ids, int(end or 0)])
+            for row in stream(name):
+                split = split_of(row["text"])
+                if split:  # beyond the most that are kept, left out: a copy of it may be held out
+                    if len(held_out[split]) < MOST_HELD_OUT:
+                        held_out[split].append([*tokenizer.encode(row["text"]).ids, int(end or 0)])
                     continue
+                if written >= limit and all(held_out.values()):
+                    break
                 batch.append(row["text"])
                 if len(batch) == BATCH:
                     flush()
-                if written >= limit:
-                    break
             flush()
 
     write_atomic(folder / "train.bin", write)

@@ -15,6 +15,15 @@ EOS, PAD, MASK = "[EOS]", "[PAD]", "[MASK]"
 GPT2_IDS = 50_258
 
 
+def reading_text(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer, told that text is text: special tokens spelled out in it are read as the letters they are.
+
+    A special token goes in by its id (`token_to_id`), never by its name.
+    """
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
 def train_bpe(texts: Iterable[str], d_vocab: int) -> Tokenizer:
     """Byte-level BPE with `d_vocab` ids in all: merges first, then [EOS], [PAD] and, last, [MASK]."""
     specials = [EOS, PAD, MASK]
@@ -37,7 +46,7 @@ def train_bpe(texts: Iterable[str], d_vocab: int) -> Tokenizer:
         raise UsageError(
             f"the corpus supports only {tokenizer.get_vocab_size()} tokens; lower d_vocab from {d_vocab}"
         )
-    return tokenizer
+    return reading_text(tokenizer)
 
 
 def gpt2_tokenizer() -> Tokenizer:
@@ -65,7 +74,7 @@ def from_ranks(ranks: dict[bytes, int]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([EOS, MASK])
-    return tokenizer
+    return reading_text(tokenizer)
 
 
 def _byte_letters() -> dict[int, str]:
@@ -91,7 +100,7 @@ def digit_tokenizer(n_symbols: int) -> Tokenizer:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=MASK))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.add_special_tokens([MASK])
-    return tokenizer
+    return reading_text(tokenizer)
 
 
 def load_tokenizer(path: Path, d_vocab: int) -> Tokenizer:
@@ -105,4 +114,4 @@ def load_tokenizer(path: Path, d_vocab: int) -> Tokenizer:
             f"{path} has {tokenizer.get_vocab_size()} tokens with {MASK} at {tokenizer.token_to_id(MASK)}; "
             f"the model needs {d_vocab} with {MASK} last"
         )
-    return tokenizer
+    return reading_text(tokenizer)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from loopmdm_model.data import batches, corpora, fetch, hub, readers
-from loopmdm_model.data.tokenizer import from_ranks, train_bpe
+from loopmdm_model.data.tokenizer import from_ranks, load_tokenizer, train_bpe
 from loopmdm_model.data.trees import TREE_TASKS
 from loopmdm_model.errors import UsageError
 
@@ -93,15 +93,84 @@ def test_own_files_are_a_corpus(tmp_path):
     assert data.batch(0, 4).shape == (4, 16) and data.evaluation("validation").shape[1] == 16
     with pytest.raises(UsageError, match="matches 0 files"):
         corpora.load(f"files:{tmp_path}/*.md")
-    (tmp_path / "5.txt").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(UsageError, match="not UTF-8"):
+    (tmp_path / "culprit.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(UsageError, match=r"culprit\.txt is not UTF-8 text \(byte 3\); convert it"):
         corpora.load(name)
+    (tmp_path / "culprit.txt").write_bytes(b"a\0b")
+    with pytest.raises(UsageError, match=r"culprit\.txt holds NUL"):
+        corpora.load(name)
+
+
+def test_own_files_are_told_by_their_content(tmp_path, monkeypatch):
+    folder = tmp_path / "some [old] texts"
+    folder.mkdir()
+    for number in range(24):
+        (folder / f"{number}.txt").write_text(f"text number {number}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(folder)
+    (tmp_path / "link").symlink_to(folder)
+    spelled = ["*.txt", "../some [old] texts/*.txt", f"{folder}/*.txt", str(folder), "~/link/*.txt", "../link"]
+    found = [corpora.load(f"files:{pattern}") for pattern in spelled]
+    assert all([(d.id, d.split) for d in documents] == [(d.id, d.split) for d in found[0]] for documents in found)
+    assert len({corpora.fingerprint(documents) for documents in found}) == 1
+    (folder / "7.txt").rename(folder / "renamed.txt")
+    assert corpora.fingerprint(corpora.load("files:*.txt")) == corpora.fingerprint(found[0])
+
+
+def test_copies_stand_on_one_side_and_marks_are_read(tmp_path):
+    for number in range(12):
+        (tmp_path / f"{number:02}.txt").write_text("one and the same" if number % 2 else f"text {number}")
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "wide.txt").write_bytes("text 0".encode("utf-16"))
+    (tmp_path / "marked.txt").write_bytes("text 2".encode("utf-8-sig"))
+    (tmp_path / "dos.txt").write_bytes(b"two\r\nlines")
+    with pytest.warns(UserWarning, match="left out") as said:
+        documents = corpora.load(f"files:{tmp_path}")
+    assert sorted(d.text for d in documents) == sorted(
+        {"one and the same", "two\nlines", *(f"text {number}" for number in range(0, 12, 2))}
+    )
+    lines = [str(warning.message) for warning in said]
+    assert lines[0] == "1 empty files are left out: empty.txt"
+    assert lines[1].startswith("7 exact copies are left out: 03.txt (of 01.txt)")
+    for number in range(12):
+        (tmp_path / f"{number:02}.txt").write_text("one and the same")
+    with pytest.warns(UserWarning), pytest.raises(UsageError, match="empty or copies"):
+        corpora.load(f"files:{tmp_path}/[01]*.txt")
+
+
+@pytest.mark.parametrize("pattern", ["", "/", "**x", "~nobody-of-that-name/x"])
+def test_what_is_no_pattern_is_refused_in_a_line(pattern):
+    with pytest.raises(UsageError):
+        corpora.load(f"files:{pattern}")
+
+
+def test_held_out_texts_must_fill_a_block(tmp_path):
+    for number in range(24):
+        (tmp_path / f"note{number:02}.txt").write_text(f"a short note {number} " * (200 if number == 0 else 1))
+    with pytest.raises(UsageError, match=r"held out for validation \(note\d+\.txt\) fills a block of 64"):
+        batches.dataset(f"files:{tmp_path}/*.txt", 64, 262, seed=0)
+
+
+def test_special_tokens_spelled_in_a_text_are_text(tmp_path):
+    for number in range(6):
+        words = [f"word{(number * 7 + i * i) % 41}" for i in range(600)]
+        words[::50] = ["[MASK]", "[PAD]", "[EOS]"] * (len(words[::50]) // 3)
+        (tmp_path / f"{number}.txt").write_text(" ".join(words))
+    data = batches.dataset(f"files:{tmp_path}/*.txt", 64, 280, seed=0)
+    text = "[PAD] is text, [MASK] too[EOS]"
+    ids = data.tokenizer.encode(text).ids
+    specials = [data.tokenizer.token_to_id(name) for name in ("[EOS]", "[PAD]", "[MASK]")]
+    assert not set(ids) & set(specials) and data.tokenizer.decode(ids) == text
+    assert not (data.batch(0, 16)[:, :, None] == torch.tensor(specials[1:])).any()
+    data.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    again = load_tokenizer(tmp_path / "tokenizer.json", 280)
+    assert again.encode(text).ids == ids
 
 
 @pytest.fixture
 def small_hub(monkeypatch, tmp_path):
     monkeypatch.setenv("LOOPMDM_CACHE", str(tmp_path / "cache"))
-    rows = [{"text": f"document number {number} of the stream"} for number in range(2500)]
+    rows = [{"text": f"document number {number} of the stream, " * 3} for number in range(2500)]
     calls = []
 
     def stream(name):
@@ -118,8 +187,9 @@ def test_a_hub_corpus_is_streamed_once_and_read_at_random(small_hub):
     two = hub.prepare("openwebtext", tokenizer, 5000)
     assert len(calls) == 1 and len(one.train) == 5000 and np.array_equal(one.train, two.train)
     assert one.train.dtype == np.uint16 and one.fingerprint == two.fingerprint
-    assert tokenizer.decode(one.held_out["validation"][0].tolist()) == "document number 1 of the stream"
-    assert not (one.train[:40] == one.held_out["validation"][0][-2]).all()
+    first = tokenizer.decode(one.held_out["validation"][0].tolist())
+    assert hub.split_of(first.removesuffix("[EOS]")) == "validation"
+    assert first not in tokenizer.decode(one.train.tolist(), skip_special_tokens=False)
     data = batches.dataset("openwebtext", 16, 300, 0, tokenizer, limit=5000)
     again = batches.dataset("openwebtext", 16, 300, 0, tokenizer, limit=5000)
     assert torch.equal(data.batch(7, 4), again.batch(7, 4)) and len(calls) == 1
