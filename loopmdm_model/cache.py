@@ -12,7 +12,7 @@ from loopmdm_model.errors import UnknownNameError, UsageError, unknown_name
 if TYPE_CHECKING:
     from transformer_lens import ActivationCache
 
-    from loopmdm_model.hooked import HookedLoopMDM
+    from loopmdm_model.hooked import LoopRuns
 
 
 class LoopCache(Mapping[str, Tensor]):
@@ -28,7 +28,7 @@ class LoopCache(Mapping[str, Tensor]):
     def __init__(
         self,
         activations: dict[str, Tensor],
-        owner: "HookedLoopMDM",
+        owner: "LoopRuns",
         loops_used: Tensor,
         tokens: Tensor,
         has_batch_dim: bool = True,

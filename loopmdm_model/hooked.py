@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from tokenizers import Tokenizer
@@ -23,6 +23,7 @@ from loopmdm_model.cache import LoopCache
 from loopmdm_model.checkpoints import RECORD, TOKENIZER, resolve
 from loopmdm_model.config import LoopMDMConfig
 from loopmdm_model.data.tokenizer import load_tokenizer
+from loopmdm_model.doors import LoopDoors, in_dtype
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.files import read_json
 from loopmdm_model.model import Context, LoopMDM, LoopOutput
@@ -35,7 +36,7 @@ Names = str | Iterable[str] | Callable[[str], bool] | None
 LARGE_CACHE = 4 * 2**30
 
 
-class HookedLoopMDM(TextEntries, LoopHooks):
+class LoopRuns(TextEntries, LoopHooks):
     """A LoopMDM that TransformerLens users can look into.
 
     `model` is the plain LoopMDM, `tokenizer` optional. Hook functions have TransformerLens' form
@@ -49,10 +50,12 @@ class HookedLoopMDM(TextEntries, LoopHooks):
         self.model_name, self.record = "", {}
 
     @classmethod
-    def from_pretrained(cls, name: Path | str, device: str | torch.device = "cpu") -> "HookedLoopMDM":
-        """Load a shipped name, a run folder or a hub id, with its tokenizer if there is one."""
+    def from_pretrained(
+        cls, name: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
+    ) -> Self:
+        """Load a shipped name, a run folder or a hub id, with its tokenizer if there is one; in eval mode."""
         folder = resolve(name)
-        model = LoopMDM.from_pretrained(name, device)
+        model = in_dtype(LoopMDM.from_pretrained(name, device), dtype)
         path = folder / TOKENIZER
         hooked = cls(model, load_tokenizer(path, model.cfg.d_vocab) if path.is_file() else None)
         hooked.model_name = folder.name
@@ -254,3 +257,7 @@ class HookedLoopMDM(TextEntries, LoopHooks):
             return
         listed = [names_filter] if isinstance(names_filter, str) else list(names_filter)
         self._warn_unfired([name for name in listed if name not in store])
+
+
+class HookedLoopMDM(LoopDoors, LoopRuns):
+    """`LoopRuns` with TransformerLens' names and arguments, those of `doors.py`."""

@@ -5,6 +5,7 @@ value and the first gradient under one name.) A HookPoint is called only if some
 """
 
 import difflib
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,21 @@ if TYPE_CHECKING:
 AttnPath = Literal["auto", "eager", "sdpa"]
 MOST_LOOPS = 512
 """Explicit names make their hook points at once; beyond this many loops that is surely a slip."""
+
+
+class LoopPoint(HookPoint):
+    """A HookPoint that knows its place from its name."""
+
+    def layer(self) -> int:
+        """The physical layer; in an unrolled model the depth."""
+        found = re.search(r"blocks\.(\d+)\.", self.name or "")
+        if found is None:
+            raise UsageError(f"{self.name} belongs to no layer; names with blocks.<layer> do")
+        return int(found.group(1))
+
+    def loop(self) -> int | None:
+        """The iteration, None outside the loop."""
+        return names.parse_loop(self.name or "")
 
 
 class HookTap(Tap):
@@ -125,7 +141,7 @@ class LoopHooks(HookedRootModule):
 
     def _add_points(self, new: list[str]) -> None:
         for name in new:
-            point = HookPoint()
+            point = LoopPoint()
             point.name = name
             self.hook_dict[name] = self.mod_dict[name] = point
             prefix, leaf = self._split(name)
