@@ -16,7 +16,7 @@ from transformer_lens import HookedRootModule
 from loopmdm_model import names
 from loopmdm_model.cache import LoopCache
 from loopmdm_model.checkpoints import RECORD, TOKENIZER
-from loopmdm_model.errors import UsageError, check_count, unknown_name
+from loopmdm_model.errors import MissingAttribute, UsageError, check_count, unknown_name
 from loopmdm_model.files import write_atomic, write_json
 from loopmdm_model.folded import FoldedWeights
 from loopmdm_model.likelihood import row_cross_entropy
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 Given = Tensor | MaskedBatch | str | list | tuple | np.ndarray
 """What goes in as tokens: ids, text, several texts, or a batch that knows what it hides."""
-Run = tuple[Tensor, int | None, StoppingRule | None, Tensor | None]
+Run = tuple[Any, int | None, StoppingRule | None, Tensor | None]
+"""What `LoopRuns` takes first: tokens, n_loops, stop, attention_mask."""
 
 _GENERATE = "a masked diffusion model fills in, it does not go on from the left: use loopmdm_model.sample(m, ...)"
 _FOLDED = "shown weights have the norms folded in already, and m.model keeps its own"
@@ -57,10 +58,6 @@ ARGUMENTS = {
     **dict.fromkeys(("past_kv_cache", "past_key_values"), "attention is bidirectional: nothing can be kept"),
 }
 """Arguments that people try, and what to do instead."""
-
-
-class NoSuchDoor(UsageError, AttributeError):
-    """An attribute that TransformerLens' models have and these do not."""
 
 
 class Output(NamedTuple):
@@ -92,8 +89,10 @@ def listed(names: Any) -> list[Any]:
 
 def in_dtype(model: LoopMDM, dtype: torch.dtype | str | None) -> LoopMDM:
     """The model with its parameters in `dtype`, a torch dtype or its name; rotary tables stay float32."""
+    if dtype is None:
+        return model
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+    if not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise UsageError(f'dtype must be a floating torch dtype or its name, as "bfloat16"; got {dtype!r}')
     for parameter in model.parameters():
         parameter.data = parameter.data.to(found)
@@ -190,7 +189,7 @@ class Doors(FoldedWeights, TextEntries, HookedRootModule):
     def __getattr__(self, name: str) -> Any:
         """Say what to do instead of what TransformerLens has and this does not."""
         if name in INSTEAD:
-            raise NoSuchDoor(f"no {name} here; {INSTEAD[name]}")
+            raise MissingAttribute(f"no {name} here; {INSTEAD[name]}")
         return super().__getattr__(name)
 
     @property
@@ -207,23 +206,27 @@ class Doors(FoldedWeights, TextEntries, HookedRootModule):
 
     def _inputs(self, tokens: Given, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Ids [batch, pos] and padding mask of whatever may be given as tokens."""
+        return super()._inputs(*self._plain(tokens, mask))
+
+    def _plain(self, tokens: Given, mask: Tensor | None) -> tuple[Any, Tensor | None]:
+        """Ids [batch, pos] or text, and the mask that came with them."""
         if isinstance(tokens, MaskedBatch):
             tokens, mask = tokens.tokens, tokens.attention_mask if mask is None else mask
         if isinstance(tokens, np.ndarray | list | tuple) and len(tokens) and not isinstance(tokens[0], str):
             tokens = _ids(tokens, self.device)
         if isinstance(tokens, Tensor) and tokens.ndim == 1:
             tokens, mask = tokens[None], mask if mask is None else mask.reshape(1, -1)
-        return super()._inputs(tokens, mask)  # pyright: ignore[reportArgumentType]
+        return tokens, mask
 
     def to_tokens(self, text: str | list[str], prepend_bos: bool = False) -> Tensor:
         """Token ids [batch, pos] of a text or several; shorter ones are padded with [PAD]. There is no BOS."""
         if prepend_bos:
             raise UsageError("there is no BOS token here; leave prepend_bos out")
         try:
-            return super().to_tokens(text)
+            "".join([text] if isinstance(text, str) else map(str, text)).encode()
         except UnicodeEncodeError as error:
-            wrong = ascii(error.object[error.start])
-            raise UsageError(f"the text holds {wrong}, half of a surrogate pair; decode it again") from error
+            raise UsageError(f"the text holds half a surrogate pair ({error}); decode it again") from error
+        return super().to_tokens(text)
 
     def to_single_token(self, text: str) -> int:
         """The id of a text that is one token."""
@@ -348,23 +351,17 @@ class LoopDoors(Doors):
         """
         self._check_answer(return_type, tokens)
         refuse(others, self.forward)
-        ids, attention_mask = self._inputs(tokens, attention_mask)
+        ids, attention_mask = self._plain(tokens, attention_mask)
         if stop_at_layer is not None:
-            return self._stream(stop_at_layer, ids, n_loops, stop, attention_mask, attn_path)
+            return self._stream(stop_at_layer, (ids, n_loops, stop, attention_mask), attn_path)
         logits = super().forward(ids, n_loops, stop, attention_mask, attn_path)
         return self._answer(logits if mask_logit else logits[..., :-1], tokens, return_type)
 
-    def _stream(
-        self,
-        stop_at_layer: int,
-        tokens: Tensor,
-        n_loops: int | None,
-        stop: StoppingRule | None,
-        attention_mask: Tensor | None,
-        attn_path: AttnPath,
-    ) -> Tensor:
+    def _stream(self, stop_at_layer: int, run: Run, attn_path: AttnPath) -> Tensor:
+        given, n_loops, stop, attention_mask = run
         if stop is not None:
             raise UsageError("stop_at_layer needs a fixed number of loops; leave stop= out")
+        tokens, attention_mask = self._inputs(given, attention_mask)
         loops = self._loops(n_loops)
         self.grow(loops)
         depth = depth_of(stop_at_layer, len(applications(self.model, loops)))
@@ -404,7 +401,7 @@ class LoopDoors(Doors):
         with self.attention_path(attn_path):
             store, forward, _ = self.get_caching_hooks(**kept)
         with self.hooks(forward):
-            x = self._stream(stop_at_layer, *run, attn_path)
+            x = self._stream(stop_at_layer, run, attn_path)
         done = applications(self.model, self._loops(run[1]))
         done = done[: depth_of(stop_at_layer, len(done))]
         loops = torch.tensor([len({names.parse_loop(prefix) for prefix, _ in done} - {None})] * len(x))

@@ -17,6 +17,10 @@ class UnknownNameError(UsageError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
+class MissingAttribute(UsageError, AttributeError):
+    """An attribute that people look for and that there is not; the message says what to do instead."""
+
+
 class DivergedError(RuntimeError):
     """Training produced a loss that is not finite; the command line exits with 1."""
 
