@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 import torch
 from torch import Tensor
-from transformer_lens import HookedRootModule
 
 from loopmdm_model import names
 from loopmdm_model.cache import LoopCache
@@ -22,7 +21,7 @@ from loopmdm_model.folded import FoldedWeights
 from loopmdm_model.likelihood import row_cross_entropy
 from loopmdm_model.masking import MaskedBatch
 from loopmdm_model.model import LoopMDM
-from loopmdm_model.points import AttnPath
+from loopmdm_model.points import AttnPath, LoopHooks
 from loopmdm_model.stopping import StoppingRule
 from loopmdm_model.taps import Tap, TapSource
 from loopmdm_model.text import TextEntries
@@ -46,6 +45,7 @@ INSTEAD = {
     **dict.fromkeys(("set_use_split_qkv_input", "set_use_attn_in", "set_use_split_qkv_normalized_input"), _FORK),
     "set_use_attn_result": 'not needed: name attn.hook_result, as in names_filter=lambda n: n.endswith("result")',
     "set_use_hook_mlp_in": "hook ln2.hook_normalized or hook_resid_mid instead",
+    **dict.fromkeys(("QK", "OV"), "m.unrolled(1) has it, each layer once"),
     "set_tokenizer": "set .tokenizer",
     "tl_parameters": "use m.model.named_parameters()",
 }
@@ -183,7 +183,7 @@ def stream_at(depth: int, model: LoopMDM, run: tuple[Tensor, int, Tensor | None]
 # --- the doors ---
 
 
-class Doors(FoldedWeights, TextEntries, HookedRootModule):
+class Doors(FoldedWeights, TextEntries, LoopHooks):
     """What the looped and the unrolled model share."""
 
     def __getattr__(self, name: str) -> Any:
@@ -306,9 +306,6 @@ class LoopDoors(Doors):
 
     tokenizer: Any
     record: dict[str, Any]
-    attention_path: Callable[..., Any]
-    taps: TapSource
-    grow: Callable[[int], None]
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

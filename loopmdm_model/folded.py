@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformer_lens.FactoredMatrix import FactoredMatrix
 
 from loopmdm_model.errors import UsageError
 from loopmdm_model.layers import Block, Norm
@@ -200,16 +199,6 @@ class FoldedWeights:
     def b_U(self) -> Tensor:
         """Unembedding bias [d_vocab_out], final norm folded in."""
         return self.unembed.b_U
-
-    @property
-    def QK(self) -> FactoredMatrix:
-        """W_Q W_K^T, [layer, head, d_model, d_model], before rotation by position."""
-        return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
-
-    @property
-    def OV(self) -> FactoredMatrix:
-        """W_V W_O, [layer, head, d_model, d_model]."""
-        return FactoredMatrix(self.W_V, self.W_O)
 
     def tokens_to_residual_directions(self, tokens: Tensor | int | str | list[int]) -> Tensor:
         """W_U's columns [..., d_model] of token ids, or of the token that a text is."""

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer
@@ -34,6 +34,7 @@ from loopmdm_model.unrolled import unroll
 
 Names = str | Iterable[str] | Callable[[str], bool] | None
 LARGE_CACHE = 4 * 2**30
+Hooked = TypeVar("Hooked", bound="LoopRuns")
 
 
 class LoopRuns(TextEntries, LoopHooks):
@@ -51,8 +52,11 @@ class LoopRuns(TextEntries, LoopHooks):
 
     @classmethod
     def from_pretrained(
-        cls, name: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
-    ) -> Self:
+        cls: type[Hooked],
+        name: Path | str,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | str | None = None,
+    ) -> Hooked:
         """Load a shipped name, a run folder or a hub id, with its tokenizer if there is one; in eval mode."""
         folder = resolve(name)
         model = in_dtype(LoopMDM.from_pretrained(name, device), dtype)
@@ -260,4 +264,9 @@ class LoopRuns(TextEntries, LoopHooks):
 
 
 class HookedLoopMDM(LoopDoors, LoopRuns):
-    """`LoopRuns` with TransformerLens' names and arguments, those of `doors.py`."""
+    """`LoopRuns` with TransformerLens' names and arguments, those of `doors.py`.
+
+    Weights are shown as TransformerLens shows them, norms folded in (`folded.py`): they act on the normalised
+    stream without weights, as `ln_final` here and `cache.unrolled()` give it. A cache over loops holds under
+    `hook_normalized` what `model` itself computes, norms' weights included.
+    """

@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformer_lens import ActivationCache
+from transformer_lens.FactoredMatrix import FactoredMatrix
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
 
@@ -22,7 +23,7 @@ from loopmdm_model.errors import UnknownNameError, UsageError
 from loopmdm_model.folded import BlockWeights, plain, weighted
 from loopmdm_model.layers import Norm
 from loopmdm_model.model import LoopMDM
-from loopmdm_model.points import AttnPath, LoopHooks
+from loopmdm_model.points import AttnPath
 from loopmdm_model.taps import NO_TAP, Tap
 
 __all__ = ["UnrolledConfig", "UnrolledLoopMDM", "applications", "unroll"]
@@ -98,7 +99,7 @@ def norms_of(model: LoopMDM, layer: int | None) -> dict[str, Norm]:
     return {"ln1.hook_normalized": block.ln1, "ln2.hook_normalized": block.ln2}
 
 
-class UnrolledLoopMDM(Doors, LoopHooks):
+class UnrolledLoopMDM(Doors):
     """A looped model `m` at `n_loops` loops as a plain deep one: virtual layers, one per application.
 
     Hook names are `hook_embed`, `blocks.{depth}.<leaf>`, `ln_final.*`, `hook_logits`. The weights are `m`'s own,
@@ -141,6 +142,16 @@ class UnrolledLoopMDM(Doors, LoopHooks):
         """Weights by virtual layer."""
         physical = super().blocks
         return [physical[layer] for _, layer in self.places]
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        """W_Q W_K^T, [layer, head, d_model, d_model], before rotation by position."""
+        return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        """W_V W_O, [layer, head, d_model, d_model]."""
+        return FactoredMatrix(self.W_V, self.W_O)
 
     # --- hooks ---
 

@@ -247,7 +247,7 @@ m.W_in.shape == (4, 128, 512) and m.W_out.shape == (4, 512, 128)
 m.W_gate is None
 m.b_Q.shape == m.b_K.shape == m.b_V.shape == (4, 4, 32) and m.b_O.shape == m.b_out.shape == (4, 128)
 torch.equal(m.blocks[1].attn.W_Q, m.W_Q[1]) and torch.equal(m.blocks[1].mlp.W_out, m.W_out[1])
-close(m.OV[1, 2].AB, m.W_V[1, 2] @ m.W_O[1, 2]) and close(m.QK[1, 2].AB, m.W_Q[1, 2] @ m.W_K[1, 2].T)
+close(u.OV[1, 2].AB, m.W_V[1, 2] @ m.W_O[1, 2]) and close(u.QK[1, 2].AB, m.W_Q[1, 2] @ m.W_K[1, 2].T)
 torch.equal(m.tokens_to_residual_directions(" the"), m.W_U[:, m.to_single_token(" the")])
 close(m.accumulated_bias(4), (m.b_O + m.b_out).sum(0))
 (m.device.type, m.dtype, m.training) == ("cpu", torch.float32, False)
@@ -275,6 +275,7 @@ patching.get_act_patch_resid_pre(u, b.clean, c, lambda x: x[0, 0, 0]).shape == (
 
 SAYS = {
     "m.generate(TEXT)": r"use loopmdm_model\.sample",
+    "m.QK": r"m\.unrolled\(1\) has it",
     "m.W_pos": "positions are rotary",
     "m.set_use_attn_result(True)": r"name attn\.hook_result",
     "m.set_use_split_qkv_input(True)": r"hook attn\.hook_q",

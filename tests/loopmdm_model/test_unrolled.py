@@ -20,6 +20,8 @@ SHAPES = {
     "LN, biases, gated": {"attn_bias": True, "gated_mlp": True, "act_fn": "silu"},
     "RMS, biases, gated": {"normalization_type": "RMS", "attn_bias": True, "gated_mlp": True},
     "no biases": {"mlp_bias": False, "unembed_bias": False, "norm_bias": False},
+    "no loop": {"n_loop_layers": 0},
+    "nothing but the loop": {"n_prelude_layers": 0, "n_coda_layers": 0},
     "mask to mask forbidden in the loop": {"forbid_mask_to_mask": ("loop",)},
 }
 
