@@ -15,6 +15,7 @@ from torch import Tensor
 from loopmdm_model import names
 from loopmdm_model.cache import LoopCache
 from loopmdm_model.checkpoints import RECORD, TOKENIZER
+from loopmdm_model.depth import applications, depth_of, stream_at
 from loopmdm_model.errors import MissingAttribute, UsageError, check_count, unknown_name
 from loopmdm_model.files import write_atomic, write_json
 from loopmdm_model.folded import FoldedWeights
@@ -23,11 +24,9 @@ from loopmdm_model.masking import MaskedBatch
 from loopmdm_model.model import LoopMDM
 from loopmdm_model.points import AttnPath, LoopHooks
 from loopmdm_model.stopping import StoppingRule
-from loopmdm_model.taps import Tap, TapSource
 from loopmdm_model.text import TextEntries
 
 if TYPE_CHECKING:
-    from loopmdm_model.model import Context
     from loopmdm_model.unrolled import UnrolledLoopMDM
 
 Given = Tensor | MaskedBatch | str | list | tuple | np.ndarray
@@ -97,90 +96,6 @@ def in_dtype(model: LoopMDM, dtype: torch.dtype | str | None) -> LoopMDM:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(found)
     return model
-
-
-# --- a depth to stop at ---
-
-
-def applications(model: LoopMDM, n_loops: int) -> list[tuple[str, int]]:
-    """(prefix of the hook names, physical layer) of every application, in running order."""
-    cfg = model.cfg
-    looped = [(f"loop.{i}.blocks.{layer}.", layer) for i in range(n_loops) for layer in cfg.layers("loop")]
-    prelude = [(f"blocks.{layer}.", layer) for layer in cfg.layers("prelude")]
-    return prelude + looped + [(f"blocks.{layer}.", layer) for layer in cfg.layers("coda")]
-
-
-class Relay(Tap):
-    """Passes everything on to another tap."""
-
-    __slots__ = ("tap",)
-
-    def __init__(self, tap: Tap):
-        self.tap = tap
-
-    @property
-    def explicit(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """As the other tap."""
-        return self.tap.explicit
-
-    def __call__(self, name: str, x: Tensor) -> Tensor:
-        """Offer `x` to the other tap."""
-        return self.tap(name, x)
-
-    def enter(self, context: "Context") -> None:
-        """Tell the other tap."""
-        self.tap.enter(context)
-
-    def wants(self, *names: str) -> bool:
-        """Ask the other tap."""
-        return self.tap.wants(*names)
-
-
-class Reached(Exception):
-    """The depth to stop at; carries the stream there."""
-
-    def __init__(self, x: Tensor):
-        super().__init__()
-        self.x = x
-
-
-class LastTap(Relay):
-    """Ends the run once `leaf` has passed, hooks included."""
-
-    __slots__ = ("leaf",)
-
-    def __init__(self, tap: Tap, leaf: str):
-        super().__init__(tap)
-        self.leaf = leaf
-
-    def __call__(self, name: str, x: Tensor) -> Tensor:
-        """Offer `x`, then end if it was the last."""
-        x = self.tap(name, x)
-        if name == self.leaf:
-            raise Reached(x)
-        return x
-
-
-def depth_of(stop_at_layer: int, count: int) -> int:
-    """How many of `count` applications run; -1 means all but the last, as in TransformerLens."""
-    depth = check_count("stop_at_layer", stop_at_layer, least=-count)
-    if depth > count:
-        raise UsageError(f"stop_at_layer must be at most {count}, one per layer application; got {depth}")
-    return depth + count if depth < 0 else depth
-
-
-def stream_at(depth: int, model: LoopMDM, run: tuple[Tensor, int, Tensor | None], taps: TapSource) -> Tensor:
-    """The stream [batch, pos, d_model] after `depth` applications; `run` is (tokens, n_loops, attention_mask)."""
-    done = applications(model, run[1])[:depth]
-    prefix, leaf = (done[-1][0], "hook_resid_post") if done else ("", "hook_embed")
-    try:
-        model(*run, lambda at: LastTap(taps(at), leaf) if at == prefix else taps(at))
-    except Reached as reached:
-        return reached.x
-    raise AssertionError(f"{prefix}{leaf} was never passed")
-
-
-# --- the doors ---
 
 
 class Doors(FoldedWeights, TextEntries, LoopHooks):

@@ -18,7 +18,8 @@ from transformer_lens.utilities import Slice
 from loopmdm_model import names
 from loopmdm_model.cache import LoopCache
 from loopmdm_model.config import FORBIDDEN, LoopMDMConfig
-from loopmdm_model.doors import Doors, Given, Relay, applications, depth_of, refuse, stream_at
+from loopmdm_model.depth import Relay, applications, depth_of, stream_at
+from loopmdm_model.doors import Doors, Given, refuse
 from loopmdm_model.errors import UnknownNameError, UsageError
 from loopmdm_model.folded import BlockWeights, plain, weighted
 from loopmdm_model.layers import Norm
