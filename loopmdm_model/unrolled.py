@@ -114,8 +114,9 @@ class UnrolledLoopMDM(Doors):
       `m(tokens)[..., :-1]`. Nothing is infinite: entropies, means over the vocabulary and differences are right.
 
     `places[depth]` is (loop, physical layer), loop None outside the loop. Of transformer_lens.patching all of
-    `get_act_patch_*` runs but direct paths, which need q, k and v to read separate streams. `detect_head` compares
-    with causal patterns: "abs" refuses these, "mul" counts keys up to the query's own position only.
+    `get_act_patch_*` runs but direct paths, which need q, k and v to read separate streams; so does
+    `attribution_patch`, by node and not by edge. `detect_head` compares with causal patterns: "abs" refuses these,
+    "mul" counts keys up to the query's own position only.
     """
 
     _virtual: dict[str, tuple[str, int | None]]

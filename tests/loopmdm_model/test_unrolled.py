@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformer_lens import ActivationCache, head_detector, patching
 from transformer_lens.tools.analysis import direct_logit_attribution, logit_lens
+from transformer_lens.tools.analysis.attribution_patching import EdgeAttributionConfig, attribution_patch
 
 from loopmdm_model import names
 from loopmdm_model.errors import UsageError
@@ -300,6 +301,31 @@ def test_direct_paths_are_refused_with_the_remedy(caches):
     _, corrupted = u.run_with_cache(tokens)
     with pytest.raises(UsageError, match=r"set_use_split_qkv_input here; .*hook attn\.hook_q"):
         patching.get_act_patch_direct_path(u, tokens, clean, corrupted, metric_of, 0, 0, verbose=False)
+
+
+def test_attribution_patching_is_the_gradient_times_the_difference(caches):
+    u, clean, _, tokens = caches
+    with torch.enable_grad():
+        found = attribution_patch(u, clean_of(u, clean), tokens, metric_of).node_scores
+    embed = u.model.embed(tokens).detach()
+
+    def put(x, hook):
+        return embed
+
+    with torch.enable_grad():
+        embed.requires_grad_()
+        metric = metric_of(u.run_with_hooks(tokens, fwd_hooks=[("hook_embed", put)]))
+        (gradient,) = torch.autograd.grad(metric, embed)
+    wanted = ((clean["hook_embed"] - embed) * gradient).sum((0, -1))  # the metric is a mean over the batch already
+    scores = torch.tensor([score for node, score in found.items() if node.kind == "embed"])
+    torch.testing.assert_close(scores, wanted.detach(), atol=1e-5, rtol=1e-3)
+    with pytest.raises(UsageError, match="set_use_attn_result"):
+        attribution_patch(u, tokens, tokens, metric_of, EdgeAttributionConfig(granularity="edge"))
+
+
+def clean_of(u, cache):
+    """The tokens whose embeddings a cache holds."""
+    return (cache["hook_embed"][:, :, None] - u.W_E).abs().sum(-1).argmin(-1)
 
 
 def test_head_detection_refuses_or_counts_earlier_keys_only(plain_m):
