@@ -1,18 +1,23 @@
 """What a run left behind: activations by name, by (name, "loop", i, layer), stacked over loops."""
 
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from loopmdm_model import sites
-from loopmdm_model.errors import UnknownNameError, UsageError, unknown_name
+from loopmdm_model.errors import MissingAttribute, UnknownNameError, UsageError, unknown_name
 
 if TYPE_CHECKING:
     from transformer_lens import ActivationCache
 
-    from loopmdm_model.hooked import HookedLoopMDM
+    from loopmdm_model.hooked import LoopRuns
+
+UNROLLED = ("accumulated_resid", "apply_ln_to_stack", "apply_slice_to_batch_dim", "compute_head_results")
+UNROLLED += ("decompose_resid", "get_full_resid_decomposition", "get_neuron_results", "logit_attrs", "logit_lens")
+UNROLLED += ("model", "remove_batch_dim", "stack_activation", "stack_head_results", "stack_neuron_results")
+"""What only a cache over virtual layers offers, TransformerLens' ActivationCache."""
 
 
 class LoopCache(Mapping[str, Tensor]):
@@ -28,7 +33,7 @@ class LoopCache(Mapping[str, Tensor]):
     def __init__(
         self,
         activations: dict[str, Tensor],
-        owner: "HookedLoopMDM",
+        owner: "LoopRuns",
         loops_used: Tensor,
         tokens: Tensor,
         has_batch_dim: bool = True,
@@ -68,6 +73,12 @@ class LoopCache(Mapping[str, Tensor]):
     def __len__(self) -> int:
         """Number of cached activations."""
         return len(self._activations)
+
+    def __getattr__(self, name: str) -> Any:
+        """Say where what TransformerLens' cache has is to be found."""
+        if name in UNROLLED:
+            raise MissingAttribute(f"a cache over loops has no {name}; use cache.unrolled().{name}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def keys(self) -> KeysView[str]:
         """Cached names."""

@@ -21,6 +21,10 @@ class Stopped(Exception):
     """Work that was told to end (SIGTERM) and has kept what it had; the command line exits with 143."""
 
 
+class MissingAttribute(UsageError, AttributeError):
+    """An attribute that people look for and that there is not; the message says what to do instead."""
+
+
 class DivergedError(RuntimeError):
     """Training produced a loss that is not finite; the command line exits with 1."""
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer
@@ -24,6 +24,7 @@ from loopmdm_model.checkpoints import RECORD, TOKENIZER, resolve
 from loopmdm_model.config import LoopMDMConfig
 from loopmdm_model.context import Context
 from loopmdm_model.data.tokenizer import load_tokenizer
+from loopmdm_model.doors import LoopDoors, in_dtype
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.files import read_json
 from loopmdm_model.layout import Facts
@@ -37,9 +38,10 @@ from loopmdm_model.unrolled import unroll
 
 Names = str | Site | Iterable[str | Site] | Callable[[str], bool] | None
 LARGE_CACHE = 4 * 2**30
+Hooked = TypeVar("Hooked", bound="LoopRuns")
 
 
-class HookedLoopMDM(TextEntries, LoopHooks):
+class LoopRuns(TextEntries, LoopHooks):
     """A LoopMDM, or any other `Core`, that TransformerLens users can look into.
 
     `model` is the core, `tokenizer` optional. Hook functions have TransformerLens' form
@@ -53,10 +55,15 @@ class HookedLoopMDM(TextEntries, LoopHooks):
         self.model_name, self.record = "", {}
 
     @classmethod
-    def from_pretrained(cls, name: Path | str, device: str | torch.device = "cpu") -> "HookedLoopMDM":
-        """Load a shipped name, a run folder or a hub id, with its tokenizer if there is one."""
+    def from_pretrained(
+        cls: type[Hooked],
+        name: Path | str,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | str | None = None,
+    ) -> Hooked:
+        """Load a shipped name, a run folder or a hub id, with its tokenizer if there is one; in eval mode."""
         folder = resolve(name)
-        model = LoopMDM.from_pretrained(name, device)
+        model = in_dtype(LoopMDM.from_pretrained(name, device), dtype)
         path = folder / TOKENIZER
         hooked = cls(model, load_tokenizer(path, model.cfg.d_vocab) if path.is_file() else None)
         hooked.model_name = folder.name
@@ -268,3 +275,12 @@ class HookedLoopMDM(TextEntries, LoopHooks):
 
 def _listed(names: "str | Site | Iterable[str | Site]") -> list[str]:
     return [str(names)] if isinstance(names, str | Site) else [str(name) for name in names]
+
+
+class HookedLoopMDM(LoopDoors, LoopRuns):
+    """`LoopRuns` with TransformerLens' names and arguments, those of `doors.py`.
+
+    Weights are shown as TransformerLens shows them, norms folded in (`folded.py`): they act on the normalised
+    stream without weights, as `ln_final` here and `cache.unrolled()` give it. A cache over loops holds under
+    `hook_normalized` what `model` itself computes, norms' weights included.
+    """
