@@ -12,10 +12,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from analysis.roster import Entry, roster
 
 from analysis import pipeline
 from analysis.cli.training import _changes
-from analysis.roster import Entry, roster
 from loopmdm_model.checkpoints import ZOO, list_models, list_runs
 from loopmdm_model.data.fetch import sources
 from loopmdm_model.errors import UsageError

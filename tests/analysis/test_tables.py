@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from analysis.roster import roster
 from scipy import stats as distributions
 
 from analysis import frames, tables, zoo
@@ -14,7 +15,6 @@ from analysis.decomposition import nelbo_decomposition
 from analysis.pipeline import planted
 from analysis.plots.quality import over_seeds
 from analysis.plots.style import band, half_width
-from analysis.roster import roster
 from analysis.tables import quality, science, training
 from loopmdm_model import stats
 from loopmdm_model.checkpoints import list_runs
