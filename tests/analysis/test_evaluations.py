@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis import evaluations
+from analysis import evaluations, tables
 from analysis.evaluations import Evaluation, evaluate
 from analysis.evaluations.generation import distinct_pairs, generative, unigram_entropy
 from analysis.evaluations.likelihoods import excess_kl
@@ -216,3 +216,24 @@ def test_a_run_without_weights_still_says_what_was_measured(tmp_path, monkeypatc
         LoopMDM.from_pretrained(folder.name)
     with pytest.raises(UsageError, match="record only"):
         evaluations.evaluate(folder.name, "nll", [1], n_samples=1)
+
+
+def test_what_the_tables_ask_is_kept_before_the_weights_go(tmp_path, monkeypatch):
+    from analysis.tables import quality
+    from loopmdm_model import checkpoints
+    from loopmdm_model.training.ship import forget_weights
+    from loopmdm_model.zoo.runs import Zoo
+
+    shutil.copytree(checkpoints.ZOO / "sudoku-deep", tmp_path / "sudoku-deep")
+    monkeypatch.setattr(checkpoints, "ZOO", tmp_path)
+    monkeypatch.setenv("LOOPMDM_CACHE", str(tmp_path / "cache"))
+    zoo = Zoo.roster()
+    run = zoo["sudoku-deep"]
+    assert not quality.is_kept(run, zoo)
+    quality.keep(run, zoo)
+    forget_weights(tmp_path / "sudoku-deep")
+    assert quality.is_kept(run, zoo)
+    solved = quality.solve_rate_table(quality.select(task="sudoku", arm="deep", seed=0), zoo)
+    committed = tables.load("sudoku-solve-rate")
+    expected = committed[committed["model"] == "sudoku-deep"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(solved[expected.columns], expected, check_like=True)
