@@ -62,7 +62,7 @@ Items = dict[str, Item]
 
 def plan(zoo: Zoo | None = None) -> Items:
     """Every item by place, each below what it needs; of a zoo (default: the roster)."""
-    zoo = zoo or Zoo.roster()
+    zoo = Zoo.roster() if zoo is None else zoo
     items: Items = {}
     for item in sources().values():
         there = any(cache_folder().glob(f"{item.sha256[:16]}-*"))

@@ -58,23 +58,26 @@ def ship(
     record_only: Annotated[bool, typer.Option(help="keep curve and measurements, not the weights")] = False,
 ) -> None:
     """Copy a finished run into the zoo of shipped models (fp16), evaluated as shipped."""
-    from loopmdm_model.training.ship import forget_weights, ship
+    from loopmdm_model.training.ship import ship
 
     with interruptible("ship it again"):
-        if not record_only:
-            print(ship(run))
-            return
-        from analysis.tables import quality
-        from loopmdm_model.checkpoints import RECORD, need
-        from loopmdm_model.files import read_json
-        from loopmdm_model.zoo.runs import Zoo
+        print(_as_record(run) if record_only else ship(run))
 
-        zoo = Zoo.roster()
-        listed = zoo[read_json(need(run, RECORD))["spec"]["name"]]
-        home = ship(run)
-        quality.keep(listed, zoo)
-        forget_weights(home)
-    print(home)
+
+def _as_record(run: Path) -> Path:
+    """Ship a run of the roster, measure what the tables ask of it, and let its weights go."""
+    from analysis.tables import quality
+    from loopmdm_model.checkpoints import RECORD, need
+    from loopmdm_model.files import read_json
+    from loopmdm_model.training.ship import forget_weights, ship
+    from loopmdm_model.zoo.runs import Zoo
+
+    zoo = Zoo.roster()
+    listed = zoo[read_json(need(run, RECORD))["spec"]["name"]]  # before anything is written
+    home = ship(run)
+    quality.keep(listed, zoo)
+    forget_weights(home)
+    return home
 
 
 def _changes(pairs: list[str]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Table:
 
     def measure(self, folder: Path, zoo: Zoo | None = None) -> pd.DataFrame:
         """Compute and write it, then read it back as everyone else will."""
-        zoo = zoo or Zoo.shipped()
+        zoo = Zoo.shipped() if zoo is None else zoo
         names = self.models.names(zoo)
         if not names:
             raise UsageError(f"table {self.name} is of {self.models}; no such run is here, see figures/zoo.toml")
@@ -96,7 +96,7 @@ def load(name: str, zoo: Zoo | None = None) -> pd.DataFrame:
     if not (folder / f"{name}.parquet").exists():
         return item.measure(folder, zoo)
     frame = item.read(folder)
-    if not item.fits(frame.attrs, zoo or Zoo.shipped()):
+    if not item.fits(frame.attrs, Zoo.shipped() if zoo is None else zoo):
         warnings.warn(outdated(name), stacklevel=2)
     return frame
 
@@ -104,7 +104,7 @@ def load(name: str, zoo: Zoo | None = None) -> pd.DataFrame:
 def is_current(name: str, zoo: Zoo | None = None) -> bool:
     """Whether a stored table is of the weights that are shipped, and of the measures as they are."""
     item = table(name)
-    return item.fits(item.read(tables_folder()).attrs, zoo or Zoo.shipped())
+    return item.fits(item.read(tables_folder()).attrs, Zoo.shipped() if zoo is None else zoo)
 
 
 def outdated(name: str) -> str:

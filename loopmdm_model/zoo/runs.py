@@ -69,9 +69,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Zoo:
-    """Runs in the order of task, arm and seed; UsageError where they contradict each other."""
+    """Runs in the order of task, arm and seed; UsageError where they contradict each other.
+
+    `listed` are all runs of the roster if these are a part of it: what is not shipped yet may set an axis.
+    """
 
     runs: tuple[Run, ...]
+    listed: tuple[Run, ...] = field(default=(), repr=False)
 
     def __post_init__(self):
         """Sorted, and without contradictions."""
@@ -91,8 +95,9 @@ class Zoo:
     def shipped(cls, figures: Path | None = None) -> "Zoo":
         """The runs of the roster whose record is here; `weights` says whether their weights are."""
         records, models = set(list_runs()), set(list_models())
-        runs = [run for run in cls.roster(figures) if run.name in records]
-        return cls(tuple(replace(run, weights=run.name in models) for run in runs))
+        listed = cls.roster(figures).runs
+        here = tuple(replace(run, weights=run.name in models) for run in listed if run.name in records)
+        return cls(here, listed)
 
     def __iter__(self) -> Iterator[Run]:
         return iter(self.runs)
@@ -121,13 +126,13 @@ class Zoo:
         return found[0]
 
     def s_max(self, run: Run) -> int:
-        """S_max of a looped run; of another one that of its task's arm `loop`, the axis they share."""
-        return run.s_max if run.s_max > 1 else self.first(run.task).s_max
+        """S_max of a looped run; of another one that of its task's arm `loop`, if there is one: the axis."""
+        return run.s_max if run.s_max > 1 else self.axes([run]).get(run.task, run.s_max)
 
     def axes(self, runs: Iterable[Run]) -> dict[str, int]:
         """S_max of the arm `loop` of each task of some runs that has one."""
-        tasks = sorted({run.task for run in runs})
-        return {task: self.first(task).s_max for task in tasks if self.select(task=task, arm=LOOPED)}
+        known = {run.task: run.s_max for run in self.listed or self.runs if run.arm == LOOPED}
+        return {task: known[task] for task in sorted({run.task for run in runs} & known.keys())}
 
 
 def _check(runs: Iterable[Run]) -> None:

@@ -96,8 +96,9 @@ def with_readers(found: set[str]) -> set[str]:
     return found | {name for name, item in tables.TABLES.items() if found & set(item.tables)}
 
 
-def test_everything_committed_is_current():
+def test_everything_committed_is_current_for_the_zoo_as_it_is_alone():
     assert not_current() == (set(), set())
+    assert not any(tables.is_current(name, Zoo(())) for name in tables.TABLES)
 
 
 @pytest.mark.parametrize("measure", ["mask-attention-pooled", "stopping-verdicts", "excess-kl", "training-free"])

@@ -224,6 +224,8 @@ def test_what_the_tables_ask_is_kept_before_the_weights_go(tmp_path, monkeypatch
     from loopmdm_model.training.ship import forget_weights
     from loopmdm_model.zoo.runs import Zoo
 
+    committed = tables.load("sudoku-solve-rate")
+    expected = committed[committed["model"] == "sudoku-deep"].reset_index(drop=True)
     shutil.copytree(checkpoints.ZOO / "sudoku-deep", tmp_path / "sudoku-deep")
     monkeypatch.setattr(checkpoints, "ZOO", tmp_path)
     monkeypatch.setenv("LOOPMDM_CACHE", str(tmp_path / "cache"))
@@ -234,6 +236,4 @@ def test_what_the_tables_ask_is_kept_before_the_weights_go(tmp_path, monkeypatch
     forget_weights(tmp_path / "sudoku-deep")
     assert quality.is_kept(run, zoo)
     solved = quality.solve_rate_table(quality.select(task="sudoku", arm="deep", seed=0), zoo)
-    committed = tables.load("sudoku-solve-rate")
-    expected = committed[committed["model"] == "sudoku-deep"].reset_index(drop=True)
     pd.testing.assert_frame_equal(solved[expected.columns], expected, check_like=True)
