@@ -1,9 +1,10 @@
 """What there is to make, from corpora to figures, and what of it is current: the plan that figures/Snakefile runs.
 
 An item is a corpus, a run (trained), a model (a run shipped into the zoo), a table or a figure. Its key is a hash
-of the resolved spec (runs, models), or of its name and of the keys of what it is made from (tables, figures). What
-is current is read from what the things themselves record, never from file times: train.json holds the spec,
-a table the hashes of its models, a figure's sidecar the hashes of its tables. Code is not part of any key.
+of the resolved spec (runs, models), or of its name and the keys of what it is made from (tables, figures) and, for
+a table, of the editions of its measures. What is current is read from what the things themselves record, never
+from file times: train.json holds the spec, a table the hashes of its models and the editions, a figure's sidecar
+the hashes of its tables. The plan is that of a `Zoo`; what was imported before makes no difference.
 
 python -m analysis.pipeline prints the plan as JSON; with --stamps FOLDER it also leaves one file for every
 item that is current, FOLDER/kind/name/key, and removes all others.
@@ -15,20 +16,20 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from analysis.roster import FIGURES, Entry, roster
+from analysis import figures, tables
+from analysis.tables import Table, quality
 from loopmdm_model import checkpoints
 from loopmdm_model.data.fetch import cache_folder, serving, sources
 from loopmdm_model.errors import UsageError
 from loopmdm_model.files import read_json
 from loopmdm_model.training.spec import RunSpec
+from loopmdm_model.zoo.runs import Run, Zoo, figures_folder
 
 KINDS = ("corpus", "run", "model", "table", "figure")
 STAMP_TIME = 10**9
@@ -59,45 +60,23 @@ class Item:
 Items = dict[str, Item]
 
 
-def plan() -> Items:
-    """Every item by place, each below what it needs."""
-    entries = {spec.name: (entry, spec) for entry in roster() for spec in [entry.load()]}
-    with planted(entries.values()):
-        from analysis import figures, tables  # their registries list the zoo when they are imported
+def plan(zoo: Zoo | None = None) -> Items:
+    """Every item by place, each below what it needs; of a zoo (default: the roster)."""
+    zoo = Zoo.roster() if zoo is None else zoo
     items: Items = {}
     for item in sources().values():
         there = any(cache_folder().glob(f"{item.sha256[:16]}-*"))
         _add(items, "corpus", item.name, item.sha256, ("data", "fetch", item.name), there)
-    for entry, spec in entries.values():
-        _add_run(items, entry, spec)
-    axes = {name: spec.model.get("max_loops") for name, (_, spec) in entries.items()}
-    for entry, spec in sorted(entries.values(), key=lambda pair: not pair[1].name.endswith("-loop")):
-        _add_model(items, entry, spec, axes)  # twins first: others may have to wait for them
+    for run in zoo:
+        _add_run(items, run)
+        _add_model(items, run, zoo)
     for name in TopologicalSorter({table.name: table.tables for table in tables.TABLES.values()}).static_order():
-        _add_table(items, tables.table(name), tables.tables_folder(), axes)
+        _add_table(items, tables.table(name), zoo)
     for figure in figures.FIGURES.values():
-        drawn = _drawn(figure.name, figure.tables, tables.tables_folder())
         needs = tuple(f"table/{name}" for name in figure.tables)
+        drawn = _drawn(figure.name, figure.tables, tables.tables_folder())
         _add(items, "figure", figure.name, "", ("figures", figure.name), drawn, needs)
     return items
-
-
-@contextlib.contextmanager
-def planted(entries: Iterable[tuple[Entry, RunSpec]]) -> Iterator[None]:
-    """Inside, the zoo holds exactly the roster: records, and empty files for weights."""
-    before = checkpoints.ZOO
-    with tempfile.TemporaryDirectory() as folder:
-        for entry, spec in entries:
-            home = Path(folder) / spec.name
-            home.mkdir()
-            (home / checkpoints.RECORD).write_text(json.dumps({"spec": spec.to_dict(), "seed": spec.seed}))
-            if entry.weights:
-                (home / checkpoints.WEIGHTS).touch()
-        checkpoints.ZOO = Path(folder)
-        try:
-            yield
-        finally:
-            checkpoints.ZOO = before
 
 
 def _add(
@@ -120,13 +99,13 @@ def _corpora(spec: RunSpec) -> tuple[str, ...]:
     return tuple(f"corpus/{name}" for name in wanted if name in sources())
 
 
-def _add_run(items: Items, entry: Entry, spec: RunSpec) -> None:
-    folder, own = _run_folder(spec), spec.to_dict()
-    command = ("train", f"figures/specs/{entry.spec}.toml", "--seed", str(entry.seed), "--resume")
-    for key, value in entry.changes:
+def _add_run(items: Items, run: Run) -> None:
+    folder, own = _run_folder(run.spec), run.spec.to_dict()
+    command = ("train", f"figures/specs/{run.file}.toml", "--seed", str(run.seed), "--resume")
+    for key, value in run.changes:
         command += ("--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}")
-    command += ("--out", str(folder)) if folder.name != spec.name else ()
-    _add(items, "run", spec.name, own, command, _recorded_spec(folder) == own, after=_corpora(spec))
+    command += ("--out", str(folder)) if folder.name != run.name else ()
+    _add(items, "run", run.name, own, command, _recorded_spec(folder) == own, after=_corpora(run.spec))
 
 
 def _run_folder(spec: RunSpec) -> Path:
@@ -164,46 +143,25 @@ def _recorded_spec(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _add_model(items: Items, entry: Entry, spec: RunSpec, axes: dict[str, int]) -> None:
-    home = checkpoints.ZOO / spec.name
+def _add_model(items: Items, run: Run, zoo: Zoo) -> None:
+    home, own = checkpoints.ZOO / run.name, run.spec.to_dict()
     there = (home / checkpoints.WEIGHTS).is_file()
-    shipped = there == entry.weights and _recorded_spec(home) == spec.to_dict()
-    command, after = ("ship", str(_run_folder(spec))), (f"run/{spec.name}", *_corpora(spec))
-    twins: dict[str, int] = {}
-    if not entry.weights:  # what is measured before the weights go is read to the looped twin's S_max
-        command, twins = (*command, "--record-only"), _twins((spec.name,), axes)
-        after += tuple(f"model/{twin}" for twin in _late(twins) if twin != spec.name)
-    own = [spec.to_dict(), entry.weights, twins]
-    _add(items, "model", spec.name, own, command, shipped and not _late(twins), after=after)
+    shipped = there == run.weights and _recorded_spec(home) == own
+    command, after = ("ship", str(_run_folder(run.spec))), (f"run/{run.name}", *_corpora(run.spec))
+    if not run.weights:  # what the tables ask of it has to be there: it cannot be measured again
+        command, shipped = (*command, "--record-only"), shipped and quality.is_kept(run, zoo)
+    read_to = None if run.weights else zoo.s_max(run)
+    _add(items, "model", run.name, [own, run.weights, read_to], command, shipped, after=after)
 
 
-def _twins(names: tuple[str, ...], axes: dict[str, int]) -> dict[str, int]:
-    """The looped models whose S_max is the axis of the tasks of some models, with it."""
-    twins = sorted({f"{name.partition('-')[0]}-loop" for name in names} & axes.keys())
-    return {twin: axes[twin] for twin in twins}
-
-
-def _late(twins: dict[str, int]) -> list[str]:
-    """Those whose shipped record does not have the S_max of their spec, yet."""
-    found = {twin: _recorded_spec(checkpoints.ZOO / twin) for twin in twins}
-    return [twin for twin, spec in found.items() if spec is None or spec["model"].get("max_loops") != twins[twin]]
-
-
-def _add_table(items: Items, table: Any, folder: Path, axes: dict[str, int]) -> None:
-    twins, attributes = _twins(table.models, axes), _attributes(folder / f"{table.name}.parquet")
-    needs = tuple(f"{kind}/{name}" for kind in ("model", "table") for name in getattr(table, f"{kind}s"))
+def _add_table(items: Items, table: Table, zoo: Zoo) -> None:
+    needs = tuple(f"model/{name}" for name in table.models.names(zoo))
+    needs += tuple(f"table/{name}" for name in table.tables)
     after = tuple(f"corpus/{item.name}" for item in serving(table.reads)) if table.reads else ()
-    after += tuple(f"model/{twin}" for twin in _late(twins))
-    current = all(items[need].current for need in needs if need in items) and not _late(twins)
-    recorded = current and attributes.get("models") == {name: _model_hash(name) for name in table.models}
-    _add(items, "table", table.name, twins, ("table", table.name), recorded, needs, after)
-
-
-@cache
-def _model_hash(name: str) -> str:
-    from analysis.provenance import model_hashes
-
-    return model_hashes((name,))[name]
+    current = all(items[need].current for need in needs if need in items)
+    told = _attributes(tables.tables_folder() / f"{table.name}.parquet") if current else {}
+    fits, own = table.fits(told, zoo), table.made_from(zoo)
+    _add(items, "table", table.name, own, ("table", table.name), fits, needs, after)
 
 
 @cache
@@ -220,7 +178,7 @@ def _attributes(path: Path) -> dict[str, Any]:
 def _drawn(name: str, tables: tuple[str, ...], folder: Path) -> bool:
     from analysis.plots.style import FORMATS
 
-    out = FIGURES / "out"
+    out = figures_folder() / "out"
     if not all((out / f"{name}.{kind}").is_file() for kind in (*FORMATS, "json")):
         return False
     with contextlib.suppress(UsageError):

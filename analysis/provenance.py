@@ -19,11 +19,12 @@ def model_hashes(models: tuple[str, ...]) -> dict[str, str]:
     }
 
 
-def of_table(name: str, models: tuple[str, ...]) -> dict[str, Any]:
-    """Provenance kept with a table."""
+def of_table(name: str, models: tuple[str, ...], **made_from: Any) -> dict[str, Any]:
+    """Provenance kept with a table; `made_from` is what it was made from beside the models."""
     return {
         "table": name,
         "models": model_hashes(models),
+        **made_from,
         "commit": commit(),
         "versions": versions(PACKAGES),
         "command": f"loopmdm table {name}",

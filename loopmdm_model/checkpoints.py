@@ -59,13 +59,20 @@ def need(folder: Path, file: str) -> Path:
     path = folder / file
     if not path.is_file():
         if file == WEIGHTS and folder.parent == ZOO:
-            seed = read_json(folder / RECORD)["seed"]
-            raise UsageError(
-                f"{folder.name} is kept as a record only, without weights; train it again with `loopmdm train "
-                f"figures/specs/{re.sub(r'-seed[0-9]+$', '', folder.name)}.toml --seed {seed}`"
-            )
+            raise UsageError(f"{folder.name} is kept as a record only, without weights; {_again(folder.name)}")
         raise UsageError(f"{folder} has no {file}; a model folder holds {WEIGHTS} and {CONFIG}")
     return path
+
+
+def _again(name: str) -> str:
+    """How to have the weights of a run of which the record is kept."""
+    from loopmdm_model.zoo.runs import Zoo  # needs what trains, and this module
+
+    try:
+        run = Zoo.roster()[name]
+    except UsageError:  # not listed, or no checkout
+        return f"train it again from the spec in its {RECORD}"
+    return f"train it again with `loopmdm train figures/specs/{run.file}.toml --seed {run.seed}`"
 
 
 def weights_hash(folder: Path) -> str:

@@ -17,9 +17,11 @@ from analysis.cases import Case
 from analysis.measures import MEASURES, measure
 from analysis.representation import loop_similarity
 from analysis.stopping import stopping_frontier
+from analysis.tables.science import FIRST
 from loopmdm_model.hooked import HookedLoopMDM
 from loopmdm_model.likelihood import nelbo_by_loop
 from loopmdm_model.masking import MaskedBatch, mask_tokens
+from loopmdm_model.zoo.runs import Zoo
 
 N_LOOPS, LENGTH = 12, 256
 
@@ -73,7 +75,7 @@ def once(what: str) -> None:
 
 def replay() -> Iterator[Row]:
     """The frontier of all rules and 20 thresholds each against one evaluation of all loops."""
-    for name in ("sudoku-loop", "sotu-loop"):
+    for name in FIRST.names(Zoo.shipped()):
         case = Case.of(name, None, 1000)
         options = {"maskable": case.maskable, "n_samples": 2}
         value = ratio(
@@ -92,14 +94,12 @@ def similarity() -> Iterator[Row]:
 
 def suite() -> Iterator[Row]:
     """All measures of one model, in seconds."""
-    for name in ("sudoku-loop", "sotu-loop"):
+    for run in FIRST.of(Zoo.shipped()):
         start = time.perf_counter()
         for item in MEASURES.values():
-            if item.on in ("masks", "test set", "Sudoku" if name.startswith("sudoku") else "") and (
-                item.name != "training-free"
-            ):
-                measure(item.name, name, n=128, mask_ratios=(0.5,))
-        yield at_most(f"all measures of {name}, 128 sequences", time.perf_counter() - start, 300, " s")
+            if item.answers(run.spec.data.corpus) and item.name != "training-free":
+                measure(item.name, run.name, n=128, mask_ratios=(0.5,))
+        yield at_most(f"all measures of {run.name}, 128 sequences", time.perf_counter() - start, 300, " s")
 
 
 def drawing() -> Iterator[Row]:

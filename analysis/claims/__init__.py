@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis import tables
 from analysis.claims.answers import ANSWERS, Answer, NotRun
 from loopmdm_model.errors import UsageError, check_keys
+from loopmdm_model.zoo.runs import MAIN_TASKS, figures_folder
 
 FIELDS = ("name", "tasks", "claim", "where", "estimand", "margin", "direction", "falsifier", "figure", "seen")
 COLUMNS = ["claim", "task", "verdict", "estimate", "low", "high", "margin", "direction", "n_seeds", "n", "figure",
@@ -29,6 +29,8 @@ TABLES = (
     "best-rounds", "word-problems",
 )  # fmt: skip
 """What the answers are read off."""
+GROUPS = (("Sudoku", MAIN_TASKS[:1]), ("text, or what is named", (*MAIN_TASKS[1:], "tree", "gsm")))
+"""Columns in which verdicts are shown: title and tasks, the main one first."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Claim:
 
 def load_claims(path: Path | None = None) -> list[Claim]:
     """All claims in the order of the file; UsageError names a missing or unknown key."""
-    path = path or tables.figures_folder() / "claims.toml"
+    path = path or figures_folder() / "claims.toml"
     if not path.is_file():
         raise UsageError(f"{path} is missing; restore it from the repository")
     claims = []

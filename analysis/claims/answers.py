@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis import tables, zoo
+from analysis import tables
 from loopmdm_model import stats
+from loopmdm_model.zoo.runs import Zoo, select
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,10 @@ def _nll(task: str, arm: str, n_loops: int) -> pd.DataFrame:
 
 def _looped(task: str) -> int:
     """S_max of the task's looped arm."""
-    if f"{task}-loop" not in zoo.names(task, "loop"):
+    runs = Zoo.shipped().select(task=task, arm="loop")
+    if not runs:
         raise NotRun
-    return zoo.s_max(f"{task}-loop")
+    return runs[0].s_max
 
 
 def _units(task: str) -> int:
@@ -78,10 +80,15 @@ def _units(task: str) -> int:
     return int(df.loc[df["task"] == task, "n_units"].iloc[0])
 
 
+def _of_arm(df: pd.DataFrame, task: str, arm: str, first: bool = False) -> pd.DataFrame:
+    """Rows of the models of a task's arm, of every seed or of the first one."""
+    names = select(task=task, arm=arm).names(Zoo.shipped())
+    return df[df["model"].isin(names[:1] if first else names)]
+
+
 def _rows(name: str, task: str, **where: object) -> pd.DataFrame:
     """Rows of a table that belong to the looped models of a task."""
-    df = tables.load(name)
-    part = df[df["model"].isin(zoo.names(task, "loop"))]
+    part = _of_arm(tables.load(name), task, "loop")
     for column, value in where.items():
         part = part[part[column] == value]
     if part.empty:
@@ -180,10 +187,10 @@ def _saturates(task: str) -> Answer:
 
 
 def _two_by_two(task: str) -> Answer:
-    most = _looped(task)
+    df = tables.load("nll-by-loops")
+    df = df[(df["task"] == task) & (df["n_loops"] == df["max_loops"])].sort_values("seed")
     arms = {
-        arm: _nll(task, arm, most if arm.startswith("loop") else 1)["nll"].to_numpy()
-        for arm in ("loop", "base", "loop-isolated", "base-isolated")
+        arm: df[df["arm"] == arm]["nll"].to_numpy() for arm in ("loop", "base", "loop-isolated", "base-isolated")
     }
     if min(map(len, arms.values())) < 2:
         raise NotRun
@@ -264,8 +271,8 @@ def _converge(task: str) -> Answer:
 
 def _zero_shot(task: str) -> Answer:
     df, most = tables.load("zero-shot"), _looped(task)
-    loop = df[(df["model"] == f"{task}-loop") & (df["n_loops"] == most)].set_index("corpus")
-    base = df[(df["model"] == f"{task}-base") & (df["n_loops"] == 1)].set_index("corpus")
+    loop = _of_arm(df[df["n_loops"] == most], task, "loop", first=True).set_index("corpus")
+    base = _of_arm(df[df["n_loops"] == 1], task, "base", first=True).set_index("corpus")
     if loop.empty or base.empty:
         raise NotRun
     difference = loop["nelbo"] - base["nelbo"]
@@ -285,8 +292,7 @@ def _belief(task: str) -> Answer:
 
 
 def _training_free(task: str) -> Answer:
-    df = tables.load("training-free")
-    rows = df[df["model"].isin(zoo.names(task, "base"))]
+    rows = _of_arm(tables.load("training-free"), task, "base")
     rows = rows[(rows["n_loops"] == 2) & (rows["damping"] == "1/n_loops")]
     if rows.empty:
         raise NotRun

@@ -20,8 +20,8 @@ def table(
 
     if name == "list":
         show(
-            ["table", "models", "columns"],
-            [(t.name, ",".join(t.models), ",".join(t.columns)) for t in tables.TABLES.values()],
+            ["table", "models", "measures", "columns"],
+            [(t.name, t.models, ",".join(t.measures), ",".join(t.columns)) for t in tables.TABLES.values()],
         )
         return
     item = tables.table(name)

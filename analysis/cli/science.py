@@ -23,6 +23,7 @@ def measure(
 ) -> None:
     """Run one measure on a model's test set, or along its own samples, and print the table."""
     from analysis import frames, measures, provenance
+    from analysis.editions import fingerprints
     from loopmdm_model.checkpoints import ZOO, resolve
 
     if name == "list":
@@ -37,7 +38,7 @@ def measure(
         frame = measures.measure(name, model, n_loops, ratios, n, along_sampling, seed)
     if out is not None:
         known = (model,) if resolve(model).parent == ZOO else ()
-        frames.write_table(frame, out, provenance.of_table(name, known))
+        frames.write_table(frame, out, provenance.of_table(name, known, measures=fingerprints([name])))
     show(list(frame.columns), frame.itertuples(index=False))
 
 

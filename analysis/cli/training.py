@@ -25,8 +25,8 @@ def train(
     from loopmdm_model.training.spec import RunSpec
 
     loaded = RunSpec.load(spec, _changes(changes or []))
-    if seed not in (None, loaded.seed):
-        loaded = RunSpec.from_dict(loaded.to_dict() | {"seed": seed, "name": f"{loaded.name}-seed{seed}"})
+    if seed is not None:
+        loaded = loaded.seeded(seed)
     if dry_run:
         _dry_run(loaded)
         return
@@ -58,17 +58,26 @@ def ship(
     record_only: Annotated[bool, typer.Option(help="keep curve and measurements, not the weights")] = False,
 ) -> None:
     """Copy a finished run into the zoo of shipped models (fp16), evaluated as shipped."""
-    from analysis.evaluations import keeping
-    from analysis.tables import quality
-    from loopmdm_model.training.ship import forget_weights, ship
+    from loopmdm_model.training.ship import ship
 
     with interruptible("ship it again"):
-        home = ship(run)
-        if record_only:
-            with keeping(home):
-                quality.measure_by_loops(home.name)
-            forget_weights(home)
-    print(home)
+        print(_as_record(run) if record_only else ship(run))
+
+
+def _as_record(run: Path) -> Path:
+    """Ship a run of the roster, measure what the tables ask of it, and let its weights go."""
+    from analysis.tables import quality
+    from loopmdm_model.checkpoints import RECORD, need
+    from loopmdm_model.files import read_json
+    from loopmdm_model.training.ship import forget_weights, ship
+    from loopmdm_model.zoo.runs import Zoo
+
+    zoo = Zoo.roster()
+    listed = zoo[read_json(need(run, RECORD))["spec"]["name"]]  # before anything is written
+    home = ship(run)
+    quality.keep(listed, zoo)
+    forget_weights(home)
+    return home
 
 
 def _changes(pairs: list[str]) -> dict[str, Any]:

@@ -43,11 +43,16 @@ def noise_level(subject: Subject, counts: list[int], n_samples: int = 2) -> pd.D
     return at(frame, counts).assign(n_units=stats.count_units(len(test.tokens), test.clusters))
 
 
+def zero_shot_corpora() -> list[str]:
+    """Names of the corpora of that role."""
+    return [item.name for item in sources().values() if item.role == "zero-shot"]
+
+
 def zero_shot(subject: Subject, counts: list[int], n_samples: int = 2) -> pd.DataFrame:
     """NELBO, bits per byte and perplexity per token on the zero-shot corpora; errors over documents."""
     subject.need_text("zero-shot")
     length, rows = subject.model.cfg.n_ctx, []
-    for corpus in [item.name for item in sources().values() if item.role == "zero-shot"]:
+    for corpus in zero_shot_corpora():
         documents = corpora.load(corpus)
         documents = documents[:: max(1, len(documents) // ZERO_SHOT_DOCUMENTS)]
         ids = encode(subject.tokenizer, documents)

@@ -3,7 +3,7 @@
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from analysis.figures.entry import GRIDS, PANELS, TEXT, Figure, Tables
+from analysis.figures.entry import GRIDS, TEXT, Figure, Tables, panels
 from analysis.plots import adaptive
 from analysis.plots.style import COLUMN, PAGE
 
@@ -12,9 +12,9 @@ def stopping_frontier(loaded: Tables) -> MatplotlibFigure:
     """Loss against FLOPs for some rules, fixed S, the schedule and the oracle."""
     df = loaded["stopping-frontier"]
     drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.9), layout="constrained")
-    for ax, (model, title) in zip(axes, PANELS, strict=True):
-        adaptive.plot_frontier(df[(df["model"] == model) & df["mask_ratio"].isna()], ax=ax)
-        ax.set_title(title)
+    for ax, panel in zip(axes, panels(), strict=True):
+        adaptive.plot_frontier(panel.of(df[df["mask_ratio"].isna()]), ax=ax)
+        ax.set_title(panel.title)
     handles, labels = axes[0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     return drawn
@@ -24,13 +24,13 @@ def loops_used(loaded: Tables) -> MatplotlibFigure:
     """Loops under state-delta along sampling, and by what kind of position."""
     steps, usage = loaded["stopping-by-step"], loaded["stopping-usage"]
     drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 4.6), layout="constrained", width_ratios=[1.2, 1])
-    for row, (model, title) in zip(axes, PANELS, strict=True):
-        part = steps[steps["model"] == model]
+    for row, panel in zip(axes, panels(), strict=True):
+        part = panel.of(steps)
         most = int(part["max_loops"].iloc[0])
         adaptive.plot_loops_by_step(part, most, ax=row[0])
-        adaptive.plot_usage(usage[usage["model"] == model], most, ax=row[1])
-        row[0].set_title(f"{title}: along sampling")
-        row[1].set_title(f"{title}: masked test data")
+        adaptive.plot_usage(panel.of(usage), most, ax=row[1])
+        row[0].set_title(f"{panel.title}: along sampling")
+        row[1].set_title(f"{panel.title}: masked test data")
     handles, labels = axes[0, 1].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     return drawn
@@ -42,7 +42,8 @@ def sampling_savings(loaded: Tables) -> MatplotlibFigure:
     df = df.assign(flops_ratio=df["flops"] / df.groupby("model")["flops"].transform("first"))
     df = df[df["rule"] != "fixed"].drop_duplicates(["model", "rule"])
     names = {"state-delta": "sequences", "state-delta token": "tokens"}
-    label = df["model"].map(dict(PANELS)) + ": " + df["rule"].map(names) + "\nstop"
+    titles = {panel.model: panel.title for panel in panels()}
+    label = df["model"].map(titles) + ": " + df["rule"].map(names) + "\nstop"
     drawn, ax = plt.subplots(figsize=(COLUMN * 1.3, 2.5), layout="constrained")
     adaptive.plot_savings(df.assign(label=label), ax=ax)
     drawn.legend(loc="outside lower center", ncols=2, frameon=False)

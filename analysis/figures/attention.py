@@ -5,10 +5,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from analysis import zoo
-from analysis.figures.entry import GRIDS, ONE, OURS, PANELS, TEXT, Figure, Tables, of_models
+from analysis.figures.entry import GRIDS, ONE, OURS, TEXT, Figure, Tables, of_models, panels
 from analysis.plots import attention
 from analysis.plots.style import PAGE, mark_s_max
+from loopmdm_model.zoo.runs import Zoo
 
 
 def _looped(df: pd.DataFrame, model: str, longest: bool = True) -> pd.DataFrame:
@@ -22,24 +22,24 @@ def mask_to_mask(loaded: Tables) -> MatplotlibFigure:
     """Mass at half masked, log-odds at three ratios, and the layers outside the loop."""
     df = loaded["mask-attention"]
     drawn, axes = plt.subplots(2, 3, figsize=(PAGE, 4.2), layout="constrained", width_ratios=[1, 1, 0.9])
-    for row, (model, title) in zip(axes, PANELS, strict=True):
-        part = _looped(df, model)
+    for row, panel in zip(axes, panels(), strict=True):
+        part = _looped(df, panel.model)
         loop = part[part["segment"] == "loop"]
         half = loop[np.isclose(loop["nominal_mask_ratio"], 0.5)]
         attention.plot_mass_by_loop(half, ax=row[0])
-        row[0].set_title(f"{title}: mass, 50% masked")
+        row[0].set_title(f"{panel.title}: mass, 50% masked")
         log_odds = loop[loop["key_group"] == "masked"]
         attention.plot_log_odds_by_loop(log_odds, ax=row[1])
-        others = [_looped(df, name) for name in zoo.names(model.split("-")[0], "loop") if name != model]
+        others = [_looped(df, name) for name in panel.seeds if name != panel.model]
         attention.plot_other_seeds([one[(one["segment"] == "loop") & (one["key_group"] == "masked")]
                                     for one in others], ax=row[1])  # fmt: skip
-        row[1].set_title(f"{title}: log-odds")
+        row[1].set_title(f"{panel.title}: log-odds")
         for ax in row[:2]:
-            mark_s_max(ax, zoo.s_max(model), len(half["loop"].unique()))
-        rest = _looped(df, model, longest=False)
+            mark_s_max(ax, panel.run.s_max, len(half["loop"].unique()))
+        rest = _looped(df, panel.model, longest=False)
         rest = rest[(rest["segment"] != "loop") & (rest["key_group"] == "masked")]
         attention.plot_log_odds_by_layer(rest, ax=row[2])
-        row[2].set_title(f"outside the loop (S = {zoo.s_max(model)})")
+        row[2].set_title(f"outside the loop (S = {panel.run.s_max})")
     handles = [*axes[0, 0].get_legend_handles_labels()[0], *axes[0, 1].get_legend_handles_labels()[0]]
     drawn.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, columnspacing=1.2)
     return drawn
@@ -61,7 +61,7 @@ def attention_maps(loaded: Tables) -> MatplotlibFigure:
     drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 6.3), layout="constrained")
     attention.draw_maps(list(axes.flat), stacks[head], loops, labels, masked)
     drawn.suptitle(
-        f"sotu-loop, layer {rows['layer'].iloc[0]}, head {head}; [true tokens] of masked positions",
+        f"{df['model'].iloc[0]}, layer {rows['layer'].iloc[0]}, head {head}; [true tokens] of masked positions",
         fontsize=8,
     )
     return drawn
@@ -75,7 +75,8 @@ def saturation(loaded: Tables) -> MatplotlibFigure:
     """Where the rise of masked-to-masked attention ends, by S_max of training."""
     df = of_models(loaded["mask-attention-by-s-max"])
     df = df[(df["segment"] == "loop") & (df["query_group"] == "masked") & (df["key_group"] == "masked")]
-    df = df.assign(s_max=df["model"].map({name: zoo.s_max(name) for name in df["model"].unique()}))
+    zoo = Zoo.shipped()
+    df = df.assign(s_max=df["model"].map({name: zoo[name].s_max for name in df["model"].unique()}))
     drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.9), layout="constrained")
     attention.plot_by_s_max(df, axes=axes)
     axes[0].set_title("6x6 Sudoku: log-odds (rings: $S_{max}$)")
@@ -88,16 +89,16 @@ def content(loaded: Tables) -> MatplotlibFigure:
     """What is moved between masked positions, by loop, and the log-odds along the model's own sampling."""
     df, sampled = loaded["mask-attention"], loaded["attention-along-sampling"]
     drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 4.4), layout="constrained")
-    for row, (model, title) in zip(axes, PANELS, strict=True):
-        part = _looped(df, model)
+    for row, panel in zip(axes, panels(), strict=True):
+        part = _looped(df, panel.model)
         part = part[(part["segment"] == "loop") & (part["key_group"] == "masked")]
         attention.plot_content_by_loop(part, ax=row[0])
-        mark_s_max(row[0], zoo.s_max(model), part["loop"].nunique())
-        row[0].set_title(f"{title}: content, masked → masked")
-        own = sampled[(sampled["model"] == model) & (sampled["segment"] == "loop")]
+        mark_s_max(row[0], panel.run.s_max, part["loop"].nunique())
+        row[0].set_title(f"{panel.title}: content, masked → masked")
+        own = panel.of(sampled[sampled["segment"] == "loop"])
         own = own[(own["query_group"] == "masked") & (own["key_group"] == "masked")]
         attention.plot_by_step(own, ax=row[1])
-        row[1].set_title(f"{title}: along its own samples")
+        row[1].set_title(f"{panel.title}: along its own samples")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower left", ncols=3, frameon=False)
     return drawn
@@ -107,9 +108,9 @@ def specifications(loaded: Tables) -> MatplotlibFigure:
     """The same claim under every definition."""
     df = loaded["attention-specifications"]
     drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 4.4), layout="constrained", height_ratios=[1, 1.1])
-    for (above, below), (model, title) in zip(axes.T, PANELS, strict=True):
-        attention.plot_specifications(df[df["model"] == model].dropna(subset=["estimate"]), (above, below))
-        above.set_title(title)
+    for (above, below), panel in zip(axes.T, panels(), strict=True):
+        attention.plot_specifications(panel.of(df).dropna(subset=["estimate"]), (above, below))
+        above.set_title(panel.title)
         above.set_xticks([])
         above.legend(frameon=False, loc="lower right", fontsize=6)
     axes[0, 0].set_ylabel("rise / its error")
@@ -122,9 +123,9 @@ def heads(loaded: Tables) -> MatplotlibFigure:
     """Heads that change most, ranked on one half and tested on the other."""
     df = loaded["attention-heads"]
     drawn, axes = plt.subplots(1, 2, figsize=(PAGE * 0.8, 2.4), layout="constrained")
-    for ax, (model, title) in zip(axes, PANELS, strict=True):
-        attention.plot_heads(df[df["model"] == model], ax=ax)
-        ax.set_title(title)
+    for ax, panel in zip(axes, panels(), strict=True):
+        attention.plot_heads(panel.of(df), ax=ax)
+        ax.set_title(panel.title)
     axes[1].set_ylabel("")
     axes[0].legend(frameon=False)
     return drawn

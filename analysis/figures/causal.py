@@ -3,8 +3,7 @@
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from analysis import zoo
-from analysis.figures.entry import GRIDS, MEANS, ONE, OURS, PANELS, TEXT, Figure, Tables, of_models
+from analysis.figures.entry import GRIDS, MEANS, ONE, OURS, TEXT, Figure, Tables, of_models, panels
 from analysis.plots import causal, quality
 from analysis.plots.style import COLUMN, PAGE
 
@@ -15,12 +14,11 @@ def mediated_share(loaded: Tables) -> MatplotlibFigure:
     """What of the gain of looping is lost by cutting, by its controls, and by stale values."""
     df = loaded["mediated-share"]
     drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.6), layout="constrained", sharey=True)
-    for ax, (model, title) in zip(axes, PANELS, strict=True):
-        names = zoo.names(model.split("-")[0], "loop")
-        part = df[df["model"].isin(names)]
+    for ax, panel in zip(axes, panels(), strict=True):
+        part = df[df["model"].isin(panel.seeds)]
         causal.plot_shares(part, ax=ax)
         known = part.dropna(subset=["share"])["model"].nunique()
-        ax.set_title(f"{title}: {known} of {part['model'].nunique()} models with a gain")
+        ax.set_title(f"{panel.title}: {known} of {part['model'].nunique()} models with a gain")
     return drawn
 
 
@@ -28,11 +26,11 @@ def cut_effects(loaded: Tables) -> MatplotlibFigure:
     """Heat maps of what cutting masked-to-masked, or stale values, cost at one loop alone."""
     drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 3.8), layout="constrained")
     tables = (("cut-effects", "masked → masked cut"), ("stale-effects", "values of the first loop"))
-    for row, (model, title) in zip(axes, PANELS, strict=True):
+    for row, panel in zip(axes, panels(), strict=True):
         for ax, (name, what) in zip(row, tables, strict=True):
             df = loaded[name]
-            causal.plot_effects(df[(df["model"] == model) & ~df["onward"]], ax=ax)
-            ax.set_title(f"{title}: {what}")
+            causal.plot_effects(panel.of(df[~df["onward"]]), ax=ax)
+            ax.set_title(f"{panel.title}: {what}")
     return drawn
 
 
@@ -50,12 +48,12 @@ def training_free(loaded: Tables) -> MatplotlibFigure:
     """Looping the middle of base models: NELBO, and masked-to-masked log-odds."""
     df = of_models(loaded["training-free"])
     drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 4.2), layout="constrained", sharex=True)
-    for row, (model, title) in zip(axes, PANELS, strict=True):
-        part = df[df["task"] == model.split("-")[0]]
+    for row, panel in zip(axes, panels(), strict=True):
+        part = df[df["task"] == panel.run.task]
         for ax, value, label in ((row[0], "change", "NELBO less that at S = 1 (nats)"),
                                  (row[1], "rise", "rise of masked : clean log-odds")):  # fmt: skip
             causal.plot_training_free(part, value, ax=ax)
-            ax.set(title=f"{title}: base models", ylabel=label)
+            ax.set(title=f"{panel.title}: base models", ylabel=label)
             if ax.get_subplotspec().is_first_row():
                 ax.set_xlabel("")
     axes[0, 0].legend(frameon=False)

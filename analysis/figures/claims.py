@@ -8,14 +8,12 @@ from analysis.figures.entry import Figure, Tables
 from analysis.plots.claims import plot_claims
 from analysis.plots.style import PAGE
 
-COLUMNS = [("Sudoku", ("sudoku",)), ("text, or what is named", ("sotu", "tree", "gsm"))]
-
 
 def verdicts(loaded: Tables) -> MatplotlibFigure:  # noqa: ARG001 - the answers load the tables themselves
     """Every claim with its verdict by task."""
     df = claims.claims_table()
     drawn, ax = plt.subplots(figsize=(PAGE, 0.33 * df["claim"].nunique() + 0.4), layout="constrained")
-    plot_claims(df, COLUMNS, ax=ax)
+    plot_claims(df, claims.GROUPS, ax=ax)
     return drawn
 
 

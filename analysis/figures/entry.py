@@ -12,15 +12,16 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from analysis import provenance, tables, zoo
+from analysis import provenance, tables
 from analysis.plots.style import FORMATS, PAGE, png_bytes, style
 from loopmdm_model.files import write_atomic, write_json
 from loopmdm_model.training.record import commit, versions
+from loopmdm_model.zoo.runs import LOOPED, MAIN_TASKS, Run, Zoo
 
 SIDECAR_TYPE = "application/vnd.loopmdm.figure+json"
 Tables = dict[str, pd.DataFrame]
-PANELS = (("sudoku-loop", "Sudoku 6x6"), ("sotu-loop", "text (sotu)"))
-"""The looped models that panels show, with their titles."""
+TITLES = {"sudoku": "Sudoku 6x6", "sotu": "text (sotu)"}
+"""Of the main tasks."""
 ARMS = ("base", "deep", "loop")
 """The arms of the paper's comparison."""
 
@@ -80,6 +81,31 @@ class Figure:
     def text(self) -> str:
         """The caption on one line."""
         return " ".join(textwrap.dedent(self.caption).split())
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A main task as figures show it: the looped model of its first seed, the names of all seeds, and a title."""
+
+    run: Run
+    seeds: tuple[str, ...]
+    title: str
+
+    @property
+    def model(self) -> str:
+        """The looped model's name."""
+        return self.run.name
+
+    def of(self, df: pd.DataFrame) -> pd.DataFrame:
+        """Rows of the looped model."""
+        return df[df["model"] == self.run.name]
+
+
+def panels() -> list[Panel]:
+    """The main tasks side by side."""
+    zoo = Zoo.shipped()
+    looped = {task: zoo.select(task=task, arm=LOOPED) for task in MAIN_TASKS}
+    return [Panel(zoo.first(task), tuple(run.name for run in looped[task]), TITLES[task]) for task in MAIN_TASKS]
 
 
 @dataclass(frozen=True)
@@ -145,8 +171,7 @@ def elsewhere(df: pd.DataFrame, plot: Callable[..., Axes], ylabel: str) -> Matpl
 
 def of_models(df: pd.DataFrame) -> pd.DataFrame:
     """With the columns task, arm and seed of each row's model."""
-    known = {item.name: item for item in zoo.shipped()}
-    models = [known[name] for name in df["model"]]
-    return df.assign(
-        task=[item.task for item in models], arm=[item.arm for item in models], seed=[item.seed for item in models]
-    )
+    zoo = Zoo.shipped()
+    known = {name: zoo[name] for name in df["model"].unique()}
+    runs = [known[name] for name in df["model"]]
+    return df.assign(**{field: [getattr(run, field) for run in runs] for field in ("task", "arm", "seed")})

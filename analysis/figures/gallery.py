@@ -21,6 +21,7 @@ from analysis.plots.style import FORMATS
 from loopmdm_model.errors import UsageError
 from loopmdm_model.files import write_atomic, write_json
 from loopmdm_model.training.record import versions
+from loopmdm_model.zoo.runs import MAIN_TASKS
 
 HEADLINE = "mask-to-mask-by-loop"
 HASHES = "hashes.json"
@@ -50,13 +51,9 @@ def changed(names: Iterable[str], out: Path, gallery: Path) -> list[str]:
 
 
 def outdated(names: Iterable[str]) -> list[str]:
-    """Tables of these figures that were measured on other weights than those shipped."""
+    """Tables of these figures that are of other weights or measures than those here."""
     used = dict.fromkeys(table for name in names for table in FIGURES[name].tables)
-    return [
-        f"table {name} is of other weights than those shipped; run `loopmdm table {name}`"
-        for name in used
-        if not tables.is_current(name)
-    ]
+    return [tables.outdated(name) for name in used if not tables.is_current(name)]
 
 
 def _differences(name: str, fresh: Path, out: Path) -> list[str]:
@@ -163,7 +160,7 @@ def claims_markdown(df: pd.DataFrame) -> str:
     for claim in dict.fromkeys(df["claim"]):
         part = df[df["claim"] == claim]
         cells = []
-        for tasks in (("sudoku",), ("sotu", "tree", "gsm")):
+        for _, tasks in claims.GROUPS:
             rows = [row for row in part.itertuples() if row.task in tasks]
             cells.append("; ".join(_cell(row) for row in rows))
         lines.append(f"| {part['text'].iloc[0]} (`{claim}`) | {cells[0]} | {cells[1]} |")
@@ -171,7 +168,7 @@ def claims_markdown(df: pd.DataFrame) -> str:
 
 
 def _cell(row) -> str:
-    named = "" if row.task in ("sudoku", "sotu") else f"{row.task}: "
+    named = "" if row.task in MAIN_TASKS else f"{row.task}: "
     return f"{named}**{row.verdict}** {said(row)}".strip()
 
 

@@ -5,24 +5,24 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from analysis import zoo
-from analysis.figures.entry import MEANS, PANELS, SEEDS, Figure, Tables, compared, elsewhere, of_models
+from analysis.figures.entry import MEANS, SEEDS, Figure, Tables, compared, elsewhere, of_models, panels
 from analysis.plots import quality
 from analysis.plots.style import PAGE, half_width
+from loopmdm_model.zoo.runs import Zoo
 
 
 def nll_by_loops(loaded: Tables) -> MatplotlibFigure:
     """NELBO by S of all arms, and its paired change from S = 1 for the looped one."""
     df, references = loaded["nll-by-loops"], loaded["references"]
     drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 4.4), layout="constrained")
-    for row, (model, title) in zip(axes, PANELS, strict=True):
-        task = model.split("-")[0]
+    for row, panel in zip(axes, panels(), strict=True):
+        task = panel.run.task
         part = compared(df, task)
         looped = part[part["arm"] == "loop"]
         quality.plot_nll_by_loops(part, ax=row[0])
-        row[0].set_title(f"{title}: level")
+        row[0].set_title(f"{panel.title}: level")
         quality.plot_change_by_loops(looped, ax=row[1])
-        row[1].set_title(f"{title}: loop, change from S = 1")
+        row[1].set_title(f"{panel.title}: loop, change from S = 1")
         others = []
         if task == "sotu":
             bigram = references.loc[references["reference"] == "bigram", "nll"].iloc[0]
@@ -62,10 +62,10 @@ def other_nll(loaded: Tables) -> MatplotlibFigure:
 def sudoku_solve_rate(loaded: Tables) -> MatplotlibFigure:
     """One-shot solve rate by S, 6x6 and 9x9."""
     df = loaded["sudoku-solve-rate"]
-    panels = [panel for panel in BOARD_PANELS if panel[0] in set(df["task"])]
-    size = (PAGE * len(panels) / 2, 2.6)
-    drawn, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
-    for ax, (task, title) in zip(axes[0], panels, strict=True):
+    shown = [panel for panel in BOARD_PANELS if panel[0] in set(df["task"])]
+    size = (PAGE * len(shown) / 2, 2.6)
+    drawn, axes = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
+    for ax, (task, title) in zip(axes[0], shown, strict=True):
         part = compared(df, task)
         quality.plot_solve_rate(part, ax=ax)
         ax.legend(frameon=False, loc="best")
@@ -101,11 +101,11 @@ def gain_by_noise(loaded: Tables) -> MatplotlibFigure:
     """Where looping gains: by mask ratio, at several loop counts."""
     df = of_models(loaded["noise-level"])
     drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.8), layout="constrained")
-    for ax, (model, title) in zip(axes, PANELS, strict=True):
-        part = df[df["task"] == model.split("-")[0]]
-        quality.plot_gain_by_noise(part, zoo.s_max(model), ax=ax)
+    for ax, panel in zip(axes, panels(), strict=True):
+        part = df[df["task"] == panel.run.task]
+        quality.plot_gain_by_noise(part, panel.run.s_max, ax=ax)
         n = part["seed"].nunique()
-        ax.set_title(f"{title} ({n} seed{'s' if n > 1 else ''})")
+        ax.set_title(f"{panel.title} ({n} seed{'s' if n > 1 else ''})")
         ax.legend(frameon=False)
     return drawn
 
@@ -113,11 +113,12 @@ def gain_by_noise(loaded: Tables) -> MatplotlibFigure:
 def zero_shot(loaded: Tables) -> MatplotlibFigure:
     """Seven corpora that the text models never saw."""
     df = loaded["zero-shot"]
-    most = zoo.s_max("sotu-loop")
-    wanted = [("sotu-base", 1), *(("sotu-loop", count) for count in (1, most, 2 * most))]
+    zoo = Zoo.shipped()
+    base, loop = zoo.first("sotu", "base"), zoo.first("sotu")
+    wanted = [(base, 1), *((loop, count) for count in (1, loop.s_max, 2 * loop.s_max))]
     parts = [
-        df[(df["model"] == model) & (df["n_loops"] == count)].assign(label=f"{model.split('-')[1]}, S = {count}")
-        for model, count in wanted
+        df[(df["model"] == run.name) & (df["n_loops"] == count)].assign(label=f"{run.arm}, S = {count}")
+        for run, count in wanted
     ]
     drawn, ax = plt.subplots(figsize=(PAGE * 0.7, 3.2), layout="constrained")
     quality.plot_zero_shot(pd.concat(parts).rename(columns={"n_documents": "n_units"}), ax=ax)
@@ -131,9 +132,10 @@ def generative(loaded: Tables) -> MatplotlibFigure:
     samples = df[df["source"] == "samples"]
     real = df[df["source"] == "test text"].iloc[0]
     drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.9), layout="constrained", width_ratios=[1.6, 1])
-    quality.plot_generative(samples[samples["model"] == "sotu-loop"], ax=axes[0])
-    axes[0].set_title(f"sotu-loop's samples; real text: {real['judge_nll']:.2f} nats")
-    looks = {"sotu-base": ("#8c8c8c", "s"), "sotu-loop": ("#1b4f8f", "o")}
+    base, loop = (Zoo.shipped().first("sotu", arm).name for arm in ("base", "loop"))
+    quality.plot_generative(samples[samples["model"] == loop], ax=axes[0])
+    axes[0].set_title(f"{loop}'s samples; real text: {real['judge_nll']:.2f} nats")
+    looks = {base: ("#8c8c8c", "s"), loop: ("#1b4f8f", "o")}
     for model, (colour, marker) in looks.items():
         part = samples[samples["model"] == model]
         axes[1].errorbar(part["unigram_entropy"], part["judge_nll"], xerr=half_width(part, "unigram_entropy_se"),
@@ -150,13 +152,15 @@ def loops_or_steps(loaded: Tables) -> MatplotlibFigure:
     """Joint quality of samples, and marginal NELBO, against the FLOPs of a whole run."""
     df = loaded["loops-or-steps"]
     drawn, axes = plt.subplots(1, 3, figsize=(PAGE, 2.6), layout="constrained")
-    panels = (
-        ("sudoku-loop", "solve-rate", "Sudoku: whole boards", "puzzles solved"),
-        ("sudoku-loop", "marginal-nll", "Sudoku: single cells", "NELBO (nats per token)"),
-        ("sotu-loop", "marginal-nll", "text: single tokens", "NELBO (nats per token)"),
+    boards, text = panels()
+    shown = (
+        (boards, "solve-rate", "Sudoku: whole boards", "puzzles solved"),
+        (boards, "marginal-nll", "Sudoku: single cells", "NELBO (nats per token)"),
+        (text, "marginal-nll", "text: single tokens", "NELBO (nats per token)"),
     )
-    for ax, (model, measure, title, label) in zip(axes, panels, strict=True):
-        quality.plot_loops_or_steps(df[(df["model"] == model) & (df["measure"] == measure)], ax=ax)
+    for ax, (panel, measure, title, label) in zip(axes, shown, strict=True):
+        part = panel.of(df)
+        quality.plot_loops_or_steps(part[part["measure"] == measure], ax=ax)
         ax.set(title=title, ylabel=label)
     handles, labels = axes[0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)

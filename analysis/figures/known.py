@@ -3,10 +3,10 @@
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from analysis import zoo
 from analysis.figures.entry import MEANS, Figure, Tables
 from analysis.plots import known
 from analysis.plots.style import PAGE, mark_s_max
+from loopmdm_model.zoo.runs import Zoo
 
 
 def sudoku_boards(loaded: Tables) -> MatplotlibFigure:
@@ -16,7 +16,7 @@ def sudoku_boards(loaded: Tables) -> MatplotlibFigure:
     for ax, looks, title in zip(axes, (known.METRIC_STYLE, known.CHANGE_STYLE),
                                 ("wrong after each loop", "changed by each loop"), strict=True):  # fmt: skip
         known.plot_metrics(df, looks, ax=ax)
-        mark_s_max(ax, zoo.s_max("sudoku-loop"), df["loop"].max() + 1)
+        mark_s_max(ax, Zoo.shipped().first("sudoku").s_max, df["loop"].max() + 1)
         ax.set_title(f"6x6 Sudoku: {title} ({df['model'].nunique()} seeds)")
         ax.legend(frameon=False)
     return drawn
@@ -40,10 +40,9 @@ def excess_kl(loaded: Tables) -> MatplotlibFigure:
         part = excess[excess["task"] == task]
         known.plot_excess(part, ax=row[0])
         seeds = part.loc[part["arm"] == "loop", "seed"].nunique()
-        row[0].set_title(
-            f"{title}: {seeds} seed{'s' if seeds > 1 else ''}, $S_{{max}}$ = {zoo.s_max(f'{task}-loop')}"
-        )
-        own = rounds[(rounds["model"] == f"{task}-loop") & (rounds["nominal_mask_ratio"] == 0.5)]
+        first = Zoo.shipped().first(task)
+        row[0].set_title(f"{title}: {seeds} seed{'s' if seeds > 1 else ''}, $S_{{max}}$ = {first.s_max}")
+        own = rounds[(rounds["model"] == first.name) & (rounds["nominal_mask_ratio"] == 0.5)]
         known.plot_rounds(own, ax=row[1])
         row[1].set_title(f"{title}: loops against rounds, seed 0")
     return drawn

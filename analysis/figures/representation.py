@@ -3,8 +3,7 @@
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from analysis import zoo
-from analysis.figures.entry import GRIDS, ONE, OURS, PANELS, TEXT, Figure, Tables
+from analysis.figures.entry import GRIDS, ONE, OURS, TEXT, Figure, Tables, panels
 from analysis.plots import representation
 from analysis.plots.style import PAGE, half_width, mark_s_max
 
@@ -24,17 +23,17 @@ def representation_change(loaded: Tables) -> MatplotlibFigure:
         figsize=(PAGE, 3.7),
         layout="constrained",
     )
-    for row, (model, title) in zip(axes, PANELS, strict=True):
-        part = df[(df["model"] == model) & (df["token_group"] == "masked")]
+    for row, panel in zip(axes, panels(), strict=True):
+        part = panel.of(df[df["token_group"] == "masked"])
         for ax, (metric, label) in zip(row, metrics, strict=True):
             representation.plot_metric_by_loop(part, metric, ax=ax)
             ax.set_title(label)
-            mark_s_max(ax, zoo.s_max(model), df["loop"].max() + 1)
+            mark_s_max(ax, panel.run.s_max, df["loop"].max() + 1)
         representation.plot_drift_null(part, ax=row[0])
         for ax in (row[0], row[2]):
             ax.set_yscale("log")
         row[1].axhline(0, color="#444444", linewidth=0.6)
-        row[0].set_ylabel(f"{title}\n{row[0].get_ylabel()}")
+        row[0].set_ylabel(f"{panel.title}\n{row[0].get_ylabel()}")
     for ax in axes[0]:
         ax.set_xlabel("")
     drawn.legend(
@@ -52,14 +51,14 @@ def lenses(loaded: Tables) -> MatplotlibFigure:
         ("kl_previous", "KL to previous (nats)"),
     )
     drawn, axes = plt.subplots(2, 3, figsize=(PAGE, 3.8), layout="constrained")
-    for row, (model, title) in zip(axes, PANELS, strict=True):
-        part = df[(df["model"] == model) & (df["token_group"] == "masked") & (df["nominal_mask_ratio"] == 0.5)]
+    for row, panel in zip(axes, panels(), strict=True):
+        part = panel.of(df[(df["token_group"] == "masked") & (df["nominal_mask_ratio"] == 0.5)])
         for ax, (metric, label) in zip(row, metrics, strict=True):
             representation.plot_lenses(part, metric, ax=ax)
             ax.set_title(label)
-            mark_s_max(ax, zoo.s_max(model), part["loop"].max() + 1)
+            mark_s_max(ax, panel.run.s_max, part["loop"].max() + 1)
         row[2].set_yscale("log")
-        row[0].set_ylabel(title)
+        row[0].set_ylabel(panel.title)
     for ax in axes[0]:
         ax.set_xlabel("")
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -71,10 +70,10 @@ def similarity(loaded: Tables) -> MatplotlibFigure:
     """CKA between the states of all pairs of loops, masked positions."""
     df = loaded["similarity"]
     drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.9), layout="constrained")
-    for ax, (model, title) in zip(axes, PANELS, strict=True):
-        part = df[(df["model"] == model) & (df["token_group"] == "masked") & (df["metric"] == "cka")]
+    for ax, panel in zip(axes, panels(), strict=True):
+        part = panel.of(df[(df["token_group"] == "masked") & (df["metric"] == "cka")])
         representation.plot_similarity(part, ax=ax)
-        ax.set_title(f"{title}, $S_{{max}}$ = {zoo.s_max(model)}")
+        ax.set_title(f"{panel.title}, $S_{{max}}$ = {panel.run.s_max}")
     return drawn
 
 
@@ -87,12 +86,12 @@ def far_out(loaded: Tables) -> MatplotlibFigure:
     axes[0].set_title("far out, masked positions")
     drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=2, frameon=False)
     labels = []
-    for place, (model, title) in enumerate(PANELS):
-        part = points[points["model"] == model].set_index("metric")
+    for place, panel in enumerate(panels()):
+        part = panel.of(points).set_index("metric")
         residual, half = part.loc["residual", "value"], half_width(part, "standard_error")["residual"]
         axes[1].errorbar(residual, place, xerr=half, marker="o", color="#1b4f8f")
         n, found = int(part.loc["verified", "n"]), part.loc["verified", "value"]
-        labels.append(f"{title}\n{found:.0%} of {n} verified")
+        labels.append(f"{panel.title}\n{found:.0%} of {n} verified")
     axes[1].set_yticks(range(len(labels)), labels)
     axes[1].set(xscale="log", xlim=(1e-5, 1), ylim=(1.5, -0.5), xlabel="residual ||f(H) − H|| / ||H|| at loop 64",
                 title="fixed points")  # fmt: skip
@@ -106,9 +105,9 @@ def state_paths(loaded: Tables) -> MatplotlibFigure:
     """Paths of mean states in their first two principal components."""
     df = loaded["state-paths"]
     drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.9), layout="constrained")
-    for ax, (model, title) in zip(axes, PANELS, strict=True):
-        representation.plot_state_paths(df[(df["model"] == model) & (df["token_group"] == "masked")], ax=ax)
-        ax.set_title(title)
+    for ax, panel in zip(axes, panels(), strict=True):
+        representation.plot_state_paths(panel.of(df[df["token_group"] == "masked"]), ax=ax)
+        ax.set_title(panel.title)
     return drawn
 
 

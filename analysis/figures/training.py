@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from analysis.figures.entry import PANELS, SEEDS, Figure, Tables, compared, elsewhere
+from analysis.figures.entry import SEEDS, Figure, Tables, compared, elsewhere, panels
 from analysis.plots import quality
 from analysis.plots.style import AMOUNT_STYLE, PAGE, PLACE_STYLE
 
@@ -13,9 +13,9 @@ def learning_curves(loaded: Tables) -> MatplotlibFigure:
     """Validation NELBO against training FLOPs."""
     df = loaded["learning-curves"]
     drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.8), layout="constrained")
-    for ax, (model, title) in zip(axes, PANELS, strict=True):
-        quality.plot_learning_curves(compared(df, model.split("-")[0]), ax=ax)
-        ax.set_title(title)
+    for ax, panel in zip(axes, panels(), strict=True):
+        quality.plot_learning_curves(compared(df, panel.run.task), ax=ax)
+        ax.set_title(panel.title)
         ax.legend(frameon=False)
     return drawn
 
@@ -25,16 +25,13 @@ def other_curves(loaded: Tables) -> MatplotlibFigure:
     return elsewhere(loaded["learning-curves"], quality.plot_learning_curves, "validation NELBO")
 
 
-TASKS = (("sudoku", "Sudoku 6x6"), ("sotu", "text (sotu)"))
-
-
 def flops_to_target(loaded: Tables) -> MatplotlibFigure:
     """How many times fewer FLOPs an arm needs for what another one reaches."""
     df = loaded["flops-to-target"]
     drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.7), layout="constrained", sharey=True)
-    for ax, (task, title) in zip(axes, TASKS, strict=True):
-        quality.plot_flops_ratio(df[df["task"] == task], ax=ax)
-        ax.set_title(title)
+    for ax, panel in zip(axes, panels(), strict=True):
+        quality.plot_flops_ratio(df[df["task"] == panel.run.task], ax=ax)
+        ax.set_title(panel.title)
     axes[0].set_ylabel("FLOPs of the second / of the first\n(above 1: the first needs fewer)")
     return drawn
 
@@ -43,10 +40,10 @@ def arms(loaded: Tables) -> MatplotlibFigure:
     """Same size, deeper, looped: where each ends at equal training FLOPs, seed by seed."""
     nll, solve = loaded["nll-by-loops"], loaded["sudoku-solve-rate"]
     drawn, axes = plt.subplots(1, 3, figsize=(PAGE, 2.5), layout="constrained")
-    for ax, (task, title) in zip(axes, TASKS, strict=False):
-        part = compared(nll, task)
+    for ax, panel in zip(axes, panels(), strict=False):
+        part = compared(nll, panel.run.task)
         quality.plot_arms(part[part["n_loops"] == part["max_loops"]], "nll", ax=ax)
-        ax.set(title=title, ylabel="test NELBO (nats per token)")
+        ax.set(title=panel.title, ylabel="test NELBO (nats per token)")
     quality.plot_arms(compared(_as_trained(nll, solve), "sudoku"), "solve_rate", ax=axes[2])
     axes[2].set(title="Sudoku 6x6, one shot", ylabel="puzzles solved", ylim=(0, 1))
     return drawn

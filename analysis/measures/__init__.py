@@ -8,22 +8,26 @@ draws its own masks, that gives a tidy frame. To add one: a file with the functi
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 
 import pandas as pd
 import torch
 
 from analysis import attention, interventions, known, representation
+from analysis.allocation import predictor
 from analysis.cases import Case
+from analysis.editions import Edition
 from analysis.measures import adapters
 from analysis.measures.adapters import RATIOS, looped, plain
+from analysis.stopping import record
 from loopmdm_model.data.sudoku import BOARDS
 from loopmdm_model.data.trees import TREE_TASKS
 from loopmdm_model.errors import UsageError, check_count, unknown_name
+from loopmdm_model.stopping import StoppingRule
 
 
 @dataclass(frozen=True)
-class Measure:
+class Measure(Edition):
     """`run` takes a case and, if `on` is "masks", a masked batch; else `on` is "test set" or the task it needs.
 
     `samples`: its errors are over samples that the model draws, not over test sequences.
@@ -35,11 +39,18 @@ class Measure:
     on: str = "masks"
     samples: bool = False
 
+    def answers(self, corpus: str) -> bool:
+        """Whether models trained on `corpus` have such an answer."""
+        return corpus in ANSWERED.get(self.on, (corpus,))
+
     def check(self, case: Case) -> None:
         """UsageError where the task has no such answer."""
-        wanted = {"Sudoku": BOARDS, "tree": TREE_TASKS}.get(self.on)
-        if wanted is not None and case.test.task not in wanted:
-            raise UsageError(f"{self.name} needs a model of {', '.join(wanted)}; this one is of {case.test.task}")
+        if not self.answers(case.test.task):
+            wanted = ", ".join(ANSWERED[self.on])
+            raise UsageError(f"{self.name} needs a model of {wanted}; this one is of {case.test.task}")
+
+
+ANSWERED = {"Sudoku": BOARDS, "tree": TREE_TASKS}
 
 
 @torch.no_grad()
@@ -79,6 +90,36 @@ def measure(
     if "n_units" not in frame and not (item.samples or along_sampling):
         frame["n_units"] = case.n_units
     return frame
+
+
+def _told(rules: list[StoppingRule]) -> list[str]:
+    """Each rule by name, with the settings that are not its usual ones."""
+    told = []
+    for rule in rules:
+        usual = {item.name: item.default for item in fields(rule)}
+        given = {name: value for name, value in asdict(rule).items() if value != usual[name]}
+        told.append(f"{record.rule_name(rule)} {sorted(given.items())}")
+    return told
+
+
+def _rules() -> tuple:
+    """What rules are tried by default, and at how many thresholds."""
+    return _told(record.default_rules(2)), adapters.N_THRESHOLDS
+
+
+def _predicted() -> tuple:
+    """What the predictor of the remaining gain looks at, and at how many thresholds it is tried."""
+    return _told(predictor.feature_rules(2)), adapters.N_THRESHOLDS
+
+
+def _thresholds() -> int:
+    """Among how many thresholds the middle one of state-delta is taken."""
+    return adapters.N_THRESHOLDS
+
+
+def _ratios() -> tuple:
+    """At which mask ratios a measure that draws its own masks does."""
+    return adapters.RATIOS
 
 
 MEASURES = {
@@ -143,24 +184,28 @@ MEASURES = {
             "quality against FLOPs of all rules, with controls",
             looped(adapters.frontier),
             "test set",
+            goes_by=_rules,
         ),
         Measure(
             "stopping-verdicts",
             "non-inferiority, and usefulness beside the controls, of every rule",
             looped(adapters.verdicts),
             "test set",
+            goes_by=_rules,
         ),
         Measure(
             "stopping-calibration",
             "criterion of each rule against the gain still to come",
             looped(adapters.calibration),
             "test set",
+            goes_by=_rules,
         ),
         Measure(
             "stopping-usage",
             "loops used by mask ratio, difficulty and token class",
             looped(adapters.usage),
             "test set",
+            goes_by=_thresholds,
         ),
         Measure(
             "stopping-by-step",
@@ -168,6 +213,7 @@ MEASURES = {
             looped(adapters.by_step),
             "test set",
             samples=True,
+            goes_by=_thresholds,
         ),
         Measure(
             "stopping-in-sampling",
@@ -175,15 +221,21 @@ MEASURES = {
             looped(adapters.sampling),
             "test set",
             samples=True,
+            goes_by=_thresholds,
         ),
         Measure(
             "gain-predictor",
             "frontier of stopping by a predicted remaining gain",
             looped(adapters.predictor),
             "test set",
+            goes_by=_predicted,
         ),
         Measure(
-            "gain-foresight", "how well the remaining gain is predicted", looped(adapters.foresight), "test set"
+            "gain-foresight",
+            "how well the remaining gain is predicted",
+            looped(adapters.foresight),
+            "test set",
+            goes_by=_predicted,
         ),
         Measure(
             "loops-or-steps",
@@ -242,7 +294,14 @@ MEASURES = {
             "read-out after every loop against rounds of belief propagation",
             adapters.rounds(known.belief_rounds),
             "tree",
+            goes_by=_ratios,
         ),
-        Measure("best-rounds", "nearest round of every loop", adapters.rounds(known.best_rounds), "tree"),
+        Measure(
+            "best-rounds",
+            "nearest round of every loop",
+            adapters.rounds(known.best_rounds),
+            "tree",
+            goes_by=_ratios,
+        ),
     )
 }

@@ -1,6 +1,7 @@
 """The table of claims as a picture: one row a claim, one cell a task."""
 
 import textwrap
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,8 +19,13 @@ FIRST, WIDTH = 0.5, 0.25
 """Where the first cell begins and how wide one is, in shares of the axes."""
 
 
-def plot_claims(df: pd.DataFrame, columns: list[tuple[str, tuple[str, ...]]], *, ax: Axes | None = None) -> Axes:
-    """`df`: claim task verdict estimate low high n_seeds text; `columns`: title and the tasks shown under it."""
+def plot_claims(
+    df: pd.DataFrame, columns: Sequence[tuple[str, tuple[str, ...]]], *, ax: Axes | None = None
+) -> Axes:
+    """`df`: claim task verdict estimate low high n_seeds text; `columns`: title and the tasks shown under it.
+
+    A task that is not the first of its column is named in its cell.
+    """
     ax = ax or plt.gca()
     claims = list(dict.fromkeys(df["claim"]))
     for row, claim in enumerate(claims):
@@ -28,7 +34,8 @@ def plot_claims(df: pd.DataFrame, columns: list[tuple[str, tuple[str, ...]]], *,
         ax.text(0, row, lines, ha="left", va="center", fontsize=6.3)
         for place, (_, tasks) in enumerate(columns):
             for cell in part[part["task"].isin(tasks)].itertuples():
-                _draw_cell(ax, FIRST + WIDTH * place, row, cell)
+                named = "" if cell.task == tasks[0] else f"{cell.task}: "
+                _draw_cell(ax, (FIRST + WIDTH * place, row), cell, named)
     for place, (title, _) in enumerate(columns):
         ax.text(FIRST + WIDTH * (place + 0.48), -0.75, title, ha="center", va="center", fontsize=7.5)
     ax.set(xlim=(0, FIRST + WIDTH * len(columns)), ylim=(len(claims) - 0.45, -1.1))
@@ -36,14 +43,14 @@ def plot_claims(df: pd.DataFrame, columns: list[tuple[str, tuple[str, ...]]], *,
     return ax
 
 
-def _draw_cell(ax: Axes, left: float, row: int, cell) -> None:
-    """One verdict: colour, sign and word; below it the estimate, its interval and the seeds."""
+def _draw_cell(ax: Axes, at: tuple[float, int], cell, named: str) -> None:
+    """A verdict `at` left edge and row: colour, sign and word; below it the estimate, its interval, the seeds."""
+    left, row = at
     colour, sign = VERDICT_STYLE[cell.verdict]
     box = {"facecolor": colour, "edgecolor": "#bbbbbb", "linewidth": 0.4}
     ax.add_patch(Rectangle((left, row - 0.46), WIDTH * 0.96, 0.92, **box))
     middle = left + WIDTH * 0.48
     below = said(cell)
-    named = "" if cell.task in ("sudoku", "sotu") else f"{cell.task}: "
     place = {"ha": "center", "va": "center"}
     ax.text(middle, row - 0.18 * bool(below), f"{named}{sign} {cell.verdict}", fontsize=6.3, **place)
     ax.text(middle, row + 0.22, below, fontsize=5.2, **place)

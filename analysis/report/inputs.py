@@ -2,15 +2,17 @@
 
 import torch
 
-from analysis import zoo
 from analysis.report.data import Run, run_of
 from loopmdm_model.data.puzzles import puzzles
 from loopmdm_model.data.sudoku import BOARDS
+from loopmdm_model.evaluation import load_test_set, task_of
 from loopmdm_model.hooked import HookedLoopMDM
 from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.zoo.runs import Zoo, select
 
-TEXT, SUDOKU = ("sotu-loop", "sotu-base"), ("sudoku-loop", "sudoku-loop-seed3", "sudoku-base")
-MODELS = TEXT + SUDOKU
+TEXT = select(task="sotu", arm="loop", seed=0) | select(task="sotu", arm="base", seed=0)
+SUDOKU = select(task="sudoku", arm="loop", seed=(0, 3)) | select(task="sudoku", arm="base", seed=0)
+MODELS = TEXT | SUDOKU
 SENTENCE = "The state of our union is strong, and the people of the United States are at peace."
 LONGER = 2
 """Looped models are read to this many times their S_max."""
@@ -29,9 +31,10 @@ def _needed(name: str) -> bool:
 
 def inputs() -> list[tuple[str, list[Run]]]:
     """Titles, and on each input the run of every model of its task."""
-    models = {name: HookedLoopMDM.from_pretrained(name) for name in MODELS}
-    text = models[TEXT[0]]
-    block = zoo.opened(TEXT[0])[1].tokens[:1]
+    zoo = Zoo.shipped()
+    models = {name: HookedLoopMDM.from_pretrained(name) for name in MODELS.names(zoo)}
+    text = models[zoo.first("sotu").name]
+    block = load_test_set(task_of(text.record), text.cfg.n_ctx, text.tokenizer).tokens[:1]
     board = BOARDS["sudoku6"]
     grids = board.sample_grids("test", 1)
     shown = (
@@ -40,4 +43,4 @@ def inputs() -> list[tuple[str, list[Run]]]:
         ("Sudoku: unseen grid, 16 of 36 cells hidden", SUDOKU, puzzles(board, grids, 20)),
         ("Sudoku: unseen grid, 26 of 36 cells hidden", SUDOKU, puzzles(board, grids, 10)),
     )
-    return [(title, [run_model(models[name], b) for name in names]) for title, names, b in shown]
+    return [(title, [run_model(models[name], b) for name in those.names(zoo)]) for title, those, b in shown]

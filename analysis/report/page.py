@@ -22,6 +22,7 @@ from analysis.report.inputs import MODELS, inputs
 from loopmdm_model.errors import UsageError
 from loopmdm_model.files import write_atomic
 from loopmdm_model.training.record import commit, versions
+from loopmdm_model.zoo.runs import Zoo
 
 WIDTH = 900
 """CSS pixels of a figure of full page width."""
@@ -124,7 +125,7 @@ def report(progress: Callable[[list[Figure]], Iterable[Figure]] = iter) -> str:
         notes=notes,
         commit=commit() or "unknown",
         versions=", ".join(f"{name} {number}" for name, number in versions(provenance.PACKAGES).items()),
-        hashes=provenance.model_hashes(MODELS),
+        hashes=provenance.model_hashes(MODELS.names(Zoo.shipped())),
     )
 
 

@@ -5,19 +5,20 @@ import math
 
 import pandas as pd
 
-from analysis import efficiency, zoo
+from analysis import efficiency
 from loopmdm_model import stats
 from loopmdm_model.checkpoints import METRICS, resolve
+from loopmdm_model.zoo.runs import Zoo
 
 PAIRS = (("loop", "base"), ("deep", "base"), ("loop", "deep"))
 """Arms compared: what `arm` needs or reaches against what `against` does."""
 
 
-def learning_curves_table() -> pd.DataFrame:
+def learning_curves_table(zoo: Zoo) -> pd.DataFrame:
     """Validation NELBO of EMA weights against training FLOPs, at S = 1 and S_max of training, every seed."""
     rows = []
-    for model in zoo.shipped():
-        most = _max_loops(model.name)
+    for model in zoo:
+        most = model.record["spec"]["model"]["max_loops"]
         lines = (resolve(model.name) / METRICS).read_text().splitlines()
         for point, row in enumerate(map(json.loads, lines), start=1):
             for s in sorted({1, most}):
@@ -29,13 +30,13 @@ def learning_curves_table() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def flops_to_target_table() -> pd.DataFrame:
+def flops_to_target_table(zoo: Zoo) -> pd.DataFrame:
     """What each arm needs for the NELBO another one has after a share of its budget; see `analysis.efficiency`."""
-    curves = learning_curves_table()
+    curves = learning_curves_table(zoo)
     curves = curves[curves["n_loops"] == curves["max_loops"]]
     tables = []
     for task, part in curves.groupby("task"):
-        epoch_tokens = zoo.record(f"{task}-loop").get("epoch_tokens") or math.nan
+        epoch_tokens = zoo.first(str(task)).record.get("epoch_tokens") or math.nan
         for arm, against in PAIRS:
             if {arm, against} <= set(part["arm"]):
                 frame = efficiency.flops_to_target(part, arm, against, epoch_tokens)
@@ -46,20 +47,19 @@ def flops_to_target_table() -> pd.DataFrame:
 def contrasts_table(nll: pd.DataFrame, solve: pd.DataFrame) -> pd.DataFrame:
     """Differences of arms over training seeds, with Welch's 95% interval; NaN bounds for one seed.
 
-    Each arm at S_max of its own training. The 2 x 2 of looping and of masked-to-masked attention in the middle
-    layer stands as four differences.
+    Each arm at S_max of its own training, of which `nll` tells. The 2 x 2 of looping and of masked-to-masked
+    attention in the middle layer stands as four differences.
     """
     pairs = (*PAIRS, ("base-isolated", "base"), ("loop-isolated", "loop"), ("loop-isolated", "base-isolated"))
-    rows = []
+    rows, s_max = [], nll.groupby(["task", "arm"])["max_loops"].first()
     for task, frame, measure, value in (
         *((task, part, "test NELBO", "nll") for task, part in nll.groupby("task")),
         *((task, part, "one-shot", "solve_rate") for task, part in solve.groupby("task")),
     ):
-        most = frame.groupby("arm")["model"].first().map(_max_loops)
         for arm, against in pairs:
             if {arm, against} <= set(frame["arm"]):
                 ours, theirs = (
-                    frame[(frame["arm"] == name) & (frame["n_loops"] == most[name])][value].to_numpy()
+                    frame[(frame["arm"] == name) & (frame["n_loops"] == s_max[task, name])][value].to_numpy()
                     for name in (arm, against)
                 )
                 rows.append((task, measure, arm, against, ours.mean(), theirs.mean(), *stats.welch(ours, theirs),
@@ -67,7 +67,3 @@ def contrasts_table(nll: pd.DataFrame, solve: pd.DataFrame) -> pd.DataFrame:
     columns = ["task", "measure", "arm", "against", "value", "value_against", "difference", "low", "high",
                "n_seeds", "n_seeds_against"]  # fmt: skip
     return pd.DataFrame(rows, columns=columns)
-
-
-def _max_loops(name: str) -> int:
-    return zoo.record(name)["spec"]["model"]["max_loops"]

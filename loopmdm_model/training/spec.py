@@ -161,6 +161,12 @@ class RunSpec:
         values = dataclasses.asdict(self)
         return {key: value for key, value in values.items() if (key, value) != ("init_seed", None)}
 
+    def seeded(self, seed: int) -> "RunSpec":
+        """The same run with another seed, called NAME-seedN; itself if that is its seed."""
+        if seed == self.seed:
+            return self
+        return RunSpec.from_dict(self.to_dict() | {"seed": seed, "name": f"{self.name}-seed{seed}"})
+
     @classmethod
     def from_dict(cls, values: dict[str, Any], origin: str = "spec") -> "RunSpec":
         """Build and validate; UsageError names unknown and missing keys."""

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis import evaluations
-from analysis.evaluations import evaluate
+from analysis import evaluations, tables
+from analysis.evaluations import Evaluation, evaluate
 from analysis.evaluations.generation import distinct_pairs, generative, unigram_entropy
 from analysis.evaluations.likelihoods import excess_kl
 from analysis.evaluations.questions import choose, fitted, multiple_choice
@@ -61,7 +61,7 @@ def test_results_are_cached_by_weights_and_question(monkeypatch, tmp_path):
     model = LoopMDM.from_pretrained("sudoku-base")
     expected = nelbo(model, load_test_set("sudoku6", 36, None).tokens, 1, n_samples=1)
     assert frame["nelbo"][0] == pytest.approx(expected.mean) and frame["n"][0] == 1000
-    unmeasured = lambda subject, counts, n_samples=2: None  # noqa: E731
+    unmeasured = Evaluation(lambda subject, counts, n_samples=2: None)
     monkeypatch.setitem(evaluations.MEASURES, "nll", unmeasured)  # from the cache, nothing is measured
     again = evaluate("sudoku-base", "nll", [1, 1], n_samples=1)
     assert again.equals(frame)
@@ -195,26 +195,45 @@ def test_multiple_choice_accuracy_is_counted(text, monkeypatch):
 
 
 def test_a_run_without_weights_still_says_what_was_measured(tmp_path, monkeypatch):
-    from analysis import evaluations
     from analysis.provenance import model_hashes
+    from analysis.store import Question, Store
     from loopmdm_model import checkpoints
     from loopmdm_model.training.ship import forget_weights
 
-    folder = tmp_path / "sudoku-loop-seed7"
+    folder = tmp_path / "sudoku-loop-seed3"
     shutil.copytree(checkpoints.ZOO / "sudoku-loop", folder)
     monkeypatch.setattr(checkpoints, "ZOO", tmp_path)
     monkeypatch.setenv("LOOPMDM_CACHE", str(tmp_path / "cache"))
     before = model_hashes((folder.name,))
     measured = pd.DataFrame({"nll": [0.5]})
-    with evaluations.keeping(folder):
-        evaluations.cached(folder.name, ["asked"], lambda: measured)
+    Question(folder.name, "nll", ["asked"], lambda: measured).answer(Store.beside(folder.name))
     forget_weights(folder)
     assert folder.name in checkpoints.list_runs() and folder.name not in checkpoints.list_models()
     assert model_hashes((folder.name,)) == before
-    shutil.rmtree(tmp_path / "cache")
-    found = evaluations.cached(folder.name, ["asked"], lambda: pytest.fail("measured again"))
+    found = Question(folder.name, "nll", ["asked"], lambda: pytest.fail("measured again")).answer()
     pd.testing.assert_frame_equal(found, measured, check_like=True)
-    with pytest.raises(UsageError, match=r"loopmdm train figures/specs/sudoku-loop\.toml --seed 0"):
+    with pytest.raises(UsageError, match=r"loopmdm train figures/specs/sudoku-loop\.toml --seed 3"):
         LoopMDM.from_pretrained(folder.name)
     with pytest.raises(UsageError, match="record only"):
         evaluations.evaluate(folder.name, "nll", [1], n_samples=1)
+
+
+def test_what_the_tables_ask_is_kept_before_the_weights_go(tmp_path, monkeypatch):
+    from analysis.tables import quality
+    from loopmdm_model import checkpoints
+    from loopmdm_model.training.ship import forget_weights
+    from loopmdm_model.zoo.runs import Zoo
+
+    committed = tables.load("sudoku-solve-rate")
+    expected = committed[committed["model"] == "sudoku-deep"].reset_index(drop=True)
+    shutil.copytree(checkpoints.ZOO / "sudoku-deep", tmp_path / "sudoku-deep")
+    monkeypatch.setattr(checkpoints, "ZOO", tmp_path)
+    monkeypatch.setenv("LOOPMDM_CACHE", str(tmp_path / "cache"))
+    zoo = Zoo.roster()
+    run = zoo["sudoku-deep"]
+    assert not quality.is_kept(run, zoo)
+    quality.keep(run, zoo)
+    forget_weights(tmp_path / "sudoku-deep")
+    assert quality.is_kept(run, zoo)
+    solved = quality.solve_rate_table(quality.select(task="sudoku", arm="deep", seed=0), zoo)
+    pd.testing.assert_frame_equal(solved[expected.columns], expected, check_like=True)

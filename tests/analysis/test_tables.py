@@ -9,50 +9,22 @@ import pandas as pd
 import pytest
 from scipy import stats as distributions
 
-from analysis import frames, tables, zoo
+from analysis import frames, tables
+from analysis.cases import Case
 from analysis.decomposition import nelbo_decomposition
-from analysis.pipeline import planted
 from analysis.plots.quality import over_seeds
 from analysis.plots.style import band, half_width
-from analysis.roster import roster
-from analysis.tables import quality, science, training
+from analysis.store import Question
+from analysis.tables import quality, training
 from loopmdm_model import stats
-from loopmdm_model.checkpoints import list_runs
 from loopmdm_model.errors import UsageError
 from loopmdm_model.training.spec import DataSpec
-
-
-def test_every_shipped_model_has_a_task_an_arm_and_a_seed():
-    models = zoo.shipped()
-    assert {model.name for model in models} == set(list_runs())
-    for model in models:
-        record = zoo.record(model.name)
-        assert record["seed"] == model.seed
-        assert record["spec"]["data"]["corpus"].startswith(model.task)
-        assert (record["spec"]["model"]["max_loops"] > 1) == model.arm.startswith("loop")
-
-
-def test_names_are_told_apart(monkeypatch):
-    some = ["sudoku-loop-seed12", "sudoku-loop", "sudoku-loop-isolated-seed2", "sotu-base", "other"]
-    monkeypatch.setattr(zoo, "list_runs", lambda: some)
-    assert [(m.arm, m.seed) for m in zoo.shipped("sudoku")] == [("loop", 0), ("loop", 12), ("loop-isolated", 2)]
-    assert zoo.names("sudoku", "loop") == ("sudoku-loop", "sudoku-loop-seed12")
-    assert zoo.names("sudoku", "deep") == ()
-    with pytest.raises(UsageError, match="shipped"):
-        zoo.s_max("nothing")
-
-
-def test_a_base_run_may_be_shipped_before_its_looped_one():
-    entries = [entry for entry in roster() if entry.spec == "tree-base"]
-    with planted((entry, entry.load()) for entry in entries):
-        assert list_runs() == ["tree-base"]
-        assert zoo.s_max("tree-base") == 8  # of the roster
-        with pytest.raises(UsageError, match="markov-loop-seed1"):
-            zoo.record("markov-loop-seed1")
+from loopmdm_model.zoo.runs import Zoo, select
 
 
 def test_loop_counts_are_those_that_say_something():
-    counts = {model.name: quality.read_at(model) for model in zoo.shipped() if model.task in ("sudoku", "gsm")}
+    zoo = Zoo.shipped()
+    counts = {model.name: quality.read_at(model, zoo) for model in zoo.select(task=("sudoku", "gsm"))}
     assert counts["sudoku-loop"] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 18]
     assert counts["sudoku-base"] == [1, 2, 3, 4, 5, 6] and counts["sudoku-deep"] == [1]
     assert counts["gsm-loop"] == [1, 2, 3, 4, 5, 6]  # nobody learned it
@@ -62,10 +34,10 @@ def test_loop_counts_are_those_that_say_something():
 
 
 def test_noise_levels_are_those_of_the_same_masks(monkeypatch):
-    monkeypatch.setattr(science, "main_tasks", lambda arm: ("tree-loop",))
-    monkeypatch.setattr(quality, "cached", lambda name, asked, compute: compute())
-    table = quality.noise_level_table()
-    m, test = zoo.opened("tree-loop")
+    monkeypatch.setattr(Question, "answer", lambda asked: asked.compute())
+    table = quality.noise_level_table(select(task="tree", arm="loop"), Zoo.shipped())
+    case = Case.of("tree-loop")
+    m, test = case.m, case.test
     counts = sorted(set(table["n_loops"]))
     assert counts == [1, 2, 8, 16, 24] and test.maskable is not None
     frame = nelbo_decomposition(m.model, test.tokens, counts, n_samples=1, maskable=test.maskable)
@@ -75,8 +47,9 @@ def test_noise_levels_are_those_of_the_same_masks(monkeypatch):
 
 def test_arms_of_a_comparison_had_equal_training_flops():
     """Also size: base and loop are equal, and what differs in loops alone shares data and recipe."""
-    for task in {model.task for model in zoo.shipped()}:
-        records = [zoo.record(name) for name in zoo.names(task)]
+    zoo = Zoo.shipped()
+    for task in {model.task for model in zoo}:
+        records = [run.record for run in zoo.select(task=task)]
         spent = np.array([record["training_flops"]["realised"] for record in records])
         assert spent.max() / spent.min() < 1.001, task
         assert len({DataSpec(**record["spec"]["data"]) for record in records}) == 1
@@ -100,8 +73,7 @@ def test_means_over_seeds_have_students_interval_and_one_seed_its_own():
     assert single.high - single.y == pytest.approx(stats.Z95 * 9)
 
 
-def test_contrasts_recover_planted_differences(monkeypatch):
-    monkeypatch.setattr(training, "_max_loops", lambda name: 2 if "loop" in name else 1)
+def test_contrasts_recover_planted_differences():
     noise = np.array([-0.1, 0.0, 0.1])
     rows = [
         {
@@ -110,9 +82,10 @@ def test_contrasts_recover_planted_differences(monkeypatch):
             "arm": arm,
             "seed": seed,
             "n_loops": s,
+            "max_loops": most,
             "nll": level + noise[seed],
         }
-        for arm, level in (("base", 1.0), ("loop", 0.4), ("loop-isolated", 0.9))
+        for arm, level, most in (("base", 1.0, 1), ("loop", 0.4, 2), ("loop-isolated", 0.9, 2))
         for seed in range(3)
         for s in (1, 2)
     ]

@@ -1,0 +1,1 @@
+"""The shipped runs, a folder each, and which runs the study is made of (`runs`)."""
