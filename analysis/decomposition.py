@@ -17,14 +17,15 @@ from torch import Tensor
 
 from loopmdm_model import stats
 from loopmdm_model.errors import UsageError, check_count
-from loopmdm_model.likelihood import check_clean, loop_counts, loop_losses, row_sums
+from loopmdm_model.likelihood import Read, loop_counts, losses_after, row_sums
 from loopmdm_model.model import LoopedModel
+from loopmdm_model.sequences import Sequences
 
 
 @torch.no_grad()
 def nelbo_decomposition(
     m: LoopedModel,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Int[Tensor, "batch pos"] | Sequences,
     n_loops: int | Sequence[int],
     by: Literal["mask_ratio", "position"] = "mask_ratio",
     n_bins: int = 10,
@@ -44,12 +45,13 @@ def nelbo_decomposition(
     if by not in ("mask_ratio", "position"):
         raise UsageError(f'by must be "mask_ratio" or "position", got {by!r}')
     loops = loop_counts(n_loops)
-    allowed, attention_mask = check_clean(m, tokens, maskable, attention_mask)
-    width = check_count("n_bins", n_bins) if by == "mask_ratio" else tokens.shape[1]
-    lengths = allowed.sum(-1)
-    total = torch.zeros(len(loops), len(tokens), width, dtype=torch.float64)
-    draws = torch.zeros(len(tokens), width, dtype=torch.float64)
-    for span, part, losses in loop_losses(m, tokens, loops, n_samples, maskable, attention_mask, seed, batch_size):
+    sequences = Sequences.of(tokens, maskable, attention_mask, clusters).clean_for(m)
+    read = Read(n_samples=n_samples, seed=seed, batch_size=batch_size)
+    width = check_count("n_bins", n_bins) if by == "mask_ratio" else sequences.tokens.shape[1]
+    lengths, clusters = sequences.lengths, sequences.clusters
+    total = torch.zeros(len(loops), len(sequences), width, dtype=torch.float64)
+    draws = torch.zeros(len(sequences), width, dtype=torch.float64)
+    for span, part, losses in losses_after(m, sequences, loops, read):
         counts, size = part.masked.sum(-1), lengths[span]
         if by == "mask_ratio":
             rows = torch.arange(len(part))
@@ -69,7 +71,9 @@ def nelbo_decomposition(
     weights = lengths.double().cpu().numpy()
     if by == "mask_ratio":
         return _by_noise(values, weights, loops, clusters)
-    frame = _averaged(np.where(allowed.cpu().numpy(), values, np.nan), np.ones_like(weights), loops, clusters)
+    frame = _averaged(
+        np.where(sequences.allowed.cpu().numpy(), values, np.nan), np.ones_like(weights), loops, clusters
+    )
     frame.insert(1, "position", np.tile(np.arange(width), len(loops)))
     return frame
 

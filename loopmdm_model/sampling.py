@@ -19,10 +19,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loopmdm_model.errors import UsageError, check_count
-from loopmdm_model.masking import MaskedBatch
 from loopmdm_model.model import LoopedModel
 from loopmdm_model.orders import Order, StepView, as_order
 from loopmdm_model.randomness import row_uniforms
+from loopmdm_model.sequences import MaskedBatch
 from loopmdm_model.stopping import LoopView, StoppingRule, as_rule
 
 

@@ -7,8 +7,9 @@ from torch import Tensor
 from loopmdm_model.config import LoopMDMConfig
 from loopmdm_model.data.tokenizer import PAD
 from loopmdm_model.errors import UsageError
-from loopmdm_model.masking import MaskedBatch, mask_tokens
+from loopmdm_model.masking import mask_tokens
 from loopmdm_model.model import LoopMDM
+from loopmdm_model.sequences import MaskedBatch
 
 
 class TextEntries:

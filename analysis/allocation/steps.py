@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 
 from analysis.stopping.quality import Judge, Quality, sample_quality
@@ -17,10 +16,10 @@ from loopmdm_model import flops, stats
 from loopmdm_model.config import LoopMDMConfig
 from loopmdm_model.data.sudoku import Board
 from loopmdm_model.errors import UsageError, check_count
-from loopmdm_model.likelihood import loop_counts, nelbo_by_loop
-from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.likelihood import Read, estimates_after
 from loopmdm_model.model import LoopedModel
 from loopmdm_model.sampling import sample
+from loopmdm_model.sequences import MaskedBatch, Sequences
 
 MARGINAL = "marginal-nll"
 COLUMNS = ["budget", "n_loops", "steps", "order", "temperature", "measure", "quality", "quality_se",
@@ -58,7 +57,7 @@ def loops_against_steps(
     clues: MaskedBatch | None = None,
     board: Board | None = None,
     judge: Judge | None = None,
-    test: Tensor | None = None,
+    test: Tensor | Sequences | None = None,
     maskable: Tensor | None = None,
     order: str | None = None,
     temperature: float | None = None,
@@ -88,7 +87,11 @@ def loops_against_steps(
         pairs = equal_flops_pairs(m.cfg, length, budgets, n_loops, free)
     else:
         pairs = [(float("nan"), check_count("n_loops", s), check_count("steps", k)) for s, k in grid]
-    marginal = {} if test is None else _marginal(m, test, {s for _, s, _ in pairs}, n_samples, maskable, seed)
+    marginal = {}
+    if test is not None:
+        unseen = Sequences.of(test, maskable, clusters=clusters).clean_for(m)
+        marginal = _marginal(m, unseen, {s for _, s, _ in pairs}, Read(n_samples=n_samples, seed=seed))
+        clusters = unseen.clusters
     rows, first = [], {}
     for budget, count, steps in pairs:
         r = sample(
@@ -106,12 +109,9 @@ def loops_against_steps(
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _marginal(
-    m: LoopedModel, test: Tensor, counts: set[int], n_samples: int, maskable: Tensor | None, seed: int
-) -> dict[int, Quality]:
-    with torch.no_grad():
-        results = nelbo_by_loop(m, test, list(counts), n_samples, maskable, seed=seed)
+def _marginal(m: LoopedModel, test: Sequences, counts: set[int], read: Read) -> dict[int, Quality]:
+    results = estimates_after(m, test, sorted(counts), read)
     return {
         count: Quality(MARGINAL, result.per_sequence.numpy(), result.lengths.double().numpy())
-        for count, result in zip(loop_counts(list(counts)), results, strict=True)
+        for count, result in zip(sorted(counts), results, strict=True)
     }

@@ -16,9 +16,9 @@ from torch import Tensor
 from analysis.attention.groups import Seen, States
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.masking import MaskedBatch
 from loopmdm_model.moments import Moments
 from loopmdm_model.names import parse_loop
+from loopmdm_model.sequences import MaskedBatch, as_batch
 
 Names = Callable[[str], bool]
 Sums = TypeVar("Sums", bound="PlaceSums")
@@ -45,15 +45,13 @@ def walk(
     b: MaskedBatch,
     n_loops: int,
     reducers: Sequence[Reducer],
-    clusters: np.ndarray | None = None,
     where: Names = lambda name: True,  # noqa: ARG005
-    readout: bool = True,
 ) -> None:
     """One forward of a batch; each application whose prefix is in `where` is shown to every reducer.
 
-    Without `readout` coda and unembedding are not run.
+    Where no coda layer is, coda and unembedding are not run.
     """
-    states, values = States.of(m, b, clusters), {}
+    states, values = States.of(m, b), {}
     for reducer in reducers:
         reducer.begin(states)
 
@@ -70,18 +68,11 @@ def walk(
     if any(reducer.needs_values for reducer in reducers):
         hooks.append((_leaf("hook_v", where), keep))
     with m.hooks(fwd_hooks=hooks):
-        if readout:
+        if any(where(f"blocks.{layer}.") for layer in m.cfg.layers("coda")):
             m(b.tokens, n_loops=n_loops, attention_mask=b.attention_mask)
             return
         for _ in m.states(b.tokens, n_loops, b.attention_mask):
             pass
-
-
-def chunks(b: MaskedBatch, clusters: np.ndarray | None, batch_size: int):
-    """Parts of a batch with their clusters and the index of their first sequence."""
-    for start in range(0, len(b), check_count("batch_size", batch_size)):
-        span = slice(start, start + batch_size)
-        yield b.rows(span), None if clusters is None else clusters[span], start
 
 
 def in_loops(loops: Sequence[int]) -> Names:
@@ -119,7 +110,7 @@ class PlaceSums:
 
     def add(self: Sums, b: MaskedBatch, clusters: np.ndarray | None = None) -> Sums:
         """Run the model on a batch and take it in; `clusters` [batch] names the documents."""
-        walk(self.m, b, self.n_loops, [self], clusters)
+        walk(self.m, as_batch(type(self).__name__, b, clusters), self.n_loops, [self])
         return self
 
     def begin(self, states: States) -> None:
@@ -200,8 +191,8 @@ class PlaceSums:
         return place | {name: np.array(labels)[index[axis]] for axis, (name, labels) in groups}
 
 
-def summed(sums: PlaceSums, b: MaskedBatch, clusters: np.ndarray | None, batch_size: int) -> pd.DataFrame:
+def summed(sums: PlaceSums, b: MaskedBatch, batch_size: int) -> pd.DataFrame:
     """The frame after a whole batch was added in parts."""
-    for part, labels, _ in chunks(b, clusters, batch_size):
-        sums.add(part, labels)
+    for _, part in b.batches(batch_size):
+        sums.add(part)
     return sums.frame()

@@ -19,7 +19,8 @@ from analysis.representation import loop_similarity
 from analysis.stopping import stopping_frontier
 from loopmdm_model.hooked import HookedLoopMDM
 from loopmdm_model.likelihood import nelbo_by_loop
-from loopmdm_model.masking import MaskedBatch, mask_tokens
+from loopmdm_model.masking import mask_tokens
+from loopmdm_model.sequences import MaskedBatch
 
 N_LOOPS, LENGTH = 12, 256
 

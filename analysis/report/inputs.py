@@ -7,7 +7,7 @@ from analysis.report.data import Run, run_of
 from loopmdm_model.data.puzzles import puzzles
 from loopmdm_model.data.sudoku import BOARDS
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.sequences import MaskedBatch
 
 TEXT, SUDOKU = ("sotu-loop", "sotu-base"), ("sudoku-loop", "sudoku-loop-seed3", "sudoku-base")
 MODELS = TEXT + SUDOKU

@@ -20,9 +20,9 @@ from analysis.stopping.record import rule_name
 from loopmdm_model import stats
 from loopmdm_model.data.sudoku import Board
 from loopmdm_model.errors import UsageError, check_count
-from loopmdm_model.masking import MaskedBatch
 from loopmdm_model.model import LoopedModel
 from loopmdm_model.sampling import SampleLoop, SampleResult, sample
+from loopmdm_model.sequences import MaskedBatch
 from loopmdm_model.stopping import FixedLoops, StoppingRule
 
 COLUMNS = ["rule", "threshold", "max_loops", "steps", "order", "temperature", "measure", "quality", "quality_se",
