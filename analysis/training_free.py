@@ -122,7 +122,7 @@ def _nelbo(
 
 def _groups(b: MaskedBatch) -> list[MaskedBatch]:
     """At most ten groups of sequences, near equal, none of which shares a cluster with another."""
-    _, unit = np.unique(np.arange(len(b)) if b.clusters is None else b.clusters, return_inverse=True)
+    _, unit = np.unique(b.owners, return_inverse=True)
     number, alone = unit % min(GROUPS, unit.max() + 1), replace(b, clusters=None)
     return [alone.rows(np.flatnonzero(number == group)) for group in range(number.max() + 1)]
 

@@ -40,6 +40,11 @@ class _Rows:
         """How many sequences are independent: documents, where they share one."""
         return stats.count_units(len(self), self.clusters)
 
+    @property
+    def owners(self) -> np.ndarray:
+        """The document of each sequence, or its own number where none is shared."""
+        return np.arange(len(self)) if self.clusters is None else self.clusters
+
     def rows(self, keep: slice | Tensor | np.ndarray) -> Self:
         """Some of the sequences, by slice, index or boolean."""
         return type(self)(*(_pick(getattr(self, field.name), keep) for field in fields(cast(Any, self))))

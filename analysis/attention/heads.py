@@ -86,7 +86,7 @@ def head_growth(
     n_loops = check_loops(m, n_loops)
     b = as_batch("head_growth", b, clusters)
     n_tests = m.cfg.n_loop_layers * m.cfg.n_heads if top is None else check_count("top", top)
-    first = halves(len(b), b.clusters, seed)
+    first = halves(b.owners, seed)
     mass = record(m, b, (0, n_loops - 1), batch_size=batch_size).mass
     ranked = growth_and_error(mass[first], b.rows(first).clusters)[0]
     growth, error, units, n = growth_and_error(mass[~first], b.rows(~first).clusters)

@@ -121,9 +121,9 @@ class Sinks:
         return KeyGroups(SINK_GROUPS, self.members)
 
 
-def halves(n: int, clusters: np.ndarray | None, seed: int) -> np.ndarray:
-    """A random half of n sequences, [n] boolean; clusters stay together. Both halves need a unit."""
-    labels = np.arange(n) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+def halves(owners: np.ndarray, seed: int) -> np.ndarray:
+    """A random half of the sequences, [n] boolean; those of one owner stay together. Both halves need a unit."""
+    labels = np.unique(owners, return_inverse=True)[1]
     units = int(labels.max()) + 1
     if units < 2:
         raise UsageError(f"two halves need at least two independent sequences (or clusters), got {units}")
@@ -170,7 +170,7 @@ def sink_attention(
     b = as_batch("sink_attention", b, clusters)
     if not factors:
         raise UsageError("factors is empty; name at least one, as in factors=(3, 5, 10)")
-    first = torch.from_numpy(halves(len(b), b.clusters, seed))
+    first = torch.from_numpy(halves(b.owners, seed))
     whole: list[AttentionSums] = []
     numbers: list[list[Sinks]] = [[] for _ in factors]
     for half in (first, ~first):

@@ -97,7 +97,7 @@ class Choices:
 def gather(m: HookedLoopMDM, b: MaskedBatch, n_loops: int, choices: Choices) -> Evidence:
     """Run the model: group masses and contents with sinks in and out, and toggles, at the first and last loop."""
     loops, batch_size = (0, n_loops - 1), choices.batch_size
-    first = halves(len(b), b.clusters, choices.seed)
+    first = halves(b.owners, choices.seed)
     plain = record(m, b, loops, content=True, batch_size=batch_size)
     parts, places = [], []
     for half in (first, ~first):

@@ -49,13 +49,12 @@ class StateSums:
         return self.shift + mean, axes * signs
 
 
-def fitted_half(n: int, clusters: np.ndarray | None) -> Bool[Tensor, " batch"]:
+def fitted_half(owners: np.ndarray) -> Bool[Tensor, " batch"]:
     """Every other sequence, or all sequences of every other cluster in order of appearance."""
-    names = np.arange(n) if clusters is None else clusters
-    order = {name: place for place, name in enumerate(dict.fromkeys(names.tolist()))}
+    order = {name: place for place, name in enumerate(dict.fromkeys(owners.tolist()))}
     if len(order) < 2:
         raise UsageError("paths are fitted on one half and drawn from the other: give two sequences or clusters")
-    return torch.tensor([order[name] % 2 == 0 for name in names.tolist()])
+    return torch.tensor([order[name] % 2 == 0 for name in owners.tolist()])
 
 
 class Projection:
@@ -104,7 +103,7 @@ def state_paths(
     b, n_loops = as_batch("state_paths", b, clusters), check_loops(m, n_loops)
     if check_count("n_components", n_components) > m.cfg.d_model:
         raise UsageError(f"n_components {n_components} exceeds d_model = {m.cfg.d_model}")
-    fit = fitted_half(len(b), b.clusters)
+    fit = fitted_half(b.owners)
     sums = {group: StateSums(m.cfg.d_model) for group in TOKEN_GROUPS}
     for _, _, state, groups in _visit(m, b.rows(fit), n_loops, batch_size):
         for group in TOKEN_GROUPS:

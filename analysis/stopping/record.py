@@ -146,7 +146,6 @@ def record(m: LoopedModel, data: Data, rules: Sequence[StoppingRule] | None, rea
     """`record_loops` of what `as_data` gives, to `read.n_loops` loops."""
     most = check_count("max_loops", m.cfg.max_loops if read.n_loops is None else read.n_loops)
     named, batches = named_rules(rules, most), masked_draws(m, data, read)
-    owner = np.arange(len(data)) if data.clusters is None else data.clusters
     losses, correct, counts, ratios, noise = [], [], [], [], []
     criteria: dict[str, list[Tensor]] = {name: [] for name in named}
     for batch in batches:
@@ -163,7 +162,7 @@ def record(m: LoopedModel, data: Data, rules: Sequence[StoppingRule] | None, rea
     joined = {name: torch.cat(values, dim=1) for name, values in criteria.items()}
     return LoopRecord(
         torch.cat(losses, 1), torch.cat(correct, 1), joined, named, torch.cat(counts), torch.cat(ratios),
-        torch.cat(noise), np.tile(owner, len(batches)), m.cfg, data.tokens.shape[1],
+        torch.cat(noise), np.tile(data.owners, len(batches)), m.cfg, data.tokens.shape[1],
     )  # fmt: skip
 
 

@@ -105,7 +105,6 @@ def loop_usage(
     check_count("n_bins", n_bins)
     given, read = as_data(m, data, maskable, clusters), Read(None, None, n_samples, seed, batch_size)
     draws = masked_draws(m, given, read)
-    owner = np.arange(len(given)) if given.clusters is None else given.clusters
     classes = classes or frequency_classes(draws[0].clean, m.cfg.d_vocab)
     online = [_in_scope(rule, scope) for scope in scopes]
     parts = [
@@ -116,7 +115,7 @@ def loop_usage(
     for place, scope in enumerate(scopes):
         for by, names, index in tokens.groupings(scope, classes, n_bins):
             for number, name in enumerate(names):
-                found = tokens.mean(tokens.loops[place], index == number, np.tile(owner, len(draws)))
+                found = tokens.mean(tokens.loops[place], index == number, np.tile(given.owners, len(draws)))
                 rows.append((rule_name(replace(rule, scope="sequence")), rule.threshold, rule.max_loops, scope, by,
                              name, *found))  # fmt: skip
     return pd.DataFrame(rows, columns=COLUMNS)

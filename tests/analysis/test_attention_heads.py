@@ -76,7 +76,7 @@ def test_ranking_does_not_see_the_half_that_tests():
     frame = head_growth(m, b, n_loops=3, clusters=clusters)
     from analysis.attention.sinks import halves
 
-    first = halves(24, clusters, 0)
+    first = halves(clusters, 0)
     ranks = record(m, b.rows(torch.from_numpy(first)), (0, 2)).mass
     tests = record(m, b.rows(torch.from_numpy(~first)), (0, 2)).mass
     for row in frame.itertuples():
