@@ -9,17 +9,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from loopmdm_model import stats
-from loopmdm_model.data.batches import spread
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.evaluation import TestSet, load_test_set, task_of
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.masking import MaskedBatch, mask_tokens
+from loopmdm_model.masking import mask_tokens
 from loopmdm_model.sampling import sample
+from loopmdm_model.sequences import MaskedBatch, Sequences
 
 
 @dataclass(frozen=True)
@@ -41,28 +39,29 @@ class Case:
         return cls(m, test, loops, check_count("n", n), check_count("seed", seed, least=0))
 
     @cached_property
-    def tokens(self) -> Int[Tensor, "batch pos"]:
+    def sequences(self) -> Sequences:
         """Clean test sequences."""
-        return spread(self.test.tokens, self.n)
+        return self.test.sequences.spread(self.n)
 
-    @cached_property
+    @property
+    def tokens(self) -> Int[Tensor, "batch pos"]:
+        """Their ids."""
+        return self.sequences.tokens
+
+    @property
     def maskable(self) -> Bool[Tensor, "batch pos"] | None:
         """What may be masked, if not everything."""
-        if self.test.maskable is None:
-            return None
-        return spread(self.test.maskable.expand_as(self.test.tokens), self.n)
+        return self.sequences.maskable
 
-    @cached_property
+    @property
     def clusters(self) -> np.ndarray | None:
-        """Which test sequences share a document."""
-        if self.test.clusters is None:
-            return None
-        return spread(torch.from_numpy(self.test.clusters), self.n).numpy()
+        """Which of them share a document."""
+        return self.sequences.clusters
 
     @property
     def n_units(self) -> int:
         """How many of them are independent: documents or templates where sequences share one."""
-        return stats.count_units(len(self.tokens), self.clusters)
+        return self.sequences.n_units
 
     @cached_property
     def validation(self) -> TestSet:
@@ -71,9 +70,7 @@ class Case:
 
     def masked(self, mask_ratio: float) -> MaskedBatch:
         """The test sequences with an exact share of what may be masked hidden."""
-        return mask_tokens(
-            self.tokens, self.m.cfg.mask_token_id, mask_ratio=mask_ratio, maskable=self.maskable, seed=self.seed
-        )
+        return mask_tokens(self.sequences, self.m.cfg.mask_token_id, mask_ratio=mask_ratio, seed=self.seed)
 
     def along_sampling(
         self, steps: int, at: Sequence[int] | None = None, order: str = "random"
@@ -91,4 +88,4 @@ class Case:
             if not 0 <= step < len(history) - 1:
                 raise UsageError(f"denoising steps run from 0 to {len(history) - 2}, got {step}")
             masked = history[step] == self.m.cfg.mask_token_id
-            yield step, MaskedBatch(history[step], last, masked, start.maskable)
+            yield step, MaskedBatch(history[step], last, masked, start.maskable, clusters=start.clusters)

@@ -17,14 +17,15 @@ from torch import Tensor
 
 from loopmdm_model import stats
 from loopmdm_model.errors import UsageError, check_count
-from loopmdm_model.likelihood import check_clean, loop_counts, loop_losses, row_sums
+from loopmdm_model.likelihood import Read, loop_counts, losses_after, row_sums
 from loopmdm_model.protocol import LoopedModel
+from loopmdm_model.sequences import Sequences
 
 
 @torch.no_grad()
 def nelbo_decomposition(
     m: LoopedModel,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Int[Tensor, "batch pos"] | Sequences,
     n_loops: int | Sequence[int],
     by: Literal["mask_ratio", "position"] = "mask_ratio",
     n_bins: int = 10,
@@ -44,32 +45,38 @@ def nelbo_decomposition(
     if by not in ("mask_ratio", "position"):
         raise UsageError(f'by must be "mask_ratio" or "position", got {by!r}')
     loops = loop_counts(n_loops)
-    allowed, attention_mask = check_clean(m, tokens, maskable, attention_mask)
-    width = check_count("n_bins", n_bins) if by == "mask_ratio" else tokens.shape[1]
-    lengths = allowed.sum(-1)
-    total = torch.zeros(len(loops), len(tokens), width, dtype=torch.float64)
-    draws = torch.zeros(len(tokens), width, dtype=torch.float64)
-    for span, part, losses in loop_losses(m, tokens, loops, n_samples, maskable, attention_mask, seed, batch_size):
-        counts, size = part.masked.sum(-1), lengths[span]
-        if by == "mask_ratio":
-            rows = torch.arange(len(part))
-            bins = noise_bins(counts, size, n_bins).cpu()
-            known = (counts > 0).cpu()
-            mean = (row_sums(losses, part) / counts).cpu()
-            total[:, span][:, rows[known], bins[known]] += mean[:, known]
-            draws[span][rows[known], bins[known]] += 1
-        else:
-            row, position = part.masked.nonzero().T
-            weight = (size / counts)[row]
-            total[:, span].view(len(loops), -1).index_add_(
-                1, (row * width + position).cpu(), (losses * weight).cpu()
-            )
-            draws[span] += 1
-    values = (total / draws).numpy()  # [loop, batch, bin]; NaN where a sequence has no draw
-    weights = lengths.double().cpu().numpy()
+    sequences = Sequences.of(tokens, maskable, attention_mask, clusters).clean_for(m)
+    read = Read(n_samples=n_samples, seed=seed, batch_size=batch_size)
     if by == "mask_ratio":
-        return _by_noise(values, weights, loops, clusters)
-    frame = _averaged(np.where(allowed.cpu().numpy(), values, np.nan), np.ones_like(weights), loops, clusters)
+        return _noise(m, sequences, loops, check_count("n_bins", n_bins), read)
+    return _positions(m, sequences, loops, read)
+
+
+def _noise(m: LoopedModel, sequences: Sequences, loops: list[int], n_bins: int, read: Read) -> pd.DataFrame:
+    lengths, n = sequences.lengths, len(sequences)
+    total, draws = torch.zeros(len(loops), n, n_bins).double(), torch.zeros(n, n_bins).double()
+    for span, part, losses in losses_after(m, sequences, loops, read):
+        counts = part.masked.sum(-1)
+        rows, bins = torch.arange(len(part)), noise_bins(counts, lengths[span], n_bins).cpu()
+        known = (counts > 0).cpu()
+        mean = (row_sums(losses, part) / counts).cpu()
+        total[:, span][:, rows[known], bins[known]] += mean[:, known]
+        draws[span][rows[known], bins[known]] += 1
+    values = (total / draws).numpy()  # [loop, batch, bin]; NaN where a sequence has no draw
+    return _by_noise(values, lengths.double().cpu().numpy(), loops, sequences.clusters)
+
+
+def _positions(m: LoopedModel, sequences: Sequences, loops: list[int], read: Read) -> pd.DataFrame:
+    n, width = sequences.tokens.shape
+    total, draws = torch.zeros(len(loops), n, width).double(), torch.zeros(n, width).double()
+    for span, part, losses in losses_after(m, sequences, loops, read):
+        row, position = part.masked.nonzero().T
+        weight = (sequences.lengths[span] / part.masked.sum(-1))[row]
+        place = (row * width + position).cpu()
+        total[:, span].view(len(loops), -1).index_add_(1, place, (losses * weight).cpu())
+        draws[span] += 1
+    values = np.where(sequences.allowed.cpu().numpy(), (total / draws).numpy(), np.nan)
+    frame = _averaged(values, np.ones(n), loops, sequences.clusters)
     frame.insert(1, "position", np.tile(np.arange(width), len(loops)))
     return frame
 

@@ -63,10 +63,7 @@ class HarnessModel(LM):
         texts = [self.subject.tokenizer.encode(request.args[0]).ids for request in requests]
         length = self.subject.model.cfg.n_ctx
         w = sliding_windows(texts, length, length)
-        r = nelbo(
-            self.subject.model, w.tokens, self.n_loops, n_samples=self.n_samples, maskable=w.scored,
-            attention_mask=w.real, seed=self.seed,
-        )  # fmt: skip
+        r = nelbo(self.subject.model, w.sequences, self.n_loops, n_samples=self.n_samples, seed=self.seed)
         total = np.zeros(len(texts))
         np.add.at(total, w.owners, -(r.per_sequence * r.lengths).numpy())
         return total.tolist()

@@ -12,6 +12,7 @@ was trained to? What rises here too is no mark of training with loops. After "tr
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -25,9 +26,10 @@ from analysis.interventions import damp
 from loopmdm_model import stats
 from loopmdm_model.errors import UsageError, check_count, unknown_name
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.likelihood import NelboResult, check_clean, nelbo, nelbo_by_loop
-from loopmdm_model.masking import MaskedBatch, mask_tokens
+from loopmdm_model.likelihood import NelboResult, Read, estimate, estimates_after
+from loopmdm_model.masking import mask_tokens
 from loopmdm_model.model import LoopMDM
+from loopmdm_model.sequences import MaskedBatch, Sequences
 
 Damping = Literal["none", "1/n_loops"]
 GROUPS = 10
@@ -38,7 +40,7 @@ COLUMNS = ["first_layer", "n_layers", "damping", "n_loops", "nelbo", "change", "
 @torch.no_grad()
 def training_free(
     m: HookedLoopMDM | LoopMDM,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Int[Tensor, "batch pos"] | Sequences,
     maskable: Tensor | None = None,
     n_loops: Sequence[int] = (1, 2, 4, 8),
     blocks: Sequence[tuple[int, int]] | None = None,
@@ -73,19 +75,17 @@ def training_free(
     places = middle_blocks(plain.cfg.n_layers) if blocks is None else list(blocks)
     if not places:
         raise UsageError(f"a model of {plain.cfg.n_layers} layers has no middle layer to repeat; name blocks=")
-    allowed, real = check_clean(m, tokens, maskable, attention_mask)
-    b = mask_tokens(
-        tokens, plain.cfg.mask_token_id, mask_ratio=mask_ratio, maskable=allowed, attention_mask=real, seed=seed
-    )
-    groups = _groups(len(tokens), clusters)
+    sequences = Sequences.of(tokens, maskable, attention_mask, clusters).clean_for(m)
+    read = Read(n_samples=n_samples, seed=seed, batch_size=batch_size)
+    groups = _groups(mask_tokens(sequences, plain.cfg.mask_token_id, mask_ratio=mask_ratio, seed=seed))
     rows = []
     for first, n_layers in places:
         looped = HookedLoopMDM(plain.looping(first, n_layers), tokenizer)
         for damping in dampings:
-            results = _nelbo(looped, tokens, counts, damping, n_samples, allowed, real, clusters, seed, batch_size)
-            odds = _log_odds(looped, b, counts, damping, groups, batch_size)
+            results = _nelbo(looped, sequences, counts, damping, read)
+            odds = _log_odds(looped, groups, counts, damping, batch_size)
             for index, count in enumerate(counts):
-                rows.append((first, n_layers, damping, count, *_row(results, odds, index, clusters)))
+                rows.append((first, n_layers, damping, count, *_row(results, odds, index, sequences.clusters)))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -108,44 +108,31 @@ def _runs(counts: list[int], damping: str) -> Iterator[tuple[int, list[int]]]:
 
 
 def _nelbo(
-    m: HookedLoopMDM,
-    tokens: Tensor,
-    counts: list[int],
-    damping: str,
-    n_samples: int,
-    maskable: Tensor,
-    attention_mask: Tensor | None,
-    clusters: np.ndarray | None,
-    seed: int,
-    batch_size: int,
+    m: HookedLoopMDM, sequences: Sequences, counts: list[int], damping: str, read: Read
 ) -> list[NelboResult]:
     """NELBO at each count."""
-    shared = (n_samples, maskable, attention_mask, seed, batch_size, clusters)
     if damping == "none":
-        return nelbo_by_loop(m, tokens, counts, *shared)
+        return estimates_after(m, sequences, counts, read)
     results = []
     for count in counts:
         with _arm(m, damping, count):
-            results.append(nelbo(m, tokens, count, None, *shared))
+            results.append(estimate(m, sequences, replace(read, n_loops=count)))
     return results
 
 
-def _groups(n: int, clusters: np.ndarray | None) -> list[Tensor]:
+def _groups(b: MaskedBatch) -> list[MaskedBatch]:
     """At most ten groups of sequences, near equal, none of which shares a cluster with another."""
-    if clusters is not None and len(clusters) != n:
-        raise UsageError(f"clusters must name one per sequence: {n} expected, got {len(clusters)}")
-    _, unit = np.unique(np.arange(n) if clusters is None else clusters, return_inverse=True)
-    number = unit % min(GROUPS, unit.max() + 1)
-    return [torch.from_numpy(np.flatnonzero(number == group)) for group in range(number.max() + 1)]
+    _, unit = np.unique(b.owners, return_inverse=True)
+    number, alone = unit % min(GROUPS, unit.max() + 1), replace(b, clusters=None)
+    return [alone.rows(np.flatnonzero(number == group)) for group in range(number.max() + 1)]
 
 
 def _log_odds(
-    m: HookedLoopMDM, b: MaskedBatch, counts: list[int], damping: str, groups: list[Tensor], batch_size: int
+    m: HookedLoopMDM, groups: list[MaskedBatch], counts: list[int], damping: str, batch_size: int
 ) -> np.ndarray:
     """Log-odds [group, count] in the last of each count's loops, mean over the looped layers and heads."""
     values = np.full((len(groups), len(counts)), np.nan)
-    for row, members in enumerate(groups):
-        part = b.rows(members.to(b.tokens.device))
+    for row, part in enumerate(groups):
         for n_loops, told in _runs(counts, damping):
             with _arm(m, damping, n_loops):
                 frame = mask_attention(m, part, n_loops=n_loops, batch_size=batch_size)

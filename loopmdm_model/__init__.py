@@ -9,11 +9,12 @@ from loopmdm_model.checkpoints import list_models
 from loopmdm_model.config import LoopMDMConfig
 from loopmdm_model.errors import UsageError
 from loopmdm_model.likelihood import NelboResult, continuation_nelbo, corpus_nelbo, nelbo, nelbo_by_loop
-from loopmdm_model.masking import MaskedBatch, mask_tokens
+from loopmdm_model.masking import mask_tokens
 from loopmdm_model.model import LoopMDM
 from loopmdm_model.orders import Order
 from loopmdm_model.protocol import LoopOutput
 from loopmdm_model.sampling import SampleResult, sample
+from loopmdm_model.sequences import MaskedBatch, Sequences
 from loopmdm_model.stopping import (
     ArgmaxStable,
     EntropyDelta,
@@ -44,6 +45,7 @@ __all__ = [
     "Order",
     "SampleResult",
     "SecondDifference",
+    "Sequences",
     "StateDelta",
     "StoppingRule",
     "Trajectory",

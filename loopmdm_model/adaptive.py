@@ -25,7 +25,10 @@ OnLoop = Callable[[LoopView], None]
 class Looping(Protocol):
     """What looping needs of a model."""
 
-    cfg: Layout
+    @property
+    def cfg(self) -> Layout:
+        """Where its layers stand."""
+        ...
 
     def loop(self, x: Tensor, context: Context, loop: int, taps: TapSource = no_taps) -> Tensor:
         """One loop."""

@@ -13,31 +13,39 @@ from loopmdm_model.data.batches import HELD_OUT_SEEDS, encode, evaluation_blocks
 from loopmdm_model.data.sudoku import BOARDS, Board
 from loopmdm_model.data.trees import TREE_TASKS
 from loopmdm_model.errors import UsageError, check_count
-from loopmdm_model.masking import MaskedBatch
 from loopmdm_model.protocol import LoopedModel
+from loopmdm_model.sequences import MaskedBatch, Sequences
 
 
 @dataclass(frozen=True)
 class TestSet:
-    """Clean test sequences [batch, pos]; `clusters` [batch] tells which share a document or template.
-
-    `clusters` is None if none do; `bytes_per_token` is NaN where tokens are not all text; `maskable` ([pos], or
-    [batch, pos] if it differs) is None where all positions are predicted.
-    """
+    """Clean test `sequences`, whose clusters share a document or template; NaN bytes where not all is text."""
 
     task: str
-    tokens: Int[Tensor, "batch pos"]
-    clusters: Int[np.ndarray, " batch"] | None
-    bytes_per_token: float
-    maskable: Bool[Tensor, "*batch pos"] | None = None
+    sequences: Sequences
+    bytes_per_token: float = float("nan")
 
     __test__ = False  # not a pytest class
 
     @property
+    def tokens(self) -> Int[Tensor, "batch pos"]:
+        """Their ids."""
+        return self.sequences.tokens
+
+    @property
+    def maskable(self) -> Bool[Tensor, "batch pos"] | None:
+        """What is predicted, if not everything."""
+        return self.sequences.maskable
+
+    @property
+    def clusters(self) -> np.ndarray | None:
+        """Which of them share a document or template."""
+        return self.sequences.clusters
+
+    @property
     def n_maskable(self) -> Int[Tensor, " batch"]:
         """How many positions of each sequence are predicted."""
-        everywhere = torch.ones_like(self.tokens, dtype=torch.bool)
-        return (everywhere if self.maskable is None else everywhere & self.maskable).sum(-1)
+        return self.sequences.lengths
 
 
 def task_of(record: dict) -> str:
@@ -51,20 +59,20 @@ def task_of(record: dict) -> str:
 def load_test_set(task: str, length: int, tokenizer: Tokenizer | None, split: corpora.Split = "test") -> TestSet:
     """Held-out sequences; text comes from the embedded slice, which holds the whole split."""
     if task in BOARDS:
-        return TestSet(task, BOARDS[task].sample_grids(split, 1000), None, float("nan"))
+        return TestSet(task, Sequences.of(BOARDS[task].sample_grids(split, 1000)))
     if task in TREE_TASKS:
         model = TREE_TASKS[task]
-        return TestSet(task, model.sample(1000, HELD_OUT_SEEDS[split]), None, float("nan"), model.maskable)
+        return TestSet(task, Sequences.of(model.sample(1000, HELD_OUT_SEEDS[split]), model.maskable))
     if tokenizer is None:
         raise UsageError(f"evaluating on {task} needs the model's tokenizer.json")
     if task == gsm.NAME:
         tokens, kept = gsm.fit(tokenizer, gsm.held_out(split), length)
         maskable = gsm.after_question(tokens, tokenizer)
-        return TestSet(task, tokens, np.array([problem.template for problem in kept]), float("nan"), maskable)
+        return TestSet(task, Sequences.of(tokens, maskable, clusters=[problem.template for problem in kept]))
     documents = corpora.load("sotu-slice" if task == "sotu" else task, split)
     tokens, owners = evaluation_blocks(tokenizer, documents, length)
     n_bytes = sum(len(tokenizer.decode(row).encode()) for row in tokens.tolist())
-    return TestSet(task, tokens, owners.numpy(), n_bytes / tokens.numel())
+    return TestSet(task, Sequences.of(tokens, clusters=owners), n_bytes / tokens.numel())
 
 
 @torch.no_grad()

@@ -19,19 +19,39 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from loopmdm_model import flops, stats
 from loopmdm_model.data.windows import sliding_windows
 from loopmdm_model.errors import UsageError, check_count
-from loopmdm_model.masking import MaskedBatch, check_maskable, hide, pick_positions
+from loopmdm_model.masking import hide, pick_positions
 from loopmdm_model.protocol import LoopedModel
 from loopmdm_model.randomness import row_uniforms, step_generator
+from loopmdm_model.sequences import MaskedBatch, Sequences
 from loopmdm_model.stopping import StoppingRule, as_rule
 
 Estimator = Literal["exact-count", "stratified-t", "independent-t"]
 LEAST_T = 1e-3
+
+
+@dataclass(frozen=True)
+class Read:
+    """How sequences are read: `n_loops` or a `stop` rule (neither: S_max), masks a sequence and their seed.
+
+    Only as many sequences as `batch_size` run at a time.
+    """
+
+    n_loops: int | None = None
+    stop: StoppingRule | None = None
+    n_samples: int = 8
+    seed: int = 0
+    batch_size: int = 32
+
+    def __post_init__(self):
+        """Counts are counts."""
+        for name in ("n_samples", "batch_size"):
+            check_count(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -80,19 +100,16 @@ def draw_counts(
     return counts.clamp(min=0)
 
 
-def draw_masks(
-    tokens: Tensor,
-    mask_token_id: int,
-    maskable: Tensor,
-    seed: int,
-    draw: int,
-    n_draws: int = 1,
-    attention_mask: Tensor | None = None,
-) -> MaskedBatch:
+def draw_masks(sequences: Sequences, mask_token_id: int, seed: int, draw: int, n_draws: int = 1) -> MaskedBatch:
     """One draw of the exact-count forward process for every sequence."""
-    counts = draw_counts(maskable.sum(-1), seed, draw, n_draws)
-    uniforms = row_uniforms(seed, "positions", *tokens.shape, step=draw).to(tokens.device)
-    return hide(tokens, pick_positions(uniforms, maskable, counts), mask_token_id, maskable, attention_mask)
+    counts = draw_counts(sequences.lengths, seed, draw, n_draws)
+    masked = pick_positions(_uniforms(sequences, seed, draw), sequences.allowed, counts)
+    return hide(sequences, masked, mask_token_id)
+
+
+def _uniforms(sequences: Sequences, seed: int, draw: int) -> Float[Tensor, "batch pos"]:
+    tokens = sequences.tokens
+    return row_uniforms(seed, "positions", *tokens.shape, step=draw).to(tokens.device)
 
 
 def draw_times(n: int, seed: int, draw: int, stratified: bool = True) -> Float[Tensor, " batch"]:
@@ -103,25 +120,22 @@ def draw_times(n: int, seed: int, draw: int, stratified: bool = True) -> Float[T
     return LEAST_T + (1 - LEAST_T) * times
 
 
-def _draw(
-    estimator: Estimator,
-    tokens: Tensor,
-    mask_token_id: int,
-    maskable: Tensor,
-    seed: int,
-    draw: int,
-    n_draws: int,
-    attention_mask: Tensor | None,
-) -> tuple[MaskedBatch, Float[Tensor, " batch"]]:
-    """Masks, and the weight that turns a sequence's sum of cross-entropies into nats per token."""
-    lengths = maskable.sum(-1)
-    if estimator == "exact-count":
-        batch = draw_masks(tokens, mask_token_id, maskable, seed, draw, n_draws, attention_mask)
-        return batch, 1 / batch.masked.sum(-1).double()
-    times = draw_times(len(tokens), seed, draw, estimator == "stratified-t").to(tokens.device)
-    uniforms = row_uniforms(seed, "positions", *tokens.shape, step=draw).to(tokens.device)
-    masked = (uniforms < times[:, None]) & maskable
-    return hide(tokens, masked, mask_token_id, maskable, attention_mask), 1 / (times * lengths)
+def draws(
+    model: LoopedModel, sequences: Sequences, read: Read, estimator: Estimator = "exact-count"
+) -> Iterator[tuple[MaskedBatch, Float[Tensor, " batch"]]]:
+    """Masks, and the weights that turn sequences' sums of cross-entropies into nats per token, draw by draw."""
+    if estimator not in get_args(Estimator):
+        raise UsageError(f"estimator must be one of {', '.join(get_args(Estimator))}, got {estimator!r}")
+    mask_token_id = model.cfg.mask_token_id
+    for draw in range(read.n_samples):
+        if estimator == "exact-count":
+            batch = draw_masks(sequences, mask_token_id, read.seed, draw, read.n_samples)
+            yield batch, 1 / batch.masked.sum(-1).double()
+            continue
+        times = draw_times(len(sequences), read.seed, draw, estimator == "stratified-t")
+        times = times.to(sequences.tokens.device)
+        masked = (_uniforms(sequences, read.seed, draw) < times[:, None]) & sequences.allowed
+        yield hide(sequences, masked, mask_token_id), 1 / (times * sequences.lengths)
 
 
 def masked_cross_entropy(logits: Tensor, batch: MaskedBatch) -> Float[Tensor, " batch"]:
@@ -142,10 +156,9 @@ def row_sums(values: Float[Tensor, "*loop row"], batch: MaskedBatch) -> Float[Te
     return values.new_zeros(*values.shape[:-1], len(batch)).index_add(-1, owner, values)
 
 
-@torch.no_grad()
 def nelbo(
     model: LoopedModel,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Int[Tensor, "batch pos"] | Sequences,
     n_loops: int | None = None,
     stop: StoppingRule | None = None,
     n_samples: int = 8,
@@ -156,7 +169,7 @@ def nelbo(
     clusters: np.ndarray | None = None,
     estimator: Estimator = "exact-count",
 ) -> NelboResult:
-    """Estimate the NELBO of clean `tokens` with `n_samples` masks a sequence.
+    """Estimate the NELBO of clean `tokens` (or `Sequences`) with `n_samples` masks a sequence.
 
     `maskable` marks what is predicted (the rest is condition); padding is never maskable. The model
     may be a LoopMDM or a HookedLoopMDM. The same seed gives the same masks, so two models or two
@@ -166,23 +179,32 @@ def nelbo(
     `estimator` "stratified-t" and "independent-t" draw a time t in [1e-3, 1], mask each position with
     probability t and weigh by 1 / t, as usual elsewhere: for comparison, as they scatter more.
     """
-    check_count("batch_size", batch_size)
-    as_rule(n_loops, stop, model.cfg.max_loops)
-    allowed, attention_mask = check_clean(model, tokens, maskable, attention_mask)
-    total, loops, cost = torch.zeros(2, len(tokens), dtype=torch.float64), 0.0, 0.0
-    for batch, weight in _draws(estimator, model, tokens, allowed, seed, n_samples, attention_mask):
-        for start in range(0, len(tokens), batch_size):
-            span = slice(start, start + batch_size)
-            part = batch.rows(span)
+    sequences = Sequences.of(tokens, maskable, attention_mask, clusters).clean_for(model)
+    return estimate(model, sequences, Read(n_loops, stop, n_samples, seed, batch_size), estimator)
+
+
+@torch.no_grad()
+def estimate(
+    model: LoopedModel, sequences: Sequences, read: Read, estimator: Estimator = "exact-count"
+) -> NelboResult:
+    """`nelbo` of sequences that `model` can read (`Sequences.clean_for`)."""
+    as_rule(read.n_loops, read.stop, model.cfg.max_loops)
+    total, loops, cost = torch.zeros(2, len(sequences), dtype=torch.float64), 0.0, 0.0
+    for batch, weight in draws(model, sequences, read, estimator):
+        for start, part in batch.batches(read.batch_size):
+            span = slice(start, start + read.batch_size)
             run = model.run(
-                part.tokens, n_loops=n_loops, stop=stop, attention_mask=part.attention_mask, rows=part.masked
+                part.tokens,
+                n_loops=read.n_loops,
+                stop=read.stop,
+                attention_mask=part.attention_mask,
+                rows=part.masked,
             )
             value = (row_sums(row_cross_entropy(run.logits, part), part) * weight[span]).cpu()
             total[:, span] += torch.stack([value, value**2])
             loops += run.loops_used.sum().item()
             cost += run.flops.sum().item()
-    mean_loops = loops / (n_samples * len(tokens))
-    return summarise(total, n_samples, allowed.sum(-1).cpu(), mean_loops, clusters, cost)
+    return summarise(total, sequences, read.n_samples, loops / (read.n_samples * len(sequences)), cost)
 
 
 def loop_counts(n_loops: int | Sequence[int]) -> list[int]:
@@ -197,7 +219,7 @@ def loop_counts(n_loops: int | Sequence[int]) -> list[int]:
 
 def loop_losses(
     model: LoopedModel,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Int[Tensor, "batch pos"] | Sequences,
     n_loops: int | Sequence[int],
     n_samples: int = 8,
     maskable: Tensor | None = None,
@@ -211,24 +233,28 @@ def loop_losses(
     sequences. The draws are those of `nelbo`.
     """
     counts = loop_counts(n_loops)
-    check_count("batch_size", batch_size)
-    allowed, attention_mask = check_clean(model, tokens, maskable, attention_mask)
-    for batch, _ in _draws("exact-count", model, tokens, allowed, seed, n_samples, attention_mask):
-        for start in range(0, len(tokens), batch_size):
-            part = batch.rows(slice(start, start + batch_size))
+    sequences = Sequences.of(tokens, maskable, attention_mask).clean_for(model)
+    yield from losses_after(model, sequences, counts, Read(n_samples=n_samples, seed=seed, batch_size=batch_size))
+
+
+def losses_after(
+    model: LoopedModel, sequences: Sequences, counts: list[int], read: Read
+) -> Iterator[tuple[slice, MaskedBatch, Float[Tensor, "loop row"]]]:
+    """`loop_losses` of sequences that `model` can read, after each of `counts` loops in rising order."""
+    for batch, _ in draws(model, sequences, read):
+        for start, part in batch.batches(read.batch_size):
             trajectory = model.states(part.tokens, counts[-1], part.attention_mask)
             losses = [
                 row_cross_entropy(model.readout(state, context, rows=part.masked), part)
                 for loop, (state, context) in enumerate(trajectory, start=1)
                 if loop in counts
             ]
-            yield slice(start, start + batch_size), part, torch.stack(losses)
+            yield slice(start, start + read.batch_size), part, torch.stack(losses)
 
 
-@torch.no_grad()
 def nelbo_by_loop(
     model: LoopedModel,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Int[Tensor, "batch pos"] | Sequences,
     n_loops: int | Sequence[int],
     n_samples: int = 8,
     maskable: Tensor | None = None,
@@ -243,20 +269,23 @@ def nelbo_by_loop(
     would cost.
     """
     counts = loop_counts(n_loops)
-    allowed, attention_mask = check_clean(model, tokens, maskable, attention_mask)
-    total = torch.zeros(len(counts), 2, len(tokens), dtype=torch.float64)
-    cfg, length, cost = model.cfg, tokens.shape[1], 0.0
-    for span, part, losses in loop_losses(
-        model, tokens, counts, n_samples, maskable, attention_mask, seed, batch_size
-    ):
+    sequences = Sequences.of(tokens, maskable, attention_mask, clusters).clean_for(model)
+    return estimates_after(model, sequences, counts, Read(n_samples=n_samples, seed=seed, batch_size=batch_size))
+
+
+@torch.no_grad()
+def estimates_after(model: LoopedModel, sequences: Sequences, counts: list[int], read: Read) -> list[NelboResult]:
+    """`nelbo_by_loop` of sequences that `model` can read, after each of `counts` loops in rising order."""
+    total = torch.zeros(len(counts), 2, len(sequences), dtype=torch.float64)
+    cfg, length, cost = model.cfg, sequences.tokens.shape[1], 0.0
+    for span, part, losses in losses_after(model, sequences, counts, read):
         value = (row_sums(losses, part) / part.masked.sum(-1)).cpu()
         total[:, :, span] += torch.stack([value, value**2], dim=1)
         ends = cfg.n_prelude_layers * cfg.layer_flops(length)
         cost += float((ends + flops.readout_flops(cfg, length, part.masked.sum(-1))).sum())
-    lengths = allowed.sum(-1).cpu()
-    loop_cost = n_samples * len(tokens) * cfg.n_loop_layers * cfg.layer_flops(length)
+    loop_cost = read.n_samples * len(sequences) * cfg.n_loop_layers * cfg.layer_flops(length)
     return [
-        summarise(row, n_samples, lengths, float(count), clusters, cost + count * loop_cost)
+        summarise(row, sequences, read.n_samples, float(count), cost + count * loop_cost)
         for count, row in zip(counts, total, strict=True)
     ]
 
@@ -287,9 +316,8 @@ def continuation_nelbo(
         tokens[row, : len(ids)] = torch.tensor(ids)
         real[row, : len(ids)] = True
         maskable[row, len(prompt) : len(ids)] = True
-    return nelbo(
-        model, tokens, n_loops, stop, n_samples, maskable, attention_mask=real, seed=seed, batch_size=batch_size
-    )
+    sequences = Sequences.of(tokens, maskable, real).clean_for(model)
+    return estimate(model, sequences, Read(n_loops, stop, n_samples, seed, batch_size))
 
 
 def corpus_nelbo(
@@ -308,60 +336,18 @@ def corpus_nelbo(
     scored is clean context for the next, so every token is scored exactly once. The error is over documents.
     """
     windows = sliding_windows(documents, model.cfg.n_ctx, model.cfg.n_ctx if stride is None else stride)
-    return nelbo(
-        model, windows.tokens, n_loops, stop, n_samples, windows.scored, windows.real, seed, batch_size,
-        windows.owners,
-    )  # fmt: skip
-
-
-def _draws(
-    estimator: Estimator,
-    model: LoopedModel,
-    tokens: Tensor,
-    allowed: Tensor,
-    seed: int,
-    n_samples: int,
-    attention_mask: Tensor | None,
-) -> Iterator[tuple[MaskedBatch, Tensor]]:
-    if estimator not in get_args(Estimator):
-        raise UsageError(f"estimator must be one of {', '.join(get_args(Estimator))}, got {estimator!r}")
-    for draw in range(check_count("n_samples", n_samples)):
-        yield _draw(estimator, tokens, model.cfg.mask_token_id, allowed, seed, draw, n_samples, attention_mask)
-
-
-def check_clean(
-    model: LoopedModel, tokens: Tensor, maskable: Tensor | None, attention_mask: Tensor | None
-) -> tuple[Bool[Tensor, "batch pos"], Tensor | None]:
-    """What may be masked, and the attention mask (a HookedLoopMDM knows its [PAD]); refuses unclean tokens."""
-    if not isinstance(tokens, Tensor) or tokens.is_floating_point():
-        raise UsageError("tokens must be an integer tensor [batch, pos]; text goes through to_tokens")
-    if tokens.ndim != 2 or 0 in tokens.shape:
-        raise UsageError(f"tokens must be a non-empty [batch, pos] tensor, got shape {list(tokens.shape)}")
-    if attention_mask is None:
-        infer = getattr(model, "padding_mask", None)
-        attention_mask = None if infer is None else infer(tokens)
-    allowed = check_maskable(tokens, maskable, attention_mask)
-    attention_mask = None if attention_mask is None else attention_mask.expand_as(tokens)
-    real = tokens if attention_mask is None else tokens[attention_mask != 0]
-    if bool((real == model.cfg.mask_token_id).any()):
-        raise UsageError("tokens already hold [MASK]; the likelihood needs clean tokens")
-    if bool(((real < 0) | (real >= model.cfg.d_vocab)).any()):
-        raise UsageError(f"tokens hold ids outside 0..{model.cfg.d_vocab - 1}; use this model's own tokenizer")
-    return allowed, attention_mask
+    return estimate(model, windows.sequences.clean_for(model), Read(n_loops, stop, n_samples, seed, batch_size))
 
 
 def summarise(
-    totals: Float[Tensor, "two batch"],
-    n_samples: int,
-    lengths: Tensor,
-    mean_loops: float,
-    clusters: np.ndarray | None,
-    cost: float,
+    totals: Float[Tensor, "two batch"], sequences: Sequences, n_samples: int, mean_loops: float, cost: float
 ) -> NelboResult:
     """Token-weighted mean with its error, from sums over masks of each sequence's value and its square."""
     per_sequence, square = totals / n_samples
     scatter = (square - per_sequence**2).clamp(min=0) / max(1, n_samples - 1)
     own_error = scatter.sqrt() if n_samples > 1 else torch.full_like(scatter, float("nan"))
-    weights = lengths.double().numpy()
-    mean, error, n = stats.weighted_mean_and_error(per_sequence.numpy(), weights, clusters)
+    lengths = sequences.lengths.cpu()
+    mean, error, n = stats.weighted_mean_and_error(
+        per_sequence.numpy(), lengths.double().numpy(), sequences.clusters
+    )
     return NelboResult(float(mean), float(error), per_sequence, int(n), mean_loops, lengths, cost, own_error)

@@ -5,7 +5,7 @@ alpha_t = 1 - t), or an exact share of them is. Positions given as condition (a 
 clues, padding) are never masked.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Int
@@ -13,68 +13,11 @@ from torch import Tensor
 
 from loopmdm_model.errors import UsageError
 from loopmdm_model.randomness import row_uniforms
-
-
-@dataclass(frozen=True)
-class MaskedBatch:
-    """Sequences with some positions hidden.
-
-    `tokens` [batch, pos] is what the model sees, `clean` what was there, `masked` where they are
-    hidden; `maskable` where they could have been, `attention_mask` which are real (None: all).
-    """
-
-    tokens: Int[Tensor, "batch pos"]
-    clean: Int[Tensor, "batch pos"]
-    masked: Bool[Tensor, "batch pos"]
-    maskable: Bool[Tensor, "batch pos"] | None = None
-    attention_mask: Tensor | None = None
-
-    def __post_init__(self):
-        """One shape; only maskable positions are hidden; the others show what was there."""
-        assert self.tokens.shape == self.clean.shape == self.masked.shape
-        assert torch.equal(self.tokens[~self.masked], self.clean[~self.masked])
-        if self.maskable is not None:
-            assert not bool((self.masked & ~self.maskable).any())
-
-    def __len__(self) -> int:
-        """Sequences in the batch."""
-        return len(self.tokens)
-
-    @property
-    def mask_ratio(self) -> float:
-        """Realised share of maskable positions that are masked, over the whole batch."""
-        could = (
-            self.attention_mask != 0
-            if self.maskable is None and self.attention_mask is not None
-            else self.maskable
-        )
-        total = self.masked.numel() if could is None else int(could.sum())
-        return int(self.masked.sum()) / total if total else float("nan")
-
-    def rows(self, keep: slice | Tensor) -> "MaskedBatch":
-        """The batch restricted to some sequences."""
-        maskable = None if self.maskable is None else self.maskable[keep]
-        attention_mask = None if self.attention_mask is None else self.attention_mask[keep]
-        return MaskedBatch(self.tokens[keep], self.clean[keep], self.masked[keep], maskable, attention_mask)
-
-
-def check_maskable(tokens: Tensor, maskable: Tensor | None, attention_mask: Tensor | None = None) -> Tensor:
-    """The boolean [batch, pos] of positions that may be masked: given ones, less padding."""
-    result = torch.ones_like(tokens, dtype=torch.bool)
-    for name, given in (("maskable", maskable), ("attention_mask", attention_mask)):
-        if given is None:
-            continue
-        wanted = f"{name} must be a boolean tensor of {tokens.shape[-1]} positions, one row or one a sequence"
-        if not isinstance(given, Tensor) or given.is_floating_point():
-            raise UsageError(f"{wanted}; got {given.dtype if isinstance(given, Tensor) else type(given).__name__}")
-        if given.shape not in (tokens.shape, tokens.shape[-1:], (1, tokens.shape[-1])):
-            raise UsageError(f"{wanted}; got shape {list(given.shape)}")
-        result = result & (given != 0).expand_as(tokens)
-    return result
+from loopmdm_model.sequences import MaskedBatch, Sequences
 
 
 def mask_tokens(
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Int[Tensor, "batch pos"] | Sequences,
     mask_token_id: int,
     *,
     mask_ratio: float | None = None,
@@ -91,24 +34,29 @@ def mask_tokens(
     """
     if (mask_ratio is None) == (t is None):
         raise UsageError("give exactly one of mask_ratio= (an exact share) and t= (a probability)")
-    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point():
-        raise UsageError("tokens must be an integer tensor [batch, pos]; text goes through HookedLoopMDM.mask")
-    if bool((tokens >= mask_token_id).any()):
-        raise UsageError(f"tokens must lie below [MASK] ({mask_token_id}): give clean tokens of this model")
+    sequences = Sequences.of(tokens, maskable, attention_mask)
+    _check_clean(sequences, mask_token_id)
     for name, value in (("mask_ratio", mask_ratio), ("t", t)):
-        _check_share(name, value, len(tokens))
-    allowed = check_maskable(tokens, maskable, attention_mask)
-    attention_mask = None if attention_mask is None else attention_mask.expand_as(tokens)
-    uniforms = row_uniforms(seed, "positions", *tokens.shape, first_index=first_index, step=step)
-    uniforms = uniforms.to(tokens.device)
+        _check_share(name, value, len(sequences))
+    clean, allowed = sequences.tokens, sequences.allowed
+    uniforms = row_uniforms(seed, "positions", *clean.shape, first_index=first_index, step=step)
+    uniforms = uniforms.to(clean.device)
     if t is not None:
-        chance = torch.as_tensor(t, dtype=torch.float64, device=tokens.device).reshape(-1, 1)
+        chance = torch.as_tensor(t, dtype=torch.float64, device=clean.device).reshape(-1, 1)
         masked = (uniforms < chance) & allowed
     else:
-        total = allowed.sum(-1)
-        count = (float(mask_ratio or 0) * total).round().long()
+        count = (float(mask_ratio or 0) * sequences.lengths).round().long()
         masked = pick_positions(uniforms, allowed, count.clamp(min=1 if mask_ratio else 0))
-    return hide(tokens, masked, mask_token_id, allowed, attention_mask)
+    return hide(replace(sequences, maskable=allowed), masked, mask_token_id)
+
+
+def _check_clean(sequences: Sequences, mask_token_id: int) -> None:
+    if bool((sequences.tokens == mask_token_id).any()):
+        raise UsageError(f"tokens already hold [MASK] ({mask_token_id}); give clean tokens of this model")
+    if bool((sequences.tokens < 0).any()):
+        raise UsageError(
+            f"tokens hold the negative id {int(sequences.tokens.min())}; give clean tokens of this model"
+        )
 
 
 def _check_share(name: str, value: float | Tensor | None, n: int) -> None:
@@ -127,12 +75,9 @@ def pick_positions(uniforms: Tensor, allowed: Tensor, count: Tensor) -> Bool[Ten
     return (rank < count[:, None]) & allowed
 
 
-def hide(
-    tokens: Tensor,
-    masked: Tensor,
-    mask_token_id: int,
-    maskable: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-) -> MaskedBatch:
+def hide(clean: Tensor | Sequences, masked: Tensor, mask_token_id: int) -> MaskedBatch:
     """Put [MASK] at the `masked` positions."""
-    return MaskedBatch(tokens.masked_fill(masked, mask_token_id), tokens, masked, maskable, attention_mask)
+    s = clean if isinstance(clean, Sequences) else Sequences(clean)
+    return MaskedBatch(
+        s.tokens.masked_fill(masked, mask_token_id), s.tokens, masked, s.maskable, s.real, s.clusters
+    )

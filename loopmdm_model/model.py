@@ -10,7 +10,7 @@ n_loops = i + 1.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Self, cast
 
 import torch
 from jaxtyping import Float
@@ -38,7 +38,7 @@ class LoopMDMContext(Context):
     def rows(self, keep: Tensor) -> Self:
         """The context of the sequences `keep` (index or boolean [batch])."""
         allowed = {name: None if mask is None else mask[keep] for name, mask in self.allowed.items()}
-        return replace(Context.rows(self, keep), allowed=allowed)
+        return replace(Context.rows(self, keep), allowed=allowed)  # pyright: ignore[reportReturnType]
 
 
 class LoopMDM(Core):
@@ -97,12 +97,16 @@ class LoopMDM(Core):
         self, layer: int, x: Tensor, context: LoopMDMContext, tap: Tap = NO_TAP, held: Tensor | None = None
     ) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One application of physical `layer`; `held` positions keep x, and cost nothing if nobody listens."""
-        block, allowed = self.blocks[layer], context.allowed[self.cfg.segment(layer)]
+        block, allowed = self.block(layer), context.allowed[self.cfg.segment(layer)]
         if held is None:
             return block(x, context.rotary, allowed, tap)
         if tap is NO_TAP:
             return block.skip(x, context.rotary, allowed, held)
         return block(x, context.rotary, allowed, tap, held)
+
+    def block(self, layer: int) -> Block:
+        """The module of physical `layer`."""
+        return cast(Block, self.blocks[layer])
 
     def unembedding(self, x: Tensor, taps: TapSource = no_taps, rows: Tensor | None = None) -> Tensor:
         """Final norm and unembedding of states [..., d_model], or of `rows` of them; [MASK] gets -inf."""
@@ -130,7 +134,7 @@ class LoopMDM(Core):
 
     def output_weight(self, layer: int) -> Float[Tensor, "d_model width"]:
         """The weight that takes all heads' z, side by side, to the stream."""
-        return self.blocks[layer].attn.out.weight
+        return self.block(layer).attn.out.weight
 
     def looping(self, first: int, n_layers: int, max_loops: int = 1) -> "LoopMDM":
         """The same weights with other layers looped; at n_loops = 1 it is the model it was made from."""

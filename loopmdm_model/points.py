@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor
 from transformer_lens import HookedRootModule
@@ -196,7 +196,7 @@ class Call:
         self.owner, self.context = owner, None
         self.scopes = _open_scopes(owner) if own is None else (*_open_scopes(owner), own)
         pinned = [scope.path for scope in self.scopes if scope.path != "auto"]
-        self.path: AttnPath = path if path != "auto" else pinned[-1] if pinned else "auto"
+        self.path: AttnPath = path if path != "auto" else cast(AttnPath, pinned[-1] if pinned else "auto")
         self.notes: dict[Any, Any] = {}
 
     context: Context | None
@@ -357,12 +357,12 @@ class LoopHooks(HookedRootModule):
             raise UnknownNameError(f"the filter matches no hook name; names look like {hint}")
         return chosen
 
-    def _checked(self, hooks: Hooks | None) -> Hooks:
+    def _checked(self, hooks: Hooks | None) -> list[tuple[Any, Callable]]:
         """Hooks with their names known, or UsageError before anything is added; a list of names is a hook each."""
         found: Hooks = []
         for name, hook in hooks or ():
             if callable(name):
-                found.append((self._matcher(name), hook))
+                found.append((self._matcher(name), hook))  # pyright: ignore[reportArgumentType]
                 continue
             listed = [name] if isinstance(name, str | Site) else list(name)
             found += [(self._known(each), hook) for each in listed]
@@ -373,7 +373,7 @@ class LoopHooks(HookedRootModule):
     def add_hook(self, name: Any, hook: Callable, *args: Any, **kwargs: Any) -> None:
         """As in TransformerLens; takes several names, too; a predicate also applies to loops not made yet."""
         fields = ("dir", "is_permanent", "level", "prepend")
-        arguments = dict(zip(fields, args, strict=False)) | kwargs | {"hook": hook}
+        arguments: dict[str, Any] = dict(zip(fields, args, strict=False)) | kwargs | {"hook": hook}
         for place, _ in self._checked([(name, hook)]):
             if isinstance(place, str):
                 self.hook_dict[place].add_hook(**arguments)

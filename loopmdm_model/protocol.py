@@ -47,7 +47,10 @@ class LoopOutput:
 class LoopedModel(Protocol):
     """What likelihood, sampling and measures need of a model: a `Core`, or one with hooks."""
 
-    cfg: Layout
+    @property
+    def cfg(self) -> Layout:
+        """Where its layers stand."""
+        ...
 
     @property
     def facts(self) -> Facts:

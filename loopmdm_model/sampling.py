@@ -9,7 +9,7 @@ All randomness is a function of (seed, sequence, step, position): a sequence has
 (with `first_index`) and in any batch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loopmdm_model.errors import UsageError, check_count
-from loopmdm_model.masking import MaskedBatch
 from loopmdm_model.orders import Order, StepView, as_order
+from loopmdm_model.prompts import Start
 from loopmdm_model.protocol import LoopedModel
 from loopmdm_model.randomness import row_uniforms
 from loopmdm_model.stopping import LoopView, StoppingRule, as_rule
@@ -107,8 +107,9 @@ def sample(
     """Fill `n` sequences of `length` tokens (default n_ctx) in `steps` denoising steps.
 
     `prompt` is a text (a HookedLoopMDM has the tokenizer), ids, or one of these for each sequence;
-    `clues` stay where they are: {position: id}, ids [pos] or [n, pos] with -1 where free, or a
-    MaskedBatch, whose clean positions are the clues. `n` defaults to what they hold, else 1. `order` is
+    `clues` stay where they are: {position: id}, ids [pos] or [n, pos] with -1 where free, a
+    MaskedBatch, whose clean positions are the clues, or a Sudoku board as people write it (`Board.read`) for a
+    model of that size. [PAD] in a prompt is no part of it. `n` defaults to what they hold, else 1. `order` is
     a name of `orders.ORDERS`, "blocks:SIZE", a permutation or an Order. `temperature` 0 takes the best
     token; `top_p` keeps the smallest set of tokens with at least that probability.
 
@@ -121,9 +122,9 @@ def sample(
         check_count(name, value)
     check_count("first_index", first_index, least=0)
     _check_drawing(temperature, top_p)
-    start, free, real = starting_ids(model, n, length, prompt, clues)
-    plan = as_order(order, start.shape[1])
-    most = int(free.sum(-1).max())
+    start = Start.of(model, prompt, clues, n, length)
+    plan = as_order(order, start.tokens.shape[1])
+    most = int(start.free.sum(-1).max())
     sampler = _Sampler(
         model, plan, plan.n_steps(steps, most) if most else 0, n_loops, stop, temperature, top_p, seed,
         [] if callback is None else [callback] if callable(callback) else list(callback),
@@ -132,15 +133,13 @@ def sample(
     bar = tqdm(total=len(start) * sampler.steps, disable=not progress, unit="step", leave=False)
     try:
         for first in range(0, len(start), batch_size):
-            span = slice(first, first + batch_size)
-            part = None if real is None else real[span]
-            parts.append(sampler.run(start[span], free[span], part, first_index + first, bar))
+            parts.append(sampler.run(start.rows(slice(first, first + batch_size)), first_index + first, bar))
     except KeyboardInterrupt:
         if not partial:
             raise
     finally:
         bar.close()
-    return _join(parts, start)
+    return _join(parts, start.tokens)
 
 
 @dataclass(frozen=True)
@@ -155,11 +154,11 @@ class _Sampler:
     seed: int
     callbacks: list[Callback]
 
-    def run(self, start: Tensor, free: Tensor, real: Tensor | None, first_index: int, bar: tqdm) -> SampleResult:
-        tokens, mask_id = start.clone(), self.model.cfg.mask_token_id
-        n, device = len(start), start.device
+    def run(self, start: Start, first_index: int, bar: tqdm) -> SampleResult:
+        tokens, mask_id = start.tokens.clone(), self.model.cfg.mask_token_id
+        (n, width), device = tokens.shape, tokens.device
         time = torch.ones(n, dtype=torch.float64, device=device)
-        confidence = torch.ones(start.shape, dtype=torch.float64, device=device)
+        confidence = torch.ones(tokens.shape, dtype=torch.float64, device=device)
         loops = torch.zeros(self.steps, n, dtype=torch.long, device=device)
         cost = torch.zeros(self.steps, n, dtype=torch.float64, device=device)
         events, times = [torch.zeros(0, 4, dtype=torch.long, device=device)], [time]
@@ -167,12 +166,13 @@ class _Sampler:
 
             def uniforms(stream: str, step: int = step) -> Tensor:
                 at = 0 if stream == "blocks" else step  # the order of blocks is drawn once
-                return row_uniforms(self.seed, stream, n, start.shape[1], first_index, at).to(device)
+                return row_uniforms(self.seed, stream, n, width, first_index, at).to(device)
 
             at, of = torch.full_like(loops[0], step), torch.full_like(loops[0], self.steps)
-            view = StepView(at, of, (tokens == mask_id) & free, free, time, confidence, uniforms)
+            view = StepView(at, of, (tokens == mask_id) & start.free, start.free, time, confidence, uniforms)
             hidden = self.order.remask(view)
-            chosen, drawn, sure = self._reveal(view, step, tokens, real, first_index, loops[step], cost[step])
+            now = _Step(step, first_index, tokens, start.real, loops[step], cost[step])
+            chosen, drawn, sure = self._reveal(view, now)
             before, time = tokens, self.order.advance(view)
             if hidden is not None:
                 tokens = tokens.masked_fill(hidden, mask_id)
@@ -182,19 +182,13 @@ class _Sampler:
             events.append(torch.stack([torch.full_like(row, step), row, position, tokens[row, position]], dim=1))
             times.append(time)
             bar.update(n)
-        return SampleResult(tokens, start, torch.cat(events), loops, cost, torch.stack(times))
+        return SampleResult(tokens, start.tokens, torch.cat(events), loops, cost, torch.stack(times))
 
     def _reveal(
-        self,
-        view: StepView,
-        step: int,
-        tokens: Tensor,
-        real: Tensor | None,
-        first_index: int,
-        loops: Tensor,
-        cost: Tensor,
+        self, view: StepView, now: "_Step"
     ) -> tuple[Bool[Tensor, "batch pos"], Int[Tensor, " row"], Float[Tensor, " row"]]:
         """Positions to fill, what to fill them with, and its probability; notes loops and FLOPs [batch]."""
+        tokens = now.tokens
         rows = self.order.candidates(view) if self.order.reads_logits else self.order.choose(view, None)
         active = rows.any(-1).nonzero()[:, 0]
         if not len(active):
@@ -204,17 +198,17 @@ class _Sampler:
             assert seen.running is not None
             index = active[seen.running]
             for callback in self.callbacks:
-                callback(SampleLoop(step, first_index + index, tokens[index], seen))
+                callback(SampleLoop(now.step, now.first_index + index, tokens[index], seen))
 
         run = self.model.run(
             tokens[active],
             n_loops=self.n_loops,
             stop=self.stop,
-            attention_mask=None if real is None else real[active],
+            attention_mask=None if now.real is None else now.real[active],
             rows=rows[active],
             on_loop=on_loop if self.callbacks else None,
         )
-        loops[active], cost[active] = run.loops_used, run.flops
+        now.loops[active], now.cost[active] = run.loops_used, run.flops
         logits, chosen = run.logits, rows
         if self.order.reads_logits:
             scores = torch.zeros(rows.shape, dtype=torch.float64, device=rows.device)
@@ -223,6 +217,18 @@ class _Sampler:
             logits = logits[chosen[rows]]
         drawn, sure = draw_tokens(logits, view.uniforms("tokens")[chosen], self.temperature, self.top_p)
         return chosen, drawn.to(tokens.dtype), sure
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One denoising step of a batch: ids before it; `loops` and `cost` [batch] take down what it needs."""
+
+    step: int
+    first_index: int
+    tokens: Tensor
+    real: Tensor | None
+    loops: Tensor
+    cost: Tensor
 
 
 def draw_tokens(
@@ -252,109 +258,6 @@ def _check_drawing(temperature: float, top_p: float) -> None:
         raise UsageError(f"temperature must be 0 (best token) or at least 1e-4 and finite, got {temperature!r}")
     if not 0 < top_p <= 1:
         raise UsageError(f"top_p must lie in (0, 1], got {top_p!r}")
-
-
-# --- what is given: prompts and clues ---
-
-
-def starting_ids(
-    model: LoopedModel, n: int | None, length: int | None, prompt: Any, clues: Any
-) -> tuple[Int[Tensor, "n pos"], Bool[Tensor, "n pos"], Bool[Tensor, "n pos"] | None]:
-    """Ids with [MASK] where something is to be filled, those positions, and which are not padding."""
-    cfg = model.cfg
-    prompts = _prompts(model, prompt)
-    real = None
-    if isinstance(clues, MaskedBatch) and clues.attention_mask is not None:
-        real = clues.attention_mask != 0
-    clues = _clues(clues, cfg.mask_token_id)
-    held = {len(rows) for rows in (prompts, clues) if isinstance(rows, list | Tensor) and len(rows) > 1}
-    if len(held) > 1 or (held and n not in (None, *held)):
-        raise UsageError(f"n, prompts and clues disagree on the number of sequences: {sorted({n or 1} | held)}")
-    n = held.pop() if held else check_count("n", 1 if n is None else n)
-    if length is None:
-        length = clues.shape[1] if isinstance(clues, Tensor) else cfg.n_ctx
-    if check_count("length", length) > cfg.n_ctx:
-        raise UsageError(f"length {length} exceeds n_ctx = {cfg.n_ctx}; shorten it")
-    known = torch.full((n, length), -1, dtype=torch.long, device=_device(model))
-    if prompts is not None:
-        longest = max(len(ids) for ids in prompts)
-        if longest > length:
-            raise UsageError(
-                f"the prompt of {longest} tokens exceeds the length of {length} (n_ctx = {cfg.n_ctx})"
-            )
-        for row in range(n):
-            ids = prompts[row % len(prompts)]
-            known[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
-    if isinstance(clues, dict):
-        for position, token in clues.items():
-            if not 0 <= position < length:
-                raise UsageError(f"clue at position {position} lies outside 0..{length - 1}")
-            known[:, position] = token
-    elif clues is not None:
-        if clues.shape[1] != length:
-            raise UsageError(
-                f"clues have {clues.shape[1]} positions, the sequence {length}; mark free ones with -1"
-            )
-        known = torch.where(clues.to(known) >= 0, clues.to(known), known)
-    if bool((known >= cfg.d_vocab).any()) or bool((known == cfg.mask_token_id).any()):
-        row, position = ((known >= cfg.d_vocab) | (known == cfg.mask_token_id)).nonzero()[0].tolist()
-        token = int(known[row, position])
-        what = "[MASK]" if token == cfg.mask_token_id else f"outside 0..{cfg.d_vocab - 1}"
-        raise UsageError(f"the given id {token} at position {position} is {what}; mark free positions with -1")
-    free = known < 0 if real is None else (known < 0) & real.to(known.device)
-    return known.masked_fill(known < 0, cfg.mask_token_id), free, real
-
-
-def _device(model: LoopedModel) -> torch.device:
-    return next(model.parameters()).device if isinstance(model, torch.nn.Module) else torch.device("cpu")
-
-
-def _prompts(model: LoopedModel, prompt: Any) -> list[list[int]] | None:
-    if prompt is None:
-        return None
-    if isinstance(prompt, Tensor):
-        prompt = prompt.tolist()
-    if isinstance(prompt, str) or (
-        isinstance(prompt, Sequence) and prompt and not isinstance(prompt[0], Sequence)
-    ):
-        prompt = [prompt]
-    rows = []
-    for item in prompt if isinstance(prompt, Sequence) else [prompt]:
-        if isinstance(item, str):
-            to_tokens = getattr(model, "to_tokens", None)
-            if to_tokens is None:
-                raise UsageError("a text prompt needs a tokenizer: use HookedLoopMDM, or give token ids")
-            item = to_tokens(item)[0].tolist() if item else []
-        if not isinstance(item, Sequence) or not all(isinstance(token, int) and token >= 0 for token in item):
-            raise UsageError(f"a prompt must be a text or token ids, got {item!r}")
-        rows.append(list(item))
-    return rows or None
-
-
-def _clues(clues: Any, mask_token_id: int) -> dict[int, int] | Tensor | None:
-    if clues is None:
-        return None
-    if isinstance(clues, MaskedBatch):
-        clues = clues.clean.masked_fill(clues.masked, -1)
-    if isinstance(clues, Mapping):
-        pairs = dict(clues)
-        if not all(isinstance(word, int) for pair in pairs.items() for word in pair):
-            raise UsageError(f"clues must be {{position: id}} with integers, got {clues!r:.80}")
-        wrong = [token for token in pairs.values() if token < 0]
-        if wrong:
-            raise UsageError(f"clue {wrong[0]} is no token id; leave free positions out")
-        if mask_token_id in pairs.values():
-            raise UsageError("a clue is [MASK]; leave free positions out")
-        return pairs
-    wanted = "clues must be {position: id}, or integer ids [pos] or [n, pos] with -1 where free"
-    try:
-        clues = torch.as_tensor(clues)
-    except (TypeError, ValueError, RuntimeError):
-        raise UsageError(f"{wanted}; got {clues!r:.60}") from None
-    wrong_kind = clues.is_floating_point() or clues.dtype == torch.bool
-    if clues.ndim not in (1, 2) or 0 in clues.shape or wrong_kind or bool((clues < -1).any()):
-        raise UsageError(wanted)
-    return clues.reshape(-1, clues.shape[-1])
 
 
 def _join(parts: list[SampleResult], start: Tensor) -> SampleResult:

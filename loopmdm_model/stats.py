@@ -108,7 +108,7 @@ def welch(ours: Array, theirs: Array) -> tuple[float, float, float]:
     if a + b == 0:
         return difference, difference, difference
     freedom = (a + b) ** 2 / (a**2 / (len(ours) - 1) + b**2 / (len(theirs) - 1))
-    half = float(_t_quantile(freedom) * np.sqrt(a + b))
+    half = float(_t_quantile(float(freedom)) * np.sqrt(a + b))
     return difference, difference - half, difference + half
 
 

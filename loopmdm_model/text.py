@@ -4,11 +4,13 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from loopmdm_model.data.sudoku import board_of_model
 from loopmdm_model.data.tokenizer import PAD
 from loopmdm_model.errors import UsageError
 from loopmdm_model.layout import Layout
-from loopmdm_model.masking import MaskedBatch, mask_tokens
+from loopmdm_model.masking import mask_tokens
 from loopmdm_model.protocol import Core
+from loopmdm_model.sequences import MaskedBatch
 
 
 class TextEntries:
@@ -20,6 +22,10 @@ class TextEntries:
 
     def _inputs(self, tokens: Tensor | str | list[str], mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Token ids of text or ids, and the padding mask that [PAD] implies unless one is given."""
+        board = None if isinstance(tokens, Tensor | str) else board_of_model(self.cfg)
+        boards = None if board is None else board.find(tokens)
+        if boards is not None:
+            tokens = boards.masked_fill(boards < 0, self.cfg.mask_token_id).to(self.model.device)
         if not isinstance(tokens, Tensor):
             tokens = self.to_tokens(tokens)
         return tokens, self.padding_mask(tokens) if mask is None else mask
@@ -34,7 +40,12 @@ class TextEntries:
         texts = [text] if isinstance(text, str) else list(text)
         if not texts or not all(isinstance(item, str) for item in texts):
             raise UsageError("give a text or a list of texts; token ids go in as a tensor")
-        rows = [encoding.ids for encoding in self._text().encode_batch(texts)]
+        board = board_of_model(self.cfg)
+        if board is None:
+            rows = [encoding.ids for encoding in self._text().encode_batch(texts)]
+        else:  # its tokenizer takes whatever is no symbol for [MASK]
+            hidden = self.cfg.mask_token_id
+            rows = [[hidden if token < 0 else token for token in board.ids(text)] for text in texts]
         longest = max(len(row) for row in rows)
         pad = self._text().token_to_id(PAD)
         if pad is None and any(len(row) != longest for row in rows):
@@ -71,7 +82,10 @@ class TextEntries:
         seed: int = 0,
         maskable: Tensor | None = None,
     ) -> MaskedBatch:
-        """Text in, MaskedBatch out: hide an exact share `ratio`, or each token with probability `t`."""
+        """Text in, MaskedBatch out: hide an exact share `ratio`, or each token with probability `t`.
+
+        A Sudoku model also takes complete boards as people write them (`Board.read`).
+        """
         tokens, attention_mask = self._inputs(text, None)
         return mask_tokens(
             tokens,

@@ -25,6 +25,7 @@ from loopmdm_model.folded import BlockWeights, plain, weighted
 from loopmdm_model.layers import Norm
 from loopmdm_model.model import LoopMDM
 from loopmdm_model.points import AttnPath, Call, HookTap, check_path
+from loopmdm_model.protocol import Core
 from loopmdm_model.sites import Site, applications
 from loopmdm_model.taps import NO_TAP, Tap, TapSource
 
@@ -256,8 +257,10 @@ class UnrolledLoopMDM(Doors):
         return [self._known(name) for name in listed]
 
 
-def unroll(model: LoopMDM, cache: LoopCache) -> ActivationCache:
+def unroll(model: Core, cache: LoopCache) -> ActivationCache:
     """The looped model's cache in the unrolled model's form: names blocks.{depth}.<leaf>, norms folded."""
+    if not isinstance(model, LoopMDM):
+        raise UsageError(f"only a LoopMDM can be seen unrolled with its weights; this is {type(model).__name__}")
     virtual: dict[str, Tensor] = {}
     places = {"": ("", None)} | {
         prefix: (f"blocks.{depth}.", layer)

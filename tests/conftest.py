@@ -7,8 +7,9 @@ import torch
 
 from loopmdm_model.config import LoopMDMConfig
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.masking import MaskedBatch, mask_tokens
+from loopmdm_model.masking import mask_tokens
 from loopmdm_model.model import LoopMDM
+from loopmdm_model.sequences import MaskedBatch
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 torch.set_num_threads(1)

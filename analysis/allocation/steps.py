@@ -9,18 +9,16 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 
-from analysis.stopping.quality import Judge, Quality, sample_quality
+from analysis.stopping.quality import Judge, Quality, Samples
 from loopmdm_model import flops, stats
 from loopmdm_model.config import LoopMDMConfig
 from loopmdm_model.data.sudoku import Board
 from loopmdm_model.errors import UsageError, check_count
-from loopmdm_model.likelihood import loop_counts, nelbo_by_loop
-from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.likelihood import Read, estimates_after
 from loopmdm_model.protocol import LoopedModel
-from loopmdm_model.sampling import sample
+from loopmdm_model.sequences import MaskedBatch, Sequences
 
 MARGINAL = "marginal-nll"
 COLUMNS = ["budget", "n_loops", "steps", "order", "temperature", "measure", "quality", "quality_se",
@@ -58,7 +56,7 @@ def loops_against_steps(
     clues: MaskedBatch | None = None,
     board: Board | None = None,
     judge: Judge | None = None,
-    test: Tensor | None = None,
+    test: Tensor | Sequences | None = None,
     maskable: Tensor | None = None,
     order: str | None = None,
     temperature: float | None = None,
@@ -78,40 +76,37 @@ def loops_against_steps(
     """
     if (grid is None) == (not budgets):
         raise UsageError("give either grid=, pairs (n_loops, steps), or budgets= in FLOPs per sequence")
-    if board is not None and clues is None:
-        raise UsageError("give the puzzles to solve as clues=; make them with puzzles(board, grids, n_clues)")
-    order = order or ("random" if board is None else "confidence")
-    temperature = temperature if temperature is not None else float(board is None)
+    samples = Samples.of(
+        board, order, temperature, n=n, clues=clues, judge=judge, seed=seed, batch_size=batch_size
+    )
     length = m.cfg.n_ctx if clues is None else clues.tokens.shape[1]
     free = length if clues is None else int(clues.masked.sum(-1).max())
     if grid is None:
         pairs = equal_flops_pairs(m.cfg, length, budgets, n_loops, free)
     else:
         pairs = [(float("nan"), check_count("n_loops", s), check_count("steps", k)) for s, k in grid]
-    marginal = {} if test is None else _marginal(m, test, {s for _, s, _ in pairs}, n_samples, maskable, seed)
+    marginal = {}
+    if test is not None:
+        unseen = Sequences.of(test, maskable, clusters=clusters).clean_for(m)
+        marginal = _marginal(m, unseen, {s for _, s, _ in pairs}, Read(n_samples=n_samples, seed=seed))
+        clusters = unseen.clusters
     rows, first = [], {}
     for budget, count, steps in pairs:
-        r = sample(
-            m, n, steps=steps, n_loops=count, clues=clues, order=order, temperature=temperature, seed=seed,
-            batch_size=batch_size,
-        )  # fmt: skip
-        found = sample_quality(r.tokens, board, judge) + ([marginal[count]] if marginal else [])
-        for own in found:
+        r = samples.draw(m, steps, n_loops=count)
+        for own in samples.quality(r) + ([marginal[count]] if marginal else []):
             owner = clusters if own.measure == MARGINAL else None
             other = first.setdefault((str(budget), own.measure), own)
             mean, error, number = own.mean(owner)
-            rows.append((budget, count, len(r.loops_used), order, temperature, own.measure, mean, error,
-                         *own.against(other, owner), r.flops / len(r.tokens), number,
-                         stats.count_units(number, owner)))  # fmt: skip
+            drawn = (len(r.loops_used), samples.order, samples.temperature)
+            gained = (*own.against(other, owner), r.flops / len(r.tokens), number)
+            units = stats.count_units(number, owner)
+            rows.append((budget, count, *drawn, own.measure, mean, error, *gained, units))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _marginal(
-    m: LoopedModel, test: Tensor, counts: set[int], n_samples: int, maskable: Tensor | None, seed: int
-) -> dict[int, Quality]:
-    with torch.no_grad():
-        results = nelbo_by_loop(m, test, list(counts), n_samples, maskable, seed=seed)
+def _marginal(m: LoopedModel, test: Sequences, counts: set[int], read: Read) -> dict[int, Quality]:
+    results = estimates_after(m, test, sorted(counts), read)
     return {
         count: Quality(MARGINAL, result.per_sequence.numpy(), result.lengths.double().numpy())
-        for count, result in zip(loop_counts(list(counts)), results, strict=True)
+        for count, result in zip(sorted(counts), results, strict=True)
     }

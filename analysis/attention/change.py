@@ -18,12 +18,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analysis.attention.groups import Seen, States, check_batch
+from analysis.attention.groups import Seen, States
 from analysis.attention.walk import PlaceSums, summed
 from loopmdm_model.errors import UsageError
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.masking import MaskedBatch
 from loopmdm_model.moments import Moments
+from loopmdm_model.sequences import MaskedBatch, as_batch
 
 
 class ChangeSums(PlaceSums):
@@ -132,5 +132,4 @@ def attention_change(
     the heads' values are averaged.
     """
     sums = ChangeSums(m, n_loops, rank, by_head)
-    check_batch("attention_change", b, clusters)
-    return summed(sums, b, clusters, batch_size)
+    return summed(sums, as_batch("attention_change", b, clusters), batch_size)

@@ -18,9 +18,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from loopmdm_model.errors import UsageError
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.sequences import MaskedBatch
 
 QUERY_GROUPS = ("masked", "clean")
 
@@ -39,11 +38,10 @@ class States:
     could: int = 0
 
     @classmethod
-    def of(cls, m: HookedLoopMDM, b: MaskedBatch, clusters: np.ndarray | None = None) -> "States":
+    def of(cls, m: HookedLoopMDM, b: MaskedBatch) -> "States":
         """Of a batch that `m` is to read."""
-        real = torch.ones_like(b.masked) if b.attention_mask is None else b.attention_mask != 0
-        could = real if b.maskable is None else b.maskable
-        return cls(b.tokens == m.cfg.mask_token_id, real, clusters, int(b.masked.sum()), int(could.sum()))
+        holds = b.tokens == m.cfg.mask_token_id
+        return cls(holds, b.real, b.clusters, int(b.masked.sum()), int(b.allowed.sum()))
 
     @cached_property
     def members(self) -> Float[Tensor, "batch pos 2"]:
@@ -157,11 +155,3 @@ def output_gram(m: HookedLoopMDM, layer: int) -> Float[Tensor, "head d_head d_he
     weight = m.model.output_weight(layer)
     per_head = weight.float().T.unflatten(0, (m.cfg.n_heads, m.cfg.d_head))
     return per_head @ per_head.transpose(-1, -2)
-
-
-def check_batch(name: str, b: MaskedBatch, clusters: np.ndarray | None = None) -> None:
-    """Refuse what is no MaskedBatch, and clusters of another length."""
-    if not isinstance(b, MaskedBatch):
-        raise UsageError(f"{name} takes a MaskedBatch; make one with m.mask(text, ratio=.5)")
-    if clusters is not None and len(clusters) != len(b):
-        raise UsageError(f"clusters must name one per sequence: {len(b)} expected, got {len(clusters)}")

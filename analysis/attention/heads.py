@@ -30,14 +30,13 @@ from numpy.typing import NDArray
 from scipy import stats as distributions
 from torch import Tensor
 
-from analysis.attention.groups import check_batch
 from analysis.attention.record import check_loops, log_odds_growth, record
 from analysis.attention.sinks import halves
 from loopmdm_model import stats
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.masking import MaskedBatch
 from loopmdm_model.randomness import step_generator
+from loopmdm_model.sequences import MaskedBatch, as_batch
 
 
 def holm(p_values: NDArray) -> NDArray:
@@ -85,12 +84,12 @@ def head_growth(
     p_holm n n_units (the half that tests), best rank (1) first.
     """
     n_loops = check_loops(m, n_loops)
-    check_batch("head_growth", b, clusters)
+    b = as_batch("head_growth", b, clusters)
     n_tests = m.cfg.n_loop_layers * m.cfg.n_heads if top is None else check_count("top", top)
-    first = halves(len(b), clusters, seed)
-    mass = record(m, b, n_loops, (0, n_loops - 1), batch_size=batch_size).mass
-    ranked = growth_and_error(mass[first], None if clusters is None else clusters[first])[0]
-    growth, error, units, n = growth_and_error(mass[~first], None if clusters is None else clusters[~first])
+    first = halves(b.owners, seed)
+    mass = record(m, b, (0, n_loops - 1), batch_size=batch_size).mass
+    ranked = growth_and_error(mass[first], b.rows(first).clusters)[0]
+    growth, error, units, n = growth_and_error(mass[~first], b.rows(~first).clusters)
     layer, head = (index.ravel() for index in np.indices(growth.shape))
     frame = pd.DataFrame({
         "n_loops": n_loops, "layer": layer + m.cfg.n_prelude_layers, "head": head, "mask_ratio": b.mask_ratio,
@@ -127,7 +126,7 @@ def marked_masses(
         masked = (part.tokens == m.cfg.mask_token_id)[..., None]
         put = partial(_put, masked=masked, mark=marks[pairs // len(b)][:, None])
         with m.hooks([("hook_embed", put)]):
-            parts.append(record(m, part, n_loops, (0, n_loops - 1), batch_size=batch_size).mass)
+            parts.append(record(m, part, (0, n_loops - 1), batch_size=batch_size).mass)
     whole = np.concatenate(parts)
     return whole.reshape(len(marks), len(b), *whole.shape[1:])
 
@@ -155,15 +154,15 @@ def effect_tests(
     the smallest possible p_mark is 1 / (1 + n_marks).
     """
     n_loops = check_loops(m, n_loops)
-    check_batch("effect_tests", b, clusters)
+    b = as_batch("effect_tests", b, clusters)
     if not 0 < level < 1 or check_count("n_marks", n_marks) + 1 < 1 / level:
         raise UsageError(f"n_marks = {n_marks} cannot reach level {level}; give at least 1 / level - 1 marks")
-    mass = record(m, b, n_loops, (0, n_loops - 1), batch_size=batch_size).mass
+    mass = record(m, b, (0, n_loops - 1), batch_size=batch_size).mass
     marked = marked_masses(m, b, n_loops, random_marks(m, n_marks, seed), batch_size)
     frames = []
     for by_head in (True, False):
-        growth, error, units, n = growth_and_error(mass, clusters, by_head)
-        null = np.stack([growth_and_error(one, clusters, by_head)[0] for one in marked])
+        growth, error, units, n = growth_and_error(mass, b.clusters, by_head)
+        null = np.stack([growth_and_error(one, b.clusters, by_head)[0] for one in marked])
         p_sequences = one_sided(growth, error, units)
         beaten = (~(null < growth)).sum(axis=0)  # what is not known counts against the effect
         p_mark = np.where(np.isfinite(growth), (1 + beaten) / (1 + n_marks), np.nan)

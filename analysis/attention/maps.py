@@ -90,7 +90,14 @@ def attention_across_loops(
     if isinstance(head, str) or check_count("head", head, least=0) >= n_heads:
         raise UsageError(f'head must be "auto" or 0..{n_heads - 1}, got {head!r}')
     head = int(head)
-    return _arrange(cache, stacked[:, head], tuple(range_index(cache, chosen)), layer, head, order, sequence)
+    tokens = cache.tokens[sequence].cpu()
+    masked = (tokens == cache.cfg.mask_token_id).numpy()
+    known = cache.owner.tokenizer is not None
+    labels = cache.owner.to_str_tokens(tokens) if known else [str(int(token)) for token in tokens]
+    places = np.argsort(~masked, kind="stable") if order == "masked-first" else np.arange(len(tokens))
+    maps = stacked[:, head][:, places][:, :, places]
+    shown = tuple(range_index(cache, chosen))
+    return AttentionMaps(maps, shown, layer, head, places, [labels[place] for place in places], masked[places])
 
 
 def range_index(cache: LoopCache, loops: Sequence[int]) -> list[int]:
@@ -106,24 +113,3 @@ def _pattern(cache: LoopCache, layer: int, loop: int, sequence: int) -> torch.Te
     if cache.loops_used[sequence] <= loop % cache.n_loops:
         raise UsageError(f"sequence {sequence} stopped after {int(cache.loops_used[sequence])} loops")
     return pattern[running] if cache.has_batch_dim else pattern
-
-
-def _arrange(
-    cache: LoopCache, maps: np.ndarray, loops: tuple, layer: int, head: int, order: str, sequence: int
-) -> AttentionMaps:
-    tokens = cache.tokens[sequence].cpu()
-    masked = (tokens == cache.cfg.mask_token_id).numpy()
-    known = cache.owner.tokenizer is not None
-    labels = cache.owner.to_str_tokens(tokens) if known else [str(int(token)) for token in tokens]
-    positions = np.arange(len(tokens))
-    if order == "masked-first":
-        positions = np.argsort(~masked, kind="stable")
-    return AttentionMaps(
-        maps[:, positions][:, :, positions],
-        loops,
-        layer,
-        head,
-        positions,
-        [labels[position] for position in positions],
-        masked[positions],
-    )

@@ -26,7 +26,6 @@ from analysis.attention.groups import (
     QUERY_GROUPS,
     KeyGroups,
     Seen,
-    check_batch,
     group_chances,
     group_contents,
     group_masses,
@@ -35,8 +34,8 @@ from analysis.attention.groups import (
 from analysis.attention.walk import PlaceSums, summed
 from loopmdm_model.errors import UsageError
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.masking import MaskedBatch
 from loopmdm_model.moments import Moments
+from loopmdm_model.sequences import MaskedBatch, as_batch
 
 LOG_ODDS_CAP = math.log(1e6)
 """A float32 pattern resolves about seven digits: beyond this ratio masses are its rounding."""
@@ -193,5 +192,4 @@ def mask_attention(
     padding is left out.
     """
     sums = AttentionSums(m, n_loops, content, by_head)
-    check_batch("mask_attention", b, clusters)
-    return summed(sums, b, clusters, batch_size)
+    return summed(sums, as_batch("mask_attention", b, clusters), batch_size)

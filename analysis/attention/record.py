@@ -22,11 +22,11 @@ from analysis.attention.groups import (
     group_masses,
     output_gram,
 )
-from analysis.attention.walk import chunks, walk
+from analysis.attention.walk import walk
 from loopmdm_model import stats
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.sequences import MaskedBatch
 from loopmdm_model.sites import at
 
 
@@ -78,17 +78,16 @@ def check_loops(m: HookedLoopMDM, n_loops: int | None) -> int:
 def record(
     m: HookedLoopMDM,
     b: MaskedBatch,
-    n_loops: int,
     loops: Sequence[int],
     keys: KeyGroups = MASKED_OR_CLEAN,
     content: bool = False,
     batch_size: int = 32,
 ) -> LoopRecord:
-    """Walk through the batch once and keep the chosen loops."""
+    """Walk through the batch once, as far as the chosen loops need, and keep these."""
     parts = []
-    for part, _, _ in chunks(b, None, batch_size):
+    for _, part in b.batches(batch_size):
         watch = _Watch(m, keys, content)
-        walk(m, part, n_loops, [watch], where=at(loop=loops), readout=False)
+        walk(m, part, max(loops) + 1, [watch], at(loop=loops))
         by_loop = [[watch.found[loop, layer] for layer in m.cfg.layers("loop")] for loop in loops]
         parts.append(torch.stack([torch.stack(row) for row in by_loop]))  # [loop, layer, quantity, sequence, ..]
     whole = torch.cat(parts, dim=3).permute(2, 3, 0, 1, 4, 5).numpy()

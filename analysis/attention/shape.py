@@ -17,11 +17,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.attention.groups import QUERY_GROUPS, Seen, check_batch
+from analysis.attention.groups import QUERY_GROUPS, Seen
 from analysis.attention.walk import PlaceSums, summed
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.masking import MaskedBatch
 from loopmdm_model.moments import Moments
+from loopmdm_model.sequences import MaskedBatch, as_batch
 
 METRICS = ("entropy", "distance", "concentration")
 NULLS = ("entropy_uniform", "distance_uniform")
@@ -89,5 +89,4 @@ def attention_shape(
     concentration concentration_se entropy_uniform distance_uniform n; the last two are what uniform rows give.
     """
     sums = ShapeSums(m, n_loops, by_head)
-    check_batch("attention_shape", b, clusters)
-    return summed(sums, b, clusters, batch_size)
+    return summed(sums, as_batch("attention_shape", b, clusters), batch_size)

@@ -20,13 +20,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.attention.groups import QUERY_GROUPS, KeyGroups, Seen, States, check_batch
+from analysis.attention.groups import QUERY_GROUPS, KeyGroups, Seen, States
 from analysis.attention.masses import AttentionSums
-from analysis.attention.walk import chunks, walk
+from analysis.attention.walk import walk
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.masking import MaskedBatch
 from loopmdm_model.randomness import step_generator
+from loopmdm_model.sequences import MaskedBatch, as_batch
 from loopmdm_model.sites import at
 
 FACTORS = (3.0, 5.0, 10.0)
@@ -122,9 +122,9 @@ class Sinks:
         return KeyGroups(SINK_GROUPS, self.members)
 
 
-def halves(n: int, clusters: np.ndarray | None, seed: int) -> np.ndarray:
-    """A random half of n sequences, [n] boolean; clusters stay together. Both halves need a unit."""
-    labels = np.arange(n) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+def halves(owners: np.ndarray, seed: int) -> np.ndarray:
+    """A random half of the sequences, [n] boolean; those of one owner stay together. Both halves need a unit."""
+    labels = np.unique(owners, return_inverse=True)[1]
     units = int(labels.max()) + 1
     if units < 2:
         raise UsageError(f"two halves need at least two independent sequences (or clusters), got {units}")
@@ -141,13 +141,12 @@ def received_attention(
 ) -> ReceivedSums:
     """What each position receives at every application, or in some loops only; `.sinks(factor)` chooses."""
     n_loops = check_count("n_loops", m.cfg.max_loops if n_loops is None else n_loops)
-    check_batch("received_attention", b)
     sums = ReceivedSums()
-    for part, _, _ in chunks(b, None, batch_size):
+    for _, part in as_batch("received_attention", b).batches(batch_size):
         if loops is None:
             walk(m, part, n_loops, [sums])
         else:
-            walk(m, part, n_loops, [sums], where=at(loop=loops), readout=False)
+            walk(m, part, n_loops, [sums], at(loop=loops))
     return sums
 
 
@@ -169,19 +168,18 @@ def sink_attention(
     half of the sequences are measured on the other, so every sequence counts once. log_odds leave sinks out.
     """
     n_loops = check_count("n_loops", m.cfg.max_loops if n_loops is None else n_loops)
-    check_batch("sink_attention", b, clusters)
+    b = as_batch("sink_attention", b, clusters)
     if not factors:
         raise UsageError("factors is empty; name at least one, as in factors=(3, 5, 10)")
-    first = torch.from_numpy(halves(len(b), clusters, seed))
+    first = torch.from_numpy(halves(b.owners, seed))
     whole: list[AttentionSums] = []
     numbers: list[list[Sinks]] = [[] for _ in factors]
     for half in (first, ~first):
         found = received_attention(m, b.rows(~half), n_loops, batch_size)
         chosen = [found.sinks(factor, by) for factor in factors]
         sums = [AttentionSums(m, n_loops, content, by_head, sinks.groups) for sinks in chosen]
-        labels = None if clusters is None else clusters[half.numpy()]
-        for part, some, _ in chunks(b.rows(half), labels, batch_size):
-            walk(m, part, n_loops, sums, some)
+        for _, part in b.rows(half).batches(batch_size):
+            walk(m, part, n_loops, sums)
         whole = [one.merge(other) for one, other in zip(whole, sums, strict=True)] if whole else sums
         for place, sinks in enumerate(chosen):
             numbers[place].append(sinks)

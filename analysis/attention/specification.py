@@ -24,15 +24,13 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from analysis.attention.groups import check_batch
 from analysis.attention.record import LoopRecord, check_loops, log_odds_growth, record
 from analysis.attention.sinks import halves, received_attention
-from analysis.attention.toggle import toggled
-from analysis.attention.walk import chunks
+from analysis.attention.toggle import Keys, toggled
 from loopmdm_model import stats
 from loopmdm_model.errors import UsageError
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.sequences import MaskedBatch, as_batch
 from loopmdm_model.sites import at
 
 MEASURES = ("mass", "lift", "log_odds", "content", "toggle")
@@ -76,51 +74,49 @@ def specification_curve(
     batches = [b] if isinstance(b, MaskedBatch) else list(b)
     if not batches:
         raise UsageError("no batch is given; make one with m.mask(text, ratio=.5)")
-    rows = []
+    choices, rows = Choices(factor, n_keys, batch_size, seed), []
     for batch in batches:
-        check_batch("specification_curve", batch, clusters)
-        evidence = gather(m, batch, n_loops, factor, n_keys, clusters, batch_size, seed)
+        evidence = gather(m, as_batch("specification_curve", batch, clusters), n_loops, choices)
         for row in _specifications(evidence, m.cfg.n_prelude_layers):
             rows.append({"n_loops": n_loops, "mask_ratio": batch.mask_ratio} | row)
     frame = pd.DataFrame(rows)
     return frame.astype({"layer": "Int64", "head": "Int64"})
 
 
+@dataclass(frozen=True)
+class Choices:
+    """How evidence is gathered: the sinks' `factor`, toggled keys a sequence, sequences at a time, seed."""
+
+    factor: float
+    n_keys: int
+    batch_size: int
+    seed: int
+
+
 @torch.no_grad()
-def gather(
-    m: HookedLoopMDM,
-    b: MaskedBatch,
-    n_loops: int,
-    factor: float,
-    n_keys: int,
-    clusters: NDArray | None,
-    batch_size: int,
-    seed: int,
-) -> Evidence:
+def gather(m: HookedLoopMDM, b: MaskedBatch, n_loops: int, choices: Choices) -> Evidence:
     """Run the model: group masses and contents with sinks in and out, and toggles, at the first and last loop."""
-    loops = (0, n_loops - 1)
-    first = halves(len(b), clusters, seed)
-    plain = record(m, b, n_loops, loops, content=True, batch_size=batch_size)
+    loops, batch_size = (0, n_loops - 1), choices.batch_size
+    first = halves(b.owners, choices.seed)
+    plain = record(m, b, loops, content=True, batch_size=batch_size)
     parts, places = [], []
     for half in (first, ~first):
         index = torch.from_numpy(half)
-        sinks = received_attention(m, b.rows(~index), n_loops, batch_size, loops).sinks(factor)
-        parts.append(record(m, b.rows(index), n_loops, loops, sinks.groups, True, batch_size))
+        sinks = received_attention(m, b.rows(~index), n_loops, batch_size, loops).sinks(choices.factor)
+        parts.append(record(m, b.rows(index), loops, sinks.groups, True, batch_size))
         places.append(np.flatnonzero(half))
     order = np.argsort(np.concatenate(places))
     mass, chance, content = (
         np.concatenate([getattr(part, name) for part in parts])[order] for name in ("mass", "chance", "content")
     )
     apart = LoopRecord(mass, chance, content, parts[0].names)
-    return Evidence(plain, apart, _toggles(m, b, n_loops, loops, n_keys, batch_size, seed), clusters, first)
+    return Evidence(plain, apart, _toggles(m, b, n_loops, choices), b.clusters, first)
 
 
-def _toggles(
-    m: HookedLoopMDM, b: MaskedBatch, n_loops: int, loops: tuple, n_keys: int, batch_size: int, seed: int
-) -> NDArray:
-    parts = []
-    for part, _, start in chunks(b, None, batch_size):
-        found = toggled(m, part, n_loops, n_keys, seed, start, at(loop=loops))
+def _toggles(m: HookedLoopMDM, b: MaskedBatch, n_loops: int, choices: Choices) -> NDArray:
+    loops, parts = (0, n_loops - 1), []
+    for start, part in b.batches(choices.batch_size):
+        found = toggled(m, part, n_loops, Keys(choices.n_keys, choices.seed, start), at(loop=loops))
         grid = [[found[f"loop.{loop}.blocks.{layer}."] for layer in m.cfg.layers("loop")] for loop in loops]
         pairs = torch.stack([torch.stack(row) for row in grid]).double().nanmean(dim=4)
         parts.append((pairs[..., 0] - pairs[..., 1]).permute(2, 0, 1, 3).cpu().numpy())
@@ -137,10 +133,10 @@ def _specifications(evidence: Evidence, first_layer: int) -> Iterator[dict]:
             place = {"layer": first_layer + chosen[0] if layers == "one" else None, "head": None}
             if best is not None:
                 place = {"layer": first_layer + best[0], "head": best[1]}
-            for measure, inside, sinks in _choices():
-                value, influence = _growth(evidence, measure, inside == "in", sinks == "in", weights, kept)
-                scope = {"measure": measure, "self": inside, "sinks": sinks, "heads": heads, "layers": layers}
-                yield scope | place | _interval(value, influence, labels)
+            for choice in _choices():
+                value, influence = _growth(evidence, choice, weights, kept)
+                scope = dict(zip(("measure", "self", "sinks"), choice, strict=True))
+                yield scope | {"heads": heads, "layers": layers} | place | _interval(value, influence, labels)
 
 
 def _choices() -> Iterator[tuple[str, str, str]]:
@@ -173,10 +169,11 @@ def _weights(evidence: Evidence, layers: list[int], heads: str) -> tuple[NDArray
 
 
 def _growth(
-    evidence: Evidence, measure: str, with_self: bool, with_sinks: bool, weights: NDArray, kept: NDArray
+    evidence: Evidence, choice: tuple[str, str, str], weights: NDArray, kept: NDArray
 ) -> tuple[float, NDArray]:
-    """Last less first of one measure, and each sequence's influence on it."""
-    groups = evidence.plain if with_sinks else evidence.apart
+    """Last less first of one (measure, self, sinks), and each sequence's influence on it."""
+    measure, inside, sinks = choice
+    groups = evidence.plain if sinks == "in" else evidence.apart
     pooled = lambda values: (values[kept] * weights).sum(axis=(2, 3))  # noqa: E731  [sequence, loop]
     masked, clean, own = groups.at("masked"), groups.at("clean"), groups.at("self")
     if measure == "toggle":
@@ -185,7 +182,7 @@ def _growth(
         assert groups.content is not None
         return _difference(pooled(groups.content[..., masked]))
     mass, chance = pooled(groups.mass[..., masked]), pooled(groups.chance[..., masked])
-    if with_self:
+    if inside == "in":
         mass, chance = mass + pooled(groups.mass[..., own]), chance + pooled(groups.chance[..., own])
     if measure == "mass":
         return _difference(mass)

@@ -9,13 +9,12 @@ import numpy as np
 import pandas as pd
 
 from analysis.attention.change import ChangeSums
-from analysis.attention.groups import check_batch
 from analysis.attention.masses import AttentionSums
 from analysis.attention.shape import ShapeSums
 from analysis.attention.sinks import ReceivedSums
-from analysis.attention.walk import PlaceSums, chunks, walk
+from analysis.attention.walk import PlaceSums, walk
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.sequences import MaskedBatch, as_batch
 
 
 def attention_survey(
@@ -34,7 +33,7 @@ def attention_survey(
     `received`, of *other* sequences (`received_attention`), adds "sinks": masses with sinks as a group at several
     `factors`, in a column.
     """
-    check_batch("attention_survey", b, clusters)
+    b = as_batch("attention_survey", b, clusters)
     sums: dict[str, PlaceSums] = {"masses": AttentionSums(m, n_loops, True, by_head)}
     sums["shape"] = ShapeSums(m, n_loops, by_head)
     if m.cfg.layers("loop"):
@@ -43,8 +42,8 @@ def attention_survey(
     if received is not None:
         keys = {factor: received.sinks(factor).groups for factor in factors}
         apart = {factor: AttentionSums(m, n_loops, False, by_head, groups) for factor, groups in keys.items()}
-    for part, labels, _ in chunks(b, clusters, batch_size):
-        walk(m, part, sums["masses"].n_loops, [*sums.values(), *apart.values()], labels)
+    for _, part in b.batches(batch_size):
+        walk(m, part, sums["masses"].n_loops, [*sums.values(), *apart.values()])
     frames = {name: one.frame() for name, one in sums.items()}
     if apart:
         rows = [one.frame().assign(factor=factor) for factor, one in apart.items()]

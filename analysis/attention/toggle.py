@@ -15,6 +15,7 @@ are ours.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -22,14 +23,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from analysis.attention.groups import Seen, States, check_batch
-from analysis.attention.walk import EVERYWHERE, PlaceSums, chunks, walk
+from analysis.attention.groups import Seen, States
+from analysis.attention.walk import EVERYWHERE, PlaceSums, walk
 from loopmdm_model.errors import check_count
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.masking import MaskedBatch, check_maskable
 from loopmdm_model.moments import Moments
 from loopmdm_model.randomness import row_uniforms
-from loopmdm_model.sites import Filter, Site
+from loopmdm_model.sequences import MaskedBatch, as_batch
+from loopmdm_model.sites import Filter
 
 
 class Columns:
@@ -54,36 +55,37 @@ class Columns:
         self.found[seen.prefix] = torch.einsum("bhqd,bqd->bhd", attention, self.weights)
 
 
+@dataclass(frozen=True)
+class Keys:
+    """Which keys are toggled: `n` a sequence at most, drawn by `seed` and the sequence's number."""
+
+    n: int
+    seed: int
+    first_index: int = 0
+
+    def draw(self, b: MaskedBatch) -> Int[Tensor, "batch draw"]:
+        """Positions; beyond what a sequence may have masked they mean nothing."""
+        uniforms = row_uniforms(self.seed, "edges", *b.tokens.shape, first_index=self.first_index)
+        most = max(1, min(self.n, int(b.sequences.lengths.max())))
+        return uniforms.to(b.tokens.device).masked_fill(~b.allowed, 2.0).argsort(dim=-1)[:, :most]
+
+
 def toggled(
     m: HookedLoopMDM,
     b: MaskedBatch,
     n_loops: int,
-    n_keys: int,
-    seed: int,
-    first_index: int = 0,
+    keys: Keys,
     where: Filter = EVERYWHERE,
 ) -> dict[str, Float[Tensor, "batch head draw 2"]]:
     """A(q -> j) with j masked and with j clean, by application; NaN for draws a sequence does not have."""
-    allowed = check_maskable(b.tokens, b.maskable, b.attention_mask)
-    uniforms = row_uniforms(seed, "edges", *b.tokens.shape, first_index=first_index).to(b.tokens.device)
-    most = max(1, min(n_keys, int(allowed.sum(-1).max())))
-    drawn = uniforms.masked_fill(~allowed, 2.0).argsort(dim=-1)[:, :most]
-    real = torch.ones_like(b.masked) if b.attention_mask is None else b.attention_mask != 0
-    masked, was_masked = b.masked & real, b.masked.gather(1, drawn)
-    known = allowed.gather(1, drawn)
+    drawn = keys.draw(b)
+    masked, was_masked, known = b.masked & b.real, b.masked.gather(1, drawn), b.allowed.gather(1, drawn)
     base = Columns(drawn, masked)
-    walk(m, b, n_loops, [base], where=where, readout=not _inside(m, where))
+    walk(m, b, n_loops, [base], where)
     other: dict[str, list[Tensor]] = {prefix: [] for prefix in base.found}
     for draw in range(drawn.shape[1]):
         one = Columns(drawn[:, draw : draw + 1], masked)
-        walk(
-            m,
-            _flip(m, b, drawn[:, draw], known[:, draw]),
-            n_loops,
-            [one],
-            where=where,
-            readout=not _inside(m, where),
-        )
+        walk(m, _flip(m, b, drawn[:, draw], known[:, draw]), n_loops, [one], where)
         for prefix, found in one.found.items():
             other[prefix].append(found)
     pairs = {}
@@ -92,11 +94,6 @@ def toggled(
         both = torch.stack([torch.where(first, found, changed), torch.where(first, changed, found)], dim=-1)
         pairs[prefix] = both.masked_fill(~known[:, None, :, None], torch.nan)
     return pairs
-
-
-def _inside(m: HookedLoopMDM, where: Filter) -> bool:
-    """Whether only looped layers are looked at."""
-    return not any(where.holds(Site(None, layer, "pattern")) for layer in m.cfg.layers("coda"))
 
 
 def _flip(
@@ -124,11 +121,12 @@ class ToggleSums(PlaceSums):
     ) -> "ToggleSums":  # fmt: skip
         """Toggle keys of a batch; `first_index` numbers its first sequence (default: after those seen before)."""
         first = self.seen if first_index is None else first_index
+        b = as_batch(type(self).__name__, b, clusters)
         self.begin(States.of(self.m, b))
-        for prefix, pairs in toggled(self.m, b, self.n_loops, self.n_keys, self.seed, first).items():
+        for prefix, pairs in toggled(self.m, b, self.n_loops, Keys(self.n_keys, self.seed, first)).items():
             levels = pairs.nanmean(dim=2)
             change = levels[..., 0] - levels[..., 1]
-            self.take(prefix, torch.cat([change[..., None], levels], dim=-1), clusters)
+            self.take(prefix, torch.cat([change[..., None], levels], dim=-1), b.clusters)
         self.seen = first + len(b)
         return self
 
@@ -162,7 +160,7 @@ def attention_toggle(
     where fewer are maskable); it takes 1 + n_keys forwards. Sequences without a masked query do not count.
     """
     sums = ToggleSums(m, n_loops, n_keys, by_head, seed)
-    check_batch("attention_toggle", b, clusters)
-    for part, labels, start in chunks(b, clusters, batch_size):
-        sums.add(part, labels, start)
+    b = as_batch("attention_toggle", b, clusters)
+    for start, part in b.batches(batch_size):
+        sums.add(part, first_index=start)
     return sums.frame()

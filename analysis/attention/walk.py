@@ -16,8 +16,8 @@ from torch import Tensor
 from analysis.attention.groups import Seen, States
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.masking import MaskedBatch
 from loopmdm_model.moments import Moments
+from loopmdm_model.sequences import MaskedBatch, as_batch
 from loopmdm_model.sites import Filter, Site, at
 
 Sums = TypeVar("Sums", bound="PlaceSums")
@@ -47,15 +47,13 @@ def walk(
     b: MaskedBatch,
     n_loops: int,
     reducers: Sequence[Reducer],
-    clusters: np.ndarray | None = None,
     where: Filter = EVERYWHERE,
-    readout: bool = True,
 ) -> None:
     """One forward of a batch; each application in `where` is shown to every reducer.
 
-    Without `readout` coda and unembedding are not run.
+    Where no coda layer is, coda and unembedding are not run.
     """
-    states, values = States.of(m, b, clusters), {}
+    states, values = States.of(m, b), {}
     for reducer in reducers:
         reducer.begin(states)
 
@@ -73,18 +71,11 @@ def walk(
     if any(reducer.needs_values for reducer in reducers):
         hooks.append((where & at(leaf="v"), keep))
     with m.hooks(fwd_hooks=hooks):
-        if readout:
+        if any(where.holds(Site(None, layer, "pattern")) for layer in m.cfg.layers("coda")):
             m(b.tokens, n_loops=n_loops, attention_mask=b.attention_mask)
             return
         for _ in m.states(b.tokens, n_loops, b.attention_mask):
             pass
-
-
-def chunks(b: MaskedBatch, clusters: np.ndarray | None, batch_size: int):
-    """Parts of a batch with their clusters and the index of their first sequence."""
-    for start in range(0, len(b), check_count("batch_size", batch_size)):
-        span = slice(start, start + batch_size)
-        yield b.rows(span), None if clusters is None else clusters[span], start
 
 
 def _site(hook: object) -> Site:
@@ -108,7 +99,7 @@ class PlaceSums:
 
     def add(self: Sums, b: MaskedBatch, clusters: np.ndarray | None = None) -> Sums:
         """Run the model on a batch and take it in; `clusters` [batch] names the documents."""
-        walk(self.m, b, self.n_loops, [self], clusters)
+        walk(self.m, as_batch(type(self).__name__, b, clusters), self.n_loops, [self])
         return self
 
     def begin(self, states: States) -> None:
@@ -189,8 +180,8 @@ class PlaceSums:
         return place | {name: np.array(labels)[index[axis]] for axis, (name, labels) in groups}
 
 
-def summed(sums: PlaceSums, b: MaskedBatch, clusters: np.ndarray | None, batch_size: int) -> pd.DataFrame:
+def summed(sums: PlaceSums, b: MaskedBatch, batch_size: int) -> pd.DataFrame:
     """The frame after a whole batch was added in parts."""
-    for part, labels, _ in chunks(b, clusters, batch_size):
-        sums.add(part, labels)
+    for _, part in b.batches(batch_size):
+        sums.add(part)
     return sums.frame()

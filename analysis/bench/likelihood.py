@@ -19,6 +19,7 @@ from loopmdm_model.likelihood import Estimator, draw_masks, nelbo, nelbo_by_loop
 from loopmdm_model.masking import mask_tokens
 from loopmdm_model.model import LoopMDM
 from loopmdm_model.sampling import sample
+from loopmdm_model.sequences import Sequences
 from loopmdm_model.stopping import NoiseSchedule, StateDelta, StoppingRule
 
 
@@ -100,7 +101,7 @@ def all_loops() -> Iterator[Row]:
     cfg = shape(256, 6, 128, loops=12)
     model = LoopMDM(cfg).eval()
     clean = torch.randint(0, cfg.d_vocab - 1, (32, 128), generator=torch.Generator().manual_seed(0))
-    b = draw_masks(clean, cfg.mask_token_id, torch.ones_like(clean, dtype=torch.bool), 0, 0)
+    b = draw_masks(Sequences.of(clean), cfg.mask_token_id, 0, 0)
 
     def trajectory() -> None:
         for state, context in model.states(b.tokens, 12):

@@ -20,7 +20,8 @@ from analysis.stopping import stopping_frontier
 from analysis.tables.science import FIRST
 from loopmdm_model.hooked import HookedLoopMDM
 from loopmdm_model.likelihood import nelbo_by_loop
-from loopmdm_model.masking import MaskedBatch, mask_tokens
+from loopmdm_model.masking import mask_tokens
+from loopmdm_model.sequences import MaskedBatch
 from loopmdm_model.zoo.runs import Zoo
 
 N_LOOPS, LENGTH = 12, 256

@@ -20,7 +20,9 @@ def sample(
     stop: Annotated[str, typer.Option(help="stopping rule, such as state-delta:0.03")] = "",
     order: Annotated[str, typer.Option(help="random, confidence, left-to-right, blocks:8, ...")] = "random",
     prompt: Annotated[str, typer.Option(help="text to begin with")] = "",
-    clues: Annotated[str, typer.Option(help="POSITION:ID,.. that stay")] = "",
+    clues: Annotated[
+        str, typer.Option(help="POSITION:ID,.. that stay; a Sudoku model also takes a board, 0 or . where empty")
+    ] = "",
     temperature: Annotated[float, typer.Option(help="0 takes the best token")] = 1.0,
     top_p: Annotated[float, typer.Option(help="smallest set of tokens with this probability")] = 1.0,
     seed: Annotated[int, typer.Option(help="same seed, same sample")] = 0,
@@ -30,6 +32,7 @@ def sample(
     out: Annotated[Path | None, typer.Option(help="TSV file; default standard output")] = None,
 ) -> None:
     """Sample sequences: text, loops and forwards of each."""
+    from loopmdm_model.data.sudoku import board_of_model
     from loopmdm_model.files import write_atomic
     from loopmdm_model.hooked import HookedLoopMDM
     from loopmdm_model.sampling import sample as run
@@ -42,9 +45,10 @@ def sample(
         raise PermissionError(f"cannot write into {above}; give another --out")
     m = HookedLoopMDM.from_pretrained(model)
     rule = parse_rule(stop, m.cfg.max_loops if n_loops is None else n_loops) if stop else None
+    given = clues if board_of_model(m.cfg) and clues and ":" not in clues else _clues(clues)
     with interruptible("nothing was written; --partial keeps the finished batches"):
         r = run(
-            m, n, length, steps, None if rule else n_loops, rule, order, prompt or None, _clues(clues),
+            m, n, length, steps, None if rule else n_loops, rule, order, prompt or None, given,
             temperature, top_p, seed, first_index, None, batch_size, err.is_terminal, partial,
         )  # fmt: skip
     ran = r.loops_used > 0

@@ -8,7 +8,7 @@ from analysis.decomposition import nelbo_decomposition
 from analysis.evaluations.subject import Subject, at
 from loopmdm_model import stats
 from loopmdm_model.data import corpora
-from loopmdm_model.data.batches import encode, spread
+from loopmdm_model.data.batches import encode
 from loopmdm_model.data.fetch import sources
 from loopmdm_model.data.trees import TREE_TASKS
 from loopmdm_model.data.windows import sliding_windows
@@ -22,9 +22,7 @@ def nll(subject: Subject, counts: list[int], n_samples: int = 2) -> pd.DataFrame
     """Test NELBO in nats per token, and bits per byte for text."""
     test, rows = subject.test, []
     for count in counts:
-        r = nelbo(
-            subject.model, test.tokens, count, n_samples=n_samples, maskable=test.maskable, clusters=test.clusters
-        )
+        r = nelbo(subject.model, test.sequences, count, n_samples=n_samples)
         rows.append((count, r.mean, r.standard_error, r.bits_per_byte(test.bytes_per_token), r.n))
     return pd.DataFrame(rows, columns=["n_loops", "nelbo", "standard_error", "bits_per_byte", "n"])
 
@@ -34,13 +32,11 @@ def noise_level(subject: Subject, counts: list[int], n_samples: int = 2) -> pd.D
     test = subject.test
     frame = nelbo_decomposition(
         subject.model,
-        test.tokens,
+        test.sequences,
         [1, *counts],
         n_samples=n_samples,
-        maskable=test.maskable,
-        clusters=test.clusters,
     )
-    return at(frame, counts).assign(n_units=stats.count_units(len(test.tokens), test.clusters))
+    return at(frame, counts).assign(n_units=test.sequences.n_units)
 
 
 def zero_shot_corpora() -> list[str]:
@@ -58,14 +54,11 @@ def zero_shot(subject: Subject, counts: list[int], n_samples: int = 2) -> pd.Dat
         ids = encode(subject.tokenizer, documents)
         bytes_per_token = sum(len(d.text.encode()) for d in documents) / sum(map(len, ids))
         w = sliding_windows([row.tolist() for row in ids], length, length)
-        some = spread(torch.arange(len(w.tokens)), ZERO_SHOT_WINDOWS)
-        owners = w.owners[some.numpy()]
-        results = nelbo_by_loop(
-            subject.model, w.tokens[some], counts, n_samples, w.scored[some], w.real[some], clusters=owners
-        )
+        some = w.sequences.spread(ZERO_SHOT_WINDOWS)
+        results = nelbo_by_loop(subject.model, some, counts, n_samples)
         for count, r in zip(loop_counts(counts), results, strict=True):
             rows.append((corpus, count, r.mean, r.standard_error, r.bits_per_byte(bytes_per_token),
-                         r.perplexity, r.n, len(np.unique(owners))))  # fmt: skip
+                         r.perplexity, r.n, some.n_units))  # fmt: skip
     columns = ["corpus", "n_loops", "nelbo", "standard_error", "bits_per_byte", "perplexity", "n", "n_documents"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -77,12 +70,10 @@ def excess_kl(subject: Subject, counts: list[int], n_samples: int = 2, batch_siz
     if subject.test.task not in TREE_TASKS:
         raise UsageError(f"{subject.name}: no exact posterior is known for {subject.test.task}")
     task, tokens = TREE_TASKS[subject.test.task], subject.test.tokens
-    assert subject.test.maskable is not None
     most = task.n_nodes
     total, number = np.zeros((len(counts), len(tokens), most)), np.zeros((len(tokens), most))
-    maskable = subject.test.maskable.expand_as(tokens)
     for draw in range(n_samples):
-        b = draw_masks(tokens, subject.model.cfg.mask_token_id, maskable, 0, draw, n_samples)
+        b = draw_masks(subject.test.sequences, subject.model.cfg.mask_token_id, 0, draw, n_samples)
         posterior, distance = task.posterior(tokens, b.masked), task.hops(b.masked)
         for start in range(0, len(tokens), batch_size):
             span = slice(start, start + batch_size)

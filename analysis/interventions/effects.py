@@ -14,7 +14,8 @@ from analysis.interventions.places import Chosen, Loops
 from loopmdm_model import stats
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.likelihood import loop_losses, nelbo_by_loop, row_sums
+from loopmdm_model.likelihood import Read, estimates_after, losses_after, row_sums
+from loopmdm_model.sequences import Sequences
 
 CONTROLS = (("masked->masked", False), ("masked->clean", False), ("masked->masked", True), ("stale", False))
 """Edges cut, and whether random edges of equal mass and distance take their place; "stale" cuts none, but feeds
@@ -23,7 +24,7 @@ masked keys' values of loop 0."""
 
 def mediated_share(
     m: HookedLoopMDM,
-    tokens: Tensor,
+    tokens: Tensor | Sequences,
     n_loops: int | None = None,
     arms: Sequence[tuple[str, bool]] = CONTROLS,
     loops: Loops = None,
@@ -49,12 +50,12 @@ def mediated_share(
     n_loops = check_count("n_loops", m.cfg.max_loops if n_loops is None else n_loops)
     if n_loops < 2:
         raise UsageError("a gain of looping needs n_loops of at least 2")
+    sequences = Sequences.of(tokens, maskable, clusters=clusters).clean_for(m)
+    read, clusters = Read(n_samples=n_samples, seed=seed, batch_size=batch_size), sequences.clusters
 
     def gains(arm: AbstractContextManager) -> tuple[np.ndarray, np.ndarray]:
         with arm:
-            once, often = nelbo_by_loop(
-                m, tokens, [1, n_loops], n_samples, maskable, seed=seed, batch_size=batch_size
-            )
+            once, often = estimates_after(m, sequences, [1, n_loops], read)
         return (once.per_sequence - often.per_sequence).numpy(), once.lengths.double().numpy()
 
     intact, weights = gains(cut(m, "none", loops, layers, heads))
@@ -95,7 +96,7 @@ def share_of_gain(
 @torch.no_grad()
 def effect_by_loop(
     m: HookedLoopMDM,
-    tokens: Tensor,
+    tokens: Tensor | Sequences,
     intervention: Callable[[Loops], AbstractContextManager],
     n_loops: int | None = None,
     onward: bool = False,
@@ -114,18 +115,17 @@ def effect_by_loop(
     """
     n_loops = check_count("n_loops", m.cfg.max_loops if n_loops is None else n_loops)
     check_count("n_bins", n_bins)
+    sequences = Sequences.of(tokens, maskable, clusters=clusters).clean_for(m)
+    read, clusters = Read(n_samples=n_samples, seed=seed, batch_size=batch_size), sequences.clusters
 
     def losses(arm: AbstractContextManager) -> tuple[np.ndarray, np.ndarray]:
         """Mean loss [sequence, bin] at the last loop, NaN where no mask fell into the bin; number of masks."""
-        total, number = np.zeros((2, len(tokens), n_bins))
+        total, number = np.zeros((2, len(sequences), n_bins))
         with arm:
-            for span, part, values in loop_losses(
-                m, tokens, [n_loops], n_samples, maskable, seed=seed, batch_size=batch_size
-            ):
+            for span, part, values in losses_after(m, sequences, [n_loops], read):
                 counts = part.masked.sum(-1)
-                assert part.maskable is not None
-                place = noise_bins(counts, part.maskable.sum(-1), n_bins)
-                index = np.arange(len(tokens))[span], place.cpu().numpy()
+                place = noise_bins(counts, part.sequences.lengths, n_bins)
+                index = np.arange(len(sequences))[span], place.cpu().numpy()
                 np.add.at(total, index, (row_sums(values[0], part) / counts).cpu().numpy())
                 np.add.at(number, index, 1)
         with np.errstate(invalid="ignore"):

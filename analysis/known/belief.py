@@ -17,6 +17,7 @@ another pace, says no. A node's belief no longer changes beyond its hops: to tel
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -27,8 +28,8 @@ from torch import Tensor
 from loopmdm_model import stats
 from loopmdm_model.data.trees import TREE_TASKS, TreeModel
 from loopmdm_model.errors import UsageError, check_count, unknown_name
-from loopmdm_model.masking import MaskedBatch
 from loopmdm_model.protocol import LoopedModel
+from loopmdm_model.sequences import MaskedBatch, as_batch
 
 
 def beliefs(
@@ -72,12 +73,13 @@ def belief_rounds(
     KL(belief || read-out), `kl_reverse` the other way round; nats per hidden node with at least `least_hops`,
     errors over sequences, or over `clusters`. `n_rounds` defaults to the most that any node needs.
     """
-    sums, number, n_loops = _sums(m, b, _task(m, b, task), n_loops, n_rounds, least_hops, batch_size)
+    b = as_batch("belief_rounds", b, clusters)
+    sums, number, n_loops = _sums(m, b, _task(m, b, task), _Asked(n_loops, n_rounds, least_hops, batch_size))
     rows = []
     for loop in range(n_loops):
         for step in range(sums.shape[3]):
-            kl, kl_se, n = _mean(sums[0, :, loop, step], number, clusters)
-            other, other_se, _ = _mean(sums[1, :, loop, step], number, clusters)
+            kl, kl_se, n = _mean(sums[0, :, loop, step], number, b.clusters)
+            other, other_se, _ = _mean(sums[1, :, loop, step], number, b.clusters)
             rows.append((n_loops, loop, step, b.mask_ratio, kl, kl_se, other, other_se, int(number.sum()), n))
     columns = ["n_loops", "loop", "round", "mask_ratio", "kl", "standard_error", "kl_reverse", "kl_reverse_se",
                "n_nodes", "n"]  # fmt: skip
@@ -100,7 +102,8 @@ def best_rounds(
     KL to the best, paired over sequences; `share` of the sequences that by themselves have this best round,
     rounds that tie sharing a sequence. Missing with n = 0 if no hidden node has `least_hops`.
     """
-    sums, number, n_loops = _sums(m, b, _task(m, b, task), n_loops, n_rounds, least_hops, batch_size)
+    b = as_batch("best_rounds", b, clusters)
+    sums, number, n_loops = _sums(m, b, _task(m, b, task), _Asked(n_loops, n_rounds, least_hops, batch_size))
     rows = []
     for loop in range(n_loops):
         per_round = sums[0, :, loop]
@@ -109,10 +112,10 @@ def best_rounds(
             continue
         order = np.argsort(per_round.sum(0), kind="stable")
         best, second = int(order[0]), int(order[1]) if len(order) > 1 else None
-        kl, _, n = _mean(per_round[:, best], number, clusters)
+        kl, _, n = _mean(per_round[:, best], number, b.clusters)
         gap, gap_se = np.nan, np.nan
         if second is not None:
-            gap, gap_se, _ = _mean(per_round[:, second] - per_round[:, best], number, clusters)
+            gap, gap_se, _ = _mean(per_round[:, second] - per_round[:, best], number, b.clusters)
         own = per_round[number > 0]
         ties = np.isclose(own, own.min(-1, keepdims=True), rtol=1e-9, atol=1e-12)
         share = float((ties[:, best] / ties.sum(-1)).mean())
@@ -126,8 +129,6 @@ def _task(m: LoopedModel, b: MaskedBatch, task: TreeModel | str) -> TreeModel:
         if task not in TREE_TASKS:
             raise unknown_name("task with a known posterior", task, TREE_TASKS)
         task = TREE_TASKS[task]
-    if not isinstance(b, MaskedBatch):
-        raise UsageError("give a MaskedBatch; make one with mask_tokens(task.sample(...), ...)")
     if b.tokens.shape[1] != task.n_nodes or bool((b.clean >= task.n_states).any()):
         raise UsageError(
             f"sequences of this task have {task.n_nodes} positions with ids 0..{task.n_states - 1}, "
@@ -138,26 +139,26 @@ def _task(m: LoopedModel, b: MaskedBatch, task: TreeModel | str) -> TreeModel:
     return task
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """How far to go: loops (None: S_max), rounds (None: the most any node needs); which nodes; batches."""
+
+    n_loops: int | None
+    n_rounds: int | None
+    least_hops: int
+    batch_size: int
+
+
 @torch.no_grad()
-def _sums(
-    m: LoopedModel,
-    b: MaskedBatch,
-    task: TreeModel,
-    n_loops: int | None,
-    n_rounds: int | None,
-    least_hops: int,
-    batch_size: int,
-) -> tuple[np.ndarray, np.ndarray, int]:
+def _sums(m: LoopedModel, b: MaskedBatch, task: TreeModel, asked: _Asked) -> tuple[np.ndarray, np.ndarray, int]:
     """Sums of both divergences [direction, batch, loop, round] over a sequence's nodes; their number [batch]."""
-    n_loops = check_count("n_loops", m.cfg.max_loops if n_loops is None else n_loops)
-    check_count("least_hops", least_hops, least=0)
+    n_loops = check_count("n_loops", m.cfg.max_loops if asked.n_loops is None else asked.n_loops)
     hops = task.hops(b.masked)
-    most = max(1, int(hops.max())) if n_rounds is None else check_count("n_rounds", n_rounds)
-    chosen = b.masked.cpu() & (hops >= least_hops)
+    most = max(1, int(hops.max())) if asked.n_rounds is None else check_count("n_rounds", asked.n_rounds)
+    chosen = b.masked.cpu() & (hops >= check_count("least_hops", asked.least_hops, least=0))
     sums = np.zeros((2, len(b), n_loops, most + 1))
-    for start in range(0, len(b), check_count("batch_size", batch_size)):
-        span = slice(start, start + batch_size)
-        part, rows = b.rows(span), chosen[span]
+    for start, part in b.batches(asked.batch_size):
+        rows = chosen[start : start + asked.batch_size]
         if not bool(rows.any()):
             continue
         owner = start + rows.nonzero()[:, 0].numpy()

@@ -31,8 +31,8 @@ from loopmdm_model import stats
 from loopmdm_model.data.propagation import unique, units
 from loopmdm_model.data.sudoku import BOARDS, Board
 from loopmdm_model.errors import UsageError, check_count
-from loopmdm_model.masking import MaskedBatch
 from loopmdm_model.protocol import LoopedModel
+from loopmdm_model.sequences import MaskedBatch, as_batch
 
 Parts = tuple[Tensor, Tensor]
 """Per board: a sum, and the number of things it runs over."""
@@ -48,8 +48,7 @@ def board_of(b: MaskedBatch) -> Board:
             f"a Sudoku board has {', '.join(map(str, sizes))} cells, got {b.tokens.shape[1]} positions"
         )
     board = sizes[b.tokens.shape[1]]
-    padded = b.attention_mask is not None and not bool((b.attention_mask != 0).all())
-    if padded or not bool(board.is_valid(b.clean).all()):
+    if not bool(b.real.all()) or not bool(board.is_valid(b.clean).all()):
         raise UsageError(f"the hidden grids must be valid {board.name} boards without padding")
     return board
 
@@ -64,8 +63,7 @@ def boards_after_loops(
     if m.cfg.mask_token_id != board.size:
         raise UsageError(f"[MASK] of a {board.name} model is {board.size}, this one's is {m.cfg.mask_token_id}")
     filled = b.clean.cpu().expand(n_loops, -1, -1).clone()
-    for start in range(0, len(b), check_count("batch_size", batch_size)):
-        part = b.rows(slice(start, start + batch_size))
+    for start, part in b.batches(batch_size):
         if not bool(part.masked.any()):
             continue
         for loop, (state, context) in enumerate(m.states(part.tokens, n_loops)):
@@ -87,19 +85,20 @@ def boards_by_loop(
     that have what is averaged over; metrics against the solution count puzzles with one solution only, and those
     that need a loop before are NaN with n = 0 at loop 0.
     """
-    filled, board, hidden = boards_after_loops(m, b, n_loops, batch_size), board_of(b), b.masked.cpu()
-    clean, single = b.clean.cpu(), unique(board, b.tokens)
+    board = board_of(b)
+    b = as_batch("boards_by_loop", b, clusters)
+    filled, hidden, single = boards_after_loops(m, b, n_loops, batch_size), b.masked.cpu(), unique(board, b.tokens)
     rows = []
     for loop, now in enumerate(filled):
         before = filled[loop - 1] if loop else None
-        metrics = violations(board, now, hidden) | _against(board, now, before, clean, hidden, single)
+        metrics = violations(board, now, hidden) | _against(board, now, before, b, single)
         metrics |= _changes(board, now, before, hidden)
         for metric, (total, number) in metrics.items():
             count = number.double().numpy()
             values = np.divide(total.double().numpy(), count, out=np.full(len(count), np.nan), where=count > 0)
             mean, error, n = (np.array(np.nan), np.array(np.nan), 0)
             if (count > 0).any():
-                mean, error, n = stats.weighted_mean_and_error(values, count, clusters)
+                mean, error, n = stats.weighted_mean_and_error(values, count, b.clusters)
             rows.append((len(filled), loop, b.mask_ratio, metric, float(mean), float(error), int(n)))
     columns = ["n_loops", "loop", "mask_ratio", "metric", "value", "standard_error", "n"]
     return pd.DataFrame(rows, columns=columns)
@@ -142,10 +141,9 @@ def violations(
     return metrics
 
 
-def _against(
-    board: Board, now: Tensor, before: Tensor | None, clean: Tensor, hidden: Tensor, single: Tensor
-) -> dict[str, Parts]:
+def _against(board: Board, now: Tensor, before: Tensor | None, b: MaskedBatch, single: Tensor) -> dict[str, Parts]:
     """Metrics against the solution, of puzzles that have one only."""
+    clean, hidden = b.clean.cpu(), b.masked.cpu()
     wrong, number = (now != clean) & hidden, hidden.sum(-1) * single
     was = wrong if before is None else (before != clean) & hidden
     moved = number if before is not None else torch.zeros_like(number)

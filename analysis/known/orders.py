@@ -31,10 +31,10 @@ from loopmdm_model import stats
 from loopmdm_model.data.propagation import propagate
 from loopmdm_model.data.sudoku import Board
 from loopmdm_model.errors import UsageError, check_count
-from loopmdm_model.masking import MaskedBatch
 from loopmdm_model.orders import Commit, Order, StepView, as_order, lowest
 from loopmdm_model.protocol import LoopedModel
 from loopmdm_model.sampling import sample
+from loopmdm_model.sequences import MaskedBatch, as_batch
 
 REFERENCE = "confidence"
 RESTRICTED = ("row-major", "one-shot", "hardest-first", "deepest-first")
@@ -84,12 +84,12 @@ def order_interaction(
     )
     if len(counts) < 2:
         raise UsageError("a gain of looping needs two loop counts or more; give n_loops=(1, S)")
-    board = board_of(b)
+    b = as_batch("order_interaction", b, clusters)
     if not bool(b.masked.any(-1).all()):
         raise UsageError("a puzzle hides no cell: nothing to solve; leave it out")
     asked = [REFERENCE, *(order for order in dict.fromkeys(orders) if order != REFERENCE)]
     solved = {
-        (order, count): solved_in_order(m, b, board, order, count, batch_size).double().numpy()
+        (order, count): solved_in_order(m, b, order, count, batch_size).double().numpy()
         for order in asked
         for count in counts
     }
@@ -98,7 +98,7 @@ def order_interaction(
         for (order, count), right in solved.items()
     ]
     contrasts = [
-        (order, REFERENCE, count, counts[0], *_contrast(solved, order, count, counts[0], clusters))
+        (order, REFERENCE, count, counts[0], *_contrast(solved, order, count, counts[0], b.clusters))
         for order in asked[1:]
         for count in counts[1:]
     ]
@@ -111,14 +111,14 @@ def order_interaction(
 
 
 def solved_in_order(
-    m: LoopedModel, b: MaskedBatch, board: Board, order: str, n_loops: int, batch_size: int = 32
+    m: LoopedModel, b: MaskedBatch, order: str, n_loops: int, batch_size: int = 32
 ) -> Bool[Tensor, " batch"]:
     """Which puzzles are completed validly in an order, one cell a step, always the best symbol."""
+    board = board_of(b)
     place = _places(board, b, order) if order in BY_DEPTH else None
     solved = []
-    for start in range(0, len(b), check_count("batch_size", batch_size)):
+    for start, part in b.batches(batch_size):
         span = slice(start, start + batch_size)
-        part = b.rows(span)
         chosen: Order = as_order(order, board.n_cells) if place is None else RankedOrder(place[span])
         steps = int(part.masked.sum(-1).max())
         r = sample(

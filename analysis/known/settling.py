@@ -26,9 +26,9 @@ from analysis.known.boards import board_of, boards_after_loops
 from loopmdm_model import stats
 from loopmdm_model.data.propagation import Propagation, propagate, unique
 from loopmdm_model.errors import UsageError, check_count
-from loopmdm_model.masking import MaskedBatch
 from loopmdm_model.protocol import LoopedModel
 from loopmdm_model.randomness import row_uniforms
+from loopmdm_model.sequences import MaskedBatch, as_batch
 
 NEVER = -1
 ARMS = ("observed", "shuffled", "given candidates")
@@ -53,9 +53,8 @@ def settling_by_depth(
     cells that never settle; shares of a depth sum to 1 over it. `depth` -1: needs search. Errors over puzzles, or
     over `clusters` of them; n puzzles have n_cells such cells. A depth that no cell has, has no row.
     """
-    loops, reached, hidden, n_loops, kept = _settled(m, b, n_loops, batch_size)
-    depth = reached.depth.numpy()
-    clusters = None if clusters is None else np.asarray(clusters)[kept]
+    loops, reached, part, n_loops = _settled(m, as_batch("settling_by_depth", b, clusters), n_loops, batch_size)
+    depth, hidden, clusters = reached.depth.numpy(), part.masked.cpu().numpy(), part.clusters
     rows = []
     for level in np.unique(depth[hidden]):
         here = hidden & (depth == level)
@@ -86,8 +85,8 @@ def settling_correlation(
     where all cells settle at once, or all have one depth, have no correlation and do not count.
     """
     check_count("n_shuffles", n_shuffles)
-    loops, reached, hidden, n_loops, kept = _settled(m, b, n_loops, batch_size)
-    clusters = None if clusters is None else np.asarray(clusters)[kept]
+    loops, reached, part, n_loops = _settled(m, as_batch("settling_correlation", b, clusters), n_loops, batch_size)
+    hidden, clusters = part.masked.cpu().numpy(), part.clusters
     late = np.where(loops == NEVER, n_loops, loops)
     depth, candidates = reached.depth.numpy(), reached.candidates.numpy()
     deep = np.where(depth < 0, depth.max(initial=0) + 1, depth)
@@ -105,8 +104,8 @@ def settling_correlation(
 
 def _settled(
     m: LoopedModel, b: MaskedBatch, n_loops: int | None, batch_size: int
-) -> tuple[np.ndarray, Propagation, np.ndarray, int, np.ndarray]:
-    """loop_settled, propagation, hidden cells; loops run; and which puzzles have one solution: those are given."""
+) -> tuple[np.ndarray, Propagation, MaskedBatch, int]:
+    """loop_settled and propagation of the puzzles that have one solution; these puzzles; loops run."""
     board = board_of(b)
     kept = unique(board, b.tokens) & b.masked.any(-1).cpu()
     if not bool(kept.any()):
@@ -114,7 +113,7 @@ def _settled(
     part = b.rows(kept.to(b.tokens.device))
     filled = boards_after_loops(m, part, n_loops, batch_size)
     loops = settled_at((filled == part.clean.cpu()).numpy())
-    return loops, propagate(board, part.tokens), part.masked.cpu().numpy(), len(filled), kept.numpy()
+    return loops, propagate(board, part.tokens), part, len(filled)
 
 
 def _interval(n_loops: int, arm: str, values: np.ndarray, clusters: np.ndarray | None) -> tuple:

@@ -1,6 +1,7 @@
 """Measures with their own signatures, as functions of a case and, where they look at masks, a masked batch."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -9,12 +10,11 @@ from analysis import allocation, interventions, known, representation, stopping
 from analysis.cases import Case
 from analysis.stopping.frontier import thresholds
 from analysis.training_free import training_free
-from loopmdm_model import stats
 from loopmdm_model.data.puzzles import puzzles
 from loopmdm_model.data.sudoku import BOARDS
 from loopmdm_model.errors import UsageError
 from loopmdm_model.flops import forward_flops
-from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.sequences import MaskedBatch
 from loopmdm_model.stopping import StateDelta
 
 RATIOS = (0.25, 0.5, 0.75)
@@ -22,10 +22,10 @@ N_THRESHOLDS = 20
 
 
 def plain(function: Callable[..., pd.DataFrame], **options: object) -> Callable[..., pd.DataFrame]:
-    """A measure of the usual signature (m, b, n_loops, clusters=)."""
+    """A measure of the usual signature (m, b, n_loops)."""
 
     def run(case: Case, b: MaskedBatch) -> pd.DataFrame:
-        return function(case.m, b, case.n_loops, clusters=case.clusters, **options)
+        return function(case.m, b, case.n_loops, **options)
 
     return run
 
@@ -43,28 +43,22 @@ def looped(run: Callable[..., pd.DataFrame]) -> Callable[..., pd.DataFrame]:
 
 def settled(case: Case, b: MaskedBatch) -> pd.DataFrame:
     """Share of hidden positions settled by each loop."""
-    return representation.settled_curve(representation.settled_loops(case.m, b, case.n_loops), case.clusters)
+    return representation.settled_curve(representation.settled_loops(case.m, b, case.n_loops), b.clusters)
 
 
 def fixed_points(case: Case, b: MaskedBatch) -> pd.DataFrame:
     """Of 16 sequences: Arnoldi on Jacobian-vector products takes a second or so a sequence."""
-    few = torch.linspace(0, len(b) - 1, min(16, len(b))).long()
-    clusters = None if case.clusters is None else case.clusters[few.numpy()]
-    found = representation.fixed_points(case.m, b.rows(few), max(64, case.n_loops), seed=case.seed)
-    units = stats.count_units(len(few), clusters)
-    return representation.fixed_point_summary(found, clusters).assign(n_units=units)
+    few = b.rows(torch.linspace(0, len(b) - 1, min(16, len(b))).long())
+    found = representation.fixed_points(case.m, few, max(64, case.n_loops), seed=case.seed)
+    return representation.fixed_point_summary(found, few.clusters).assign(n_units=few.n_units)
 
 
 def records(case: Case, rules: list | None = None) -> tuple[stopping.LoopRecord, stopping.LoopRecord]:
     """Every sequence run to the end, on test and on validation."""
     options = {"max_loops": case.n_loops, "rules": rules}
-    test = stopping.record_loops(
-        case.m, case.tokens, maskable=case.maskable, clusters=case.clusters, seed=case.seed, **options
-    )
-    held_out, maskable = case.validation.tokens[: case.n], case.validation.maskable
-    if maskable is not None:
-        maskable = maskable.expand_as(case.validation.tokens)[: case.n]
-    return test, stopping.record_loops(case.m, held_out, maskable=maskable, seed=case.seed + 1, **options)
+    test = stopping.record_loops(case.m, case.sequences, seed=case.seed, **options)
+    held_out = replace(case.validation.sequences.rows(slice(case.n)), clusters=None)
+    return test, stopping.record_loops(case.m, held_out, seed=case.seed + 1, **options)
 
 
 def frontier(case: Case) -> pd.DataFrame:
@@ -102,9 +96,7 @@ def state_rule(case: Case) -> StateDelta:
 
 def usage(case: Case) -> pd.DataFrame:
     """Loops under state-delta at its middle threshold, by mask ratio, difficulty, token class; both scopes."""
-    return stopping.loop_usage(
-        case.m, case.tokens, state_rule(case), maskable=case.maskable, clusters=case.clusters, seed=case.seed
-    )
+    return stopping.loop_usage(case.m, case.sequences, state_rule(case), seed=case.seed)
 
 
 def start(case: Case) -> dict:
@@ -150,15 +142,13 @@ def loops_or_steps(case: Case) -> pd.DataFrame:
     budgets = [steps * forward_flops(case.m.cfg, length, float(case.n_loops)) for steps in (2, 4, 8, 16)]
     counts = sorted({1, 2, max(1, case.n_loops // 2), case.n_loops})
     return allocation.loops_against_steps(
-        case.m, None, budgets, counts, test=case.tokens, maskable=case.maskable, clusters=case.clusters,
-        seed=case.seed, **given,
-    )  # fmt: skip
+        case.m, None, budgets, counts, test=case.sequences, seed=case.seed, **given
+    )
 
 
 def mediated(case: Case) -> pd.DataFrame:
     """Share of the gain of looping lost by cuts, their controls, and stale values."""
-    options = {"maskable": case.maskable, "clusters": case.clusters, "seed": case.seed}
-    return interventions.mediated_share(case.m, case.tokens, case.n_loops, **options)
+    return interventions.mediated_share(case.m, case.sequences, case.n_loops, seed=case.seed)
 
 
 def effects(make: Callable) -> Callable[[Case], pd.DataFrame]:
@@ -167,11 +157,10 @@ def effects(make: Callable) -> Callable[[Case], pd.DataFrame]:
     def run(case: Case) -> pd.DataFrame:
         parts = [
             interventions.effect_by_loop(
-                case.m, case.tokens, lambda loops: make(case.m, loops), case.n_loops, onward,
-                maskable=case.maskable, clusters=case.clusters, seed=case.seed,
+                case.m, case.sequences, lambda loops: make(case.m, loops), case.n_loops, onward, seed=case.seed
             )
             for onward in (False, True)
-        ]  # fmt: skip
+        ]
         return pd.concat(parts, ignore_index=True)
 
     return run
@@ -213,7 +202,4 @@ def looped_without_training(
     case: Case, blocks: Sequence[tuple[int, int]] | None = None, n_samples: int = 2
 ) -> pd.DataFrame:
     """Looping the middle of a non-looped stack: `blocks` as `training_free` takes them, or every one."""
-    return training_free(
-        case.m, case.tokens, blocks=blocks, n_samples=n_samples, maskable=case.maskable, clusters=case.clusters,
-        seed=case.seed,
-    )  # fmt: skip
+    return training_free(case.m, case.sequences, blocks=blocks, n_samples=n_samples, seed=case.seed)

@@ -23,7 +23,7 @@ from loopmdm_model.cache import LoopCache
 from loopmdm_model.data.sudoku import BOARDS
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.evaluation import task_of
-from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.sequences import MaskedBatch
 from loopmdm_model.sites import Site
 
 LEVELS = 65535

@@ -15,7 +15,7 @@ from analysis.report.data import LEVELS, Run, run_of
 from loopmdm_model.cache import LoopCache
 from loopmdm_model.errors import UsageError
 from loopmdm_model.files import write_atomic
-from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.sequences import MaskedBatch
 
 SCRIPTS = ("data.js", "draw.js", "panel.js", "explorer.js")
 STYLES = ("page.css", "explorer.css")

@@ -7,7 +7,7 @@ from loopmdm_model.data.puzzles import puzzles
 from loopmdm_model.data.sudoku import BOARDS
 from loopmdm_model.evaluation import load_test_set, task_of
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.sequences import MaskedBatch
 from loopmdm_model.zoo.runs import Zoo, select
 
 TEXT = select(task="sotu", arm="loop", seed=0) | select(task="sotu", arm="base", seed=0)

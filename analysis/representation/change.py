@@ -25,7 +25,6 @@ from torch import Tensor
 from analysis.representation.lenses import LENSES, kl, read, readout_metrics
 from analysis.representation.trajectory import (
     TOKEN_GROUPS,
-    batches,
     check_loops,
     group_mean,
     row_mean,
@@ -34,7 +33,7 @@ from analysis.representation.trajectory import (
 )
 from loopmdm_model import stats
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.sequences import MaskedBatch, as_batch
 from loopmdm_model.stopping import relative_change
 
 COLUMNS = ["n_loops", "loop", "token_group", "mask_ratio", "metric", "lens", "value", "standard_error", "n"]
@@ -103,11 +102,11 @@ def representation_change(
     metrics of the state. Errors are over sequences, or over `clusters` [batch] of them. A group without members
     is NaN with n = 0.
     """
-    n_loops = check_loops("representation_change", m, b, n_loops)
-    parts = [_batch_metrics(m, part, n_loops) for _, part in batches(b, batch_size)]
+    b, n_loops = as_batch("representation_change", b, clusters), check_loops(m, n_loops)
+    parts = [_batch_metrics(m, part, n_loops) for _, part in b.batches(batch_size)]
     rows = []
     for loop, group, metric, lens in parts[0]:
         values = torch.cat([part[loop, group, metric, lens] for part in parts]).double().cpu().numpy()
-        mean, error, n = stats.mean_and_error(values, clusters)
+        mean, error, n = stats.mean_and_error(values, b.clusters)
         rows.append((n_loops, loop, group, b.mask_ratio, metric, lens, float(mean), float(error), int(n)))
     return pd.DataFrame(rows, columns=COLUMNS)

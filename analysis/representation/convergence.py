@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from analysis.representation.fixed_points import FLOOR
-from analysis.representation.trajectory import TOKEN_GROUPS, batches, check_loops, group_mean, token_groups, walk
+from analysis.representation.trajectory import TOKEN_GROUPS, check_loops, group_mean, token_groups, walk
 from loopmdm_model import stats
 from loopmdm_model.errors import UsageError
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.sequences import MaskedBatch, as_batch
 from loopmdm_model.stopping import relative_change
 
 Verdict = Literal["converges", "drifts", "undecided"]
@@ -109,15 +109,15 @@ def convergence(
     the mean slope, `low` and `high` its 95% interval; the verdict is that of both slopes together. `n_still`
     counts the sequences that moved too little for a slope: they vote for nothing.
     """
-    n_loops = check_loops("convergence", m, b, n_loops)
+    b, n_loops = as_batch("convergence", b, clusters), check_loops(m, n_loops)
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < 1:
         raise UsageError(f"margin must be a slope between 0 and 1, such as 0.25, got {margin!r}")
-    parts = [_changes(m, part, n_loops) for _, part in batches(b, batch_size)]
+    parts = [_changes(m, part, n_loops) for _, part in b.batches(batch_size)]
     changes = torch.cat(parts, dim=2).double().numpy()
     rows = []
     for group, (relative, steps) in zip(TOKEN_GROUPS, changes, strict=True):
         found = [slopes(relative, values) for values in (relative, steps)]
-        spans = [_interval(values, clusters) for values in found]
+        spans = [_interval(values, b.clusters) for values in found]
         told = verdict(spans[0][2:4], spans[1][2:4], margin)
         present = np.isfinite(relative).all(-1)
         still = int((present & np.isnan(found[0])).sum())

@@ -22,12 +22,12 @@ from jaxtyping import Bool, Float
 from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigs
 from torch import Tensor
 
-from analysis.representation.trajectory import batches, check_loops, real_positions, token_groups, walk
+from analysis.representation.trajectory import check_loops, token_groups, walk
 from loopmdm_model import stats
 from loopmdm_model.context import Context
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.sequences import MaskedBatch, as_batch
 
 FLOOR = 1e-6
 """Relative steps below this (8 units of float32's last place) are rounding."""
@@ -121,7 +121,7 @@ class Steps:
 
 def follow(m: HookedLoopMDM, b: MaskedBatch, n_loops: int) -> Steps:
     """Run one loop beyond `n_loops` on the explicit path."""
-    members = torch.stack([real_positions(b), *token_groups(m, b).values()]).float()
+    members = torch.stack([b.real, *token_groups(m, b).values()]).float()
     sizes, norms, previous = [], [], None
     for loop, state, context in walk(m, b, n_loops + 1, "eager"):
         if loop > 0:
@@ -154,10 +154,10 @@ def fixed_point_residual(
     Columns: n_loops loop token_group mask_ratio metric ("residual") value standard_error n. Errors are over
     sequences, or `clusters` of them. Memory does not grow with `n_loops` (two states of a batch).
     """
-    n_loops = check_loops("fixed_point_residual", m, b, n_loops)
-    parts = [follow(m, part, n_loops).residual for _, part in batches(b, batch_size)]
+    b, n_loops = as_batch("fixed_point_residual", b, clusters), check_loops(m, n_loops)
+    parts = [follow(m, part, n_loops).residual for _, part in b.batches(batch_size)]
     values = torch.cat(parts, -1).permute(2, 0, 1).cpu().numpy()
-    found = [array.astype(object) for array in stats.mean_and_error(values, clusters)]
+    found = [array.astype(object) for array in stats.mean_and_error(values, b.clusters)]
     rows = [
         (n_loops, loop, name, b.mask_ratio, "residual", *(array[group, loop] for array in found))
         for group, name in enumerate(("all", "masked", "clean"))
@@ -167,8 +167,9 @@ def fixed_point_residual(
     return pd.DataFrame(rows, columns=columns)
 
 
-def _action(m: HookedLoopMDM, steps: Steps, loop: int, verified: Tensor, v: Tensor, horizon: int) -> list[tuple]:
+def _action(m: HookedLoopMDM, steps: Steps, verified: Tensor, v: Tensor, horizon: int) -> list[tuple]:
     """(kind, value, rate) of each sequence, from its last state and a direction."""
+    loop = steps.sizes.shape[1]
     state = steps.state.to(m.model.dtype)
     growth, moving = torch.full((len(state),), float("nan"), dtype=torch.float64), ~verified
     if bool(moving.any()):
@@ -203,16 +204,16 @@ def fixed_points(
     Arnoldi fails. `rate` is in nats a loop for both kinds: log of the radius, or the growth rate. Below 0, changes
     die out.
     """
-    n_loops = check_loops("fixed_points", m, b, n_loops)
+    b, n_loops = as_batch("fixed_points", b), check_loops(m, n_loops)
     check_count("horizon", horizon)
     check_count("seed", seed, least=0)
     if not isinstance(tol, int | float) or not 0 < tol < 1:
         raise UsageError(f"tol must be a relative residual between 0 and 1, such as 1e-4, got {tol!r}")
     rows = []
-    for first, part in batches(b, batch_size):
+    for first, part in b.batches(batch_size):
         steps = follow(m, part, n_loops)
         verified, v = steps.verified(tol), tangents(steps.state.shape, first, seed)
-        action = _action(m, steps, n_loops, verified, v, horizon)
+        action = _action(m, steps, verified, v, horizon)
         for row, residual in enumerate(steps.residual[0, -1].tolist()):
             rows.append((n_loops, b.mask_ratio, first + row, residual, bool(verified[row]), *action[row]))
     columns = [*SUMMARY_KEYS, "sequence", "residual", "verified", "kind", "value", "rate"]

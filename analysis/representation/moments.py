@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from analysis.representation.trajectory import batches, token_groups, walk
+from analysis.representation.trajectory import token_groups, walk
 from loopmdm_model.errors import UsageError
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.sequences import MaskedBatch
 
 Unit = Literal["position", "sequence"]
 Samples = Float[Tensor, "loop sample d_model"]
@@ -91,7 +91,7 @@ def group_states(
     m: HookedLoopMDM, b: MaskedBatch, loops: list[int], unit: Unit, batch_size: int
 ) -> Iterator[tuple[str, Samples, Int[Tensor, " sample"]]]:
     """(token group, states float64, sequence of each sample), batch by batch, for the chosen loops."""
-    for start, part in batches(b, batch_size):
+    for start, part in b.batches(batch_size):
         states = torch.stack([s for loop, s, _ in walk(m, part, max(loops[-1], 0) + 1) if loop in loops])
         for group, member in token_groups(m, part).items():
             x, owner = states[:, member].double(), member.nonzero()[:, 0]

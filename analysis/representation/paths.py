@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from analysis.representation.trajectory import TOKEN_GROUPS, batches, check_loops, token_groups, walk
+from analysis.representation.trajectory import TOKEN_GROUPS, check_loops, token_groups, walk
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.sequences import MaskedBatch, as_batch
 
 
 class StateSums:
@@ -49,15 +49,12 @@ class StateSums:
         return self.shift + mean, axes * signs
 
 
-def fitted_half(n: int, clusters: np.ndarray | None) -> Bool[Tensor, " batch"]:
+def fitted_half(owners: np.ndarray) -> Bool[Tensor, " batch"]:
     """Every other sequence, or all sequences of every other cluster in order of appearance."""
-    if clusters is not None and len(clusters) != n:
-        raise UsageError(f"clusters must name one per sequence: {n} expected, got {len(clusters)}")
-    names = np.arange(n) if clusters is None else np.asarray(clusters)
-    order = {name: place for place, name in enumerate(dict.fromkeys(names.tolist()))}
+    order = {name: place for place, name in enumerate(dict.fromkeys(owners.tolist()))}
     if len(order) < 2:
         raise UsageError("paths are fitted on one half and drawn from the other: give two sequences or clusters")
-    return torch.tensor([order[name] % 2 == 0 for name in names.tolist()])
+    return torch.tensor([order[name] % 2 == 0 for name in owners.tolist()])
 
 
 class Projection:
@@ -103,10 +100,10 @@ def state_paths(
     the fitted mean that lies along each component, over positions, loops and sequences). One batch and one loop's
     states are held. NaN without members in either half.
     """
-    n_loops = check_loops("state_paths", m, b, n_loops)
+    b, n_loops = as_batch("state_paths", b, clusters), check_loops(m, n_loops)
     if check_count("n_components", n_components) > m.cfg.d_model:
         raise UsageError(f"n_components {n_components} exceeds d_model = {m.cfg.d_model}")
-    fit = fitted_half(len(b), clusters)
+    fit = fitted_half(b.owners)
     sums = {group: StateSums(m.cfg.d_model) for group in TOKEN_GROUPS}
     for _, _, state, groups in _visit(m, b.rows(fit), n_loops, batch_size):
         for group in TOKEN_GROUPS:
@@ -126,7 +123,7 @@ def _visit(
     m: HookedLoopMDM, b: MaskedBatch, n_loops: int, batch_size: int
 ) -> Iterator[tuple[int, int, Tensor, dict[str, Tensor]]]:
     """(index of the first sequence, loop, states, token groups), batch by batch and loop by loop."""
-    for start, part in batches(b, batch_size):
+    for start, part in b.batches(batch_size):
         groups = token_groups(m, part)
         for loop, state, _ in walk(m, part, n_loops):
             yield start, loop, state, groups

@@ -19,7 +19,7 @@ from analysis.representation.moments import LoopMoments, Unit, check_chosen, che
 from analysis.representation.trajectory import TOKEN_GROUPS, check_loops
 from loopmdm_model import stats
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.sequences import MaskedBatch, as_batch
 
 COLUMNS = [
     "n_loops", "loop", "token_group", "mask_ratio", "unit", "metric", "value", "standard_error", "n", "n_samples",
@@ -56,7 +56,7 @@ def effective_rank(
     Columns: n_loops loop token_group mask_ratio unit metric ("effective_rank") value standard_error n (sequences)
     n_samples. NaN where the states do not vary. Errors are first-order, over sequences or `clusters` of them.
     """
-    n_loops = check_loops("effective_rank", m, b, n_loops)
+    b, n_loops = as_batch("effective_rank", b, clusters), check_loops(m, n_loops)
     check_unit(unit)
     chosen = check_chosen(loops, n_loops)
     sums = {group: LoopMoments(len(chosen), m.cfg.d_model, pairs=False) for group in TOKEN_GROUPS}
@@ -81,7 +81,7 @@ def effective_rank(
             if group in found:
                 influence = moved[group][:, a].numpy() / s.n * members.sum()
                 value = found[group][a][0]
-                error = float(stats.influence_error(np.where(members, influence, np.nan), clusters))
+                error = float(stats.influence_error(np.where(members, influence, np.nan), b.clusters))
             n = 0 if np.isnan(value) else int(members.sum())
             key = (n_loops, loop, group, b.mask_ratio, unit, "effective_rank")
             rows.append((*key, value, error, n, s.n))

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from analysis.representation.lenses import check_lens, read, readout_metrics
-from analysis.representation.trajectory import check_loops, real_positions
+from analysis.representation.trajectory import check_loops
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.sequences import MaskedBatch, as_batch
 from loopmdm_model.stopping import Lens
 
 
@@ -28,9 +28,9 @@ def read_loops(m: HookedLoopMDM, b: MaskedBatch, n_loops: int | None = None, len
     Columns: sequence position loop masked true top1 (token pieces, ids without a tokenizer) true_id
     top1_id p_top1 p_true entropy (nats) correct flipped (best token differs from the loop before) lens.
     """
-    n_loops = check_loops("read_loops", m, b, n_loops)
+    b, n_loops = as_batch("read_loops", b), check_loops(m, n_loops)
     check_lens(lens)
-    real = real_positions(b)
+    real = b.real
     sequence, position = (index.cpu() for index in torch.nonzero(real, as_tuple=True))
     clean, frames, before = b.clean[real], [], None
     for loop, (state, context) in enumerate(m.states(b.tokens, n_loops, b.attention_mask)):

@@ -18,11 +18,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from analysis.representation.lenses import check_lens, read
-from analysis.representation.trajectory import batches, check_loops, token_groups
+from analysis.representation.trajectory import check_loops, token_groups
 from loopmdm_model import stats
 from loopmdm_model.errors import UsageError
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.sequences import MaskedBatch, as_batch
 from loopmdm_model.stopping import Lens
 
 KEYS = ["n_loops", "mask_ratio", "lens"]
@@ -58,10 +58,10 @@ def settled_loops(
     appears settled first_right right_settled (0-based loops). `correct`: the final answer is the true token.
     UsageError if nothing is masked.
     """
-    n_loops = check_loops("settled_loops", m, b, n_loops)
+    b, n_loops = as_batch("settled_loops", b), check_loops(m, n_loops)
     check_lens(lens)
     frames = []
-    for start, part in batches(b, batch_size):
+    for start, part in b.batches(batch_size):
         masked = token_groups(m, part)["masked"]
         states = m.states(part.tokens, n_loops, part.attention_mask)
         answers = torch.stack([read(m, state, context, lens, masked).argmax(-1) for state, context in states])

@@ -26,7 +26,7 @@ from analysis.representation.moments import LoopMoments, Unit, check_chosen, che
 from analysis.representation.trajectory import TOKEN_GROUPS, check_loops
 from loopmdm_model import stats
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.sequences import MaskedBatch, as_batch
 
 COLUMNS = [
     "n_loops", "loop", "other_loop", "token_group", "mask_ratio", "unit", "metric", "value", "standard_error", "n",
@@ -114,7 +114,7 @@ def loop_similarity(
     n_samples. NaN below four samples. Errors are first-order, from a second pass over the data (over sequences,
     or `clusters` of them); they are too small where the truth is exactly 0. See `moments.py` for the memory.
     """
-    n_loops = check_loops("loop_similarity", m, b, n_loops)
+    b, n_loops = as_batch("loop_similarity", b, clusters), check_loops(m, n_loops)
     check_unit(unit)
     chosen = check_chosen(loops, n_loops)
     sums = {group: LoopMoments(len(chosen), m.cfg.d_model) for group in TOKEN_GROUPS}
@@ -129,7 +129,7 @@ def loop_similarity(
         value, dependence = cka(s)
         error, n = np.full_like(value, np.nan), 0
         if group in second:
-            error = second[group].errors(value, dependence, clusters)
+            error = second[group].errors(value, dependence, b.clusters)
             n = int((second[group].counts > 0).sum())
         for (i, j), cell in np.ndenumerate(value):
             known = 0 if np.isnan(cell) else n

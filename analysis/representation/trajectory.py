@@ -6,40 +6,26 @@ checks of their input. A walk holds the state of one loop, whatever the number o
 
 from collections.abc import Iterator
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from loopmdm_model.context import Context
-from loopmdm_model.errors import UsageError, check_count
+from loopmdm_model.errors import check_count
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.masking import MaskedBatch
 from loopmdm_model.points import AttnPath
+from loopmdm_model.sequences import MaskedBatch
 
 TOKEN_GROUPS = ("masked", "clean")
 
 
-def check_loops(name: str, m: HookedLoopMDM, b: MaskedBatch, n_loops: int | None) -> int:
-    """The number of loops meant (default S_max); UsageError for a wrong one, or for no MaskedBatch."""
-    if not isinstance(b, MaskedBatch):
-        raise UsageError(f"{name} takes a MaskedBatch; make one with m.mask(text, ratio=.5)")
+def check_loops(m: HookedLoopMDM, n_loops: int | None) -> int:
+    """The number of loops meant (default S_max)."""
     return check_count("n_loops", m.cfg.max_loops if n_loops is None else n_loops)
-
-
-def batches(b: MaskedBatch, batch_size: int) -> Iterator[tuple[int, MaskedBatch]]:
-    """(index of the first sequence, batch) in pieces of `batch_size`."""
-    for start in range(0, len(b), check_count("batch_size", batch_size)):
-        yield start, b.rows(slice(start, start + batch_size))
-
-
-def real_positions(b: MaskedBatch) -> Bool[Tensor, "batch pos"]:
-    """Which positions are not padding."""
-    return torch.ones_like(b.masked) if b.attention_mask is None else b.attention_mask != 0
 
 
 def token_groups(m: HookedLoopMDM, b: MaskedBatch) -> dict[str, Bool[Tensor, "batch pos"]]:
     """Real positions that hold [MASK] and those that hold a token."""
-    masked, real = b.tokens == m.cfg.mask_token_id, real_positions(b)
+    masked, real = b.tokens == m.cfg.mask_token_id, b.real
     return {"masked": masked & real, "clean": ~masked & real}
 
 

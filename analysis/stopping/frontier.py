@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from analysis.stopping.controls import Ladder, best_schedules, fitted_schedules, shuffled
-from analysis.stopping.record import LoopRecord, noise_bins, record_loops
+from analysis.stopping.record import Data, LoopRecord, as_data, noise_bins, record
 from loopmdm_model import stats
 from loopmdm_model.errors import UsageError, check_count
-from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.likelihood import Read
 from loopmdm_model.protocol import LoopedModel
 from loopmdm_model.stopping import StoppingRule, oracle_loops
 
@@ -22,11 +22,11 @@ N_BINS = 5
 
 def stopping_frontier(
     m: LoopedModel,
-    data: Tensor | MaskedBatch,
+    data: Tensor | Data,
     rules: Sequence[StoppingRule] | None = None,
     n_thresholds: int = 20,
     max_loops: int | None = None,
-    validation: Tensor | MaskedBatch | None = None,
+    validation: Tensor | Data | None = None,
     n_samples: int = 2,
     maskable: Tensor | None = None,
     clusters: np.ndarray | None = None,
@@ -44,12 +44,12 @@ def stopping_frontier(
     spends its loops no better than something simpler would. Bins without rows are NaN with n = 0.
     """
     check_count("n_thresholds", n_thresholds)
-    options: dict[str, Any] = {"n_samples": n_samples, "batch_size": batch_size}
-    record = record_loops(m, data, rules, max_loops, maskable=maskable, clusters=clusters, seed=seed, **options)
-    fitted = record
+    read = Read(max_loops, None, n_samples, seed, batch_size)
+    judged = record(m, as_data(m, data, maskable, clusters), rules, read)
+    fitted = judged
     if validation is not None:
-        fitted = record_loops(m, validation, rules, max_loops, maskable=maskable, seed=seed + 1, **options)
-    return frontier(record, fitted, n_thresholds)
+        fitted = record(m, as_data(m, validation, maskable), rules, replace(read, seed=seed + 1))
+    return frontier(judged, fitted, n_thresholds)
 
 
 def frontier(record: LoopRecord, fitted: LoopRecord, n_thresholds: int = 20) -> pd.DataFrame:

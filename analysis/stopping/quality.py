@@ -11,6 +11,7 @@ Entropy and pairs measure diversity, not quality: a judge likes repetition, so i
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from torch import Tensor
 from loopmdm_model import stats
 from loopmdm_model.data.sudoku import Board
 from loopmdm_model.errors import UsageError
+from loopmdm_model.model import LoopedModel
+from loopmdm_model.sampling import SampleResult, sample
+from loopmdm_model.sequences import MaskedBatch
 
 Judge = Callable[[Tensor], tuple[np.ndarray, np.ndarray]]
 """Token ids [n, pos] to nats and numbers of judge tokens, both [n]."""
@@ -47,6 +51,40 @@ class Quality:
             scale = part.weights[known].mean() if known.any() else float("nan")
             influence = influence + sign * np.where(known, (part.values - mean) * part.weights / scale, 0.0)
         return self.mean()[0] - other.mean()[0], float(stats.influence_error(influence, clusters))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples that are drawn alike but for loops and steps: what they start from, how, and who judges them."""
+
+    n: int | None
+    clues: MaskedBatch | None
+    board: Board | None
+    judge: Judge | None
+    order: str
+    temperature: float
+    seed: int
+    batch_size: int
+
+    @classmethod
+    def of(cls, board: Board | None, order: str | None, temperature: float | None, **given: Any) -> "Samples":
+        """Sudoku: the order "confidence" at temperature 0 by default, else "random" at 1."""
+        if board is not None and given["clues"] is None:
+            raise UsageError("give the puzzles to solve as clues=; make them with puzzles(board, grids, n_clues)")
+        order = order or ("random" if board is None else "confidence")
+        temperature = temperature if temperature is not None else float(board is None)
+        return cls(board=board, order=order, temperature=temperature, **given)
+
+    def draw(self, m: LoopedModel, steps: int, **loops: Any) -> SampleResult:
+        """One run, with n_loops= or stop=."""
+        return sample(
+            m, self.n, steps=steps, clues=self.clues, order=self.order, temperature=self.temperature,
+            seed=self.seed, batch_size=self.batch_size, **loops,
+        )  # fmt: skip
+
+    def quality(self, r: SampleResult) -> list[Quality]:
+        """What there is to say of a run."""
+        return sample_quality(r.tokens, self.board, self.judge)
 
 
 def sample_quality(

@@ -17,9 +17,9 @@ from loopmdm_model import flops
 from loopmdm_model.adaptive import spread_change
 from loopmdm_model.config import LoopMDMConfig
 from loopmdm_model.errors import UsageError, check_count
-from loopmdm_model.likelihood import check_clean, draw_masks, row_sums
-from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.likelihood import Read, draws, row_sums
 from loopmdm_model.protocol import LoopedModel, core_of
+from loopmdm_model.sequences import MaskedBatch, Sequences, as_batch
 from loopmdm_model.stopping import (
     RULES,
     ArgmaxStable,
@@ -33,6 +33,8 @@ from loopmdm_model.stopping import (
     StateDelta,
     StoppingRule,
 )
+
+Data = Sequences | MaskedBatch
 
 
 def default_rules(max_loops: int) -> list[StoppingRule]:
@@ -97,10 +99,9 @@ class LoopRecord:
         return values.gather(0, (loops - 1)[None])[0]
 
 
-@torch.no_grad()
 def record_loops(
     m: LoopedModel,
-    data: Tensor | MaskedBatch,
+    data: Tensor | Sequences | MaskedBatch,
     rules: Sequence[StoppingRule] | None = None,
     max_loops: int | None = None,
     n_samples: int = 2,
@@ -113,7 +114,21 @@ def record_loops(
 
     `data` are clean tokens, masked as in the NELBO (`n_samples` masks a sequence), or a MaskedBatch as it is.
     """
-    most = check_count("max_loops", m.cfg.max_loops if max_loops is None else max_loops)
+    read = Read(max_loops, None, n_samples, seed, batch_size)
+    return record(m, as_data(m, data, maskable, clusters), rules, read)
+
+
+def as_data(
+    m: LoopedModel, data: Tensor | Data, maskable: Tensor | None = None, clusters: np.ndarray | None = None
+) -> Data:
+    """Sequences that `m` can read, or the MaskedBatch that `data` is."""
+    if isinstance(data, MaskedBatch):
+        return as_batch("a record", data, clusters)
+    return Sequences.of(data, maskable, clusters=clusters).clean_for(m)
+
+
+def named_rules(rules: Sequence[StoppingRule] | None, most: int) -> dict[str, StoppingRule]:
+    """Rules (default: all) by name; UsageError for those that a record of `most` loops cannot replay."""
     asked = default_rules(most) if rules is None else list(rules)
     named = {rule_name(rule): rule for rule in asked}
     for name, rule in named.items():
@@ -123,13 +138,18 @@ def record_loops(
             raise UsageError(f"{name} may run {rule.max_loops} loops, the record has {most}; raise max_loops")
     if len(named) < len(asked):
         raise UsageError("two rules have one name; give each kind once, thresholds are swept")
-    draws = masked_draws(m, data, n_samples, maskable, seed)
-    owner = np.arange(len(draws[0])) if clusters is None else np.asarray(clusters)
+    return named
+
+
+@torch.no_grad()
+def record(m: LoopedModel, data: Data, rules: Sequence[StoppingRule] | None, read: Read) -> LoopRecord:
+    """`record_loops` of what `as_data` gives, to `read.n_loops` loops."""
+    most = check_count("max_loops", m.cfg.max_loops if read.n_loops is None else read.n_loops)
+    named, batches = named_rules(rules, most), masked_draws(m, data, read)
     losses, correct, counts, ratios, noise = [], [], [], [], []
     criteria: dict[str, list[Tensor]] = {name: [] for name in named}
-    for draw in draws:
-        for start in range(0, len(draw), batch_size):
-            part = draw.rows(slice(start, start + batch_size))
+    for batch in batches:
+        for _, part in batch.batches(read.batch_size):
             seen, nobody = _Recorder(named, part, _reader(m, part)), torch.zeros_like(part.masked)
             m.run(part.tokens, most, attention_mask=part.attention_mask, rows=nobody, on_loop=seen)
             losses.append(torch.stack(seen.losses).cpu())
@@ -137,32 +157,24 @@ def record_loops(
             for name in named:
                 criteria[name].append(torch.stack(seen.criteria[name]).cpu())
             counts.append(part.masked.sum(-1).cpu())
-            real = torch.ones_like(part.masked) if part.attention_mask is None else part.attention_mask != 0
-            size = real if part.maskable is None else part.maskable
-            ratios.append(counts[-1].double() / size.sum(-1).cpu())
-            noise.append(counts[-1].double() / real.sum(-1).cpu())
+            ratios.append(counts[-1].double() / part.sequences.lengths.cpu())
+            noise.append(counts[-1].double() / part.real.sum(-1).cpu())
     joined = {name: torch.cat(values, dim=1) for name, values in criteria.items()}
     return LoopRecord(
         torch.cat(losses, 1), torch.cat(correct, 1), joined, named, torch.cat(counts), torch.cat(ratios),
-        torch.cat(noise), np.tile(owner, len(draws)), m.cfg, draws[0].tokens.shape[1],
+        torch.cat(noise), np.tile(data.owners, len(batches)), m.cfg, data.tokens.shape[1],
     )  # fmt: skip
 
 
-def masked_draws(
-    m: LoopedModel, data: Tensor | MaskedBatch, n_samples: int, maskable: Tensor | None, seed: int
-) -> list[MaskedBatch]:
+def masked_draws(m: LoopedModel, data: Data, read: Read) -> list[MaskedBatch]:
     """`data` masked as in the NELBO, a batch a draw, or as it is; every sequence has something to predict."""
     if isinstance(data, MaskedBatch):
         if not bool(data.masked.any(-1).all()):
             raise UsageError("a sequence has no masked position: nothing to read; leave it out")
         return [data]
-    allowed, attention_mask = check_clean(m, data, maskable, None)
-    if not bool(allowed.any(-1).all()):
+    if not bool(data.allowed.any(-1).all()):
         raise UsageError("a sequence has nothing maskable; leave it out")
-    return [
-        draw_masks(data, m.cfg.mask_token_id, allowed, seed, draw, n_samples, attention_mask)
-        for draw in range(check_count("n_samples", n_samples))
-    ]
+    return [batch for batch, _ in draws(m, data, read)]
 
 
 def _reader(m: LoopedModel, part: MaskedBatch) -> Callable[[Tensor], Tensor]:

@@ -7,7 +7,6 @@ seeds of the others. Time is compared within repeats, rule and full loops by tur
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,14 +14,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from analysis.stopping.quality import Judge, sample_quality
+from analysis.stopping.quality import Judge, Samples
 from analysis.stopping.record import rule_name
 from loopmdm_model import stats
 from loopmdm_model.data.sudoku import Board
-from loopmdm_model.errors import UsageError, check_count
-from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.errors import check_count
 from loopmdm_model.protocol import LoopedModel
 from loopmdm_model.sampling import SampleLoop, SampleResult, sample
+from loopmdm_model.sequences import MaskedBatch
 from loopmdm_model.stopping import FixedLoops, StoppingRule
 
 COLUMNS = ["rule", "threshold", "max_loops", "steps", "order", "temperature", "measure", "quality", "quality_se",
@@ -57,24 +56,22 @@ def stopping_in_sampling(
     """
     check_count("repeats", repeats)
     full = FixedLoops(max_loops=check_count("max_loops", m.cfg.max_loops if max_loops is None else max_loops))
-    order = order or ("random" if board is None else "confidence")
-    temperature = temperature if temperature is not None else float(board is None)
-    if board is not None and clues is None:
-        raise UsageError("give the puzzles to solve as clues=; make them with puzzles(board, grids, n_clues)")
-    options: dict[str, Any] = {"n": n, "steps": steps, "clues": clues, "order": order, "temperature": temperature}
-    options |= {"seed": seed, "batch_size": batch_size}
-    runs = [lambda rule=rule: sample(m, stop=rule, **options) for rule in (full, *rules)]
+    samples = Samples.of(
+        board, order, temperature, n=n, clues=clues, judge=judge, seed=seed, batch_size=batch_size
+    )
+    runs = [lambda rule=rule: samples.draw(m, steps, stop=rule) for rule in (full, *rules)]
     results, ratios = _by_turns(runs, repeats)
-    reference = sample_quality(results[0].tokens, board, judge)
+    reference = samples.quality(results[0])
     rows = []
     for rule, r, ratio in zip((full, *rules), results, ratios, strict=True):
         threshold = float("nan") if isinstance(rule, FixedLoops) else float(rule.threshold)
         used = r.loops_used[r.loops_used > 0].double()
-        found = reference if r is results[0] else sample_quality(r.tokens, board, judge)
+        found = reference if r is results[0] else samples.quality(r)
         for own, other in zip(found, reference, strict=True):
             mean, error, count = own.mean(clusters)
             rows.append((
-                rule_name(rule), threshold, rule.max_loops, len(r.loops_used), order, temperature, own.measure,
+                rule_name(rule), threshold, rule.max_loops, len(r.loops_used), samples.order, samples.temperature,
+                own.measure,
                 mean, error, *own.against(other, clusters), r.flops / len(r.tokens),
                 float(used.mean()) if len(used) else float("nan"), ratio, count,
             ))  # fmt: skip

@@ -16,13 +16,13 @@ from jaxtyping import Int
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from analysis.stopping.record import masked_draws, rule_name
+from analysis.stopping.record import Data, as_data, masked_draws, rule_name
 from loopmdm_model import stats
 from loopmdm_model.data.sudoku import Board
 from loopmdm_model.errors import UsageError, check_count
-from loopmdm_model.likelihood import row_cross_entropy
-from loopmdm_model.masking import MaskedBatch
+from loopmdm_model.likelihood import Read, row_cross_entropy
 from loopmdm_model.protocol import LoopedModel
+from loopmdm_model.sequences import MaskedBatch
 from loopmdm_model.stopping import StoppingRule
 
 TERCILES = ("low", "middle", "high")
@@ -83,7 +83,7 @@ def _frequency_terciles(tokens: Tensor, d_vocab: int) -> Int[Tensor, " token"]:
 @torch.no_grad()
 def loop_usage(
     m: LoopedModel,
-    data: Tensor | MaskedBatch,
+    data: Tensor | Data,
     rule: StoppingRule,
     scopes: Sequence[str] = ("sequence", "token"),
     classes: TokenClasses | None = None,
@@ -102,24 +102,20 @@ def loop_usage(
     Columns: rule threshold max_loops scope by group value (mean loops) standard_error n (masked sequences with
     such tokens) n_tokens. Groups without tokens are NaN with n = 0.
     """
-    draws, check = masked_draws(m, data, n_samples, maskable, seed), check_count("n_bins", n_bins)
-    clean = data.clean if isinstance(data, MaskedBatch) else data
-    owner = np.arange(len(clean)) if clusters is None else np.asarray(clusters)
-    if len(owner) != len(clean):
-        raise UsageError(f"clusters must name one per sequence: {len(clean)} expected, got {len(owner)}")
-    classes = classes or frequency_classes(clean, m.cfg.d_vocab)
+    check_count("n_bins", n_bins)
+    given, read = as_data(m, data, maskable, clusters), Read(None, None, n_samples, seed, batch_size)
+    draws = masked_draws(m, given, read)
+    classes = classes or frequency_classes(draws[0].clean, m.cfg.d_vocab)
     online = [_in_scope(rule, scope) for scope in scopes]
     parts = [
-        _Tokens.run(m, draw.rows(slice(start, start + batch_size)), online, classes, check)
-        for draw in draws
-        for start in range(0, len(draw), batch_size)
+        _Tokens.run(m, part, online, classes, n_bins) for draw in draws for _, part in draw.batches(batch_size)
     ]
     tokens = _Tokens.join(parts)
     rows = []
     for place, scope in enumerate(scopes):
         for by, names, index in tokens.groupings(scope, classes, n_bins):
             for number, name in enumerate(names):
-                found = tokens.mean(tokens.loops[place], index == number, np.tile(owner, len(draws)))
+                found = tokens.mean(tokens.loops[place], index == number, np.tile(given.owners, len(draws)))
                 rows.append((rule_name(replace(rule, scope="sequence")), rule.threshold, rule.max_loops, scope, by,
                              name, *found))  # fmt: skip
     return pd.DataFrame(rows, columns=COLUMNS)
@@ -151,9 +147,7 @@ class _Tokens:
             ran = m.run(part.tokens, stop=rule, attention_mask=part.attention_mask, rows=nobody)
             each = ran.loops_used[:, None].expand_as(part.masked) if ran.token_loops is None else ran.token_loops
             loops.append(each[part.masked].cpu().numpy())
-        real = torch.ones_like(part.masked) if part.attention_mask is None else part.attention_mask != 0
-        size = (real if part.maskable is None else part.maskable).sum(-1)
-        bins = ((part.masked.sum(-1) * n_bins - 1) // size).clamp(0, n_bins - 1)
+        bins = ((part.masked.sum(-1) * n_bins - 1) // part.sequences.lengths).clamp(0, n_bins - 1)
         losses = row_cross_entropy(last.logits, part)
         kind = classes.of(part)[part.masked.cpu()]
         values = (part.masked.nonzero()[:, 0], losses, kind, bins)

@@ -8,8 +8,9 @@ from torch import Tensor
 from loopmdm_model.data.solver import EMPTY, is_unique
 from loopmdm_model.data.sudoku import Board
 from loopmdm_model.errors import UsageError, check_count
-from loopmdm_model.masking import MaskedBatch, hide, mask_tokens
+from loopmdm_model.masking import hide, mask_tokens
 from loopmdm_model.randomness import step_generator
+from loopmdm_model.sequences import MaskedBatch, Sequences
 
 ATTEMPTS = 20
 """Orders of removal tried for one grid before giving up."""
@@ -31,7 +32,9 @@ def puzzles(
     masked = np.stack(
         [_dig(board, grid.tolist(), n_clues, seed, number) for number, grid in enumerate(grids.cpu())]
     )
-    return hide(grids, torch.from_numpy(masked).to(grids.device), board.size, torch.ones_like(grids).bool())
+    return hide(
+        Sequences.of(grids, torch.ones_like(grids).bool()), torch.from_numpy(masked).to(grids.device), board.size
+    )
 
 
 def _dig(board: Board, grid: list[int], n_clues: int, seed: int, number: int) -> np.ndarray:

@@ -8,10 +8,11 @@ grid's split is a function of what no symmetry changes. Boxes are 2x2, 2x3 and 3
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, permutations
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
 from loopmdm_model.data.solver import EMPTY, completions
-from loopmdm_model.errors import unknown_name
+from loopmdm_model.errors import UsageError, unknown_name
 from loopmdm_model.randomness import row_uniforms, step_generator
 
 Split = Literal["train", "validation", "test"]
@@ -59,6 +60,94 @@ class Board:
         names = torch.empty(len(grids), self.size, dtype=torch.long)
         names.scatter_(1, grids[:, : self.size], torch.arange(self.size).expand(len(grids), self.size))
         return names.gather(1, grids)
+
+    def is_written(self, given: Any) -> bool:
+        """Whether `given` is a board or several as people write them (see `read`), and not ids of another width.
+
+        Tensors hold ids unless they have rows: [size, size] or [n, size, size].
+        """
+        if isinstance(given, str):
+            return True
+        cells = _cells(given)
+        if cells is None:
+            return True
+        rows = cells.shape[-2:] == (self.size, self.size)
+        return rows or (not isinstance(given, Tensor) and (cells.dtype.kind not in "iu" or self._is_flat(cells)))
+
+    def _is_flat(self, cells: np.ndarray) -> bool:
+        return cells.ndim in (1, 2) and cells.shape[-1] == self.n_cells
+
+    def find(self, given: Any) -> Int[Tensor, "n cell"] | None:
+        """As `read`; None for what is no board: ids of another width, texts that make up no whole one."""
+        if not self.is_written(given):
+            return None
+        texts = isinstance(given, Sequence) and all(isinstance(text, str) for text in given)
+        if texts and (not given or sum(len(self.ids(text)) for text in given) % self.n_cells):
+            return None
+        return self.read(given)
+
+    def read(self, given: Any) -> Int[Tensor, "n cell"]:
+        """A board or several as people write them, as ids 0..size - 1 with -1 where a cell is empty.
+
+        A text (rulers and line breaks do not count), texts, or integers: rows [size, size] of symbols 1..size with
+        0, "." or -1 for an empty cell; boards written flat, [cell] or [n, cell], may also hold ids with -1 where
+        empty. UsageError names what is no symbol.
+        """
+        if isinstance(given, str):
+            return self._whole(self.ids(given))
+        cells = _cells(given)
+        if cells is None or cells.dtype.kind not in "iuUO":
+            shown = " ".join(repr(given).split())
+            raise UsageError(f"{self.name} is read from a text or rows of integers, got {shown:.60}")
+        if cells.dtype.kind in "UO":
+            words = [str(cell) for cell in cells.ravel().tolist()]
+            return self._whole(self.ids(" ".join("." if word == "-1" else word for word in words)))
+        flat, shape = self._is_flat(cells), list(cells.shape)
+        if not flat and shape[-2:] != [self.size] * 2:
+            raise UsageError(f"{self.name} has {self.size} rows of {self.size} cells, got shape {shape}")
+        boards = cells.astype(np.int64).reshape(-1, self.n_cells)
+        if flat and self._holds_ids(boards):
+            return torch.from_numpy(boards)
+        return self._from_symbols(boards)
+
+    def _holds_ids(self, boards: Int[np.ndarray, "n cell"]) -> bool:
+        """Whether boards written flat hold ids: -1 is empty and no symbol `size` occurs, or all are complete."""
+        if (boards == self.size).any() or (boards < -1).any() or (boards > self.size).any():
+            return False
+        complete = bool(self.is_valid(torch.from_numpy(boards)).all())
+        return bool((boards == -1).any()) or not (boards == 0).any() or complete
+
+    def _from_symbols(self, boards: Int[np.ndarray, "n cell"]) -> Int[Tensor, "n cell"]:
+        if (boards == -1).any() and (boards == 0).any():
+            raise UsageError(
+                f"{self.name}: 0 and -1 occur; write symbols 1..{self.size} and one mark for an empty cell"
+            )
+        for row, cell in np.argwhere((boards < -1) | (boards > self.size))[:1].tolist():
+            raise self._no_symbol(str(boards[row, cell]), cell // self.size, cell % self.size)
+        return torch.from_numpy(np.where(boards > 0, boards - 1, EMPTY))
+
+    def ids(self, text: str) -> list[int]:
+        """Ids of the symbols in text of any length, -1 for "0", "." and [MASK]; spaces and rulers are skipped."""
+        lines = [line for line in text.replace("[MASK]", ".").splitlines() if line.strip(" -+|=")]
+        found = []
+        for row, line in enumerate(lines):
+            for column, word in enumerate(word for word in line if not (word.isspace() or word == "|")):
+                symbol = int(word) if word in "0123456789" else 0 if word == "." else -1
+                if not 0 <= symbol <= self.size:
+                    raise self._no_symbol(word, row, column)
+                found.append(symbol - 1)
+        return found
+
+    def _whole(self, ids: list[int]) -> Int[Tensor, "n cell"]:
+        if not ids or len(ids) % self.n_cells:
+            raise UsageError(f"{self.name} has {self.n_cells} cells, got {len(ids)}; mark empty ones with 0 or .")
+        return torch.tensor(ids).view(-1, self.n_cells)
+
+    def _no_symbol(self, word: str, row: int, column: int) -> UsageError:
+        place = f"row {row + 1}, column {column + 1}"
+        return UsageError(
+            f"{word!r} in {place} is no symbol of {self.name}: write 1..{self.size}, and 0 or . for an empty cell"
+        )
 
     @cache  # noqa: B019 - a handful of boards that live as long as the program
     def all_classes(self) -> UInt8[np.ndarray, "grid cell"]:
@@ -101,6 +190,14 @@ class Board:
         pool = self.pool(split)
         order = step_generator(seed, "order", 1).permutation(len(pool))
         return self.relabel(pool[np.resize(order, n)], seed)
+
+
+def _cells(given: Any) -> np.ndarray | None:
+    """Numbers or words in one array; None for what has no shape."""
+    try:
+        return np.asarray(given.cpu() if isinstance(given, Tensor) else given)
+    except (TypeError, ValueError):
+        return None
 
 
 N_BASES = 1000
@@ -174,3 +271,11 @@ BOARDS = {
         Board("sudoku9", 3, 3, {"train": 12_000, "validation": 2_000, "test": 4_000}),
     )
 }
+
+
+def board_of_model(cfg: Any) -> Board | None:
+    """The board that a model of this config fills: as many positions as cells, its symbols, then [MASK]."""
+    for board in BOARDS.values():
+        if (cfg.n_ctx, cfg.d_vocab, cfg.mask_token_id) == (board.n_cells, board.size + 1, board.size):
+            return board
+    return None

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from loopmdm_model.errors import UsageError, check_count
+from loopmdm_model.sequences import Sequences
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,11 @@ class Windows:
     scored: Bool[Tensor, "window pos"]
     real: Bool[Tensor, "window pos"]
     owners: Int[np.ndarray, " window"]
+
+    @property
+    def sequences(self) -> Sequences:
+        """The windows as sequences, a cluster a document."""
+        return Sequences.of(self.tokens, self.scored, self.real, self.owners)
 
 
 def sliding_windows(documents: Sequence[Sequence[int]], length: int, stride: int) -> Windows:

@@ -42,7 +42,7 @@ def evaluate(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     tokenizer = load_tokenizer(folder / TOKENIZER, model.cfg.d_vocab)
     task = task_of(record)
     test = load_test_set(task, model.cfg.n_ctx, tokenizer)
-    reached = nelbo(model, test.tokens, n_samples=4, maskable=test.maskable, clusters=test.clusters)
+    reached = nelbo(model, test.sequences, n_samples=4)
     result: dict[str, Any] = {"test_nelbo": reached.mean, "test_nelbo_se": reached.standard_error}
     result |= {"sequences": reached.n, "n_loops": model.cfg.max_loops}
     if not math.isnan(test.bytes_per_token):

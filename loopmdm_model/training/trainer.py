@@ -32,8 +32,8 @@ from loopmdm_model.data.tokenizer import load_tokenizer
 from loopmdm_model.errors import DivergedError, Stopped, UsageError
 from loopmdm_model.files import LOCK, clear_partial, lock_folder, write_atomic, write_json
 from loopmdm_model.likelihood import draw_masks, masked_cross_entropy, nelbo
-from loopmdm_model.masking import MaskedBatch
 from loopmdm_model.model import LoopMDM
+from loopmdm_model.sequences import MaskedBatch, Sequences
 from loopmdm_model.taps import explicit_taps, no_taps
 from loopmdm_model.training import budget, state
 from loopmdm_model.training.ema import Ema
@@ -222,7 +222,8 @@ class Trainer:
         """Rows of the step's batch that fall to this process, in parts for gradient accumulation."""
         spec, step = self.spec, self.progress.step
         tokens = self.data.batch(step, spec.training.batch_size)
-        batch = draw_masks(tokens, spec.config.mask_token_id, self.data.maskable(tokens), spec.seed, step)
+        sequences = Sequences.of(tokens, self.data.maskable(tokens))
+        batch = draw_masks(sequences, spec.config.mask_token_id, spec.seed, step)
         count = spec.training.accumulate * self.accelerator.num_processes
         size, device = len(batch) // count, self.accelerator.device
         parts = []
@@ -255,12 +256,12 @@ class Trainer:
         row |= {key: window[key] / window["steps"] for key in ("loss", "gradient_norm", "n_loops")}
         tokens = self.data.evaluation("validation", self.spec.training.curve_sequences)
         tokens = tokens.to(self.accelerator.device)
+        sequences = Sequences.of(tokens, self.data.maskable(tokens))
         model = self._bare()
         model.eval()
         with self.ema.swapped():
             for n_loops in sorted({1, self.spec.config.max_loops}):
-                maskable = self.data.maskable(tokens)
-                result = nelbo(model, tokens, n_loops, n_samples=2, maskable=maskable, seed=CURVE_SEED)
+                result = nelbo(model, sequences, n_loops, n_samples=2, seed=CURVE_SEED)
                 row[f"validation_nelbo_{n_loops}"] = result.mean
                 row[f"validation_nelbo_{n_loops}_se"] = result.standard_error
         model.train()

@@ -11,7 +11,8 @@ from analysis.attention import LOG_ODDS_CAP, AttentionSums, mask_attention
 from analysis.attention.groups import MASKED_OR_CLEAN, Seen, States, group_chances, group_masses
 from loopmdm_model.errors import UsageError
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.masking import MaskedBatch, mask_tokens
+from loopmdm_model.masking import mask_tokens
+from loopmdm_model.sequences import MaskedBatch
 from tests.conftest import toy_config
 
 

@@ -46,7 +46,7 @@ def rising(m: HookedLoopMDM, slope: float, if_mark: torch.Tensor | None = None) 
 
 def test_growth_is_the_difference_of_the_log_odds(hooked):
     b = sequences()
-    mass = record(hooked, b, 3, (0, 2), batch_size=5).mass
+    mass = record(hooked, b, (0, 2), batch_size=5).mass
     growth, influence = log_odds_growth(mass[..., 1], mass[..., 2])
     frame = mask_attention(hooked, b, n_loops=3)
     frame = frame[(frame["query_group"] == "masked") & (frame["key_group"] == "masked")]
@@ -76,9 +76,9 @@ def test_ranking_does_not_see_the_half_that_tests():
     frame = head_growth(m, b, n_loops=3, clusters=clusters)
     from analysis.attention.sinks import halves
 
-    first = halves(24, clusters, 0)
-    ranks = record(m, b.rows(torch.from_numpy(first)), 3, (0, 2)).mass
-    tests = record(m, b.rows(torch.from_numpy(~first)), 3, (0, 2)).mass
+    first = halves(clusters, 0)
+    ranks = record(m, b.rows(torch.from_numpy(first)), (0, 2)).mass
+    tests = record(m, b.rows(torch.from_numpy(~first)), (0, 2)).mass
     for row in frame.itertuples():
         at = (row.layer - 1, row.head)
         assert row.growth_ranked == pytest.approx(log_odds_growth(ranks[..., 1], ranks[..., 2])[0][at], abs=1e-5)
@@ -138,9 +138,7 @@ def test_marks_keep_the_length_and_sit_at_masked_positions_only(hooked):
         torch.testing.assert_close(one[~b.masked], hooked.model.embed(b.tokens[~b.masked]))
     np.testing.assert_allclose(each[1], marked_masses(hooked, b, 2, marks[1:2], 7)[0], atol=1e-6)
     own = hooked.model.embed.weight[22:23]  # [MASK]'s own vector is a mark that changes nothing
-    np.testing.assert_allclose(
-        marked_masses(hooked, b, 2, own, 3)[0], record(hooked, b, 2, (0, 1)).mass, atol=1e-6
-    )
+    np.testing.assert_allclose(marked_masses(hooked, b, 2, own, 3)[0], record(hooked, b, (0, 1)).mass, atol=1e-6)
 
 
 def test_parts_change_nothing_and_single_sequences_have_no_p(hooked):

@@ -111,7 +111,7 @@ def test_received_attention_equals_the_naive_loop(hooked):
 
 def test_sinks_come_from_the_other_half(hooked):
     # Each sequence attends to a position of its own half: sinks chosen on the same half would hold all mass.
-    b, first = sequences(), torch.from_numpy(halves(8, None, 0))
+    b, first = sequences(), torch.from_numpy(halves(np.arange(8), 0))
     half_of = {tuple(row.tolist()): bool(half) for row, half in zip(b.tokens, first, strict=True)}
 
     def plant(scores, hook):
@@ -128,9 +128,9 @@ def test_sinks_come_from_the_other_half(hooked):
 
 def test_halves_keep_clusters_together_and_differ_by_seed():
     clusters = np.repeat(np.arange(6), 3)
-    half = halves(18, clusters, 0)
+    half = halves(clusters, 0)
     assert half.sum() == 9 and all(len(set(half[clusters == c])) == 1 for c in range(6))
-    assert any((halves(20, None, seed) != halves(20, None, 0)).any() for seed in (1, 2))
+    assert any((halves(np.arange(20), seed) != halves(np.arange(20), 0)).any() for seed in (1, 2))
 
 
 def test_shards_add_up(hooked):

@@ -102,7 +102,7 @@ def test_the_growing_head_is_measured_on_the_other_half(hooked):
     from analysis.attention.sinks import halves
 
     b = sequences()
-    first = torch.from_numpy(halves(12, None, 0))
+    first = torch.from_numpy(halves(np.arange(12), 0))
     row = pick(
         specification_curve(hooked, b, n_loops=3, n_keys=1),
         measure="mass", self="out", sinks="in", heads="growth", layers="one", layer=2,

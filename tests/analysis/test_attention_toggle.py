@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from analysis.attention import attention_toggle
-from analysis.attention.toggle import ToggleSums, toggled
+from analysis.attention.toggle import Keys, ToggleSums, toggled
 from loopmdm_model.errors import UsageError
 from loopmdm_model.hooked import HookedLoopMDM
 from loopmdm_model.masking import mask_tokens
@@ -41,7 +41,7 @@ def test_planted_toggles_have_the_computed_size(bias):
         clean = LENGTH - 1 - others
         sizes[others] = e / (e * (others + 1) + clean) - 1 / (e * others + clean + 1)
     b = sequences()
-    pairs = toggled(planted(bias), b, 2, n_keys=LENGTH, seed=0)
+    pairs = toggled(planted(bias), b, 2, Keys(LENGTH, seed=0))
     assert set(pairs) == {"blocks.0.", "blocks.3.", *(f"loop.{i}.blocks.{j}." for i in (0, 1) for j in (1, 2))}
     for found in pairs.values():
         change = (found[..., 0] - found[..., 1]).sort(dim=-1).values
@@ -120,7 +120,7 @@ def test_drawn_keys_do_not_follow_the_mask(hooked):
     flips = []
     look = lambda x, hook: flips.append((hooked.context.tokens == 22).sum(1) - 6)  # noqa: E731
     with hooked.hooks([("loop.0.blocks.1.attn.hook_pattern", look)]):
-        toggled(hooked, b, 1, n_keys=2, seed=0)
+        toggled(hooked, b, 1, Keys(2, seed=0))
     share = float((torch.stack(flips[1:]) > 0).float().mean())
     assert 0.3 < share < 0.7
 

@@ -18,6 +18,7 @@ from loopmdm_model.errors import UsageError
 from loopmdm_model.evaluation import TestSet
 from loopmdm_model.likelihood import draw_masks
 from loopmdm_model.masking import mask_tokens
+from loopmdm_model.sequences import Sequences
 from tests.conftest import toy_config, toy_model
 
 SMALL = [
@@ -133,9 +134,10 @@ def test_the_matrix_ends_in_the_excess_over_the_exact_posterior():
     task = TREE_TASKS["tree"]
     model = toy_model(d_vocab=5, n_ctx=63)
     tokens = task.sample(12, seed=1)
-    b = draw_masks(tokens, 4, task.maskable.expand_as(tokens), 0, 0)
+    sequences = Sequences.of(tokens, task.maskable)
+    b = draw_masks(sequences, 4, 0, 0)
     frame = belief_rounds(model, b, task, n_loops=2, least_hops=0, batch_size=5)
-    subject = Subject("toy", model, None, TestSet("tree", tokens, None, float("nan"), task.maskable))
+    subject = Subject("toy", model, None, TestSet("tree", sequences))
     excess = excess_kl(subject, [1, 2], 1)
     excess["total"] = excess["excess_kl"] * excess["n_nodes"]
     by_loop = excess.groupby("n_loops")[["total", "n_nodes"]].sum()

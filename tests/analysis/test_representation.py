@@ -8,7 +8,8 @@ from analysis.representation import read_loops, representation_change
 from analysis.representation.trajectory import walk
 from loopmdm_model.errors import UsageError
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.masking import MaskedBatch, mask_tokens
+from loopmdm_model.masking import mask_tokens
+from loopmdm_model.sequences import MaskedBatch
 from loopmdm_model.stopping import SecondDifference
 from tests.conftest import toy_model
 

@@ -5,7 +5,8 @@ import torch
 from analysis.representation import fixed_point_residual, fixed_point_summary, fixed_points, representation_change
 from analysis.representation.fixed_points import LoopMap, Steps, growth_rate, spectral_radius, tangents
 from loopmdm_model.errors import UsageError
-from loopmdm_model.masking import MaskedBatch, mask_tokens
+from loopmdm_model.masking import mask_tokens
+from loopmdm_model.sequences import MaskedBatch
 from tests.analysis.test_representation import planted
 
 

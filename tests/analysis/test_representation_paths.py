@@ -44,9 +44,9 @@ def test_equals_a_principal_component_analysis_of_cached_states(hooked, batch):
 
 
 def test_halves_keep_clusters_together():
-    assert fitted_half(5, None).tolist() == [True, False, True, False, True]
+    assert fitted_half(np.arange(5)).tolist() == [True, False, True, False, True]
     names = np.array(["b", "b", "a", "b", "c", "a"])
-    assert fitted_half(6, names).tolist() == [True, True, False, True, True, False]
+    assert fitted_half(names).tolist() == [True, True, False, True, True, False]
 
 
 def test_empty_groups_and_misuse(hooked, batch, clean):

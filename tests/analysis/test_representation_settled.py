@@ -5,7 +5,8 @@ import torch
 from analysis.representation import read_loops, settled_curve, settled_loops, settled_means
 from analysis.representation.settled import first_loops
 from loopmdm_model.errors import UsageError
-from loopmdm_model.masking import MaskedBatch, mask_tokens
+from loopmdm_model.masking import mask_tokens
+from loopmdm_model.sequences import MaskedBatch
 from tests.analysis.test_representation import planted
 
 EVENTS = ("appears", "settled", "first_right", "right_settled")

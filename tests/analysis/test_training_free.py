@@ -15,6 +15,7 @@ from loopmdm_model.hooked import HookedLoopMDM
 from loopmdm_model.likelihood import nelbo
 from loopmdm_model.masking import mask_tokens
 from loopmdm_model.model import LoopMDM
+from loopmdm_model.sequences import Sequences
 from tests.conftest import toy_config, toy_model
 
 
@@ -40,7 +41,7 @@ def test_changes_are_those_of_the_nelbo_and_rises_those_of_the_attention(plain, 
         for damping, strength in (("none", 1.0), ("1/n_loops", 1 / 3)):
             with damp(m, strength):
                 often = nelbo(m, tokens, 3, n_samples=2, maskable=maskable)
-                odds = [late_odds(m, b.rows(rows)) for rows in _groups(12, None)]
+                odds = [late_odds(m, part) for part in _groups(b)]
             row = frame.loc[(first, size, damping, 3)]
             difference = (often.per_sequence - once.per_sequence).numpy()
             assert row["nelbo"] == pytest.approx(often.mean, rel=1e-5)
@@ -84,11 +85,14 @@ def test_the_model_is_left_as_it_was(plain, tokens):
 
 def test_groups_are_whole_clusters():
     clusters = np.array([3, 3, 5, 5, 5, 9] * 10)
-    groups = _groups(60, clusters)
-    assert len(groups) == 3 and sorted(torch.cat(groups).tolist()) == list(range(60))
-    assert sorted(len(set(clusters[group.numpy()])) for group in groups) == [1, 1, 1]
-    assert [len(group) for group in _groups(25, None)] == [3] * 5 + [2] * 5
-    assert len(_groups(1, None)) == 1
+    numbered = torch.arange(60)[:, None]
+    b = mask_tokens(Sequences.of(numbered, clusters=clusters), 60, mask_ratio=0)
+    members = [group.clean[:, 0].tolist() for group in _groups(b)]
+    assert len(members) == 3 and sorted(place for group in members for place in group) == list(range(60))
+    assert sorted(len(set(clusters[group])) for group in members) == [1, 1, 1]
+    alone = mask_tokens(numbered[:25], 60, mask_ratio=0)
+    assert [len(group) for group in _groups(alone)] == [3] * 5 + [2] * 5
+    assert len(_groups(alone.rows(slice(1)))) == 1
 
 
 def test_one_sequence_has_no_error(plain, tokens):

@@ -74,5 +74,15 @@ def test_misuse_is_refused(clean, arguments, says):
 
 
 def test_masked_input_is_refused(clean):
-    with pytest.raises(UsageError, match="below"):
+    with pytest.raises(UsageError, match="already hold"):
         mask_tokens(clean.masked_fill(clean == clean[0, 0], 22), 22, mask_ratio=0.5)
+
+
+def test_mask_may_have_any_id_but_tokens_are_ids_from_zero_on(clean):
+    b = mask_tokens(clean + 5, 3, mask_ratio=0.5)  # other models have [MASK] anywhere
+    assert torch.equal(b.tokens == 3, b.masked) and torch.equal(b.clean, clean + 5)
+    wrong = ((clean - 100, "negative id -"), (clean > 3, "integer tensor"), (clean.double(), "integer tensor"))
+    for tokens, says in wrong:
+        with pytest.raises(UsageError, match=says) as caught:
+            mask_tokens(tokens, 22, mask_ratio=0.5)
+        assert "\n" not in str(caught.value)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loopmdm_model.errors import UsageError
-from loopmdm_model.masking import MaskedBatch, hide, mask_tokens
+from loopmdm_model.masking import hide, mask_tokens
 from loopmdm_model.orders import (
     ORDERS,
     Ancestral,
@@ -21,6 +21,7 @@ from loopmdm_model.orders import (
     best,
 )
 from loopmdm_model.sampling import draw_tokens, sample
+from loopmdm_model.sequences import MaskedBatch
 from loopmdm_model.stopping import (
     ArgmaxStable,
     EntropyDelta,

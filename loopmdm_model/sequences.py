@@ -1,0 +1,231 @@
+"""Token sequences with what travels with them: what may be masked, what is padding, whose document each is.
+
+`Sequences` are clean. A `MaskedBatch` is Sequences with some positions hidden. Both come in rows, which can be
+chosen and run in batches; both know how many independent units (sequences, or documents) they hold.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, Protocol, Self, cast
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from loopmdm_model import stats
+from loopmdm_model.errors import UsageError, check_count
+
+
+class Vocabulary(Protocol):
+    """What is asked of a model's config: the ids it knows."""
+
+    d_vocab: int
+    mask_token_id: int
+
+
+class _Rows:
+    """What sequences and masked batches share as rows of something."""
+
+    tokens: Tensor
+    clusters: np.ndarray | None
+
+    def __len__(self) -> int:
+        """Sequences."""
+        return len(self.tokens)
+
+    @property
+    def n_units(self) -> int:
+        """How many sequences are independent: documents, where they share one."""
+        return stats.count_units(len(self), self.clusters)
+
+    @property
+    def owners(self) -> np.ndarray:
+        """The document of each sequence, or its own number where none is shared."""
+        return np.arange(len(self)) if self.clusters is None else self.clusters
+
+    def rows(self, keep: slice | Tensor | np.ndarray) -> Self:
+        """Some of the sequences, by slice, index or boolean."""
+        return type(self)(*(_pick(getattr(self, field.name), keep) for field in fields(cast(Any, self))))
+
+    def batches(self, batch_size: int) -> Iterator[tuple[int, Self]]:
+        """(index of the first sequence, rows) in pieces of `batch_size`."""
+        for start in range(0, len(self), check_count("batch_size", batch_size)):
+            yield start, self.rows(slice(start, start + batch_size))
+
+
+@dataclass(frozen=True)
+class Sequences(_Rows):
+    """Clean sequences `tokens` [batch, pos]; make them with `Sequences.of`, which checks them.
+
+    `maskable` [batch, pos]: what may be hidden, padding never (None: all that is real); `real` [batch, pos]: what
+    is not padding (None: everything, and the model runs without an attention mask); `clusters` [batch]: the
+    document of each (None: each its own).
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    maskable: Bool[Tensor, "batch pos"] | None = None
+    real: Bool[Tensor, "batch pos"] | None = None
+    clusters: np.ndarray | None = None
+
+    def __post_init__(self):
+        """One shape."""
+        for mask in (self.maskable, self.real):
+            assert mask is None or (mask.shape == self.tokens.shape and mask.dtype == torch.bool)
+        assert self.clusters is None or len(self.clusters) == len(self.tokens)
+
+    @classmethod
+    def of(
+        cls,
+        tokens: "Tensor | Sequences",
+        maskable: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        clusters: Any = None,
+    ) -> "Sequences":
+        """Check what a caller gives; masks are boolean or integer, [batch, pos] or one row for all.
+
+        Sequences come back as they are: what belongs to them is given once, inside or beside.
+        """
+        if isinstance(tokens, Sequences):
+            beside = {"maskable": maskable, "attention_mask": attention_mask, "clusters": clusters}
+            twice = [name for name, value in beside.items() if value is not None]
+            if twice:
+                raise UsageError(
+                    f"{twice[0]} is given beside Sequences, which hold their own; give it to Sequences.of"
+                )
+            return tokens
+        check_ids(tokens)
+        real = None if attention_mask is None else _mask("attention_mask", attention_mask, tokens)
+        allowed = None if maskable is None else _mask("maskable", maskable, tokens)
+        if allowed is not None and real is not None:
+            allowed = allowed & real
+        return cls(tokens, allowed, real, check_clusters(clusters, len(tokens)))
+
+    @cached_property
+    def allowed(self) -> Bool[Tensor, "batch pos"]:
+        """Where something may be hidden."""
+        return _full(self.real if self.maskable is None else self.maskable, self.tokens)
+
+    @cached_property
+    def lengths(self) -> Int[Tensor, " batch"]:
+        """How many positions of each sequence may be hidden."""
+        return self.allowed.sum(-1)
+
+    @property
+    def attention_mask(self) -> Bool[Tensor, "batch pos"] | None:
+        """What a model is told of padding: None without any, which is another attention kernel than all ones."""
+        return self.real
+
+    def spread(self, n: int | None) -> "Sequences":
+        """At most `n` of them, evenly spread."""
+        if n is None or n >= len(self):
+            return self
+        return self.rows(torch.linspace(0, len(self) - 1, n).long())
+
+    def clean_for(self, model: Any) -> "Sequences":
+        """As `model` reads them, its [PAD] told from tokens; refuses [MASK] and ids that it does not know."""
+        infer = getattr(model, "padding_mask", None)
+        real = infer(self.tokens) if self.real is None and infer is not None else self.real
+        known = self if real is self.real else Sequences.of(self.tokens, self.maskable, real, self.clusters)
+        cfg: Vocabulary = model.cfg
+        ids = self.tokens if known.real is None else self.tokens[known.real]
+        if bool((ids == cfg.mask_token_id).any()):
+            raise UsageError("tokens already hold [MASK]; the likelihood needs clean tokens")
+        if bool(((ids < 0) | (ids >= cfg.d_vocab)).any()):
+            raise UsageError(f"tokens hold ids outside 0..{cfg.d_vocab - 1}; use this model's own tokenizer")
+        return known
+
+
+@dataclass(frozen=True)
+class MaskedBatch(_Rows):
+    """Sequences with some positions hidden.
+
+    `tokens` [batch, pos] is what the model sees, `clean` what was there, `masked` where they are
+    hidden; `maskable` where they could have been, `attention_mask` which are real (None: all); `clusters` [batch]
+    the document of each.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    clean: Int[Tensor, "batch pos"]
+    masked: Bool[Tensor, "batch pos"]
+    maskable: Bool[Tensor, "batch pos"] | None = None
+    attention_mask: Tensor | None = None
+    clusters: np.ndarray | None = None
+
+    def __post_init__(self):
+        """One shape; only maskable positions are hidden; the others show what was there."""
+        assert self.tokens.shape == self.clean.shape == self.masked.shape
+        assert torch.equal(self.tokens[~self.masked], self.clean[~self.masked])
+        assert self.clusters is None or len(self.clusters) == len(self.tokens)
+        if self.maskable is not None:
+            assert not bool((self.masked & ~self.maskable).any())
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """The clean sequences."""
+        real = None if self.attention_mask is None else self.attention_mask != 0
+        maskable = self.maskable if self.maskable is None or real is None else self.maskable & real
+        return Sequences(self.clean, maskable, real, self.clusters)
+
+    @property
+    def real(self) -> Bool[Tensor, "batch pos"]:
+        """Which positions are not padding."""
+        return _full(self.sequences.real, self.tokens)
+
+    @property
+    def allowed(self) -> Bool[Tensor, "batch pos"]:
+        """Which positions could have been hidden."""
+        return self.sequences.allowed
+
+    @property
+    def mask_ratio(self) -> float:
+        """Realised share of maskable positions that are masked, over the whole batch."""
+        total = int(self.allowed.sum())
+        return int(self.masked.sum()) / total if total else float("nan")
+
+
+def as_batch(name: str, b: Any, clusters: Any = None) -> MaskedBatch:
+    """The batch that the measure `name` is given, with `clusters` if they come beside it."""
+    if not isinstance(b, MaskedBatch):
+        raise UsageError(f"{name} takes a MaskedBatch; make one with m.mask(text, ratio=.5)")
+    return b if clusters is None else replace(b, clusters=check_clusters(clusters, len(b)))
+
+
+def check_ids(tokens: Any) -> None:
+    """UsageError unless `tokens` are ids [batch, pos]."""
+    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise UsageError("tokens must be an integer tensor [batch, pos]; text goes through to_tokens")
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise UsageError(f"tokens must be a non-empty [batch, pos] tensor, got shape {list(tokens.shape)}")
+
+
+def check_clusters(clusters: Any, n: int) -> np.ndarray | None:
+    """The documents of `n` sequences, as an array."""
+    if clusters is None:
+        return None
+    names = np.asarray(clusters)
+    if names.ndim != 1 or len(names) != n:
+        size = len(names) if names.ndim else "a single one"
+        raise UsageError(f"clusters must name one per sequence: {n} expected, got {size}")
+    return names
+
+
+def _mask(name: str, given: Any, tokens: Tensor) -> Bool[Tensor, "batch pos"]:
+    wanted = f"{name} must be a boolean tensor of {tokens.shape[-1]} positions, one row or one a sequence"
+    if not isinstance(given, Tensor) or given.is_floating_point():
+        raise UsageError(f"{wanted}; got {given.dtype if isinstance(given, Tensor) else type(given).__name__}")
+    if given.shape not in (tokens.shape, tokens.shape[-1:], (1, tokens.shape[-1])):
+        raise UsageError(f"{wanted}; got shape {list(given.shape)}")
+    return (given != 0).expand_as(tokens)
+
+
+def _full(mask: Tensor | None, tokens: Tensor) -> Bool[Tensor, "batch pos"]:
+    return torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+
+
+def _pick(part: Any, keep: slice | Tensor | np.ndarray) -> Any:
+    """The rows `keep` of a tensor or an array; None stays None."""
+    if isinstance(part, np.ndarray) and isinstance(keep, Tensor):
+        keep = keep.cpu().numpy()
+    return None if part is None else part[keep]
