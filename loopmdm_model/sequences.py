@@ -7,7 +7,7 @@ chosen and run in batches; both know how many independent units (sequences, or d
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, Protocol, Self, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from loopmdm_model import stats
 from loopmdm_model.errors import UsageError, check_count
+
+R = TypeVar("R", bound="_Rows")
 
 
 class Vocabulary(Protocol):
@@ -45,11 +47,11 @@ class _Rows:
         """The document of each sequence, or its own number where none is shared."""
         return np.arange(len(self)) if self.clusters is None else self.clusters
 
-    def rows(self, keep: slice | Tensor | np.ndarray) -> Self:
+    def rows(self: R, keep: slice | Tensor | np.ndarray) -> R:
         """Some of the sequences, by slice, index or boolean."""
         return type(self)(*(_pick(getattr(self, field.name), keep) for field in fields(cast(Any, self))))
 
-    def batches(self, batch_size: int) -> Iterator[tuple[int, Self]]:
+    def batches(self: R, batch_size: int) -> Iterator[tuple[int, R]]:
         """(index of the first sequence, rows) in pieces of `batch_size`."""
         for start in range(0, len(self), check_count("batch_size", batch_size)):
             yield start, self.rows(slice(start, start + batch_size))

@@ -45,7 +45,8 @@ def sample(
         raise PermissionError(f"cannot write into {above}; give another --out")
     m = HookedLoopMDM.from_pretrained(model)
     rule = parse_rule(stop, m.cfg.max_loops if n_loops is None else n_loops) if stop else None
-    given = clues if board_of_model(m.cfg) and clues and ":" not in clues else _clues(clues)
+    board = board_of_model(m.cfg)
+    given = clues if board and ":" not in clues and len(clues) > board.size else _clues(clues)
     with interruptible("nothing was written; --partial keeps the finished batches"):
         r = run(
             m, n, length, steps, None if rule else n_loops, rule, order, prompt or None, given,

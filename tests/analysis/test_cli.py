@@ -100,6 +100,8 @@ def test_samples_are_rows_of_a_table_or_a_file(tmp_path):
         assert len(cells) == 36 and cells[0] == "5" and cells[-1] == "2" and row[1:3] == ["9", "6"]
     one, _ = run(*arguments[:2], "--n", 1, *arguments[4:], "--first-index", 2)
     assert one.splitlines()[1] == out.splitlines()[3]
+    board = "5" + "." * 34 + "2\n"
+    assert run(*arguments[:-1], board)[0] == out
     run(*arguments, "--out", tmp_path / "new" / "samples.tsv", "--stop", "state-delta:0.3")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["samples.tsv"]
 
