@@ -36,7 +36,7 @@ class AttentionEar(TorchFunctionMode):
         self.offer, self.n_heads, self.explicit, self.listening = offer, n_heads, explicit, listening
         self.heard = 0
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Take over the one function; leave the rest."""
         if func is not F.scaled_dot_product_attention or not self.listening():
             return func(*args, **(kwargs or {}))

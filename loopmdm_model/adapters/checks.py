@@ -58,7 +58,7 @@ def check(core: ForeignCore) -> dict[str, float]:
 
 
 def _tokens(core: ForeignCore) -> Tensor:
-    """Random ids [batch, pos], [MASK] not among them; one sequence where the native code draws for a whole batch."""
+    """Random ids [batch, pos], no [MASK]; one sequence where the native code draws for a whole batch."""
     shape = (1 if core.facts.random_start else 2, min(LENGTH, core.cfg.n_ctx))
     tokens = torch.randint(core.cfg.d_vocab, shape, generator=torch.Generator().manual_seed(0))
     mask = core.cfg.mask_token_id
@@ -91,8 +91,8 @@ def _check_logits(core: ForeignCore, tokens: Tensor) -> float:
     off = apart(core, core(tokens, core.cfg.native_loops), native)
     if not off <= tolerance(native):
         raise UsageError(
-            f"{_name(core)}: logits differ from the native forward's by {off:.2g}, at most {tolerance(native):.0e} "
-            "is expected; the record does not describe this model: give another family=, or blocks=, head="
+            f"{_name(core)}: logits differ from the native forward's by {off:.2g}, expected at most "
+            f"{tolerance(native):.0e}; the record describes another model: give family=, or blocks=, head="
         )
     return off
 
@@ -124,8 +124,8 @@ def _check_leaves(core: ForeignCore, plain: Edits) -> None:
     found = tuple(plain.kept["attn.hook_z"].shape[-2:])
     if found != wanted:
         raise UsageError(
-            f"{_name(core)} attends with {found[0]} heads of {found[1]}, its config says {wanted[0]} of {wanted[1]}; "
-            f'give sizes={{"n_heads": {found[0]}, "d_head": {found[1]}}}'
+            f"{_name(core)} attends with {found[0]} heads of {found[1]}, its config says {wanted[0]} of "
+            f'{wanted[1]}; give sizes={{"n_heads": {found[0]}, "d_head": {found[1]}}}'
         )
 
 

@@ -101,6 +101,7 @@ class ForeignCore(Core):
         self.native, self.family, self.cfg = native, family, cfg
         self.blocks: list[nn.Module] = family.find_blocks(native)
         self.cycle, self.seed = family.cycle(), 0
+        self.training = native.training
 
     # --- enter ---
 
@@ -237,8 +238,9 @@ class ForeignCore(Core):
                 raise UsageError("a shifted model reads the state before each row: give [batch, pos, d_model]")
             x = torch.cat([x[:, :1], x[:, :-1]], dim=1)
         x = x if rows is None else x[rows]
-        logits = self.family.unembed(self.native, x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1]))
-        logits = logits.reshape(*x.shape[:-1], -1)
+        n_rows = x.numel() // x.shape[-1]
+        logits = self.family.unembed(self.native, x if x.ndim == 3 else x.reshape(1, n_rows, x.shape[-1]))
+        logits = logits.reshape(*x.shape[:-1], logits.shape[-1])
         if self.cfg.mask_token_id is not None:
             mask = torch.tensor(self.cfg.mask_token_id, device=logits.device)
             logits = logits.index_fill(-1, mask, float("-inf"))
@@ -268,7 +270,7 @@ class ForeignCore(Core):
         native_loops = self.cfg.native_loops if (first, n_layers) == own else 1
         other = ForeignCore(self.native, self.family, replace(self.cfg, **fields, native_loops=native_loops))
         other.seed = self.seed
-        return other.train(self.training)
+        return other
 
     def exit_gate(self, state: Tensor) -> Tensor | None:
         """The model's own chance to stop after this state, [batch, pos]; None: it has no gate."""

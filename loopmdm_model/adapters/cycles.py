@@ -1,4 +1,4 @@
-"""What families do between their loops beside repeating layers: inject, norm, draw a first state, keep a second one.
+"""What families do between loops beside repeating layers: inject, norm, draw a first state, keep a second one.
 
 A cycle gets the core and the context; what it keeps for later loops goes into `context.extra`, never on itself.
 """
@@ -127,7 +127,7 @@ class NormedGated(Cycle):
 
 
 class TwoStates(Cycle):
-    """TRM (arXiv 2510.04871): L_cycles loops move a low state, z_L = f(z_L + z_H + e), the next z_H = f(z_H + z_L).
+    """TRM (arXiv 2510.04871): L_cycles loops of z_L = f(z_L + z_H + e), then one of z_H = f(z_H + z_L).
 
     One loop is one application; the state is z_H.
     """

@@ -20,7 +20,7 @@ Route = Callable[..., Any]
 
 
 class Detour:
-    """Routes by module; in force inside `open`, in the thread that opened it, unless another one is opened there."""
+    """Routes by module, in force inside `open` in the thread that opened it, until another one opens there."""
 
     def __init__(self, routes: Mapping[nn.Module, Route]):
         self.routes = dict(routes)

@@ -1,8 +1,8 @@
 """Families of other people's models as records: where each keeps its parts, how it is called, what it is.
 
-Paths are torch's (`get_submodule`), those of parts inside a block. Module trees were read in transformers 5.23 and,
-for code that lives beside its weights, in the repositories named by `home`. To add a family, add a record; what
-lies between loops is a `Cycle`.
+Paths are torch's (`get_submodule`), those of parts inside a block. Module trees were read in transformers 5.23;
+for code that lives beside its weights, in copies of what `home` names. To add a family, add a record; what lies
+between loops is a `Cycle`.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,7 +37,7 @@ def by_edges(tokens: Tensor, keys: Tensor | None) -> dict[str, Any]:
 
 
 def by_pairs(tokens: Tensor, keys: Tensor | None) -> dict[str, Any]:  # noqa: ARG001
-    """ "full", or edges between real tokens only: padded queries see nothing."""
+    """The word "full", or edges between real tokens only: padded queries see nothing."""
     return {"attention_mask": "full" if keys is None else keys[:, None, :, None] & keys[:, None, None, :]}
 
 
@@ -71,14 +71,17 @@ def under_time_zero(native: nn.Module, x: Tensor) -> Tensor:
 class Family:
     """Where a family keeps its parts and what it is.
 
-    `classes`: names of its model classes; `blocks`: module lists, in running order; `embed`; `lift`: from token
-    embeddings to d_model, if they differ; `head`: from the last state to logits, paths or functions of (native, x);
-    `parts` of a block: attn (where attention is computed; "" for the block itself), attn_out, mlp, ln1, ln2, q, k;
-    `sizes`: names in the config where they are uncommon, numbers, or functions of the config; `loop`: the layers
-    that the model itself loops, as (first, n), numbers or names in the config; n None: all. `call` and `options` say how the forward is called. `masks`: id of
-    [MASK] by vocabulary, where neither config nor tokenizer names it. `once`: parts of a block that run once a
-    sequence. `ignores`: config attributes beyond the class's own that change nothing here, "name" or "name=value"; `hears`: attention is
-    torch's fused function. The rest are `Facts`.
+    Where: `classes` names its model classes; `blocks` are module lists, in running order; `embed` the token
+    table, `lift` what takes its vectors to d_model, if they differ; `head` leads from the last state to logits, by
+    paths or functions of (native, x); `parts` of a block are attn (where attention is computed; without it, the
+    block itself), attn_out, mlp, ln1, ln2, q, k.
+
+    How: `sizes` has names in the config where they are uncommon, numbers, or functions of the config; `loop` the
+    layers that the model itself loops, as (first, n), numbers or names in the config, n None for all; `call` and
+    `options` are the keywords of the forward; `masks` the id of [MASK] by vocabulary, where neither config nor
+    tokenizer names it; `once` parts of a block that run once a sequence; `ignores` config attributes beyond the
+    class's own that change nothing here, "name" or "name=value"; `hears` says that attention is torch's fused
+    function; `auto` and `home` are where transformers and the hub have it. The rest are `Facts`.
     """
 
     classes: tuple[str, ...] = ()
@@ -147,245 +150,138 @@ def _at(module: nn.Module, path: str, role: str) -> nn.Module:
         raise UsageError(f"{type(module).__name__} has no {path!r}; give {role}= the path that holds it") from None
 
 
+# fmt: off
 HEADS_OF_OTHERS = (
     "classifier_dropout", "directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers",
     "pooler_size_per_head", "pooler_type", "summary_activation", "summary_last_dropout", "summary_type",
-    "summary_use_proj", "qa_dropout", "seq_classif_dropout", "tie_weights_", "num_memory_blocks", "net_structure_type",
-    "gap_size", "down_scale_factor", "layers_to_keep", "is_folding_model", "esmfold_config", "vocab_list",
-)  # fmt: skip
+    "summary_use_proj", "qa_dropout", "seq_classif_dropout", "tie_weights_", "num_memory_blocks",
+    "net_structure_type", "gap_size", "down_scale_factor", "layers_to_keep", "is_folding_model", "esmfold_config",
+    "vocab_list", "position_embedding_type=absolute",
+)
 """Config attributes of published checkpoints that no masked-LM forward reads."""
 MLM = "trained with 15% of tokens masked: likelihoods at higher mask ratios are extrapolation"
+
 BERT = Family(
     classes=("BertForMaskedLM",),
-    blocks=("bert.encoder.layer",),
-    embed="bert.embeddings.word_embeddings",
-    head=("cls",),
-    parts={
-        "attn": "attention.self",
-        "attn_out": "attention.output.dense",
-        "mlp": "output.dense",
-        "q": "attention.self.query",
-        "k": "attention.self.key",
-    },  # fmt: skip
-    masks={30522: 103, 28996: 103, 119547: 103, 105879: 103},
-    ignores=("position_embedding_type=absolute", *HEADS_OF_OTHERS),
-    pre_norm=False,
-    additive=False,
-    trained_to=0.15,
-    remarks=(MLM,),
+    blocks=("bert.encoder.layer",), embed="bert.embeddings.word_embeddings", head=("cls",),
+    parts={"attn": "attention.self", "attn_out": "attention.output.dense", "mlp": "output.dense",
+           "q": "attention.self.query", "k": "attention.self.key"},
+    masks={30522: 103, 28996: 103, 119547: 103, 105879: 103}, ignores=HEADS_OF_OTHERS,
+    pre_norm=False, additive=False, trained_to=0.15, remarks=(MLM,),
 )
 ROBERTA = replace(
-    BERT,
-    classes=("RobertaForMaskedLM", "XLMRobertaForMaskedLM", "CamembertForMaskedLM"),
-    blocks=("roberta.encoder.layer",),
-    embed="roberta.embeddings.word_embeddings",
-    head=("lm_head",),
+    BERT, classes=("RobertaForMaskedLM", "XLMRobertaForMaskedLM", "CamembertForMaskedLM"),
+    blocks=("roberta.encoder.layer",), embed="roberta.embeddings.word_embeddings", head=("lm_head",),
     sizes={"n_ctx": lambda config: config.max_position_embeddings - config.pad_token_id - 1},
     masks={50265: 50264, 250002: 250001},
 )
 ALBERT = replace(
-    BERT,
-    classes=("AlbertForMaskedLM",),
-    blocks=("albert.encoder.albert_layer_groups.0.albert_layers",),
-    embed="albert.embeddings.word_embeddings",
-    lift="albert.encoder.embedding_hidden_mapping_in",
-    head=("predictions",),
-    parts={
-        "attn": "attention",
-        "attn_out": "attention.dense",
-        "mlp": "ffn_output",
-        "q": "attention.query",
-        "k": "attention.key",
-    },  # fmt: skip
-    loop=(0, None),
-    sizes={"native_loops": "num_hidden_layers"},
-    masks={30000: 4},
+    BERT, classes=("AlbertForMaskedLM",),
+    blocks=("albert.encoder.albert_layer_groups.0.albert_layers",), embed="albert.embeddings.word_embeddings",
+    lift="albert.encoder.embedding_hidden_mapping_in", head=("predictions",),
+    parts={"attn": "attention", "attn_out": "attention.dense", "mlp": "ffn_output",
+           "q": "attention.query", "k": "attention.key"},
+    loop=(0, None), sizes={"native_loops": "num_hidden_layers"}, masks={30000: 4},
 )
 DISTILBERT = replace(
-    BERT,
-    classes=("DistilBertForMaskedLM",),
-    blocks=("distilbert.transformer.layer",),
-    embed="distilbert.embeddings.word_embeddings",
+    BERT, classes=("DistilBertForMaskedLM",),
+    blocks=("distilbert.transformer.layer",), embed="distilbert.embeddings.word_embeddings",
     head=("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"),
-    parts={
-        "attn": "attention",
-        "attn_out": "attention.out_lin",
-        "mlp": "ffn",
-        "q": "attention.q_lin",
-        "k": "attention.k_lin",
-    },  # fmt: skip
+    parts={"attn": "attention", "attn_out": "attention.out_lin", "mlp": "ffn",
+           "q": "attention.q_lin", "k": "attention.k_lin"},
     sizes={"d_mlp": "hidden_dim"},
 )
 ELECTRA = replace(
-    BERT,
-    classes=("ElectraForMaskedLM",),
-    blocks=("electra.encoder.layer",),
-    embed="electra.embeddings.word_embeddings",
-    lift="electra.embeddings_project",
-    head=("generator_predictions", "generator_lm_head"),
+    BERT, classes=("ElectraForMaskedLM",),
+    blocks=("electra.encoder.layer",), embed="electra.embeddings.word_embeddings",
+    lift="electra.embeddings_project", head=("generator_predictions", "generator_lm_head"),
 )
 ESM = replace(
-    BERT,
-    classes=("EsmForMaskedLM",),
-    blocks=("esm.encoder.layer",),
-    embed="esm.embeddings.word_embeddings",
+    BERT, classes=("EsmForMaskedLM",),
+    blocks=("esm.encoder.layer",), embed="esm.embeddings.word_embeddings",
     head=("esm.encoder.emb_layer_norm_after", "lm_head"),
     parts={**BERT.parts, "ln1": "attention.LayerNorm", "ln2": "LayerNorm"},
     sizes={"n_ctx": lambda config: config.max_position_embeddings - config.pad_token_id - 1},
-    masks={33: 32},
-    pre_norm=True,
-    additive=True,
+    masks={33: 32}, pre_norm=True, additive=True,
+    remarks=(MLM, "with token_dropout [MASK]'s embedding is zero, and the others grow with the share of masks"),
 )
 MODERNBERT = Family(
     classes=("ModernBertForMaskedLM",),
-    blocks=("model.layers",),
-    embed="model.embeddings.tok_embeddings",
+    blocks=("model.layers",), embed="model.embeddings.tok_embeddings",
     head=("model.final_norm", "head", "decoder"),
     parts={"attn": "attn", "attn_out": "attn.Wo", "mlp": "mlp", "ln1": "attn_norm", "ln2": "mlp_norm"},
     masks={50368: 50284},
-    ignores=(
-        "global_attn_every_n_layers",
-        "global_rope_theta",
-        "local_rope_theta",
-        "layer_norm_eps",
-        "position_embedding_type",
-        "reference_compile",
-        "repad_logits_with_grad",
-    ),  # fmt: skip
-    trained_to=0.3,
-    remarks=("trained with 30% of tokens masked: likelihoods at higher mask ratios are extrapolation",),
+    ignores=("global_attn_every_n_layers", "global_rope_theta", "local_rope_theta", "layer_norm_eps",
+             "position_embedding_type", "reference_compile", "repad_logits_with_grad"),
+    trained_to=0.3, remarks=(MLM.replace("15%", "30%"),),
 )
 LLAMA = Family(
     classes=("LlamaForCausalLM",),
-    blocks=("model.layers",),
-    embed="model.embed_tokens",
-    head=("model.norm", "lm_head"),
-    parts={
-        "attn": "self_attn",
-        "attn_out": "self_attn.o_proj",
-        "mlp": "mlp",
-        "ln1": "input_layernorm",
-        "ln2": "post_attention_layernorm",
-        "q": "self_attn.q_proj",
-        "k": "self_attn.k_proj",
-    },  # fmt: skip
-    options={"use_cache": False},
-    ignores=("rope_theta", "rope_scaling", "pretraining_tp=1"),
-    auto="AutoModelForCausalLM",
-    causal=True,
+    blocks=("model.layers",), embed="model.embed_tokens", head=("model.norm", "lm_head"),
+    parts={"attn": "self_attn", "attn_out": "self_attn.o_proj", "mlp": "mlp", "ln1": "input_layernorm",
+           "ln2": "post_attention_layernorm", "q": "self_attn.q_proj", "k": "self_attn.k_proj"},
+    options={"use_cache": False}, ignores=("rope_theta", "rope_scaling", "pretraining_tp=1"),
+    auto="AutoModelForCausalLM", causal=True,
 )
 A2D = replace(
-    LLAMA,
-    classes=("A2DLlamaLMHeadModel", "A2DQwen2LMHeadModel", "A2DQwen3LMHeadModel"),
-    causal=False,
-    auto="AutoModelForMaskedLM",
-    home="dllm-hub",
+    LLAMA, classes=("A2DLlamaLMHeadModel", "A2DQwen2LMHeadModel", "A2DQwen3LMHeadModel"),
+    causal=False, auto="AutoModelForMaskedLM", home="dllm-hub",
 )
 LLADA = Family(
     classes=("LLaDAModelLM",),
-    blocks=("model.transformer.blocks",),
-    embed="model.transformer.wte",
+    blocks=("model.transformer.blocks",), embed="model.transformer.wte",
     head=("model.transformer.ln_f", "model.transformer.ff_out"),
-    parts={
-        "attn_out": "attn_out",
-        "mlp": "ff_out",
-        "ln1": "attn_norm",
-        "ln2": "ff_norm",
-        "q": "q_proj",
-        "k": "k_proj",
-    },  # fmt: skip
+    parts={"attn_out": "attn_out", "mlp": "ff_out", "ln1": "attn_norm", "ln2": "ff_norm",
+           "q": "q_proj", "k": "k_proj"},
     sizes={"d_vocab": lambda config: config.embedding_size or config.vocab_size},
-    masks={126464: 126336},
-    auto="AutoModel",
-    home="GSAI-ML/LLaDA-8B-Base",
+    masks={126464: 126336}, auto="AutoModel", home="GSAI-ML/LLaDA-8B-Base",
 )
 LLADA2 = replace(
-    LLAMA,
-    classes=("LLaDA2MoeModelLM",),
-    embed="model.word_embeddings",
-    parts={
-        "attn": "attention",
-        "attn_out": "attention.dense",
-        "mlp": "mlp",
-        "ln1": "input_layernorm",
-        "ln2": "post_attention_layernorm",
-    },  # fmt: skip
-    call=by_edges,
-    masks={157184: 156895},
-    causal=False,
-    home="inclusionAI/LLaDA2.0-mini",
-    remarks=("decodes by blocks: edges here join all positions",),
+    LLAMA, classes=("LLaDA2MoeModelLM",), embed="model.word_embeddings",
+    parts={"attn": "attention", "attn_out": "attention.dense", "mlp": "mlp", "ln1": "input_layernorm",
+           "ln2": "post_attention_layernorm"},
+    call=by_edges, masks={157184: 156895}, causal=False, home="inclusionAI/LLaDA2.0-mini",
+    remarks=("decodes by blocks; here every position sees every other",),
 )
 DREAM = replace(
-    LLAMA,
-    classes=("DreamModel",),
-    call=by_pairs,
-    masks={152064: 151666},
-    causal=False,
-    shifted=True,
-    auto="AutoModel",
-    home="Dream-org/Dream-v0-Base-7B",
-    remarks=("logits are shifted: the state before a position predicts it",),
+    LLAMA, classes=("DreamModel",),
+    call=by_pairs, masks={152064: 151666}, causal=False, shifted=True, auto="AutoModel",
+    home="Dream-org/Dream-v0-Base-7B", remarks=("the state before a position predicts it",),
 )
 MDLM = Family(
     classes=("MDLM",),
-    blocks=("backbone.blocks",),
-    embed="backbone.vocab_embed",
-    head=(under_time_zero,),
-    parts={"attn_out": "attn_out", "mlp": "mlp", "ln1": "norm1"},
+    blocks=("backbone.blocks",), embed="backbone.vocab_embed", head=(under_time_zero,),
+    parts={"attn_out": "attn_out", "mlp": "mlp"}, once=("adaLN_modulation",),
     sizes={"d_model": "hidden_dim", "n_ctx": "model_length"},
-    call=at_time_zero,
-    masks={50258: 50257},
-    once=("adaLN_modulation",),
-    pre_norm=False,
-    additive=False,
-    home="kuleshov-group/mdlm-owt",
-    remarks=("what layers add is scaled by a constant gate after hook_attn_out and hook_mlp_out",),
+    call=at_time_zero, masks={50258: 50257}, pre_norm=False, additive=False, home="kuleshov-group/mdlm-owt",
+    remarks=("hook_attn_out and hook_mlp_out come before a constant gate",),
 )
 BD3LM = replace(MDLM, classes=("BD3LM",), call=clean_half, home="kuleshov-group/bd3lm-owt-block_size4")
 RAVEN = Family(
     classes=("RavenForCausalLM",),
     blocks=("transformer.prelude", "transformer.core_block", "transformer.coda"),
-    embed="transformer.wte",
-    head=("transformer.ln_f", "lm_head"),
+    embed="transformer.wte", head=("transformer.ln_f", "lm_head"),
     parts={"attn": "attn", "attn_out": "attn.proj", "mlp": "mlp.proj"},
-    sizes={"d_model": "n_embd", "n_ctx": "block_size", "native_loops": "mean_recurrence"},
-    loop=("n_layers_in_prelude", "n_layers_in_recurrent_block"),
-    cycle=InjectedNormed,
-    call=by_nothing,
-    pre_norm=False,
-    causal=True,
-    additive=False,
-    random_start=True,
-    auto="AutoModelForCausalLM",
-    home="tomg-group-umd/huginn-0125",
+    sizes={"n_ctx": "block_size", "native_loops": "mean_recurrence"},
+    loop=("n_layers_in_prelude", "n_layers_in_recurrent_block"), cycle=InjectedNormed, call=by_nothing,
+    pre_norm=False, additive=False, causal=True, random_start=True,
+    auto="AutoModelForCausalLM", home="tomg-group-umd/huginn-0125",
 )
-RETROFITTED = replace(RAVEN, classes=(), cycle=Injected, home="smcleish")  # the class has Raven's name
+RETROFITTED = replace(RAVEN, classes=(), cycle=Injected, home="smcleish")  # by name: its class is called Raven's
 OURO = replace(
-    LLAMA,
-    classes=("OuroForCausalLM",),
-    head=("lm_head",),
-    loop=(0, None),
-    sizes={"native_loops": "total_ut_steps"},
-    cycle=NormedGated,
-    additive=False,
-    home="ByteDance/Ouro-1.4B",
+    LLAMA, classes=("OuroForCausalLM",), head=("lm_head",),
+    loop=(0, None), sizes={"native_loops": "total_ut_steps"}, cycle=NormedGated,
+    additive=False, home="ByteDance/Ouro-1.4B",
     remarks=("the final norm follows every loop; sublayers are normed once more before they are added",),
 )
 TRM = Family(
-    blocks=("inner.L_level.layers",),
-    embed="inner.embed_tokens",
-    head=("inner.lm_head",),
+    blocks=("inner.L_level.layers",), embed="inner.embed_tokens", head=("inner.lm_head",),
     parts={"attn": "self_attn", "attn_out": "self_attn.o_proj", "mlp": "mlp"},
-    loop=(0, None),
-    sizes={"native_loops": lambda config: config.H_cycles * (config.L_cycles + 1)},
-    cycle=TwoStates,
-    call=by_nothing,
-    pre_norm=False,
-    additive=False,
+    loop=(0, None), sizes={"native_loops": lambda config: config.H_cycles * (config.L_cycles + 1)},
+    cycle=TwoStates, call=by_nothing, pre_norm=False, additive=False,
     remarks=("two states: only every (L_cycles + 1)th loop moves the one that is read",),
 )
-
+# fmt: on
 
 FAMILIES: dict[str, Family] = {
     "bert": BERT,

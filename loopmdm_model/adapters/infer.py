@@ -32,7 +32,9 @@ def from_paths(given: Mapping[str, Any]) -> Family:
     }
     parts = {name: given[name] for name in ("attn", "attn_out", "mlp")}
     rest = {name: value for name, value in given.items() if name not in PATHS}
-    chosen = {"additive": False, "pre_norm": False, "options": {"use_cache": False}} | several | rest
+    chosen: dict[str, Any] = (
+        {"additive": False, "pre_norm": False, "options": {"use_cache": False}} | several | rest
+    )
     return Family(embed=given["embed"], parts=parts, **chosen)
 
 

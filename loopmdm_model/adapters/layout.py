@@ -51,7 +51,7 @@ class ForeignLayout(Layout):
     leaves: tuple[str, ...]
     outer_leaves: tuple[str, ...]
     kind: Facts
-    layer_products: float
+    layer_products: int
     head_products: int
 
     @property
@@ -99,7 +99,7 @@ def read_layout(
         leaves=leaves(family),
         outer_leaves=("hook_embed", "hook_logits"),
         kind=family.facts(mask_token_id),
-        layer_products=sum(_products(block, family, sizes) for block in blocks) / len(blocks),
+        layer_products=round(sum(_products(block, family, sizes) for block in blocks) / len(blocks)),
         head_products=_head_products(native, family) or sizes["d_model"] * sizes["d_vocab"],
     )
 
@@ -115,8 +115,8 @@ def _segments(n_layers: int, first: int, looped: int) -> dict[str, int]:
 def _own_loop(native: nn.Module, family: Family, n_layers: int) -> tuple[int, int] | None:
     if family.loop is None:
         return None
-    config = getattr(native, "config", None)
-    first, looped = (getattr(config, part) if isinstance(part, str) else part for part in family.loop)
+    read: Any = lambda part: getattr(native.config, part) if isinstance(part, str) else part  # noqa: E731
+    first, looped = read(family.loop[0]), read(family.loop[1])
     return first, n_layers - first if looped is None else looped
 
 

@@ -71,8 +71,8 @@ def listening(family: Family, cfg: Layout, block: nn.Module, tap: Tap, held: Ten
             yield
     if not ear.heard:
         raise UsageError(
-            f"{type(block).__name__} made no call of scaled_dot_product_attention, so nobody hears its attention; "
-            "load the model with attn_implementation='sdpa' (and neither compiled nor with flash or flex attention)"
+            f"{type(block).__name__} made no call of scaled_dot_product_attention, so its attention is not heard; "
+            "load the model with attn_implementation='sdpa', or without patterns: hears=False"
         )
 
 

@@ -23,9 +23,9 @@ OLDEST, TOO_NEW = (4, 56), (6, 0)
 """Versions of transformers: from the one whose attention is an interface, to the next that may break it."""
 
 PAPERWORK = {
-    "_name_or_path", "_commit_hash", "_attn_implementation", "_attn_implementation_autoset", "architectures", "auto_map",
-    "dtype", "torch_dtype", "model_type", "transformers_version", "id2label", "label2id", "gradient_checkpointing",
-    "attn_implementation", "use_cache", "tokenizer_class", "task_specific_params", "finetuning_task",
+    "_name_or_path", "_commit_hash", "_attn_implementation", "_attn_implementation_autoset", "architectures",
+    "auto_map", "dtype", "torch_dtype", "model_type", "transformers_version", "id2label", "label2id",
+    "gradient_checkpointing", "attn_implementation", "use_cache", "tokenizer_class", "task_specific_params", "finetuning_task",
 }  # fmt: skip
 """Config attributes that say nothing about the forward."""
 
@@ -115,7 +115,7 @@ def _own_code(wanted: Wanted, name: str, config: Mapping[str, Any]) -> bool:
         return False
     if not wanted.trust:
         raise UsageError(
-            f"{wanted.name} ({name}) brings its own code; read it, then pass trust_remote_code=True and its revision="
+            f"{wanted.name} ({name}) brings its own code; read it, then pass trust_remote_code=True, revision="
         )
     return True
 
@@ -189,7 +189,7 @@ def check_loaded(native: nn.Module) -> None:
 
 def check_config(native: nn.Module, family: Family) -> None:
     """UsageError for a config attribute that neither its class nor the record knows."""
-    config = getattr(native, "config", None)
+    config: Any = getattr(native, "config", None)
     if not hasattr(config, "to_dict"):
         return
     try:
@@ -210,7 +210,7 @@ def check_config(native: nn.Module, family: Family) -> None:
 
 
 def mask_of(native: nn.Module, family: Family, tokenizer: Any) -> int | None:
-    """The id of [MASK]: as given, from the config, the tokenizer, or the record by vocabulary; None: there is none."""
+    """The id of [MASK]: as given, from config, tokenizer, or the record by vocabulary; None: there is none."""
     config = getattr(native, "config", None)
     vocabulary = getattr(config, "vocab_size", None)
     told = [
@@ -224,8 +224,8 @@ def mask_of(native: nn.Module, family: Family, tokenizer: Any) -> int | None:
     mask = next((said for said in told if said is not None), None)
     if mask is None and family.masks:
         raise UsageError(
-            f"{type(native).__name__} has a [MASK], but neither config nor tokenizer names its id, and a vocabulary "
-            f"of {vocabulary} is none of {sorted(family.masks)}; give mask_token_id="
+            f"{type(native).__name__} has a [MASK], but neither config nor tokenizer names its id, and a "
+            f"vocabulary of {vocabulary} is none of {sorted(family.masks)}; give mask_token_id="
         )
     return mask
 
