@@ -4,6 +4,7 @@
 for; transformers only where a model of its kind is met.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +17,5 @@ __all__ = ["FAMILIES", "Family", "hook_model", "open_model"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from loopmdm_model.adapters import families, open
-
-    return getattr(open if name.endswith("_model") else families, name)
+    file = "open" if name.endswith("_model") else "families"
+    return getattr(import_module(f"loopmdm_model.adapters.{file}"), name)

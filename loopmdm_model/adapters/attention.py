@@ -65,13 +65,14 @@ def attend(asked: Asked, n_heads: int, offer: Offer, explicit: bool) -> Float[Te
     `.view`.
     """
     shape = asked.query.shape
-    q = asked.query.reshape(shape[0], n_heads, -1, shape[-1])  # one query of grouped heads may come folded
-    v = _by_head(offer, "attn.hook_v", _repeated(asked.value, n_heads))
+    folded = asked.key.shape[2] == 1 and shape[1] * shape[2] == n_heads  # one query, grouped heads as its rows
+    q = asked.query.reshape(shape[0], n_heads, 1, shape[-1]) if folded else asked.query
+    v = _by_head(offer, "attn.hook_v", _repeated(asked.value, q.shape[1]))
     q = _by_head(offer, "attn.hook_rot_q", q)
-    k = _by_head(offer, "attn.hook_rot_k", _repeated(asked.key, n_heads))
+    k = _by_head(offer, "attn.hook_rot_k", _repeated(asked.key, q.shape[1]))
     z = (_explicit if explicit else _fused)(q, k, v, asked, offer).transpose(1, 2).contiguous()
     z = offer("attn.hook_z", z).transpose(1, 2)
-    return z if z.shape[:3] == shape[:3] else z.reshape(*shape[:-1], -1)
+    return z.reshape(*shape[:-1], -1) if folded else z
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, asked: Asked, offer: Offer) -> Tensor:

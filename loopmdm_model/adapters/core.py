@@ -11,7 +11,7 @@ submodules (`detours.py`), both only where somebody listens. What stands between
 norm, a random first state) is its `Cycle`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -149,8 +149,9 @@ class ForeignCore(Core):
         """What the native forward gives after its own number of loops, or `n_loops`, by its own code alone."""
         with self.cycle.drawn(self.seed, 0):
             out = self._call_native(tokens, keys, n_loops or self.cfg.native_loops)
-        logits = getattr(out, "logits", out)
-        return logits[0] if isinstance(logits, tuple) else logits
+        if isinstance(out, Mapping):
+            return out["logits"]
+        return out[0] if isinstance(out, tuple) else getattr(out, "logits", out)
 
     def _kinds_of(self, tokens: Tensor, keys: Tensor | None) -> dict[int, int]:
         if not self._kinds:

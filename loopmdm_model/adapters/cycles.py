@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,7 +93,7 @@ class Injected(Cycle):
     def drawn(self, seed: int, row: int) -> Iterator[None]:
         """Seeds torch's generator, and puts it back."""
         with self.unmoved():
-            torch.manual_seed(seed * 2**32 + row)
+            torch.manual_seed(int(np.random.SeedSequence([seed, row]).generate_state(1)[0]))
             yield
 
     @contextmanager
@@ -135,10 +136,11 @@ class TwoStates(Cycle):
     fixed = True
 
     def start(self, core: "ForeignCore", x: Tensor, context: Any) -> Tensor:
-        """Learned first states; keeps e."""
+        """Learned first states; keeps e, which is what the first layer sees beside them."""
         inner: Any = core.native.get_submodule("inner")
-        context.extra |= {"injected": x, "low": inner.L_init.expand_as(x)}
-        return inner.H_init.expand_as(x)
+        high, low = inner.H_init.expand_as(x), inner.L_init.expand_as(x)
+        context.extra |= {"injected": x - (low + high), "low": low}
+        return high
 
     def before(self, core: "ForeignCore", x: Tensor, context: Any, loop: int) -> Tensor:
         """Both states, and e unless the high one moves."""

@@ -314,8 +314,9 @@ def family_named(name: str) -> Family:
 
 
 def name_of_class(*classes: str) -> str | None:
-    """The family that one of these model classes belongs to."""
-    return next((name for name, family in FAMILIES.items() if set(classes) & set(family.classes)), None)
+    """The family of the first of these model classes that has one."""
+    families = {each: name for name, family in FAMILIES.items() for each in family.classes}
+    return next((families[each] for each in classes if each in families), None)
 
 
 def looks_like(config: Mapping[str, Any]) -> str | None:

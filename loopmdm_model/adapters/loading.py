@@ -25,7 +25,8 @@ OLDEST, TOO_NEW = (4, 56), (6, 0)
 PAPERWORK = {
     "_name_or_path", "_commit_hash", "_attn_implementation", "_attn_implementation_autoset", "architectures",
     "auto_map", "dtype", "torch_dtype", "model_type", "transformers_version", "id2label", "label2id",
-    "gradient_checkpointing", "attn_implementation", "use_cache", "tokenizer_class", "task_specific_params", "finetuning_task",
+    "gradient_checkpointing", "attn_implementation", "use_cache", "tokenizer_class", "task_specific_params",
+    "finetuning_task",
 }  # fmt: skip
 """Config attributes that say nothing about the forward."""
 
@@ -134,7 +135,7 @@ def _model(wanted: Wanted, record: Family | None, own_code: bool) -> nn.Module:
                 output_loading_info=True,
                 **options,
             )
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
+        except Exception as error:  # damaged files, other versions' code: every library raises its own
             raise UsageError(
                 f"{wanted.name} does not load with transformers {version('transformers')}: {_line(error)}"
             ) from error

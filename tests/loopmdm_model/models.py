@@ -46,7 +46,7 @@ class ToyContext(Context):
 class InjectedToy(Core):
     """x <- (x + e) + attention(x + e), causal, from a random first state."""
 
-    def __init__(self, cfg=ToyLayout()):  # noqa: B008
+    def __init__(self, cfg=ToyLayout()):
         super().__init__()
         self.cfg, width = cfg, cfg.n_heads * cfg.d_head
         self.embed, self.qkv = nn.Embedding(cfg.d_vocab, cfg.d_model), nn.Linear(cfg.d_model, 3 * width)

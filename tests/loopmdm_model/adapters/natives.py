@@ -1,4 +1,4 @@
-"""Tiny random models of transformers' own classes, with weights large enough that attention is far from uniform."""
+"""Tiny random models of transformers' own classes, their weights large enough that attention is not uniform."""
 
 import os
 

@@ -130,7 +130,8 @@ def test_patterns_are_those_of_the_native_eager_model(foreign):
     n_loops = foreign.m.cfg.native_loops
     _, kept = foreign.m.run_with_cache(tokens, n_loops, names_filter=sites.at(leaf="pattern"))
     assert len(said) == len(kept)
-    for native, name in zip(said, [f"{p}attn.hook_pattern" for p, _ in sites.applications(foreign.m.cfg, n_loops)]):
+    for native, (prefix, _) in zip(said, sites.applications(foreign.m.cfg, n_loops), strict=True):
+        name = f"{prefix}attn.hook_pattern"
         torch.testing.assert_close(kept[name], native, rtol=0.0, atol=1e-6)
 
 
@@ -219,12 +220,11 @@ def test_reading_out_after_a_loop_is_the_model_at_that_many_loops(case):
 
 def test_padding_changes_nothing_for_real_tokens(case):
     tokens, keys, alone = padded(case)
-    start = case.core.context(tokens[:2], keys[:2]).rows(torch.tensor([1])) if case.m.facts.random_start else None
     logits = case.m(tokens, 2, attention_mask=keys)[1, :8]
-    if start is None:
+    if not case.m.facts.random_start:  # alone it is another row, with another start
         torch.testing.assert_close(logits, case.m(alone, 2)[0], **CLOSE)
-    other = tokens.masked_scatter(~keys, (tokens[~keys] + 1) % 100)
-    if case.native is None:
+    if case.native is None:  # some native models know padding by its token, too
+        other = tokens.masked_scatter(~keys, (tokens[~keys] + 1) % 20)
         torch.testing.assert_close(logits, case.m(other, 2, attention_mask=keys)[1, :8], **CLOSE)
 
 
@@ -249,9 +249,8 @@ def test_held_tokens_keep_their_state_and_are_seen(case):
     out = case.core.loop(state, context.hold(held), 1)
     free = case.core.loop(state, context, 1)
     assert torch.equal(out[held], state[held])
-    torch.testing.assert_close(out[:, 4:], free[:, 4:], rtol=0.0, atol=0.0 if case.m.cfg.n_loop_layers == 1 else 9.0)
-    if case.m.cfg.n_loop_layers > 1:
-        assert not torch.equal(out[:, 4:], free[:, 4:])  # its second layer saw another state at 3
+    same = torch.equal(out[:, 4:], free[:, 4:])
+    assert same == (case.m.cfg.n_loop_layers == 1)  # a second layer sees another state at 3
 
 
 def test_rows_are_a_choice_of_positions(case):
@@ -259,13 +258,18 @@ def test_rows_are_a_choice_of_positions(case):
     rows = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(5)) < 0.3
     whole = case.m(tokens, 2)
     torch.testing.assert_close(case.m.run(tokens, 2, rows=rows).logits, whole[rows], **CLOSE)
-    state, context = list(case.m.states(tokens, 2))[-1]
-    torch.testing.assert_close(case.core.unembedding(state, rows=rows), case.core.unembedding(state)[rows], **CLOSE)
+    state, _ = list(case.m.states(tokens, 2))[-1]
+    torch.testing.assert_close(
+        case.core.unembedding(state, rows=rows), case.core.unembedding(state)[rows], **CLOSE
+    )
 
 
 def test_no_rows_are_no_logits(case):
     tokens = clean(case)
-    assert case.m.run(tokens, 1, rows=torch.zeros_like(tokens, dtype=torch.bool)).logits.shape == (0, case.m.cfg.d_vocab)
+    assert case.m.run(tokens, 1, rows=torch.zeros_like(tokens, dtype=torch.bool)).logits.shape == (
+        0,
+        case.m.cfg.d_vocab,
+    )
 
 
 def test_other_layers_loop_on_the_same_weights(foreign):
@@ -363,9 +367,17 @@ def test_sampling_fills_every_mask(mdm):
 def test_measures_run(mdm):
     batch = hidden(mdm)
     masses = mask_attention(mdm.m, batch, n_loops=2)
-    assert masses.groupby(["layer", "loop", "head", "query_group"], dropna=False)["mass"].sum().between(0.99, 1.01).all()
-    assert len(representation_change(mdm.m, batch, n_loops=2))
-    assert len(read_loops(mdm.m, batch, n_loops=2).frame if hasattr(read_loops(mdm.m, batch, n_loops=2), "frame") else [1])
+    assert (
+        masses.groupby(["layer", "loop", "head", "query_group"], dropna=False)["mass"]
+        .sum()
+        .between(0.99, 1.01)
+        .all()
+    )
+    change = representation_change(mdm.m, batch, n_loops=2)
+    assert set(change["loop"]) == {0, 1} and change["value"].notna().any()
+    read = read_loops(mdm.m, batch, n_loops=2)
+    best = mdm.m(batch.tokens, 2).argmax(-1).flatten()
+    assert read[read["loop"] == 1]["top1_id"].tolist() == best.tolist()
 
 
 def test_cutting_edges_changes_the_masked_answers(mdm):
