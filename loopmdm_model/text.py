@@ -17,6 +17,8 @@ class TextEntries:
     cfg: Layout
     tokenizer: Tokenizer | None
     model: Core
+    pad: str = PAD
+    """The token that fills short texts up."""
 
     def _inputs(self, tokens: Tensor | str | list[str], mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Token ids of text or ids, and the padding mask that [PAD] implies unless one is given."""
@@ -36,9 +38,9 @@ class TextEntries:
             raise UsageError("give a text or a list of texts; token ids go in as a tensor")
         rows = [encoding.ids for encoding in self._text().encode_batch(texts)]
         longest = max(len(row) for row in rows)
-        pad = self._text().token_to_id(PAD)
+        pad = self._text().token_to_id(self.pad)
         if pad is None and any(len(row) != longest for row in rows):
-            raise UsageError("this tokenizer has no [PAD]; give texts of one length")
+            raise UsageError(f"this tokenizer has no {self.pad}; give texts of one length")
         if longest == 0:
             raise UsageError("the text is empty; give at least one token")
         tokens = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
@@ -46,7 +48,7 @@ class TextEntries:
 
     def padding_mask(self, tokens: Tensor) -> Tensor | None:
         """The attention mask that [PAD] in `tokens` implies, [batch, pos]; None if there is none."""
-        pad = self._text().token_to_id(PAD) if self.tokenizer else None
+        pad = self._text().token_to_id(self.pad) if self.tokenizer else None
         return None if pad is None or not bool((tokens == pad).any()) else tokens != pad
 
     def to_str_tokens(self, tokens: Tensor | str | list[int]) -> list[str]:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from loopmdm_model.cache import LoopCache
+from loopmdm_model.errors import UsageError
 from loopmdm_model.layers import Block
 from loopmdm_model.model import LoopMDM
+from loopmdm_model.protocol import Core
 from loopmdm_model.sites import applications
 
 if TYPE_CHECKING:
@@ -84,10 +86,14 @@ class UnrolledModel:
         return total + self.blocks[layer].attn.b_O if mlp_input else total
 
 
-def unroll(model: LoopMDM, cache: LoopCache) -> "ActivationCache":
+def unroll(model: Core, cache: LoopCache) -> "ActivationCache":
     """The cache under virtual names blocks.{depth}.<leaf>; outer names stay."""
     from transformer_lens import ActivationCache
 
+    if not isinstance(model, LoopMDM):
+        raise UsageError(
+            f"unrolled() needs the weights of a LoopMDM, got {type(model).__name__}; use the loop names"
+        )
     virtual = {name: value for name, value in cache.items() if not name.startswith(("blocks.", "loop."))}
     for depth, (prefix, _) in enumerate(applications(model.cfg, cache.n_loops)):
         for name, value in cache.items():

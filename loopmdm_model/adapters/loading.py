@@ -16,11 +16,11 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from loopmdm_model.adapters import shims
-from loopmdm_model.adapters.families import FAMILIES, Family, family_named, name_of_class
+from loopmdm_model.adapters.families import Family, family_named, name_of_class
 from loopmdm_model.errors import UsageError
 
-OLDEST, TOO_NEW = (4, 56), (6, 0)
-"""Versions of transformers: from the one whose attention is an interface, to the next that may break it."""
+OLDEST, TOO_NEW = (5, 0), (6, 0)
+"""Versions of transformers that blocks are called as here in; tried with 5.23."""
 
 PAPERWORK = {
     "_name_or_path", "_commit_hash", "_attn_implementation", "_attn_implementation_autoset", "architectures",
@@ -59,18 +59,20 @@ def check_transformers() -> None:
 # --- by name ---
 
 
-def load(wanted: Wanted, family: str | Family | None) -> tuple[nn.Module, Any, dict[str, Any]]:
-    """The model, its tokenizer if it has one, and where they come from."""
-    check_transformers()
-    config = _config_dict(wanted)
-    name, record = _family_of(wanted, config, family)
+def load(
+    wanted: Wanted, config: Mapping[str, Any], family: str | Family | None
+) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """The model that config.json describes, its tokenizer if it has one, and where they come from."""
+    name, record = _family_of(config, family)
     _check_stored(wanted, config)
     native = _model(wanted, record, _own_code(wanted, name, config))
     source = {"source": wanted.name, "revision": wanted.revision or config.get("_commit_hash")}
     return native, _tokenizer(wanted), source | {"dtype": str(next(native.parameters()).dtype)}
 
 
-def _config_dict(wanted: Wanted) -> dict[str, Any]:
+def config_of(wanted: Wanted) -> dict[str, Any]:
+    """What config.json holds, there or in the hub."""
+    check_transformers()
     from transformers import PretrainedConfig
 
     try:
@@ -82,16 +84,12 @@ def _config_dict(wanted: Wanted) -> dict[str, Any]:
         ) from error
 
 
-def _family_of(wanted: Wanted, config: Mapping[str, Any], family: Any) -> tuple[str, Family | None]:
-    """The record by name or by the classes that config.json names; None: it will be guessed once loaded."""
+def _family_of(config: Mapping[str, Any], family: str | Family | None) -> tuple[str, Family | None]:
+    """The record, given, by name or by the classes in config.json; None: it will be guessed once loaded."""
     if isinstance(family, Family):
         return "given", family
     name = family or name_of_class(*(config.get("architectures") or ()))
-    if name is None and not config.get("model_type"):
-        raise UsageError(
-            f"config.json of {wanted.name} names no model class; give family=, one of {', '.join(FAMILIES)}"
-        )
-    return (name, family_named(name)) if name else (config["model_type"], None)
+    return (name, family_named(name)) if name else (config.get("model_type", "unknown"), None)
 
 
 def _check_stored(wanted: Wanted, config: Mapping[str, Any]) -> None:

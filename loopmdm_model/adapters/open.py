@@ -38,14 +38,15 @@ def open_model(
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if _is_ours(name):
-        m = HookedLoopMDM.from_pretrained(name, device)
+    wanted = loading.Wanted(str(name).removeprefix(HUB), torch.device(device), dtype, revision, trust_remote_code)
+    config = {} if _is_ours(name) else loading.config_of(wanted)
+    if looks_like(config) is None and "family" not in changes:
         if changes or revision or trust_remote_code:
             raise UsageError(f"{name} is a LoopMDM; it takes device and dtype only")
+        m = HookedLoopMDM.from_pretrained(name if _is_ours(name) else wanted.name, device)
         m.model.to(dtype=dtype)
         return m
-    wanted = loading.Wanted(str(name).removeprefix(HUB), torch.device(device), dtype, revision, trust_remote_code)
-    native, tokenizer, record = loading.load(wanted, changes.get("family"))
+    native, tokenizer, record = loading.load(wanted, config, changes.get("family"))
     m = hook_model(native, tokenizer=tokenizer, **changes)
     m.model_name = wanted.name.rstrip("/").rpartition("/")[2]
     m.record |= record
@@ -53,6 +54,7 @@ def open_model(
 
 
 def _is_ours(name: Path | str) -> bool:
+    """Whether that can be told without asking the hub."""
     if isinstance(name, str) and (name.startswith(HUB) or name in list_runs()):
         return not name.startswith(HUB)
     path = Path(name) / CONFIG
@@ -80,7 +82,7 @@ def hook_model(
     native.eval()
     name, core, found = _first_that_fits(native, family, (loop, max_loops, tokenizer), changes)
     m = HookedLoopMDM(core, loading.plain_tokenizer(tokenizer))
-    m.model_name = type(native).__name__
+    m.model_name, m.pad = type(native).__name__, getattr(tokenizer, "pad_token", None) or m.pad
     m.record = {"family": name, "torch": torch.__version__, "checks": found}
     if type(native).__module__.startswith("transformers"):
         m.record["transformers"] = version("transformers")
