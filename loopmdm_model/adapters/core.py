@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -75,7 +75,7 @@ class ForeignContext(Context):
     first: Tensor
     extra: dict[str, Tensor] = field(default_factory=dict)
 
-    def rows(self, keep: Tensor) -> Self:
+    def rows(self, keep: Tensor) -> "ForeignContext":
         """Enter again with the sequences `keep`: what native arguments hold is not ours to slice."""
         held = None if self.held is None else self.held[keep]
         extra = {name: value[keep] for name, value in self.extra.items()}
@@ -121,7 +121,7 @@ class ForeignCore(Core):
             def route(native: Callable, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG001
                 x, call = BlockCall.noted(args, kwargs)
                 first.append(x)
-                calls.setdefault(layer, call)
+                calls[layer] = call
                 if layer == self.cfg.n_layers - 1:
                     raise _Entered
                 return (x, *[None] * (kinds[layer] - 1)) if kinds[layer] else x

@@ -253,6 +253,22 @@ def test_held_tokens_keep_their_state_and_are_seen(case):
     assert same == (case.m.cfg.n_loop_layers == 1)  # a second layer sees another state at 3
 
 
+def test_nothing_is_added_where_tokens_are_held(foreign):
+    tokens, layer = clean(foreign), foreign.m.cfg.layers("loop")[0]
+    held = torch.arange(tokens.shape[1]).expand_as(tokens) % 2 == 0
+    seen = []
+    hooks = [
+        (f"loop.0.blocks.{layer}.{leaf}", lambda x, hook: seen.append(x))
+        for leaf in ("hook_attn_out", "hook_mlp_out")
+    ]
+    context = foreign.core.context(tokens).hold(held)
+    with foreign.m.hooks(hooks):
+        foreign.m.loop(context.first, context, 0)
+    for added in seen:
+        assert bool((added[held] == 0).all()) and bool((added[~held] != 0).any())
+    assert len(seen) == 2
+
+
 def test_rows_are_a_choice_of_positions(case):
     tokens = clean(case)
     rows = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(5)) < 0.3
@@ -279,6 +295,7 @@ def test_other_layers_loop_on_the_same_weights(foreign):
     other = foreign.core.looping(0, 1, 4)
     assert other.cfg.max_loops == 4 and list(other.cfg.layers("loop")) == [0]
     assert next(other.parameters()) is next(foreign.core.parameters())
+    assert not other.training and not foreign.core.training
     assert torch.equal(other(tokens, 1), foreign.m(tokens, 1))
     assert not torch.equal(other(tokens, 2), foreign.m(tokens, 2))
     with pytest.raises(UsageError, match="do not fit"):

@@ -140,6 +140,19 @@ def test_a_hook_may_call_the_model_itself(m, native, leaf):
     assert seen == [True, True]
 
 
+def test_what_a_hook_calls_is_not_heard_by_another(m, native):
+    tokens, heard = natives.tokens(), []
+
+    def look(x, hook):
+        native(tokens, use_cache=False)
+        m.model(tokens, 3)
+
+    hooks = [("loop.0.blocks.1.attn.hook_q", look)]
+    hooks += [("loop.0.blocks.1.attn.hook_pattern", lambda x, hook: heard.append(hook.name))]
+    m.run_with_hooks(tokens, 1, fwd_hooks=hooks)
+    assert len(heard) == 1
+
+
 def test_an_unfinished_trajectory_leaves_the_native_model_alone(m, native):
     tokens = natives.tokens()
     plain = native(tokens, use_cache=False).logits

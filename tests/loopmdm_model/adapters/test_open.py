@@ -85,6 +85,9 @@ def test_flops_are_those_that_torch_counts():
         counted = m.cfg.n_layers * m.model.layer_flops(length) + m.cfg.unembedding_flops(length)
         rotary = counter.get_total_flops() - counted  # tables made by a product, which nobody counts
         assert 0 <= rotary < 0.005 * counted, name
+    layer = natives.native("Llama").model.layers[0]
+    kept = 2 * 12 * (layer.self_attn.k_proj.weight.numel() + layer.self_attn.v_proj.weight.numel())
+    assert hook_model(natives.native("Llama")).model.layer_flops(12, 0) == kept  # held tokens give keys and values
 
 
 def test_a_model_without_a_record_by_its_six_paths():
