@@ -49,21 +49,26 @@ class Edits(Tap):
 @torch.no_grad()
 def check(core: ForeignCore) -> dict[str, float]:
     """The largest deviation of each check; UsageError in one line for the first that fails."""
-    tokens = _tokens(core)
+    tokens, other = _tokens(core)
     found = {"logits": _check_logits(core, tokens)}
     if core.family.hears:
         found |= _check_inside(core, tokens)
-    _check_causal(core, tokens)
+    _check_causal(core, tokens, other)
     return found
 
 
-def _tokens(core: ForeignCore) -> Tensor:
-    """Random ids [batch, pos], no [MASK]; one sequence where the native code draws for a whole batch."""
+def _tokens(core: ForeignCore) -> tuple[Tensor, Tensor]:
+    """Random ids [batch, pos], neither [MASK] nor padding; and the same with another last one.
+
+    One sequence where the native code draws for a whole batch.
+    """
+    avoided = (core.cfg.mask_token_id, getattr(getattr(core.native, "config", None), "pad_token_id", None))
+    known = torch.tensor([token for token in range(core.cfg.d_vocab) if token not in avoided])
     shape = (1 if core.facts.random_start else 2, min(LENGTH, core.cfg.n_ctx))
-    tokens = torch.randint(core.cfg.d_vocab, shape, generator=torch.Generator().manual_seed(0))
-    mask = core.cfg.mask_token_id
-    tokens = tokens if mask is None else torch.where(tokens == mask, (mask + 1) % core.cfg.d_vocab, tokens)
-    return tokens.to(core.device)
+    drawn = torch.randint(len(known), shape, generator=torch.Generator().manual_seed(0))
+    other = drawn.clone()
+    other[:, -1] = (drawn[:, -1] + 1) % len(known)
+    return known[drawn].to(core.device), known[other].to(core.device)
 
 
 def tolerance(logits: Tensor) -> float:
@@ -81,8 +86,20 @@ def apart(core: ForeignCore, logits: Tensor, native: Tensor) -> float:
     return float(difference.max())
 
 
+def _native_logits(core: ForeignCore, tokens: Tensor) -> Tensor:
+    try:
+        return core.native_logits(tokens)
+    except UsageError:
+        raise
+    except Exception as error:  # somebody else's code: any kind
+        raise UsageError(
+            f"{_name(core)}: its own forward fails on {tokens.shape[1]} random tokens "
+            f"({' '.join(str(error).split())[:200]}); give family=, or call=, options= as it wants them"
+        ) from error
+
+
 def _check_logits(core: ForeignCore, tokens: Tensor) -> float:
-    native = core.native_logits(tokens)
+    native = _native_logits(core, tokens)
     if native.shape[-1] != core.cfg.d_vocab:
         raise UsageError(
             f"{_name(core)} gives {native.shape[-1]} logits, its config says {core.cfg.d_vocab}; "
@@ -141,12 +158,8 @@ def _check_additive(core: ForeignCore, plain: Edits) -> float:
     return off
 
 
-def _check_causal(core: ForeignCore, tokens: Tensor) -> None:
+def _check_causal(core: ForeignCore, tokens: Tensor, other: Tensor) -> None:
     """The last token changed: in a causal model nothing before it moves."""
-    other = tokens.clone()
-    other[:, -1] = (tokens[:, -1] + 1) % core.cfg.d_vocab
-    if other[0, -1] == core.cfg.mask_token_id:
-        other[:, -1] = (tokens[:, -1] + 2) % core.cfg.d_vocab
     with core.cycle.unmoved():
         one, two = core.native_logits(tokens), core.native_logits(other)
     moved = float((one - two)[:, :-1].abs().max())

@@ -14,7 +14,6 @@ norm, a random first state) is its `Cycle`.
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -102,6 +101,7 @@ class ForeignCore(Core):
         self.blocks: list[nn.Module] = family.find_blocks(native)
         self.cycle, self.seed = family.cycle(), 0
         self.training = native.training
+        self._kinds: dict[int, int] = {}  # by layer, how long a tuple its block returns; 0 for a tensor
 
     # --- enter ---
 
@@ -157,11 +157,6 @@ class ForeignCore(Core):
         if not self._kinds:
             self._kinds.update(self._seen_kinds(tokens, keys))
         return self._kinds
-
-    @cached_property
-    def _kinds(self) -> dict[int, int]:
-        """By layer, how long a tuple its block returns; 0 for a tensor."""
-        return {}
 
     def _seen_kinds(self, tokens: Tensor, keys: Tensor | None) -> dict[int, int]:
         """Look on while the native forward runs once."""
@@ -243,8 +238,8 @@ class ForeignCore(Core):
         logits = self.family.unembed(self.native, x if x.ndim == 3 else x.reshape(1, n_rows, x.shape[-1]))
         logits = logits.reshape(*x.shape[:-1], logits.shape[-1])
         if self.cfg.mask_token_id is not None:
-            mask = torch.tensor(self.cfg.mask_token_id, device=logits.device)
-            logits = logits.index_fill(-1, mask, float("-inf"))
+            logits = logits.clone()  # a head may need what it gave for its backward
+            logits[..., self.cfg.mask_token_id] = float("-inf")
         return taps("")("hook_logits", logits)
 
     # --- what measures ask of the weights ---

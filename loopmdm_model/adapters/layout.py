@@ -60,7 +60,10 @@ class ForeignLayout(Layout):
         return self.kind
 
     def layer_flops(self, length: int, moving: Any = None) -> Any:
-        """FLOPs of one layer on one sequence, as `Layout.layer_flops` counts them; windows count as full."""
+        """FLOPs of one layer on one sequence, as `Layout.layer_flops` counts them.
+
+        Windows count as full attention; what a cycle adds between loops (an injection's product) counts nothing.
+        """
         moving = length if moving is None else moving
         keys_values = 2 * self.d_model * self.n_kv_heads * self.d_head
         attention = 2 * 2 * length * self.n_heads * self.d_head
@@ -115,9 +118,9 @@ def _segments(n_layers: int, first: int, looped: int) -> dict[str, int]:
 def _own_loop(native: nn.Module, family: Family, n_layers: int) -> tuple[int, int] | None:
     if family.loop is None:
         return None
-    read: Any = lambda part: getattr(native.config, part) if isinstance(part, str) else part  # noqa: E731
-    first, looped = read(family.loop[0]), read(family.loop[1])
-    return first, n_layers - first if looped is None else looped
+    config: Any = native.config
+    first, looped = [getattr(config, part) if isinstance(part, str) else part for part in family.loop]
+    return (first, n_layers - first if looped is None else looped)  # pyright: ignore
 
 
 def _sizes(config: Any, family: Family) -> dict[str, int]:

@@ -12,7 +12,7 @@ from torch import nn
 from loopmdm_model.adapters import loading
 from loopmdm_model.adapters.checks import check
 from loopmdm_model.adapters.core import ForeignCore
-from loopmdm_model.adapters.families import FAMILIES, PATHS, Family, family_named, looks_like, name_of_class
+from loopmdm_model.adapters.families import PATHS, Family, family_named, looks_like, name_of_class
 from loopmdm_model.adapters.infer import from_paths, guesses
 from loopmdm_model.adapters.layout import read_layout
 from loopmdm_model.checkpoints import CONFIG, list_runs
@@ -69,7 +69,7 @@ def hook_model(
     tokenizer: Any = None,
     **changes: Any,
 ) -> HookedLoopMDM:
-    """Somebody else's model, loaded already, with our hooks; its code and weights stay as they are.
+    """Somebody else's model, loaded already, with our hooks; its code and weights stay as they are, in eval mode.
 
     `loop=(first, n)` loops layers first .. first + n - 1 (training-free if the model does not loop them itself).
     `changes` are fields of the family's record, such as mask_token_id=103, or bidirectional=True, which opens a
@@ -90,16 +90,19 @@ def hook_model(
 
 
 def _first_that_fits(
-    native: nn.Module, family: str | Family | None, how: tuple, changes: Mapping[str, Any]
+    native: nn.Module, family: str | Family | None, how: tuple[Any, int | None, Any], changes: Mapping[str, Any]
 ) -> tuple[str, ForeignCore, dict[str, Any]]:
-    """The family's name, the core and its checks, for the first record that passes them."""
+    """The family's name, the core and its checks, for the first record that passes them.
+
+    `how` is (loop, max_loops, tokenizer) as given.
+    """
     name, records = _records(native, family, changes)
     failures = []
     for record in records:
         try:
             core = _core(native, record, *how)
             return name, core, check(core) if core.device.type != "meta" else {"none": "on the meta device"}
-        except (UsageError, TypeError) as error:  # a guess may call the model wrongly
+        except UsageError as error:
             if name != "guessed":
                 raise
             failures.append(str(error))
@@ -139,6 +142,3 @@ def _core(native: nn.Module, record: Family, loop: Any, max_loops: int | None, t
             f"mask_token_id {mask} is outside the vocabulary 0..{layout.d_vocab - 1}; give mask_token_id="
         )
     return ForeignCore(native, record, layout)
-
-
-__all__ = ["FAMILIES", "hook_model", "open_model"]

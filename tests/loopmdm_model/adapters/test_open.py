@@ -141,6 +141,17 @@ def test_an_eight_billion_parameter_model_without_weights():
     assert time.perf_counter() - begun < 10
 
 
+def test_eight_billion_by_a_config_alone(tmp_path):
+    sizes = {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36}
+    sizes |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False}
+    transformers.Qwen3Config(**sizes, architectures=["Qwen3ForCausalLM"]).save_pretrained(tmp_path)
+    begun = time.perf_counter()
+    m = open_model(tmp_path, device="meta", bidirectional=True, mask_token_id=151662)
+    assert m.model.n_parameters > 8e9 and not m.facts.causal and m.facts.mask_token_id == 151662
+    assert "blocks.35.attn.hook_pattern" in sites.all_names(m.cfg, 1)
+    assert time.perf_counter() - begun < 10
+
+
 def test_the_meta_device_by_name(folder):
     m = open_model(folder, device="meta", mask_token_id=103)
     assert m.model.device.type == "meta" and "meta" in m.record["checks"]["none"]
@@ -293,6 +304,13 @@ def test_facts_that_are_not_true():
         hook_model(natives.native("Llama"), causal=False)
     with pytest.raises(UsageError, match=r"not the sum of what attention and MLP add.*give additive=False"):
         hook_model(natives.native("Bert"), mask_token_id=103, additive=True)
+
+
+def test_a_forward_that_fails_says_so():
+    native = natives.native("Llama", num_attention_heads=4, num_key_value_heads=2)
+    native.model.norm = nn.LayerNorm(7)
+    with pytest.raises(UsageError, match=r"its own forward fails on 8 random tokens .*; give family="):
+        hook_model(native)
 
 
 def test_a_record_of_another_model():
