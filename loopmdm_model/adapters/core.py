@@ -155,7 +155,7 @@ class ForeignCore(Core):
 
     def _kinds_of(self, tokens: Tensor, keys: Tensor | None) -> dict[int, int]:
         if not self._kinds:
-            self._kinds.update(self._seen_kinds(tokens, keys))
+            self._kinds = self._seen_kinds(tokens, keys)
         return self._kinds
 
     def _seen_kinds(self, tokens: Tensor, keys: Tensor | None) -> dict[int, int]:

@@ -266,6 +266,7 @@ RAVEN = Family(
     loop=("n_layers_in_prelude", "n_layers_in_recurrent_block"), cycle=InjectedNormed, call=by_nothing,
     pre_norm=False, additive=False, causal=True, random_start=True,
     auto="AutoModelForCausalLM", home="tomg-group-umd/huginn-0125",
+    remarks=("sublayers are normed together with the stream that they are added to",),
 )
 RETROFITTED = replace(RAVEN, classes=(), cycle=Injected, home="smcleish")  # by name: its class is called Raven's
 OURO = replace(

@@ -87,13 +87,16 @@ def _within(ear: AttentionEar) -> Route:
 def _route(cfg: Layout, module: nn.Module, wanted: list[str], offer: Callable, held: Tensor | None) -> Route:
     """The route of a part's calls: its input or output offered as each of the `wanted` leaves says."""
 
-    def route(native: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def route(native: Callable, *args: Any, **kwargs: Any) -> Any:
+        x, *others = args or (
+            kwargs.pop(next(iter(kwargs))),
+        )  # parts take one tensor first, sometimes by its name
         if "hook_resid_mid" in wanted:
             x = offer("hook_resid_mid", x)
         if "attn.hook_result" in wanted:
             out = _summed(module, x, cfg.n_heads, offer)
         else:
-            out = native(x, *args, **kwargs)
+            out = native(x, *others, **kwargs)
         value, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
         for leaf in wanted:
             if leaf not in ("hook_resid_mid", "attn.hook_result"):

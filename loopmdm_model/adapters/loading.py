@@ -186,6 +186,15 @@ def check_loaded(native: nn.Module) -> None:
         )
 
 
+def provenance(native: nn.Module) -> dict[str, Any]:
+    """Where a model of transformers came from, as far as its config knows."""
+    config: Any = getattr(native, "config", None)
+    if not hasattr(config, "to_dict"):
+        return {}
+    found = {"source": config._name_or_path, "revision": getattr(config, "_commit_hash", None)}
+    return {"transformers": version("transformers")} | {name: value for name, value in found.items() if value}
+
+
 def check_config(native: nn.Module, family: Family) -> None:
     """UsageError for a config attribute that neither its class nor the record knows."""
     config: Any = getattr(native, "config", None)

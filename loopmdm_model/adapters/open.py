@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +83,7 @@ def hook_model(
     m = HookedLoopMDM(core, loading.plain_tokenizer(tokenizer))
     m.model_name, m.pad = type(native).__name__, getattr(tokenizer, "pad_token", None) or m.pad
     m.record = {"family": name, "torch": torch.__version__, "checks": found}
-    if type(native).__module__.startswith("transformers"):
-        m.record["transformers"] = version("transformers")
+    m.record |= loading.provenance(native)
     return m
 
 

@@ -175,7 +175,7 @@ class LLaDA2Block(nn.Module):
     def forward(self, hidden_states, attention_mask=None):
         out, _ = self.attention(hidden_states=self.input_layernorm(hidden_states), attention_mask=attention_mask)
         x = hidden_states + out
-        return (x + self.mlp(self.post_attention_layernorm(x)),)
+        return (x + self.mlp(x=self.post_attention_layernorm(x)),)
 
 
 class LLaDA2MoeModelLM(nn.Module):

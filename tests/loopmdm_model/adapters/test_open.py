@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -73,6 +73,21 @@ def test_ours_are_opened_too(tmp_path):
         open_model(tmp_path, mask_token_id=3)
     with pytest.raises(UnknownNameError, match=r"did you mean sotu-loop"):
         open_model("sotu-lop")
+
+
+def test_text_by_a_tokenizer_of_transformers():
+    words = {f"w{i}": i for i in range(118)} | {"<pad>": 118, "<mask>": 119}
+    inside = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    inside.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inside, mask_token="<mask>", pad_token="<pad>"
+    )
+    m = hook_model(natives.native("Bert"), tokenizer=tokenizer, loop=(1, 2))
+    assert m.cfg.mask_token_id == 119
+    logits = m(["w45 w46 w47", "w48"])
+    torch.testing.assert_close(logits[1, :1], m("w48")[0], rtol=0.0, atol=1e-5)
+    batch = m.mask("w45 w46 w47 w48", ratio=0.5)
+    assert int(batch.masked.sum()) == 2 and m.to_str_tokens(batch.clean)[0] == "w45"
 
 
 def test_flops_are_those_that_torch_counts():
