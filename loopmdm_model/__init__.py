@@ -1,6 +1,7 @@
 """A minimal LoopMDM with hook points at every loop iteration, and all that makes one.
 
-`HookedLoopMDM` is loaded on first use: it alone needs TransformerLens.
+`HookedLoopMDM` is loaded on first use, as are `hook_model` and `open_model`, which build on it: it alone needs
+TransformerLens.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from loopmdm_model.stopping import (
 from loopmdm_model.trajectories import Trajectory
 
 if TYPE_CHECKING:
+    from loopmdm_model.adapters import hook_model, open_model
     from loopmdm_model.hooked import HookedLoopMDM
 
 __all__ = [
@@ -52,10 +54,12 @@ __all__ = [
     "UsageError",
     "continuation_nelbo",
     "corpus_nelbo",
+    "hook_model",
     "list_models",
     "mask_tokens",
     "nelbo",
     "nelbo_by_loop",
+    "open_model",
     "sample",
 ]
 
@@ -65,4 +69,8 @@ def __getattr__(name: str) -> Any:
         from loopmdm_model.hooked import HookedLoopMDM
 
         return HookedLoopMDM
+    if name in ("hook_model", "open_model"):
+        from loopmdm_model import adapters
+
+        return getattr(adapters, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

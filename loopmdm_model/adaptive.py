@@ -38,8 +38,8 @@ class Looping(Protocol):
         """The layers after the loop."""
         ...
 
-    def unembedding(self, x: Tensor) -> Tensor:
-        """Logits of states."""
+    def unembedding(self, x: Tensor, *, rows: Tensor | None = None) -> Tensor:
+        """Logits of states, or of `rows` of them."""
         ...
 
 
@@ -186,7 +186,7 @@ class _Reader:
     def read(self, lens: Lens, rows: Bool[Tensor, "batch pos"]) -> Tensor:
         if lens not in ("coda", "direct"):
             raise UsageError(f'lens must be "coda" or "direct", got {lens!r}')
-        return self.model.unembedding((self.after_coda() if lens == "coda" else self.state)[rows])
+        return self.model.unembedding(self.after_coda() if lens == "coda" else self.state, rows=rows)
 
 
 def _reading_flops(model: Looping, lens: Lens, length: int, rows: Tensor) -> Tensor:

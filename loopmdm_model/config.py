@@ -159,8 +159,15 @@ class LoopMDMConfig(Layout):
 
     @classmethod
     def load(cls, path: Path | str) -> "LoopMDMConfig":
-        """Read JSON; UsageError names what is wrong with the file."""
+        """Read JSON; UsageError names what is wrong with the file, and another model's family."""
+        from loopmdm_model.adapters.families import looks_like
+
         values = read_json(Path(path))
         if not isinstance(values, dict):
             raise UsageError(f"{path} holds no config (a JSON object is expected); restore the file")
+        if other := looks_like(values):
+            raise UsageError(
+                f"{path} describes another model ({other}), not a LoopMDM; "
+                'open it with open_model: its folder, or "hf:owner/name"'
+            )
         return cls.from_dict(values)

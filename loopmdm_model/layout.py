@@ -145,6 +145,8 @@ class Layout:
         return projections + moving * (attention + mlp)
 
     gated_mlp: bool = False
+    n_kv_heads: int = 0
+    """Heads of keys and values where several query heads share one; 0: as many as there are heads."""
 
     def unembedding_flops(self, n_rows: Any) -> Any:
         """FLOPs of the logits of `n_rows` positions (a number or a tensor)."""

@@ -371,7 +371,8 @@ def shape(cfg: Layout, name: str, batch: int, pos: int) -> tuple[int, ...]:
     if end == "hook_result":
         return (batch, pos, cfg.n_heads, cfg.d_model)
     if end in HEAD_SPLIT:
-        return (batch, pos, cfg.n_heads, cfg.d_head)
+        heads = cfg.n_kv_heads or cfg.n_heads if end == "hook_k" else cfg.n_heads
+        return (batch, pos, heads, cfg.d_head)
     last = {"hook_scale": 1, "hook_logits": cfg.d_vocab}
     last |= dict.fromkeys(("hook_pre", "hook_pre_linear", "hook_post"), cfg.d_mlp)
     return (batch, pos, last.get(end, cfg.d_model))

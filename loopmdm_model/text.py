@@ -19,6 +19,8 @@ class TextEntries:
     cfg: Layout
     tokenizer: Tokenizer | None
     model: Core
+    pad: str = PAD
+    """The token that fills short texts up."""
 
     def _inputs(self, tokens: Tensor | str | list[str], mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Token ids of text or ids, and the padding mask that [PAD] implies unless one is given."""
@@ -47,9 +49,9 @@ class TextEntries:
             hidden = self.cfg.mask_token_id
             rows = [[hidden if token < 0 else token for token in board.ids(text)] for text in texts]
         longest = max(len(row) for row in rows)
-        pad = self._text().token_to_id(PAD)
+        pad = self._text().token_to_id(self.pad)
         if pad is None and any(len(row) != longest for row in rows):
-            raise UsageError("this tokenizer has no [PAD]; give texts of one length")
+            raise UsageError(f"this tokenizer has no {self.pad}; give texts of one length")
         if longest == 0:
             raise UsageError("the text is empty; give at least one token")
         tokens = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
@@ -57,7 +59,7 @@ class TextEntries:
 
     def padding_mask(self, tokens: Tensor) -> Tensor | None:
         """The attention mask that [PAD] in `tokens` implies, [batch, pos]; None if there is none."""
-        pad = self._text().token_to_id(PAD) if self.tokenizer else None
+        pad = self._text().token_to_id(self.pad) if self.tokenizer else None
         return None if pad is None or not bool((tokens == pad).any()) else tokens != pad
 
     def to_str_tokens(self, tokens: Tensor | str | list[int]) -> list[str]:

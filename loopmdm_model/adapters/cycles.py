@@ -1,0 +1,159 @@
+"""What families do between loops beside repeating layers: inject, norm, draw a first state, keep a second one.
+
+A cycle gets the core and the context; what it keeps for later loops goes into `context.extra`, never on itself.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import RLock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from loopmdm_model.adapters.core import ForeignCore
+    from loopmdm_model.context import Context
+
+
+class Cycle:
+    """Nothing: the looped layers repeat, and that is all. States are [batch, pos, d_model]."""
+
+    fixed = False
+    """Whether only the layers that the model loops itself can be looped."""
+
+    def start(self, core: "ForeignCore", x: Tensor, context: "Context") -> Tensor:  # noqa: ARG002
+        """H(-1), from what the prelude gives."""
+        return x
+
+    def before(self, core: "ForeignCore", x: Tensor, context: "Context", loop: int) -> Tensor:  # noqa: ARG002
+        """What the looped layers get in iteration `loop`."""
+        return x
+
+    def after(
+        self, core: "ForeignCore", x: Tensor, inside: Tensor, context: "Context", loop: int  # noqa: ARG002
+    ) -> Tensor:  # fmt: skip
+        """The next state, from the one before and what the looped layers give."""
+        return inside
+
+    def leave(self, core: "ForeignCore", x: Tensor) -> Tensor:  # noqa: ARG002
+        """What the coda gets."""
+        return x
+
+    def steps(self, n_loops: int) -> dict[str, Any]:  # noqa: ARG002
+        """Keywords by which the native forward makes `n_loops` loops."""
+        return {}
+
+    def exit_gate(self, core: "ForeignCore", state: Tensor) -> Tensor | None:  # noqa: ARG002
+        """The model's own chance to stop, [batch, pos]; None: it has no gate."""
+        return None
+
+    def drawn(self, seed: int, row: int) -> AbstractContextManager:  # noqa: ARG002
+        """What is drawn inside is that of sequence `row` under `seed`."""
+        return nullcontext()
+
+    def unmoved(self) -> AbstractContextManager:
+        """What is drawn inside leaves torch's generator as it was."""
+        return nullcontext()
+
+
+_GENERATOR = RLock()
+"""Torch's global generator is one for all threads; native code draws from nothing else."""
+
+
+class Injected(Cycle):
+    """Raven's recurrence (arXiv 2502.05171): x = adapter([x, e]) before every loop, e from the prelude.
+
+    The first state is the model's own random one, drawn for each sequence of a batch by itself, so that sequence i
+    starts alike whatever stands beside it.
+    """
+
+    fixed = True
+
+    def start(self, core: "ForeignCore", x: Tensor, context: Any) -> Tensor:
+        """A random state; keeps e."""
+        context.extra["injected"] = x
+        states = []
+        for row in range(len(x)):
+            with self.drawn(core.seed, row):
+                states.append(core.native.initialize_state(x[row : row + 1]))  # pyright: ignore[reportCallIssue]
+        return torch.cat(states)
+
+    def before(self, core: "ForeignCore", x: Tensor, context: Any, loop: int) -> Tensor:  # noqa: ARG002
+        """The state with e let in."""
+        adapter = core.native.get_submodule("transformer.adapter")
+        return adapter(torch.cat([x, context.extra["injected"].to(x.device)], dim=-1))
+
+    def steps(self, n_loops: int) -> dict[str, Any]:
+        """Loops without and with gradients."""
+        return {"num_steps": (n_loops, 0)}
+
+    @contextmanager
+    def drawn(self, seed: int, row: int) -> Iterator[None]:
+        """Seeds torch's generator, and puts it back."""
+        with self.unmoved():
+            torch.manual_seed(int(np.random.SeedSequence([seed, row]).generate_state(1)[0]))
+            yield
+
+    @contextmanager
+    def unmoved(self) -> Iterator[None]:
+        """Keeps torch's generator."""
+        with _GENERATOR, torch.random.fork_rng():
+            yield
+
+
+class InjectedNormed(Injected):
+    """As in Huginn, whose coda sees the normed state."""
+
+    def leave(self, core: "ForeignCore", x: Tensor) -> Tensor:
+        """The final norm, which comes once more after the coda."""
+        return core.native.get_submodule("transformer.ln_f")(x)
+
+
+class NormedGated(Cycle):
+    """Ouro (arXiv 2510.25741): the final norm after every loop, and a gate p = sigmoid(w state + b)."""
+
+    fixed = True
+
+    def after(
+        self, core: "ForeignCore", x: Tensor, inside: Tensor, context: "Context", loop: int  # noqa: ARG002
+    ) -> Tensor:  # fmt: skip
+        """The normed state."""
+        return core.native.get_submodule("model.norm")(inside)
+
+    def exit_gate(self, core: "ForeignCore", state: Tensor) -> Tensor:
+        """The chance to stop here, given that no earlier loop did."""
+        return torch.sigmoid(core.native.get_submodule("model.early_exit_gate")(state))[..., 0]
+
+
+class TwoStates(Cycle):
+    """TRM (arXiv 2510.04871): L_cycles loops of z_L = f(z_L + z_H + e), then one of z_H = f(z_H + z_L).
+
+    One loop is one application; the state is z_H.
+    """
+
+    fixed = True
+
+    def start(self, core: "ForeignCore", x: Tensor, context: Any) -> Tensor:
+        """Learned first states; keeps e, which is what the first layer sees beside them."""
+        inner: Any = core.native.get_submodule("inner")
+        high, low = inner.H_init.expand_as(x), inner.L_init.expand_as(x)
+        context.extra |= {"injected": x - (low + high), "low": low}
+        return high
+
+    def before(self, core: "ForeignCore", x: Tensor, context: Any, loop: int) -> Tensor:
+        """Both states, and e unless the high one moves."""
+        both = context.extra["low"] + x
+        return both if self._moves_high(core, loop) else both + context.extra["injected"]
+
+    def after(self, core: "ForeignCore", x: Tensor, inside: Tensor, context: Any, loop: int) -> Tensor:
+        """The high state, moved or not."""
+        if self._moves_high(core, loop):
+            return inside
+        context.extra["low"] = inside
+        return x
+
+    def _moves_high(self, core: "ForeignCore", loop: int) -> bool:
+        config: Any = core.native.config
+        return (loop + 1) % (config.L_cycles + 1) == 0

@@ -1,0 +1,99 @@
+"""A record for a model that has none: guessed from common names, or made of the six paths that the user gives."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from loopmdm_model.adapters.families import PATHS, Family
+from loopmdm_model.errors import UsageError
+
+COMMON = {
+    "embed": ("model.embed_tokens", "transformer.wte", "gpt_neox.embed_in", "embed_tokens", "embed", "wte"),
+    "attn": ("self_attn", "attention", "attn", "self_attention"),
+    "attn_out": ("o_proj", "out_proj", "c_proj", "dense", "proj", "Wo", "out", "wo"),
+    "mlp": ("mlp", "ffn", "feed_forward", "mlp.c_proj"),
+    "norm": ("norm", "final_norm", "final_layer_norm", "final_layernorm", "ln_f", "ln_final", "layer_norm"),
+    "head": ("lm_head", "cls", "output_layer", "embed_out", "unembed", "head", "predictions"),
+}
+"""Names to try for a part, likelier ones first."""
+
+
+def from_paths(given: Mapping[str, Any]) -> Family:
+    """A family of the paths in `given`; its other entries are fields of the record.
+
+    `attn`, `attn_out` and `mlp` are paths inside a block; `head` is one path or several, in order.
+    """
+    missing = [path for path in PATHS if path not in given]
+    if missing:
+        raise UsageError(f"{', '.join(missing)} missing; a model without a record needs {', '.join(PATHS)}")
+    several = {
+        name: (given[name],) if isinstance(given[name], str) else tuple(given[name]) for name in ("blocks", "head")
+    }
+    parts = {name: given[name] for name in ("attn", "attn_out", "mlp")}
+    rest = {name: value for name, value in given.items() if name not in PATHS}
+    chosen: dict[str, Any] = (
+        {"additive": False, "pre_norm": False, "options": {"use_cache": False}} | several | rest
+    )
+    return Family(embed=given["embed"], parts=parts, **chosen)
+
+
+def guesses(native: nn.Module) -> Iterator[Family]:
+    """Families that may describe `native`, likelier ones first; UsageError names what was not found."""
+    blocks = _largest_list(native)
+    block = native.get_submodule(f"{blocks}.0") if blocks else nn.Module()
+    attn = _first(block, COMMON["attn"])
+    out = None if attn is None else _first(block.get_submodule(attn), COMMON["attn_out"])
+    found: dict[str, Any] = {
+        "blocks": blocks,
+        "embed": _embedding(native),
+        "attn": attn,
+        "mlp": _first(block, COMMON["mlp"]),
+    }
+    found["attn_out"] = None if out is None else f"{attn}.{out}"
+    found["head"] = _first(native, COMMON["head"])
+    missing = [name for name, path in found.items() if path is None]
+    if missing:
+        raise UsageError(
+            f"{type(native).__name__} has no record, and its {', '.join(missing)} could not be found; "
+            f"give the paths {', '.join(f'{name}=' for name in PATHS)}"
+        )
+    above = blocks.rpartition(".")[0] if blocks else ""
+    beside = native.get_submodule(above)
+    norms = [f"{above}.{name}".lstrip(".") for name in COMMON["norm"] if hasattr(beside, name)]
+    for causal in (True, False):
+        for head in [(norm, found["head"]) for norm in norms] + [(found["head"],)]:
+            yield from_paths(found | {"head": head, "causal": causal, "remarks": ("its parts were guessed",)})
+
+
+def _largest_list(native: nn.Module) -> str | None:
+    """The list of equal modules that holds most parameters."""
+    lists = {
+        path: sum(parameter.numel() for parameter in module.parameters())
+        for path, module in native.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and len({type(child) for child in module}) == 1
+    }
+    return max(lists, key=lambda path: lists[path], default=None)
+
+
+def _embedding(native: nn.Module) -> str | None:
+    """The table of the tokens, by what the model says, by common names, or the largest."""
+    tables = {path: module for path, module in native.named_modules() if isinstance(module, nn.Embedding)}
+    try:
+        said = native.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    except (AttributeError, NotImplementedError):
+        said = None
+    by_word = [path for path, table in tables.items() if table is said]
+    return next(iter(by_word), None) or _first(native, COMMON["embed"]) or max(
+        tables, key=lambda path: tables[path].num_embeddings, default=None
+    )  # fmt: skip
+
+
+def _first(module: nn.Module, paths: tuple[str, ...]) -> str | None:
+    for path in paths:
+        try:
+            module.get_submodule(path)
+        except AttributeError:
+            continue
+        return path
+    return None

@@ -1,0 +1,363 @@
+"""Opening by name, what a loaded model must be, and one clear line for everything that is not."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from loopmdm_model import LoopMDM, UsageError, open_model, sites
+from loopmdm_model.adapters import FAMILIES, hook_model, loading
+from loopmdm_model.errors import UnknownNameError
+from tests.conftest import toy_model
+from tests.loopmdm_model.adapters import natives, standins
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A saved BERT in two shards."""
+    natives.native("Bert").save_pretrained(tmp_path / "bert", max_shard_size="20kB")
+    return tmp_path / "bert"
+
+
+def edited(folder, **changes):
+    """The folder with other entries in config.json; None takes one out."""
+    path = folder / "config.json"
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+    return folder
+
+
+# --- what works ---
+
+
+@pytest.mark.parametrize("name", natives.CONFIGS)
+def test_every_class_of_transformers_is_taken_in(name):
+    how = {"Esm": {}}.get(name, {"mask_token_id": 103})
+    m = hook_model(natives.native(name), **how)
+    tokens = natives.tokens()
+    assert m.record["checks"]["logits"] == 0.0
+    assert m.record["family"] == ("guessed" if name in ("GPT2", "GPTNeoX") else name.lower())
+    assert m.facts.trained_to == (
+        0.3 if name == "ModernBert" else 1.0 if name in (*natives.CAUSAL, "GPT2") else 0.15
+    )
+    assert m.facts.causal == (name in (*natives.CAUSAL, "GPT2"))
+    assert m(tokens).shape == (*tokens.shape, natives.V)
+
+
+def test_a_folder_is_opened_with_its_provenance(folder):
+    m = open_model(folder, mask_token_id=103, loop=(1, 2), max_loops=2, dtype=torch.float64)
+    assert m.model_name == "bert" and m.model.dtype == torch.float64
+    assert m.record["source"] == str(folder) and m.record["transformers"] == transformers.__version__
+    assert m.record["checks"]["logits"] <= 1e-6
+    tokens = natives.tokens()
+    logits = m(tokens, 1).float()
+    wanted = natives.native("Bert")(tokens).logits
+    wanted[..., 103] = float("-inf")
+    torch.testing.assert_close(logits, wanted, rtol=0.0, atol=1e-5)
+
+
+def test_ours_are_opened_too(tmp_path):
+    toy_model().save_pretrained(tmp_path)
+    assert isinstance(open_model(tmp_path).model, LoopMDM)
+    assert isinstance(open_model("sotu-loop").model, LoopMDM)
+    with pytest.raises(UsageError, match=r"is a LoopMDM"):
+        open_model(tmp_path, mask_token_id=3)
+    with pytest.raises(UnknownNameError, match=r"did you mean sotu-loop"):
+        open_model("sotu-lop")
+
+
+def test_text_by_a_tokenizer_of_transformers():
+    words = {f"w{i}": i for i in range(118)} | {"<pad>": 118, "<mask>": 119}
+    inside = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    inside.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inside, mask_token="<mask>", pad_token="<pad>"
+    )
+    m = hook_model(natives.native("Bert"), tokenizer=tokenizer, loop=(1, 2))
+    assert m.cfg.mask_token_id == 119
+    logits = m(["w45 w46 w47", "w48"])
+    torch.testing.assert_close(logits[1, :1], m("w48")[0], rtol=0.0, atol=1e-5)
+    batch = m.mask("w45 w46 w47 w48", ratio=0.5)
+    assert int(batch.masked.sum()) == 2 and m.to_str_tokens(batch.clean)[0] == "w45"
+
+
+def test_flops_are_those_that_torch_counts():
+    for name in ("Llama", "Bert", "ModernBert"):
+        m = hook_model(natives.native(name), mask_token_id=103)
+        tokens = natives.tokens(batch=1)
+        with FlopCounterMode(display=False) as counter:
+            m(tokens, 1, attn_path="eager")
+        length = tokens.shape[1]
+        counted = m.cfg.n_layers * m.model.layer_flops(length) + m.cfg.unembedding_flops(length)
+        rotary = counter.get_total_flops() - counted  # tables made by a product, which nobody counts
+        assert 0 <= rotary < 0.005 * counted, name
+    layer = natives.native("Llama").model.layers[0]
+    kept = 2 * 12 * (layer.self_attn.k_proj.weight.numel() + layer.self_attn.v_proj.weight.numel())
+    assert hook_model(natives.native("Llama")).model.layer_flops(12, 0) == kept  # held tokens give keys and values
+
+
+def test_a_model_without_a_record_by_its_six_paths():
+    class Plain(nn.Module):
+        """Somebody's own model: no config, no transformers."""
+
+        def __init__(self):
+            super().__init__()
+            self.words, self.stack = nn.Embedding(30, 16), nn.ModuleList(standins.Decoder() for _ in range(2))
+            self.read = nn.Linear(16, 30)
+
+        def forward(self, ids, attention_mask=None):
+            x = self.words(ids)
+            for layer in self.stack:
+                x = layer(x, attention_mask=None)[0]
+            return self.read(x)
+
+    native = standins.prepared(Plain())
+    paths = {"blocks": "stack", "embed": "words", "head": "read", "attn": "self_attn"}
+    paths |= {"attn_out": "self_attn.o_proj", "mlp": "mlp"}
+    sizes = {"d_vocab": 30, "d_model": 16, "n_heads": 2, "n_ctx": 12}
+    m = hook_model(native, loop=(0, 2), max_loops=2, sizes=sizes, mask_token_id=7, options={}, **paths)
+    assert m.record["family"] == "given" and m.record["checks"]["logits"] == 0.0
+    with pytest.raises(UsageError, match=r"attn_out missing; a model without a record needs blocks"):
+        hook_model(native, **{name: path for name, path in paths.items() if name != "attn_out"})
+    with pytest.raises(
+        UsageError, match=r"has no record, and its head could not be found; give the paths blocks=, embed="
+    ):
+        hook_model(native)
+    with pytest.raises(UsageError, match=r'none of vocab_size; give sizes={"d_vocab"'):
+        hook_model(native, **paths)
+    with pytest.raises(UsageError, match=r"attends with 2 heads of 8, its config says 4 of 4"):
+        hook_model(native, sizes=sizes | {"n_heads": 4}, options={}, **paths)
+    lost = hook_model(native, sizes=sizes, options={}, mask_token_id=7, **(paths | {"embed": "word"})).model
+    with pytest.raises(UsageError, match=r"has no 'word'; give embed= the path that holds it"):
+        lost.mask_vector.norm()
+
+
+def test_an_eight_billion_parameter_model_without_weights():
+    begun = time.perf_counter()
+    sizes = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    sizes |= {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192}
+    with torch.device("meta"):
+        native = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, attn_implementation="sdpa"))
+    m = hook_model(native, loop=(12, 8), max_loops=4)
+    assert "12 + 8 x S + 12 layers" in repr(m) and m.model.n_parameters > 8e9
+    shapes = {name: sites.shape(m.cfg, name, 1, 100) for name in sites.all_names(m.cfg, 4)}
+    assert shapes["loop.3.blocks.19.attn.hook_pattern"] == (1, 32, 100, 100)
+    assert shapes["loop.0.blocks.12.attn.hook_k"] == (1, 100, 8, 128)
+    assert m.model.layer_flops(100) > 0
+    assert time.perf_counter() - begun < 10
+
+
+def test_eight_billion_by_a_config_alone(tmp_path):
+    sizes = {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36}
+    sizes |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False}
+    transformers.Qwen3Config(**sizes, architectures=["Qwen3ForCausalLM"]).save_pretrained(tmp_path)
+    begun = time.perf_counter()
+    m = open_model(tmp_path, device="meta", bidirectional=True, mask_token_id=151662)
+    assert m.model.n_parameters > 8e9 and not m.facts.causal and m.facts.mask_token_id == 151662
+    assert "blocks.35.attn.hook_pattern" in sites.all_names(m.cfg, 1)
+    assert time.perf_counter() - begun < 10
+
+
+def test_the_meta_device_by_name(folder):
+    m = open_model(folder, device="meta", mask_token_id=103)
+    assert m.model.device.type == "meta" and "meta" in m.record["checks"]["none"]
+
+
+# --- what is refused ---
+
+
+def test_ours_does_not_read_anothers_config(folder):
+    with pytest.raises(
+        UsageError, match=r"describes another model \(bert\), not a LoopMDM; open it with open_model"
+    ):
+        LoopMDM.from_pretrained(folder)
+
+
+def test_no_network(monkeypatch):
+    def nowhere(*args, **kwargs):
+        raise OSError("no route to the hub")
+
+    monkeypatch.setattr(transformers.PretrainedConfig, "get_config_dict", nowhere)
+    with pytest.raises(OSError, match=r"none was to be had from the hub .*; check the name and the network"):
+        open_model("hf:nobody-here/no-such-model")
+
+
+@pytest.mark.parametrize("version", ["4.40.1", "6.0.0"])
+def test_a_transformers_too_old_or_new(folder, monkeypatch, version):
+    monkeypatch.setattr(loading, "version", lambda name: version)
+    with pytest.raises(UsageError, match=f"transformers {version} is too (old|new) .* pip install"):
+        open_model(folder)
+
+
+def test_no_transformers(folder, monkeypatch):
+    monkeypatch.setattr(loading, "version", lambda name: (_ for _ in ()).throw(ImportError(name)))
+    with pytest.raises(UsageError, match=r"need transformers: pip install"):
+        open_model(folder)
+
+
+def test_a_missing_shard(folder):
+    shards = sorted(folder.glob("model-*.safetensors"))
+    shards[1].unlink()
+    with pytest.raises(UsageError, match=rf"lacks {shards[1].name} \(1 of {len(shards)} shards\)"):
+        open_model(folder)
+
+
+def test_half_a_shard(folder):
+    shard = sorted(folder.glob("model-*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:500])
+    with pytest.raises(UsageError, match=r"does not load with transformers"):
+        open_model(folder)
+
+
+def test_missing_weights(folder):
+    native = natives.native("Bert")
+    shutil.rmtree(folder)
+    native.bert.save_pretrained(folder)  # an encoder without its head
+    edited(folder, architectures=["BertForMaskedLM"])
+    with pytest.raises(UsageError, match=r"lacks cls.*more weights"):
+        open_model(folder, mask_token_id=103)
+
+
+def test_quantised_weights(folder):
+    edited(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(UsageError, match=r"is quantised \(gptq\); open the unquantised"):
+        open_model(folder)
+    native = natives.native("Bert")
+    native.is_quantized = True
+    with pytest.raises(UsageError, match=r"is quantised; load it without"):
+        hook_model(native)
+
+
+def test_its_own_code_only_where_that_is_said(folder):
+    edited(
+        folder,
+        model_type="novel",
+        auto_map={"AutoModelForMaskedLM": "modeling.Novel"},
+        architectures=["DreamModel"],
+    )
+    with pytest.raises(
+        UsageError, match=r"\(dream\) brings its own code; read it, then pass trust_remote_code=True"
+    ):
+        open_model(folder)
+
+
+def test_an_unknown_family(folder):
+    with pytest.raises(UnknownNameError, match=r"unknown family 'bertt'; did you mean bert"):
+        open_model(folder, family="bertt")
+    edited(folder, architectures=None, model_type=None)
+    with pytest.raises(UsageError, match=r"unknown key in config"):  # then it can only be ours
+        open_model(folder)
+
+
+@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
+def test_attention_that_nobody_can_listen_to(attention):
+    native = natives.native("Bert")
+    native.config._attn_implementation = attention
+    with pytest.raises(
+        UsageError, match=f"attn_implementation='{attention}'.*load it with attn_implementation='sdpa'"
+    ):
+        hook_model(native, mask_token_id=103)
+
+
+def test_attention_of_its_own_making():
+    class Soft(standins.SelfAttention):
+        def forward(self, x, mask=None, causal=False):
+            return self.o_proj(self.q_proj(x))
+
+    native = standins.prepared(standins.DreamModel())
+    for layer in native.model.layers:
+        layer.self_attn.__class__ = Soft
+    with pytest.raises(
+        UsageError, match=r"made no call of scaled_dot_product_attention.*load the model with attn"
+    ):
+        hook_model(native)
+    m = hook_model(standins.prepared(standins.MDLM()), hears=False)
+    assert not any("pattern" in leaf for leaf in m.cfg.leaves) and m.record["checks"]["logits"] == 0.0
+
+
+def test_a_mask_that_does_not_exist():
+    with pytest.raises(
+        UsageError, match=r"mask_token_id 500 is outside the vocabulary 0..119; give mask_token_id="
+    ):
+        hook_model(natives.native("Bert"), mask_token_id=500)
+    with pytest.raises(
+        UsageError, match=r"has a .MASK., but neither config nor tokenizer names its id.*give mask_token_id="
+    ):
+        hook_model(natives.native("Bert"))
+    words = {f"w{i}": i for i in range(119)} | {"[MASK]": 119}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    assert hook_model(natives.native("Bert"), tokenizer=tokenizer).cfg.mask_token_id == 119
+
+
+def test_a_config_attribute_that_nobody_knows():
+    native = natives.native("Bert", twisted=True)
+    with pytest.raises(UsageError, match=r"the config has twisted = True.*give ignores=\('twisted',\)"):
+        hook_model(native, mask_token_id=103)
+    hook_model(native, mask_token_id=103, ignores=(*FAMILIES["bert"].ignores, "twisted"))
+    with pytest.raises(UsageError, match=r"position_embedding_type = 'relative_key'"):
+        hook_model(natives.native("Bert", position_embedding_type="relative_key"), mask_token_id=103)
+    hook_model(natives.native("Bert", position_embedding_type="absolute"), mask_token_id=103)
+
+
+def test_facts_that_are_not_true():
+    with pytest.raises(
+        UsageError, match=r"is declared causal, but later tokens move earlier logits; give causal=False"
+    ):
+        hook_model(natives.native("Bert"), mask_token_id=103, causal=True)
+    with pytest.raises(
+        UsageError, match=r"lets no later token move earlier logits; give causal=True, or bidirectional"
+    ):
+        hook_model(natives.native("Llama"), causal=False)
+    with pytest.raises(UsageError, match=r"not the sum of what attention and MLP add.*give additive=False"):
+        hook_model(natives.native("Bert"), mask_token_id=103, additive=True)
+
+
+def test_a_forward_that_fails_says_so():
+    native = natives.native("Llama", num_attention_heads=4, num_key_value_heads=2)
+    native.model.norm = nn.LayerNorm(7)
+    with pytest.raises(UsageError, match=r"its own forward fails on 8 random tokens .*; give family="):
+        hook_model(native)
+
+
+def test_a_record_of_another_model():
+    with pytest.raises(UsageError, match=r"logits differ from the native forward's.*give family="):
+        hook_model(natives.native("Llama"), head=("lm_head",))
+    with pytest.raises(UsageError, match=r"has no 'bert.encoder.layer'; give blocks= the path"):
+        hook_model(natives.native("Llama"), family="bert", mask_token_id=3)
+    with pytest.raises(UsageError, match=r"never offers hook_mlp_out; the record names a part that is not called"):
+        parts = {**FAMILIES["bert"].parts, "mlp": "attention.self.unused"}
+        native = natives.native("Bert")
+        for layer in native.bert.encoder.layer:
+            layer.attention.self.unused = nn.Linear(32, 32)
+        hook_model(native, family=replace(FAMILIES["bert"], parts=parts), mask_token_id=103)
+
+
+def test_other_slips():
+    with pytest.raises(UsageError, match=r"hook_model takes a torch module, got str; open_model takes names"):
+        hook_model("bert")
+    with pytest.raises(
+        UnknownNameError, match=r"unknown key in hook_model 'mask_token'; did you mean mask_token_id"
+    ):
+        hook_model(natives.native("Bert"), mask_token=3)
+    with pytest.raises(UsageError, match=r"loop=\(3, 2\) does not fit into the 4 layers"):
+        hook_model(natives.native("Llama"), loop=(3, 2))
+    with pytest.raises(UsageError, match=r"holds no fast tokenizer"):
+        hook_model(natives.native("Llama"), tokenizer=object())
+
+
+def test_nothing_is_imported_before_it_is_asked_for():
+    code = (
+        "import sys, loopmdm_model.adapters as a; a.FAMILIES; "
+        "heavy = {'transformers', 'transformer_lens'} & sys.modules.keys(); assert not heavy, heavy; "
+        "import loopmdm_model; loopmdm_model.hook_model, loopmdm_model.open_model; "
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
