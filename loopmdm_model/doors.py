@@ -115,6 +115,8 @@ class Doors(FoldedWeights, TextEntries, LoopHooks):
 
     def _plain(self, tokens: Given, mask: Tensor | None) -> tuple[Any, Tensor | None]:
         """Ids [batch, pos] or text, and the mask that came with them."""
+        boards = self._boards(tokens)
+        tokens = tokens if boards is None else boards
         if isinstance(tokens, MaskedBatch):
             tokens, mask = tokens.tokens, tokens.attention_mask if mask is None else mask
         if isinstance(tokens, np.ndarray | list | tuple) and len(tokens) and not isinstance(tokens[0], str):

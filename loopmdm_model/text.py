@@ -24,13 +24,19 @@ class TextEntries:
 
     def _inputs(self, tokens: Tensor | str | list[str], mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Token ids of text or ids, and the padding mask that [PAD] implies unless one is given."""
-        board = None if isinstance(tokens, Tensor | str) else board_of_model(self.cfg)
-        boards = None if board is None else board.find(tokens)
-        if boards is not None:
-            tokens = boards.masked_fill(boards < 0, self.cfg.mask_token_id).to(self.model.device)
+        boards = self._boards(tokens)
+        tokens = tokens if boards is None else boards
         if not isinstance(tokens, Tensor):
             tokens = self.to_tokens(tokens)
         return tokens, self.padding_mask(tokens) if mask is None else mask
+
+    def _boards(self, given: object) -> Tensor | None:
+        """Ids of boards as people write them, [MASK] where a cell is empty; None if they are none."""
+        board = None if isinstance(given, Tensor | str) else board_of_model(self.cfg)
+        found = None if board is None else board.find(given)
+        if found is None:
+            return None
+        return found.masked_fill(found < 0, self.cfg.mask_token_id).to(self.model.device)
 
     def _text(self) -> Tokenizer:
         if self.tokenizer is None:

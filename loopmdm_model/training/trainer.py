@@ -56,7 +56,7 @@ class Trainer:
 
     def __init__(self, spec: RunSpec, folder: Path, resume: bool = False, checkpoint_seconds: float = 600.0):
         self.spec, self.folder, self.checkpoint_seconds = spec, folder, checkpoint_seconds
-        self.told_to_stop = False
+        self.told_to_stop, self._saved = False, time.monotonic()
         self.accelerator = Accelerator(mixed_precision=spec.training.precision or None)
         self._check_shares()
         with self.accelerator.main_process_first():
