@@ -7,7 +7,7 @@ token that the rule looks at has stopped.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,6 +22,7 @@ from loopmdm_model.taps import TapSource, no_taps
 OnLoop = Callable[[LoopView], None]
 
 
+@runtime_checkable
 class Looping(Protocol):
     """What looping needs of a model."""
 

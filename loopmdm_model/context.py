@@ -1,11 +1,13 @@
 """What layer applications need beside their input: who is masked, who is real, who is held."""
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+Own = TypeVar("Own", bound="Context")
 
 
 @dataclass(slots=True)
@@ -33,12 +35,12 @@ class Context:
         """Which positions are not padding."""
         return torch.ones_like(self.tokens, dtype=torch.bool) if self.keys is None else self.keys
 
-    def rows(self, keep: Tensor) -> Self:
+    def rows(self: Own, keep: Tensor) -> Own:
         """The context of the sequences `keep` (index or boolean [batch])."""
         keys = None if self.keys is None else self.keys[keep]
         held = None if self.held is None else self.held[keep]
         return replace(self, tokens=self.tokens[keep], keys=keys, held=held)
 
-    def hold(self, held: Bool[Tensor, "batch pos"]) -> Self:
+    def hold(self: Own, held: Bool[Tensor, "batch pos"]) -> Own:
         """The context with some tokens held."""
         return replace(self, held=held)

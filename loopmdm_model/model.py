@@ -10,7 +10,7 @@ n_loops = i + 1.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self, cast
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -35,10 +35,10 @@ class LoopMDMContext(Context):
     rotary: tuple[Tensor, Tensor]
     allowed: dict[str, Tensor | None]
 
-    def rows(self, keep: Tensor) -> Self:
+    def rows(self, keep: Tensor) -> "LoopMDMContext":
         """The context of the sequences `keep` (index or boolean [batch])."""
         allowed = {name: None if mask is None else mask[keep] for name, mask in self.allowed.items()}
-        return replace(Context.rows(self, keep), allowed=allowed)  # pyright: ignore[reportReturnType]
+        return replace(cast(LoopMDMContext, Context.rows(self, keep)), allowed=allowed)
 
 
 class LoopMDM(Core):

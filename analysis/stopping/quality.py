@@ -21,7 +21,7 @@ from torch import Tensor
 from loopmdm_model import stats
 from loopmdm_model.data.sudoku import Board
 from loopmdm_model.errors import UsageError
-from loopmdm_model.model import LoopedModel
+from loopmdm_model.protocol import LoopedModel
 from loopmdm_model.sampling import SampleResult, sample
 from loopmdm_model.sequences import MaskedBatch
 
