@@ -14,12 +14,13 @@ from loopmdm_model.data.batches import dataset
 from loopmdm_model.data.puzzles import puzzles
 from loopmdm_model.data.sudoku import BOARDS
 from loopmdm_model.evaluation import solve_one_shot
+from loopmdm_model.taps import explicit_taps
 
 m = HookedLoopMDM.from_pretrained("sudoku-loop")
 grids = dataset("sudoku6", 36, 7, 0).batch(0, 4)
 b = puzzles(BOARDS["sudoku6"], grids, 20)
 logits, cache = m.run_with_cache(b.tokens, n_loops=3)
-m.model(b.tokens, 2, torch.ones_like(b.tokens), m.taps)
+m.model(b.tokens, 2, torch.ones_like(b.tokens), explicit_taps)
 m.run(b.tokens, stop=StateDelta(0.5, max_loops=4))
 nelbo(m, grids, n_loops=2, n_samples=2)
 solve_one_shot(m.model, BOARDS["sudoku6"], b, 2)
