@@ -131,6 +131,10 @@ class Layout:
         names = ("n_prelude_layers", "n_loop_layers", "n_coda_layers", "max_loops")
         return dict(zip(names, sizes, strict=True))
 
+    def hidden(self, tokens: Any) -> Any:
+        """Which of `tokens` hold [MASK], a boolean tensor; none in a model that has no [MASK]."""
+        return tokens != tokens if self.mask_token_id is None else tokens == self.mask_token_id
+
     def layer_flops(self, length: int, moving: Any = None) -> Any:
         """FLOPs of one layer applied to one sequence of `length` tokens: 2mnk a product, attention included.
 

@@ -126,6 +126,7 @@ def draws(
     """Masks, and the weights that turn sequences' sums of cross-entropies into nats per token, draw by draw."""
     if estimator not in get_args(Estimator):
         raise UsageError(f"estimator must be one of {', '.join(get_args(Estimator))}, got {estimator!r}")
+    model.cfg.facts.need("masks", by="the likelihood")
     mask_token_id = model.cfg.mask_token_id
     for draw in range(read.n_samples):
         if estimator == "exact-count":

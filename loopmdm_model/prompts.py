@@ -47,6 +47,7 @@ class Start:
         length: int | None = None,
     ) -> "Start":
         """Read what `sample` is given; UsageError for what does not fit the model or each other."""
+        model.cfg.facts.need("masks", by="sample")
         cfg, prompts = model.cfg, _prompts(model, prompt)
         real = clues.sequences.real if isinstance(clues, MaskedBatch) else None
         clues = _clues(model, clues)

@@ -127,6 +127,7 @@ class Sequences(_Rows):
 
     def clean_for(self, model: Any) -> "Sequences":
         """As `model` reads them, its [PAD] told from tokens; refuses [MASK] and ids that it does not know."""
+        model.cfg.facts.need("masks", by="the likelihood")
         infer = getattr(model, "padding_mask", None)
         real = infer(self.tokens) if self.real is None and infer is not None else self.real
         known = self if real is self.real else Sequences.of(self.tokens, self.maskable, real, self.clusters)

@@ -40,7 +40,7 @@ class States:
     @classmethod
     def of(cls, m: HookedLoopMDM, b: MaskedBatch) -> "States":
         """Of a batch that `m` is to read."""
-        holds = b.tokens == m.cfg.mask_token_id
+        holds = m.cfg.hidden(b.tokens)
         return cls(holds, b.real, b.clusters, int(b.masked.sum()), int(b.allowed.sum()))
 
     @cached_property

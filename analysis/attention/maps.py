@@ -91,7 +91,7 @@ def attention_across_loops(
         raise UsageError(f'head must be "auto" or 0..{n_heads - 1}, got {head!r}')
     head = int(head)
     tokens = cache.tokens[sequence].cpu()
-    masked = (tokens == cache.cfg.mask_token_id).numpy()
+    masked = cache.cfg.hidden(tokens).numpy()
     known = cache.owner.tokenizer is not None
     labels = cache.owner.to_str_tokens(tokens) if known else [str(int(token)) for token in tokens]
     places = np.argsort(~masked, kind="stable") if order == "masked-first" else np.arange(len(tokens))

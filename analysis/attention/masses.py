@@ -56,6 +56,7 @@ class AttentionSums(PlaceSums):
         by_head: bool = True,
         keys: KeyGroups = MASKED_OR_CLEAN,
     ):
+        m.facts.need("masks", "bidirectional", by="attention between masked and clean positions")
         super().__init__(m, n_loops, by_head)
         self.keys, self.needs_values = keys, content
         self._gram: dict[int, Tensor] = {}

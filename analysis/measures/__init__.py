@@ -4,7 +4,8 @@
     measure("mask-attention", "sudoku-loop", along_sampling=16)    before the denoising steps of its own samples
 
 A measure is a function of a `Case` (a model and its test set) and a masked batch, or of the case alone where it
-draws its own masks, that gives a tidy frame. To add one: a file with the function, one entry here.
+draws its own masks, that gives a tidy frame. To add one: a file with the function, one entry here; from another
+package, an entry point of the group "loopmdm.measures" that names a `Measure` or a list of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +23,8 @@ from analysis.measures.adapters import RATIOS, looped, plain
 from analysis.stopping import record
 from loopmdm_model.data.sudoku import BOARDS
 from loopmdm_model.data.trees import TREE_TASKS
-from loopmdm_model.errors import UsageError, check_count, unknown_name
+from loopmdm_model.errors import UsageError, check_count
+from loopmdm_model.registry import Registry
 from loopmdm_model.stopping import StoppingRule
 
 
@@ -30,7 +32,8 @@ from loopmdm_model.stopping import StoppingRule
 class Measure(Edition):
     """`run` takes a case and, if `on` is "masks", a masked batch; else `on` is "test set" or the task it needs.
 
-    `samples`: its errors are over samples that the model draws, not over test sequences.
+    `samples`: its errors are over samples that the model draws, not over test sequences. `needs`: facts that a
+    model must have (`layout.NEEDS`).
     """
 
     name: str
@@ -38,13 +41,15 @@ class Measure(Edition):
     run: Callable[..., pd.DataFrame]
     on: str = "masks"
     samples: bool = False
+    needs: tuple[str, ...] = ("masks", "bidirectional")
 
     def answers(self, corpus: str) -> bool:
         """Whether models trained on `corpus` have such an answer."""
         return corpus in ANSWERED.get(self.on, (corpus,))
 
     def check(self, case: Case) -> None:
-        """UsageError where the task has no such answer."""
+        """UsageError where the task has no such answer, or the model lacks a fact."""
+        case.m.facts.need(*self.needs, by=self.name)
         if not self.answers(case.test.task):
             wanted = ", ".join(ANSWERED[self.on])
             raise UsageError(f"{self.name} needs a model of {wanted}; this one is of {case.test.task}")
@@ -69,8 +74,6 @@ def measure(
     denoising steps, before five steps of the model's own samples (column `step`). `n_units` independent sequences,
     or documents where they share one, are what errors are over; Student's t with n_units - 1 goes with them.
     """
-    if name not in MEASURES:
-        raise unknown_name("measure", name, MEASURES)
     check_count("along_sampling", along_sampling, least=0)
     item, case = MEASURES[name], Case.of(model, n_loops, n, seed)
     item.check(case)
@@ -122,9 +125,11 @@ def _ratios() -> tuple:
     return adapters.RATIOS
 
 
-MEASURES = {
-    item.name: item
-    for item in (
+MEASURES: Registry[Measure] = Registry(
+    "measure",
+    Measure,
+    "loopmdm.measures",
+    (
         Measure(
             "mask-attention",
             "masses, chance, lift, log-odds, content by loop, layer, head",
@@ -303,5 +308,5 @@ MEASURES = {
             "tree",
             goes_by=_ratios,
         ),
-    )
-}
+    ),
+)

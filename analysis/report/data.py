@@ -118,7 +118,7 @@ def run_of(cache: LoopCache, clean: MaskedBatch | Tensor | None = None, sequence
         n_loops=n_loops,
         tokens=_pieces(cache, tokens[real]),
         truth=None if truth is None else _pieces(cache, truth[real]),
-        masked=(tokens[real] == m.cfg.mask_token_id).cpu().numpy(),
+        masked=m.cfg.hidden(tokens[real]).cpu().numpy(),
         board=_board(cache, int(real.sum())),
         places=places,
         maps=np.stack([found[place][:, keep][:, :, keep] for place in places]),
@@ -139,7 +139,7 @@ def _truth(clean: MaskedBatch | Tensor, cache: LoopCache) -> Tensor:
     if ids.shape != cache.tokens.shape:
         raise UsageError(f"clean has shape {list(ids.shape)}, the cached tokens {list(cache.tokens.shape)}")
     ids = ids.to(cache.tokens.device)
-    if bool(((ids != cache.tokens) & (cache.tokens != cache.cfg.mask_token_id)).any()):
+    if bool(((ids != cache.tokens) & ~cache.cfg.hidden(cache.tokens)).any()):
         raise UsageError(
             "clean differs from the cached tokens where nothing is masked; give the batch that was run"
         )

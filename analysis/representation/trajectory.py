@@ -25,7 +25,7 @@ def check_loops(m: HookedLoopMDM, n_loops: int | None) -> int:
 
 def token_groups(m: HookedLoopMDM, b: MaskedBatch) -> dict[str, Bool[Tensor, "batch pos"]]:
     """Real positions that hold [MASK] and those that hold a token."""
-    masked, real = b.tokens == m.cfg.mask_token_id, b.real
+    masked, real = m.cfg.hidden(b.tokens), b.real
     return {"masked": masked & real, "clean": ~masked & real}
 
 

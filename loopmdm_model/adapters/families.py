@@ -2,7 +2,8 @@
 
 Paths are torch's (`get_submodule`), those of parts inside a block. Module trees were read in transformers 5.23;
 for code that lives beside its weights, in copies of what `home` names. To add a family, add a record; what lies
-between loops is a `Cycle`.
+between loops is a `Cycle`. Another package joins by an entry point of the group "loopmdm.models" that names a
+`Family` with a `name`, or a list of them.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from loopmdm_model.adapters.cycles import Cycle, Injected, InjectedNormed, NormedGated, TwoStates
 from loopmdm_model.errors import UsageError, unknown_name
 from loopmdm_model.layout import Facts
+from loopmdm_model.registry import Registry
 
 PATHS = ("blocks", "embed", "head", "attn", "attn_out", "mlp")
 """What a user gives for a model without a record."""
@@ -71,10 +73,10 @@ def under_time_zero(native: nn.Module, x: Tensor) -> Tensor:
 class Family:
     """Where a family keeps its parts and what it is.
 
-    Where: `classes` names its model classes; `blocks` are module lists, in running order; `embed` the token
-    table, `lift` what takes its vectors to d_model, if they differ; `head` leads from the last state to logits, by
-    paths or functions of (native, x); `parts` of a block are attn (where attention is computed; without it, the
-    block itself), attn_out, mlp, ln1, ln2, q, k.
+    Where: `name` is what it goes by here; `classes` names its model classes; `blocks` are module lists, in running
+    order; `embed` the token table, `lift` what takes its vectors to d_model, if they differ; `head` leads from the
+    last state to logits, by paths or functions of (native, x); `parts` of a block are attn (where attention is
+    computed; without it, the block itself), attn_out, mlp, ln1, ln2, q, k.
 
     How: `sizes` has names in the config where they are uncommon, numbers, or functions of the config; `loop` the
     layers that the model itself loops, as (first, n), numbers or names in the config, n None for all; `call` and
@@ -84,6 +86,7 @@ class Family:
     function; `auto` and `home` are where transformers and the hub have it. The rest are `Facts`.
     """
 
+    name: str = ""
     classes: tuple[str, ...] = ()
     blocks: tuple[str, ...]
     embed: str
@@ -284,7 +287,7 @@ TRM = Family(
 )
 # fmt: on
 
-FAMILIES: dict[str, Family] = {
+RECORDS = {
     "bert": BERT,
     "roberta": ROBERTA,
     "albert": ALBERT,
@@ -305,6 +308,10 @@ FAMILIES: dict[str, Family] = {
     "ouro": OURO,
     "trm": TRM,
 }
+
+FAMILIES: Registry[Family] = Registry(
+    "family", Family, "loopmdm.models", (replace(record, name=name) for name, record in RECORDS.items())
+)
 
 
 def family_named(name: str) -> Family:
