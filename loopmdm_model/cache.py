@@ -1,6 +1,7 @@
 """What a run left behind: activations by name, by (name, "loop", i, layer), stacked over loops."""
 
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,8 @@ from loopmdm_model.errors import MissingAttribute, UnknownNameError, UsageError,
 
 if TYPE_CHECKING:
     from transformer_lens import ActivationCache
+    from transformer_lens.hook_points import HookPoint
+    from transformer_lens.utilities import Slice
 
     from loopmdm_model.hooked import LoopRuns
 
@@ -133,3 +136,22 @@ class LoopCache(Mapping[str, Tensor]):
         if bool((used != self.n_loops).any()):
             raise UsageError("sequences or tokens stopped at different loops; unroll a run with a fixed n_loops")
         return self.owner.unroll(self)
+
+
+@dataclass(frozen=True)
+class Keeper:
+    """A hook that puts a copy of what it sees into a cache, as slice, place and dtype want it."""
+
+    store: dict[str, Tensor]
+    suffix: str
+    piece: "Slice"
+    remove_batch_dim: bool
+    form: tuple[Any, torch.dtype | None]
+
+    reads_only = True
+
+    def __call__(self, value: Tensor, hook: "HookPoint") -> None:
+        """Keep it under the point's name."""
+        assert hook.name is not None
+        value = self.piece.apply(value.detach(), dim=sites.position_axis(hook.name)).to(*self.form, copy=True)
+        self.store[hook.name + self.suffix] = value[0] if self.remove_batch_dim else value

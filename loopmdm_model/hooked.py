@@ -6,7 +6,6 @@ and without a cache. Attention is computed explicitly only where somebody listen
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,12 +13,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformer_lens import ActivationCache
-from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
 
 from loopmdm_model import sites
 from loopmdm_model.adaptive import OnLoop
-from loopmdm_model.cache import LoopCache
+from loopmdm_model.cache import Keeper, LoopCache
 from loopmdm_model.checkpoints import RECORD, TOKENIZER, resolve
 from loopmdm_model.config import LoopMDMConfig
 from loopmdm_model.context import Context
@@ -146,7 +144,8 @@ class LoopRuns(TextEntries, LoopHooks):
         """H(0), H(1), .. with the hooks that hold where this is called, as `Core.states`."""
         tokens, attention_mask = self._inputs(tokens, attention_mask)
         check_count("n_loops", n_loops)
-        return self.model.states(tokens, n_loops, attention_mask, Call(self, check_path(attn_path)).taps)
+        found = self.model.states(tokens, n_loops, attention_mask, Call(self, check_path(attn_path)).taps)
+        return ((state.clone(), context) for state, context in found)  # the trajectory goes on with its own
 
     def loop(self, x: Tensor, context: Context, loop: int, attn_path: AttnPath = "auto") -> Tensor:
         """One loop on a state with hooks, as `Core.loop`."""
@@ -170,16 +169,9 @@ class LoopRuns(TextEntries, LoopHooks):
     ) -> tuple[dict, list, list]:
         """One predicate pair that caches what `names_filter` chooses, also in loops born later."""
         store: dict[str, Tensor] = {} if cache is None else cache
-        piece = Slice.unwrap(pos_slice)
-        chosen = self._filter(names_filter)
-
-        def save(value: Tensor, hook: HookPoint, suffix: str) -> None:
-            assert hook.name is not None
-            value = piece.apply(value.detach(), dim=sites.position_axis(hook.name)).to(device, dtype)
-            store[hook.name + suffix] = value[0] if remove_batch_dim else value
-
-        backward = [(chosen, partial(save, suffix="_grad"))] if incl_bwd else []
-        return store, [(chosen, partial(save, suffix=""))], backward
+        chosen, piece = self._filter(names_filter), Slice.unwrap(pos_slice)
+        kept = [Keeper(store, suffix, piece, remove_batch_dim, (device, dtype)) for suffix in ("", "_grad")]
+        return store, [(chosen, kept[0])], [(chosen, kept[1])] if incl_bwd else []
 
     def _filter(self, names_filter: Names, path: AttnPath | None = None) -> Callable[[str], bool]:
         if names_filter is None:

@@ -58,6 +58,13 @@ class SitePoint(HookPoint):
 
 
 Rule = tuple[Names, Callable, str]
+SHARED = ("hook_embed", "hook_in", "hook_out", "hook_resid_pre", "hook_resid_post")
+"""Leaves whose tensor goes by other names, too, or is remembered as a state."""
+
+
+def own_copy(point: HookPoint, x: Tensor) -> Tensor:
+    """What a hook may write into: a copy where the tensor goes by other names, so that only this site changes."""
+    return x.clone() if (point.name or "").endswith(SHARED) else x
 
 
 class Listener:
@@ -83,8 +90,10 @@ class Listener:
     def __call__(self, x: Tensor) -> Tensor:
         """Run the hooks as a HookPoint would."""
         for hook in self.forward:
-            out = hook(x, hook=self.point)
-            x = x if out is None else out
+            reads = getattr(hook, "reads_only", False)
+            given = x if reads else own_copy(self.point, x)
+            out = hook(given, hook=self.point)
+            x = out if out is not None else x if reads else given
         return x if self.backward is None else self.backward(x)
 
 
@@ -231,7 +240,7 @@ class HookTap(Tap):
         """Run the hooks at a leaf, if there are any."""
         point = self.points[name]
         if point._forward_hooks or point._backward_hooks:
-            x = self._fire(point, point, x)
+            x = self._fire(point, point, own_copy(point, x))
         for scope, listeners in self.heard:
             if name in listeners:
                 x = self._fire(point, listeners[name], x)

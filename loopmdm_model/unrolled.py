@@ -12,11 +12,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.FactoredMatrix import FactoredMatrix
-from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
 
 from loopmdm_model import sites
-from loopmdm_model.cache import LoopCache
+from loopmdm_model.cache import Keeper, LoopCache
 from loopmdm_model.config import FORBIDDEN, LoopMDMConfig
 from loopmdm_model.depth import Relay, depth_of, stream_at
 from loopmdm_model.doors import Doors, Given, refuse
@@ -234,18 +233,10 @@ class UnrolledLoopMDM(Doors):
     ) -> tuple[dict, list, list]:
         """As in TransformerLens; what is kept is a copy, and slices take the position axis of every leaf."""
         store: dict[str, Tensor] = {} if cache is None else cache
-        piece = Slice.unwrap(pos_slice)
-
-        def save(suffix: str, value: Tensor, hook: HookPoint) -> None:
-            assert hook.name is not None
-            value = value[0] if remove_batch_dim else value
-            value = piece.apply(value.detach(), dim=sites.position_axis(hook.name))
-            store[hook.name + suffix] = value.to(device, copy=True)
-
-        chosen = self._chosen(names_filter)
-        forward = [(name, lambda value, hook: save("", value, hook)) for name in chosen]
-        backward = [(name, lambda value, hook: save("_grad", value, hook)) for name in chosen if incl_bwd]
-        return store, forward, backward
+        piece, chosen = Slice.unwrap(pos_slice), self._chosen(names_filter)
+        kept = [Keeper(store, suffix, piece, remove_batch_dim, (device, None)) for suffix in ("", "_grad")]
+        forward, backward = ([(name, keeper) for name in chosen] for keeper in kept)
+        return store, forward, backward if incl_bwd else []
 
     def _chosen(self, names_filter: Any) -> list[str]:
         if names_filter is None:

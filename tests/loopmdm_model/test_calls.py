@@ -9,9 +9,13 @@ import pytest
 import torch
 
 from analysis.interventions import cut, damp, freeze, patch, skip, stale
+from loopmdm_model import sites
 from loopmdm_model.errors import UsageError
 from loopmdm_model.hooked import HookedLoopMDM
 from loopmdm_model.likelihood import nelbo
+from loopmdm_model.sites import at
+from loopmdm_model.stopping import StateDelta
+from tests.conftest import toy_config, toy_model
 
 BLOCKS = {
     "cut": lambda m: cut(m, "masked->masked"),
@@ -250,3 +254,57 @@ def test_likelihood_in_one_thread_is_not_touched_by_a_cut_in_another(model, clea
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(work, [True, False] * 8))
     assert found == [changed.mean, alone.mean] * 8
+
+
+# --- one tensor under several names ---
+
+
+def halved(value, hook):
+    return value * 0.5
+
+
+def halved_in_place(value, hook):
+    value.mul_(0.5)
+
+
+@pytest.mark.parametrize("name", sites.all_names(toy_config(gated_mlp=True), 3))
+def test_writing_in_place_is_returning_a_value(name, batch):
+    m = HookedLoopMDM(toy_model(gated_mlp=True))
+    caches, runs = [], []
+    for hook in (halved, halved_in_place):
+        with m.hooks([(name, hook)]):
+            caches.append(m.run_with_cache(batch.tokens, n_loops=3, names_filter=lambda name: True)[1])
+            runs.append(m.run(batch.tokens, stop=StateDelta(0.3, max_loops=3), attn_path="eager"))
+    assert caches[0].keys() == caches[1].keys()
+    for each in caches[0]:
+        assert torch.equal(caches[0][each], caches[1][each]), each
+    torch.testing.assert_close(runs[0].criterion, runs[1].criterion, equal_nan=True, rtol=0, atol=0)
+    m.add_hook(name, halved_in_place)
+    _, again = m.run_with_cache(batch.tokens, n_loops=3, names_filter=lambda name: True)
+    assert all(torch.equal(again[each], caches[0][each]) for each in again)
+
+
+@pytest.mark.parametrize("name", ["damp", "freeze", "stale"])
+def test_what_interventions_remember_is_not_written_into(hooked, batch, name):
+    found = []
+    for hook in (halved, halved_in_place):
+        with BLOCKS[name](hooked), hooked.hooks([("loop.1.hook_in", hook), ("loop.1.blocks.1.attn.hook_v", hook)]):
+            found.append(read(hooked, batch))
+    assert torch.equal(found[0], found[1])
+
+
+def test_a_cache_and_a_donor_stay_what_they_were(hooked, batch):
+    logits, cache = hooked.run_with_cache(batch.tokens, n_loops=3, names_filter=lambda name: True)
+    before = {name: value.clone() for name, value in cache.items()}
+    logits.zero_()
+    cache["loop.0.hook_out"].add_(1)
+    before["loop.0.hook_out"] += 1
+    donor = cache["loop.2.hook_out"]
+    with patch(hooked, 1, donor), hooked.hooks([(at(leaf="hook_in"), halved_in_place)]):
+        read(hooked, batch)
+    for name, value in cache.items():
+        assert torch.equal(value, before[name]), name
+    whole = [state.clone() for state, _ in hooked.states(batch.tokens, 3)]
+    for state, (changed, _) in zip(whole, hooked.states(batch.tokens, 3), strict=True):
+        assert torch.equal(state, changed)
+        changed.zero_()
