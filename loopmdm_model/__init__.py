@@ -16,6 +16,7 @@ from loopmdm_model.orders import Order
 from loopmdm_model.protocol import LoopOutput
 from loopmdm_model.sampling import SampleResult, sample
 from loopmdm_model.sequences import MaskedBatch, Sequences
+from loopmdm_model.sites import Site, at
 from loopmdm_model.stopping import (
     ArgmaxStable,
     EntropyDelta,
@@ -48,10 +49,12 @@ __all__ = [
     "SampleResult",
     "SecondDifference",
     "Sequences",
+    "Site",
     "StateDelta",
     "StoppingRule",
     "Trajectory",
     "UsageError",
+    "at",
     "continuation_nelbo",
     "corpus_nelbo",
     "hook_model",
