@@ -7,11 +7,12 @@ of the kind, or several in a list. They are looked for when the registry is firs
 import warnings
 from collections.abc import Iterable, Iterator, MutableMapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from loopmdm_model.errors import UsageError, unknown_name
 
 
+@runtime_checkable
 class Named(Protocol):
     """What can be registered."""
 

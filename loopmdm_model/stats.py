@@ -127,7 +127,7 @@ def interaction(a: Array, b: Array, c: Array, d: Array) -> tuple[float, float, f
     return estimate, estimate - half, estimate + half
 
 
-def _t_quantile(freedom: float) -> float:
+def _t_quantile(freedom: float | int) -> float:
     """The 97.5% quantile of Student's t; scipy's distributions take half a second to import, so late."""
     from scipy import stats as distributions
 

@@ -103,6 +103,6 @@ def check_out(out: Path | None, *suffixes: str) -> None:
     """Try --out before the work: a regular file or a new one, in a folder that can be written to."""
     if out is None:
         return
-    if suffixes and out.suffix.lower() not in suffixes:
-        raise UsageError(f"--out takes a {' or '.join(suffixes)} file, got {out}")
     check_target(out)
+    if suffixes and out.suffix.lower() not in suffixes:
+        raise UsageError(f"--out takes a {suffixes[0]} file, got {out}")
