@@ -100,11 +100,24 @@ def draw_counts(
     return counts.clamp(min=0)
 
 
-def draw_masks(sequences: Sequences, mask_token_id: int, seed: int, draw: int, n_draws: int = 1) -> MaskedBatch:
+def masked_draw(sequences: Sequences, mask_token_id: int, seed: int, draw: int, n_draws: int = 1) -> MaskedBatch:
     """One draw of the exact-count forward process for every sequence."""
     counts = draw_counts(sequences.lengths, seed, draw, n_draws)
     masked = pick_positions(_uniforms(sequences, seed, draw), sequences.allowed, counts)
     return hide(sequences, masked, mask_token_id)
+
+
+def draw_masks(
+    tokens: Tensor,
+    mask_token_id: int,
+    maskable: Tensor,
+    seed: int,
+    draw: int,
+    n_draws: int = 1,
+    attention_mask: Tensor | None = None,
+) -> MaskedBatch:
+    """As `masked_draw`, of clean tokens [batch, pos] and what of them may be masked."""
+    return masked_draw(Sequences.of(tokens, maskable, attention_mask), mask_token_id, seed, draw, n_draws)
 
 
 def _uniforms(sequences: Sequences, seed: int, draw: int) -> Float[Tensor, "batch pos"]:
@@ -130,7 +143,7 @@ def draws(
     mask_token_id = model.cfg.mask_token_id
     for draw in range(read.n_samples):
         if estimator == "exact-count":
-            batch = draw_masks(sequences, mask_token_id, read.seed, draw, read.n_samples)
+            batch = masked_draw(sequences, mask_token_id, read.seed, draw, read.n_samples)
             yield batch, 1 / batch.masked.sum(-1).double()
             continue
         times = draw_times(len(sequences), read.seed, draw, estimator == "stratified-t")

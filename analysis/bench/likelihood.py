@@ -15,7 +15,7 @@ from loopmdm_model.checkpoints import TOKENIZER, resolve
 from loopmdm_model.data.batches import spread as rows_of
 from loopmdm_model.data.tokenizer import load_tokenizer
 from loopmdm_model.evaluation import load_test_set
-from loopmdm_model.likelihood import Estimator, draw_masks, nelbo, nelbo_by_loop
+from loopmdm_model.likelihood import Estimator, masked_draw, nelbo, nelbo_by_loop
 from loopmdm_model.masking import mask_tokens
 from loopmdm_model.model import LoopMDM
 from loopmdm_model.sampling import sample
@@ -101,7 +101,7 @@ def all_loops() -> Iterator[Row]:
     cfg = shape(256, 6, 128, loops=12)
     model = LoopMDM(cfg).eval()
     clean = torch.randint(0, cfg.d_vocab - 1, (32, 128), generator=torch.Generator().manual_seed(0))
-    b = draw_masks(Sequences.of(clean), cfg.mask_token_id, 0, 0)
+    b = masked_draw(Sequences.of(clean), cfg.mask_token_id, 0, 0)
 
     def trajectory() -> None:
         for state, context in model.states(b.tokens, 12):

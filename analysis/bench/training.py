@@ -11,7 +11,7 @@ import torch
 from analysis.bench.common import Row, at_least, at_most, ratio, shape
 from loopmdm_model.data.batches import dataset
 from loopmdm_model.flops import training_flops
-from loopmdm_model.likelihood import draw_masks, masked_cross_entropy
+from loopmdm_model.likelihood import masked_cross_entropy, masked_draw
 from loopmdm_model.model import LoopMDM
 from loopmdm_model.sequences import Sequences
 from loopmdm_model.taps import explicit_taps, no_taps
@@ -24,7 +24,7 @@ def faster() -> Iterator[Row]:
     cfg = shape(256, 6, 128, loops=4)
     eager, compiled = LoopMDM(cfg), LoopMDM(cfg)
     clean = torch.randint(0, cfg.d_vocab - 1, (8, 128), generator=torch.Generator().manual_seed(0))
-    b = draw_masks(Sequences.of(clean), cfg.mask_token_id, 0, 0)
+    b = masked_draw(Sequences.of(clean), cfg.mask_token_id, 0, 0)
 
     def step(model: LoopMDM, precision: str) -> None:
         with matmul_precision(precision):
@@ -51,7 +51,7 @@ def throughput() -> Iterator[Row]:
     model, batch = LoopMDM(cfg), 16
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     clean = torch.randint(0, cfg.d_vocab - 1, (batch, 128), generator=torch.Generator().manual_seed(0))
-    b = draw_masks(Sequences.of(clean), cfg.mask_token_id, 0, 0)
+    b = masked_draw(Sequences.of(clean), cfg.mask_token_id, 0, 0)
     left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
     cost = training_flops(cfg, 128, 3, batch=batch)
     products = max(1, round(cost / (2 * 1024**3)))
@@ -95,7 +95,7 @@ def loading() -> Iterator[Row]:
         def load(data=data, size=size, cfg=cfg, numbers=numbers):
             step = next(numbers)
             tokens = data.batch(step, size)
-            return draw_masks(Sequences.of(tokens, data.maskable(tokens)), cfg.mask_token_id, 0, step)
+            return masked_draw(Sequences.of(tokens, data.maskable(tokens)), cfg.mask_token_id, 0, step)
 
         def step(model=model, load=load) -> None:
             b = load()

@@ -13,7 +13,7 @@ from loopmdm_model.data.fetch import sources
 from loopmdm_model.data.trees import TREE_TASKS
 from loopmdm_model.data.windows import sliding_windows
 from loopmdm_model.errors import UsageError, check_count
-from loopmdm_model.likelihood import draw_masks, loop_counts, nelbo, nelbo_by_loop
+from loopmdm_model.likelihood import loop_counts, masked_draw, nelbo, nelbo_by_loop
 
 ZERO_SHOT_DOCUMENTS, ZERO_SHOT_WINDOWS = 500, 512
 
@@ -73,7 +73,7 @@ def excess_kl(subject: Subject, counts: list[int], n_samples: int = 2, batch_siz
     most = task.n_nodes
     total, number = np.zeros((len(counts), len(tokens), most)), np.zeros((len(tokens), most))
     for draw in range(n_samples):
-        b = draw_masks(subject.test.sequences, subject.model.cfg.mask_token_id, 0, draw, n_samples)
+        b = masked_draw(subject.test.sequences, subject.model.cfg.mask_token_id, 0, draw, n_samples)
         posterior, distance = task.posterior(tokens, b.masked), task.hops(b.masked)
         for start in range(0, len(tokens), batch_size):
             span = slice(start, start + batch_size)

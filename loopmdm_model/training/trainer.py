@@ -31,7 +31,7 @@ from loopmdm_model.data.own_files import FILES
 from loopmdm_model.data.tokenizer import load_tokenizer
 from loopmdm_model.errors import DivergedError, Stopped, UsageError
 from loopmdm_model.files import LOCK, clear_partial, lock_folder, write_atomic, write_json
-from loopmdm_model.likelihood import draw_masks, masked_cross_entropy, nelbo
+from loopmdm_model.likelihood import masked_cross_entropy, masked_draw, nelbo
 from loopmdm_model.model import LoopMDM
 from loopmdm_model.sequences import MaskedBatch, Sequences
 from loopmdm_model.taps import explicit_taps, no_taps
@@ -223,7 +223,7 @@ class Trainer:
         spec, step = self.spec, self.progress.step
         tokens = self.data.batch(step, spec.training.batch_size)
         sequences = Sequences.of(tokens, self.data.maskable(tokens))
-        batch = draw_masks(sequences, spec.config.mask_token_id, spec.seed, step)
+        batch = masked_draw(sequences, spec.config.mask_token_id, spec.seed, step)
         count = spec.training.accumulate * self.accelerator.num_processes
         size, device = len(batch) // count, self.accelerator.device
         parts = []

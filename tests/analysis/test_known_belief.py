@@ -16,7 +16,7 @@ from analysis.known import (
 from loopmdm_model.data.trees import TREE_TASKS, TreeModel, binary_tree
 from loopmdm_model.errors import UsageError
 from loopmdm_model.evaluation import TestSet
-from loopmdm_model.likelihood import draw_masks
+from loopmdm_model.likelihood import masked_draw
 from loopmdm_model.masking import mask_tokens
 from loopmdm_model.sequences import Sequences
 from tests.conftest import toy_config, toy_model
@@ -135,7 +135,7 @@ def test_the_matrix_ends_in_the_excess_over_the_exact_posterior():
     model = toy_model(d_vocab=5, n_ctx=63)
     tokens = task.sample(12, seed=1)
     sequences = Sequences.of(tokens, task.maskable)
-    b = draw_masks(sequences, 4, 0, 0)
+    b = masked_draw(sequences, 4, 0, 0)
     frame = belief_rounds(model, b, task, n_loops=2, least_hops=0, batch_size=5)
     subject = Subject("toy", model, None, TestSet("tree", sequences))
     excess = excess_kl(subject, [1, 2], 1)
