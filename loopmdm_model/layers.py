@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from loopmdm_model.config import LoopMDMConfig
+from loopmdm_model.precision import wide
 from loopmdm_model.taps import NO_TAP, Tap
 
 ACTIVATIONS = {
@@ -56,13 +57,13 @@ def rotary_tables(cfg: LoopMDMConfig) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Float[Tensor, "batch pos two head d_head"], cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-split rotary embedding of x, in float32, back in x's dtype.
+    """Half-split rotary embedding of x, in float32 or wider, back in x's dtype.
 
     Swapping the halves and a signed sine give [a cos - b sin, b cos + a sin] in three operations.
     """
-    wide = x if x.dtype == torch.float32 else x.float()
-    turned = torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin)
-    return turned if wide is x else turned.to(x.dtype)
+    full = wide(x)
+    turned = torch.addcmul(full * cos, full.roll(x.shape[-1] // 2, -1), sin)
+    return turned if full is x else turned.to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -104,7 +105,7 @@ class Attention(nn.Module):
         if allowed is not None:
             scores = scores.masked_fill(~allowed, float("-inf"))
         scores = tap("attn.hook_attn_scores", scores)
-        pattern = tap("attn.hook_pattern", scores.float().softmax(dim=-1).to(v.dtype))
+        pattern = tap("attn.hook_pattern", wide(scores).softmax(dim=-1).to(v.dtype))
         return pattern @ v
 
     def rows(

@@ -26,6 +26,7 @@ from loopmdm_model import flops, stats
 from loopmdm_model.data.windows import sliding_windows
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.masking import hide, pick_positions
+from loopmdm_model.precision import wide
 from loopmdm_model.protocol import LoopedModel
 from loopmdm_model.randomness import row_uniforms, step_generator
 from loopmdm_model.sequences import MaskedBatch, Sequences
@@ -154,14 +155,14 @@ def draws(
 
 def masked_cross_entropy(logits: Tensor, batch: MaskedBatch) -> Float[Tensor, " batch"]:
     """Mean cross-entropy over the masked positions of each sequence, float32; NaN where none is."""
-    losses = F.cross_entropy(logits.float().flatten(0, 1), batch.clean.flatten().long(), reduction="none")
+    losses = F.cross_entropy(wide(logits).flatten(0, 1), batch.clean.flatten().long(), reduction="none")
     losses = losses.view(batch.clean.shape).masked_fill(~batch.masked, 0.0)
     return losses.sum(-1) / batch.masked.sum(-1)
 
 
 def row_cross_entropy(logits: Float[Tensor, "row d_vocab"], batch: MaskedBatch) -> Float[Tensor, " row"]:
     """Cross-entropies at the masked positions of a batch, in reading order, float64."""
-    return F.cross_entropy(logits.float(), batch.clean[batch.masked].long(), reduction="none").double()
+    return F.cross_entropy(wide(logits), batch.clean[batch.masked].long(), reduction="none").double()
 
 
 def row_sums(values: Float[Tensor, "*loop row"], batch: MaskedBatch) -> Float[Tensor, "*loop batch"]:

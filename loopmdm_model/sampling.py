@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.orders import Order, StepView, as_order
+from loopmdm_model.precision import wide
 from loopmdm_model.prompts import Start
 from loopmdm_model.protocol import LoopedModel
 from loopmdm_model.randomness import row_uniforms
@@ -212,7 +213,7 @@ class _Sampler:
         logits, chosen = run.logits, rows
         if self.order.reads_logits:
             scores = torch.zeros(rows.shape, dtype=torch.float64, device=rows.device)
-            scores[rows] = self.order.scores(logits.float().log_softmax(-1)).double()
+            scores[rows] = self.order.scores(wide(logits).log_softmax(-1)).double()
             chosen = self.order.choose(view, scores)
             logits = logits[chosen[rows]]
         drawn, sure = draw_tokens(logits, view.uniforms("tokens")[chosen], self.temperature, self.top_p)

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from loopmdm_model.errors import UsageError, check_count, unknown_name
+from loopmdm_model.precision import wide
 
 Lens = Literal["coda", "direct"]
 
@@ -158,7 +159,7 @@ class SecondDifference(StoppingRule):
         """Per position, in float32."""
         if view.loop < 2 or view.earlier is None:
             return unknown(view)
-        state, previous, earlier = view.state.float(), view.previous.float(), view.earlier.float()
+        state, previous, earlier = wide(view.state), wide(view.previous), wide(view.earlier)
         return (state - 2 * previous + earlier).norm(dim=-1) / state.norm(dim=-1)
 
 
@@ -201,7 +202,7 @@ class KLDelta(LensRule):
 
     def read(self, logits: Tensor) -> Tensor:
         """Log-probabilities [row, d_vocab]."""
-        return logits.float().log_softmax(-1)
+        return wide(logits).log_softmax(-1)
 
     def change(self, now: Tensor, before: Tensor) -> Tensor:
         """In nats; [MASK] has probability 0 in both."""
@@ -299,13 +300,13 @@ def parse_rule(text: str, max_loops: int) -> StoppingRule:
 
 def relative_change(state: Tensor, previous: Tensor) -> Float[Tensor, "batch pos"]:
     """||state - previous|| / ||state|| per position, in float32."""
-    state, previous = state.float(), previous.float()
+    state, previous = wide(state), wide(previous)
     return (state - previous).norm(dim=-1) / state.norm(dim=-1)
 
 
 def entropy(logits: Float[Tensor, "row d_vocab"]) -> Float[Tensor, " row"]:
     """Entropy in nats of softmax(logits), in float32; -inf logits count nothing."""
-    log_probs = logits.float().log_softmax(-1)
+    log_probs = wide(logits).log_softmax(-1)
     return -(log_probs.exp() * log_probs.clamp(min=-1e9)).sum(-1)
 
 

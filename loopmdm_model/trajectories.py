@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from loopmdm_model.errors import UsageError
+from loopmdm_model.precision import wide
 from loopmdm_model.sampling import SampleLoop
 from loopmdm_model.stopping import Lens, entropy, relative_change
 
@@ -50,7 +51,7 @@ class Trajectory:
         if not wanted or view.read is None or not bool(rows.any()):
             return
         logits = view.read(self.lens, rows)
-        log_probs = logits.float().log_softmax(-1)
+        log_probs = wide(logits).log_softmax(-1)
         row, position = rows.nonzero().T
         top = log_probs.argmax(-1)
         values = (

@@ -7,7 +7,9 @@ import torch
 
 from loopmdm_model.config import LoopMDMConfig
 from loopmdm_model.errors import UsageError
+from loopmdm_model.likelihood import Read, draws, masked_cross_entropy, nelbo
 from loopmdm_model.model import LoopMDM
+from loopmdm_model.sequences import Sequences
 from loopmdm_model.stopping import StateDelta
 from loopmdm_model.taps import explicit_taps
 from tests.conftest import toy_config, toy_model
@@ -234,3 +236,15 @@ def test_bad_input_is_refused_in_one_line(tokens, arguments, says):
 def test_all_clean_and_all_masked_batches_are_valid(model, clean):
     assert model(clean).shape == (4, 10, 23)
     assert model(torch.full_like(clean, 22)).isnan().sum() == 0
+
+
+def test_a_model_in_double_is_double_on_every_path(batch):
+    model = toy_model().double()
+    fused = model(batch.tokens, n_loops=3)
+    explicit = model(batch.tokens, n_loops=3, taps=explicit_taps)
+    assert fused.dtype == torch.float64
+    torch.testing.assert_close(fused[..., :22], explicit[..., :22], atol=1e-12, rtol=1e-12)
+    one = nelbo(model, batch.clean, n_loops=2, n_samples=2).per_sequence
+    masks = [b for b, _ in draws(model, Sequences.of(batch.clean), Read(n_loops=2, n_samples=2))]
+    losses = [masked_cross_entropy(model(b.tokens, 2, taps=explicit_taps), b) for b in masks]
+    torch.testing.assert_close(one, torch.stack(losses).mean(0), atol=1e-12, rtol=1e-12)
