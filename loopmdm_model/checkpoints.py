@@ -105,10 +105,14 @@ def load_weights(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tens
 def save_weights(
     folder: Path | str, cfg: LoopMDMConfig, state: Mapping[str, Tensor], dtype: torch.dtype | None = None
 ) -> None:
-    """Write weights and config into `folder`, each file atomically."""
+    """Write weights and config into `folder`, each file atomically; tied weights are written once a name."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        whole = tensor.detach().to("cpu", dtype).contiguous()
+        tied = any(whole.data_ptr() == other.data_ptr() for other in tensors.values())
+        tensors[name] = whole.clone() if tied else whole
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     write_atomic(folder / CONFIG, cfg.save)
 

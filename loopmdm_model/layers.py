@@ -4,6 +4,8 @@ Leaf names offered to taps are TransformerLens'; axis order is [batch, pos, head
 q/k/v/z and [batch, head, query, key] for scores and patterns.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -14,7 +16,7 @@ from loopmdm_model.precision import wide
 from loopmdm_model.taps import NO_TAP, Tap
 
 ACTIVATIONS = {
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_new": partial(F.gelu, approximate="tanh"),  # no lambda: models are pickled
     "gelu": F.gelu,
     "silu": F.silu,
 }

@@ -1,4 +1,6 @@
+import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from loopmdm_model.errors import UsageError
 from loopmdm_model.files import write_atomic
 from loopmdm_model.hooked import HookedLoopMDM
 from loopmdm_model.model import LoopMDM
+from tests.conftest import toy_model
 
 
 @pytest.fixture
@@ -94,3 +97,24 @@ def test_failed_writes_leave_the_old_file(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         write_atomic(path, fail)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_tied_weights_are_saved_and_loaded(tmp_path, batch):
+    model = toy_model(n_prelude_layers=2)
+    model.unembed.weight, model.blocks[1] = model.embed.weight, model.blocks[0]
+    model.save_pretrained(tmp_path)
+    assert torch.equal(LoopMDM.from_pretrained(tmp_path)(batch.tokens), model(batch.tokens))
+
+
+def test_models_and_caches_leave_the_process_and_come_back(hooked, batch, tmp_path):
+    logits, (_, cache) = hooked(batch.tokens), hooked.run_with_cache(batch.tokens, n_loops=3)
+    for leave in (lambda thing: pickle.loads(pickle.dumps(thing)), copy.deepcopy):
+        again, kept = leave(hooked), leave(cache)
+        assert torch.equal(again(batch.tokens), logits)
+        assert torch.equal(leave(hooked.model)(batch.tokens), logits)
+        assert kept.keys() == cache.keys()
+        assert torch.equal(kept["pattern", "loop", 2, 1], cache["pattern", "loop", 2, 1])
+        again.add_hook("hook_embed", lambda x, hook: x + 1)
+        assert not torch.equal(again(batch.tokens), logits) and torch.equal(hooked(batch.tokens), logits)
+    torch.save(hooked, tmp_path / "m.pt")
+    assert torch.equal(torch.load(tmp_path / "m.pt", weights_only=False)(batch.tokens), logits)
