@@ -114,7 +114,7 @@ def test_told_to_stop_it_keeps_what_it_has_and_goes_on_from_there(spec_file, tmp
         told = time.monotonic()
         _, err = process.communicate()
         ends.append((process.returncode, err.strip()))
-        assert time.monotonic() - told < 10
+        assert time.monotonic() - told < 60  # not a speed goal: it does not wait for the run to end
     finished(loopmdm("train", spec_file, "--out", stopped, "--resume"))
     assert (whole / "model.safetensors").read_bytes() == (stopped / "model.safetensors").read_bytes()
     assert rows(whole) == rows(stopped)

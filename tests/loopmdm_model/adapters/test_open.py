@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -142,7 +141,6 @@ def test_a_model_without_a_record_by_its_six_paths():
 
 
 def test_an_eight_billion_parameter_model_without_weights():
-    begun = time.perf_counter()
     sizes = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
     sizes |= {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192}
     with torch.device("meta"):
@@ -153,18 +151,15 @@ def test_an_eight_billion_parameter_model_without_weights():
     assert shapes["loop.3.blocks.19.attn.hook_pattern"] == (1, 32, 100, 100)
     assert shapes["loop.0.blocks.12.attn.hook_k"] == (1, 100, 8, 128)
     assert m.model.layer_flops(100) > 0
-    assert time.perf_counter() - begun < 10
 
 
 def test_eight_billion_by_a_config_alone(tmp_path):
     sizes = {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36}
     sizes |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False}
     transformers.Qwen3Config(**sizes, architectures=["Qwen3ForCausalLM"]).save_pretrained(tmp_path)
-    begun = time.perf_counter()
     m = open_model(tmp_path, device="meta", bidirectional=True, mask_token_id=151662)
     assert m.model.n_parameters > 8e9 and not m.facts.causal and m.facts.mask_token_id == 151662
     assert "blocks.35.attn.hook_pattern" in sites.all_names(m.cfg, 1)
-    assert time.perf_counter() - begun < 10
 
 
 def test_the_meta_device_by_name(folder):
