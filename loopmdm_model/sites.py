@@ -10,6 +10,7 @@ Leaves are TransformerLens'. `layer` is always the physical layer. A `Site` is o
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import EllipsisType
 from typing import Any
 
@@ -72,11 +73,10 @@ class Site:
     @classmethod
     def parse(cls, name: str) -> "Site":
         """The site of a hook name; UsageError for what is none."""
-        match = _GRAMMAR.fullmatch(name) if isinstance(name, str) else None
-        if match is None or "hook_" not in match["leaf"] or match["leaf"].startswith(("loop.", "blocks.")):
+        found = _parsed(name) if isinstance(name, str) else None
+        if found is None:
             raise UsageError(f"{name!r} is no hook name; names look like loop.2.blocks.1.attn.hook_pattern")
-        loop, layer = (None if match[part] is None else int(match[part]) for part in ("loop", "layer"))
-        return cls(loop, layer, match["leaf"])
+        return found
 
     @property
     def prefix(self) -> str:
@@ -91,6 +91,16 @@ class Site:
     def at(self, leaf: str) -> "Site":
         """Another leaf of the same application."""
         return replace(self, leaf=leaf)
+
+
+@lru_cache(maxsize=2**16)
+def _parsed(name: str) -> Site | None:
+    """The site of a name, None if it is none; the same names are met at every run."""
+    match = _GRAMMAR.fullmatch(name)
+    if match is None or "hook_" not in match["leaf"] or match["leaf"].startswith(("loop.", "blocks.")):
+        return None
+    loop, layer = (None if match[part] is None else int(match[part]) for part in ("loop", "layer"))
+    return Site(loop, layer, match["leaf"])
 
 
 def full_leaf(short: str, among: Iterable[str] = LEAVES, within: str = "") -> str:
@@ -118,10 +128,8 @@ class Filter:
 
     def __call__(self, name: str) -> bool:
         """Whether the site of that name is meant; no hook name never is."""
-        try:
-            return self.holds(Site.parse(name))
-        except UsageError:
-            return False
+        site = _parsed(name)
+        return site is not None and self.holds(site)
 
     def holds(self, site: Site) -> bool:
         """Whether `site` is meant."""
