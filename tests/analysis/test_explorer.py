@@ -11,6 +11,7 @@ from analysis import explore, read_loops
 from analysis.cases import Case
 from loopmdm_model.hooked import HookedLoopMDM
 from loopmdm_model.model import LoopMDM
+from loopmdm_model.zoo.runs import Zoo
 from tests.conftest import toy_config
 
 HOSTILE = {0: "<script>", 1: "</script>", 2: "<img src=x onerror=alert(1)>", 3: "&amp;", 4: '"', 5: "<!--"}
@@ -298,4 +299,4 @@ def test_the_report_opens_and_every_model_can_be_chosen(visit, monkeypatch):
             assert model in page.inner_text("#readout-model") and page.locator("#readout td").count() > 0
             masses = [float(cell) for cell in page.locator("#b-row td").all_inner_texts()[1:]]
             assert sum(masses) == pytest.approx(1, abs=2e-4)
-    assert seen == set(report.MODELS)
+    assert seen == set(report.MODELS.names(Zoo.shipped()))
