@@ -21,7 +21,8 @@ from loopmdm_model.folded import FoldedWeights
 from loopmdm_model.likelihood import row_cross_entropy
 from loopmdm_model.masking import MaskedBatch
 from loopmdm_model.model import LoopMDM
-from loopmdm_model.points import AttnPath, Call, LoopHooks, check_path
+from loopmdm_model.points import LoopHooks
+from loopmdm_model.scopes import AttnPath, Call, check_path
 from loopmdm_model.sites import Site, applications
 from loopmdm_model.stopping import StoppingRule
 from loopmdm_model.text import TextEntries

@@ -1,7 +1,8 @@
 """HookedLoopMDM: TransformerLens' habits on a LoopMDM.
 
-The hook points are those of `points.py`, the text entries those of `text.py`; here are the runs, with
-and without a cache. Attention is computed explicitly only where somebody listens to it.
+The hook points are those of `points.py`, what one call hears is in `scopes.py`, the text entries are those of
+`text.py`; here are the runs, with and without a cache. Attention is computed explicitly only where somebody
+listens to it.
 """
 
 import warnings
@@ -27,8 +28,9 @@ from loopmdm_model.errors import UsageError, check_count
 from loopmdm_model.files import read_json
 from loopmdm_model.layout import Facts
 from loopmdm_model.model import LoopMDM
-from loopmdm_model.points import AttnPath, Call, LoopHooks, Scope, check_path, warn_unfired
+from loopmdm_model.points import LoopHooks
 from loopmdm_model.protocol import Core, LoopOutput
+from loopmdm_model.scopes import AttnPath, Call, Scope, check_path, warn_unfired
 from loopmdm_model.sites import Site
 from loopmdm_model.stopping import StoppingRule, as_rule
 from loopmdm_model.text import TextEntries

@@ -23,8 +23,8 @@ from loopmdm_model.errors import UnknownNameError, UsageError
 from loopmdm_model.folded import BlockWeights, plain, weighted
 from loopmdm_model.layers import Norm
 from loopmdm_model.model import LoopMDM
-from loopmdm_model.points import AttnPath, Call, HookTap, check_path
 from loopmdm_model.protocol import Core
+from loopmdm_model.scopes import AttnPath, Call, HookTap, check_path
 from loopmdm_model.sites import Site, applications
 from loopmdm_model.taps import NO_TAP, Tap, TapSource
 

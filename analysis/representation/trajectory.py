@@ -12,7 +12,7 @@ from torch import Tensor
 from loopmdm_model.context import Context
 from loopmdm_model.errors import check_count
 from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.points import AttnPath
+from loopmdm_model.scopes import AttnPath
 from loopmdm_model.sequences import MaskedBatch
 
 TOKEN_GROUPS = ("masked", "clean")
