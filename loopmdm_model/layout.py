@@ -19,7 +19,7 @@ class Facts:
     training. `remarks` are sentences that captions repeat.
     """
 
-    mask_token_id: int | None
+    mask_token_id: int | None = None
     causal: bool = False
     shifted: bool = False
     additive: bool = True

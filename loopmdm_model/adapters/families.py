@@ -7,7 +7,7 @@ between loops is a `Cycle`. Another package joins by an entry point of the group
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ def under_time_zero(native: nn.Module, x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Family:
+class Family(Facts):
     """Where a family keeps its parts and what it is.
 
     Where: `name` is what it goes by here; `classes` names its model classes; `blocks` are module lists, in running
@@ -99,7 +99,6 @@ class Family:
     call: Arguments = by_keys
     options: Mapping[str, Any] = field(default_factory=dict)
     bidirectional: bool = False
-    mask_token_id: int | None = None
     masks: Mapping[int, int] = field(default_factory=dict)
     once: tuple[str, ...] = ()
     ignores: tuple[str, ...] = ()
@@ -107,13 +106,6 @@ class Family:
     home: str = ""
     hears: bool = True
     pre_norm: bool = True
-    causal: bool = False
-    shifted: bool = False
-    additive: bool = True
-    random_start: bool = False
-    nested: bool = True
-    trained_to: float = 1.0
-    remarks: tuple[str, ...] = ()
 
     def find_blocks(self, native: nn.Module) -> list[nn.Module]:
         """The blocks of a model, in order."""
@@ -141,9 +133,9 @@ class Family:
 
     def facts(self, mask_token_id: int | None) -> Facts:
         """What kind of model it is; one made bidirectional is causal no longer."""
-        names = ("shifted", "additive", "random_start", "nested", "trained_to", "remarks")
+        stated = {each.name: getattr(self, each.name) for each in fields(Facts)}
         causal = self.causal and not self.bidirectional
-        return Facts(mask_token_id=mask_token_id, causal=causal, **{name: getattr(self, name) for name in names})
+        return Facts(**stated | {"mask_token_id": mask_token_id, "causal": causal})
 
 
 def _at(module: nn.Module, path: str, role: str) -> nn.Module:
