@@ -110,14 +110,16 @@ def _add_run(items: Items, run: Run) -> None:
 
 def _run_folder(spec: RunSpec) -> Path:
     """runs/NAME, or a folder named by the spec's hash if that one holds a run of another spec."""
+    from loopmdm_model.training.state import identity_of
+
     plain = Path("runs") / spec.name
     wanted = json.loads(json.dumps(spec.to_dict()))
-    if _identity(plain) in (None, wanted):
+    if _saved_identity(plain) in (None, json.loads(json.dumps(identity_of(spec)))):
         return plain
     return plain.with_name(f"{spec.name}.{hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:8]}")
 
 
-def _identity(folder: Path) -> dict[str, Any] | None:
+def _saved_identity(folder: Path) -> dict[str, Any] | None:
     """The spec in the state that a run would be resumed from, as it was written."""
     from safetensors import SafetensorError, safe_open
 

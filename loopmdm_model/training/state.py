@@ -17,8 +17,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from loopmdm_model.checkpoints import write_tensors
+from loopmdm_model.data.own_files import FILES
 from loopmdm_model.errors import UsageError
 from loopmdm_model.training.ema import Ema
+from loopmdm_model.training.spec import RunSpec
 
 STATE_FILE = "state/state.safetensors"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -36,6 +38,14 @@ class Progress:
     finished: bool = False
     rows: list[dict[str, Any]] = field(default_factory=list)
     window: dict[str, float] = field(default_factory=dict)
+
+
+def identity_of(spec: RunSpec) -> dict[str, Any]:
+    """What must not change on resume; own files are told by their content, not by how their path was written."""
+    values = spec.to_dict()
+    if spec.data.corpus.startswith(FILES):
+        values["data"] = values["data"] | {"corpus": FILES}
+    return values
 
 
 def gather(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema) -> dict[str, Tensor]:

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from loopmdm_model import checkpoints
 from loopmdm_model.allocator import keep_freed_memory
 from loopmdm_model.data.batches import Dataset, dataset
-from loopmdm_model.data.own_files import FILES
 from loopmdm_model.data.tokenizer import load_tokenizer
 from loopmdm_model.errors import DivergedError, Stopped, UsageError
 from loopmdm_model.files import LOCK, clear_partial, lock_folder, write_atomic, write_json
@@ -66,7 +65,7 @@ class Trainer:
             keep_freed_memory()
             self.data = self._dataset()
         self._build()
-        self.identity = _identity(spec) | {"corpus sha256": self.data.fingerprint}
+        self.identity = state.identity_of(spec) | {"corpus sha256": self.data.fingerprint}
         found = state.load(folder, self.identity)
         self.progress = found[1] if found else state.Progress()
         if found:
@@ -289,14 +288,6 @@ class Trainer:
         if self._first:
             text = "".join(json.dumps(row) + "\n" for row in self.progress.rows)
             write_atomic(self.folder / checkpoints.METRICS, lambda path: path.write_text(text))
-
-
-def _identity(spec: RunSpec) -> dict[str, Any]:
-    """What must not change on resume; own files are told by their content, not by how their path was written."""
-    values = spec.to_dict()
-    if spec.data.corpus.startswith(FILES):
-        values["data"] = values["data"] | {"corpus": FILES}
-    return values
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,6 +18,7 @@ from analysis import pipeline, tables
 from analysis.cli.training import _changes
 from loopmdm_model.checkpoints import ZOO
 from loopmdm_model.data.fetch import sources
+from loopmdm_model.training import state
 from loopmdm_model.training.spec import RunSpec
 from loopmdm_model.zoo.runs import Run, Zoo
 
@@ -229,6 +231,18 @@ def test_a_run_may_differ_from_its_spec():
     assert command[:4] == ["train", "figures/specs/markov-loop.toml", "--seed", "1"]
     given = [after for before, after in itertools.pairwise(command) if before == "--set"]
     assert _changes(given) == dict(changes)
+
+
+@pytest.mark.parametrize("corpus", ["markov", "files:texts/*.txt"])
+def test_a_saved_state_of_the_same_spec_is_gone_on_with(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spec = RunSpec.load(ROOT / "figures/specs/markov-loop.toml")
+    spec = replace(spec, data=replace(spec.data, corpus=corpus))
+    assert pipeline._run_folder(spec) == Path("runs/markov-loop")
+    state.save(Path("runs/markov-loop"), {}, state.Progress(), state.identity_of(spec) | {"corpus sha256": "0"})
+    assert pipeline._run_folder(spec) == Path("runs/markov-loop")
+    other = replace(spec, training=replace(spec.training, learning_rate=3e-3))
+    assert pipeline._run_folder(other).name.startswith("markov-loop.")
 
 
 def test_from_scratch_trains_everything(world):
