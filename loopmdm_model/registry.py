@@ -69,7 +69,9 @@ class Registry(MutableMapping[str, Item], Generic[Item]):
         return self._items[name]
 
     def __setitem__(self, name: str, item: Item) -> None:
-        """Put an item in place of another, or as a new one."""
+        """Put an item in place of another, or as a new one; UsageError if it is of another kind or name."""
+        if not isinstance(item, self.type) or item.name != name:
+            raise UsageError(f"{name!r} takes a {self.type.__name__} of that name, got {item!r:.60}")
         self._known()[name] = item
 
     def __delitem__(self, name: str) -> None:

@@ -32,6 +32,9 @@ def test_a_name_is_given_once_and_may_be_replaced_on_purpose():
         registry.add(3)
     registry["one"] = Thing("one", 2)
     assert registry["one"].size == 2 and list(registry) == ["one"] and len(registry) == 1
+    for name, item in (("one", 3), ("two", Thing("one"))):
+        with pytest.raises(UsageError, match="takes a Thing of that name"):
+            registry[name] = item
     with pytest.raises(KeyError, match="did you mean one"):
         _ = registry["won"]
 
