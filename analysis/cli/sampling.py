@@ -1,12 +1,11 @@
 """`loopmdm sample`."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from analysis.cli.shared import app, cell, err, integer, interruptible, show
+from analysis.cli.shared import app, cell, check_out, err, integer, interruptible, show
 from loopmdm_model.errors import UsageError
 
 
@@ -38,11 +37,7 @@ def sample(
     from loopmdm_model.sampling import sample as run
     from loopmdm_model.stopping import parse_rule
 
-    if out is not None and out.is_dir():
-        raise UsageError(f"{out} is a folder; give --out the name of a file")
-    above = next((path for path in out.absolute().parents if path.exists()), None) if out else None
-    if above is not None and not (above.is_dir() and os.access(above, os.W_OK)):
-        raise PermissionError(f"cannot write into {above}; give another --out")
+    check_out(out)
     m = HookedLoopMDM.from_pretrained(model)
     rule = parse_rule(stop, m.cfg.max_loops if n_loops is None else n_loops) if stop else None
     board = board_of_model(m.cfg)

@@ -27,6 +27,7 @@ from loopmdm_model.adapters.listening import listening, out_weight
 from loopmdm_model.context import Context
 from loopmdm_model.errors import UsageError
 from loopmdm_model.protocol import Core, check_attention_mask, check_tokens
+from loopmdm_model.sites import Site
 from loopmdm_model.taps import NO_TAP, Tap, TapSource, no_taps
 
 STREAM_ARGUMENTS = ("hidden_states", "hidden_state", "x")
@@ -205,7 +206,8 @@ class ForeignCore(Core):
             return super().layers(segment, self.cycle.leave(self, x), context, taps, prefix, among)
         if segment == "prelude":
             return super().layers(segment, x, context, taps, prefix, among)
-        loop = int(prefix.split(".")[1])
+        loop = Site.parse(f"{prefix}hook_in").loop
+        assert loop is not None, prefix
         inside = super().layers(segment, self.cycle.before(self, x, context, loop), context, taps, prefix, among)
         out = self.cycle.after(self, x, inside, context, loop)
         return out if context.held is None else torch.where(context.held[..., None], x, out)

@@ -42,9 +42,7 @@ def open_model(
     if looks_like(config) is None and "family" not in changes:
         if changes or revision or trust_remote_code:
             raise UsageError(f"{name} is a LoopMDM; it takes device and dtype only")
-        m = HookedLoopMDM.from_pretrained(name if _is_ours(name) else wanted.name, device)
-        m.model.to(dtype=dtype)
-        return m
+        return HookedLoopMDM.from_pretrained(name if _is_ours(name) else wanted.name, device, dtype)
     native, tokenizer, record = loading.load(wanted, config, changes.get("family"))
     m = hook_model(native, tokenizer=tokenizer, **changes)
     m.model_name = wanted.name.rstrip("/").rpartition("/")[2]
