@@ -7,14 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from analysis import figures
-    from analysis.attention import attention_across_loops, mask_attention
-    from analysis.decomposition import nelbo_decomposition
-    from analysis.interventions import cut, stale
-    from analysis.measures import measure
-    from analysis.report import explore
-    from analysis.representation import read_loops, representation_change
-    from analysis.stopping import stopping_frontier
+    from loopmdm.analysis import exhibits as figures
+    from loopmdm.analysis.measures import measure
+    from loopmdm.analysis.measures.attention import attention_across_loops, mask_attention
+    from loopmdm.analysis.measures.interventions import cut, stale
+    from loopmdm.analysis.measures.quality.decomposition import nelbo_decomposition
+    from loopmdm.analysis.measures.representation import read_loops, representation_change
+    from loopmdm.analysis.measures.stopping import stopping_frontier
+    from loopmdm.analysis.report import explore
 
 __all__ = [
     "attention_across_loops",
@@ -31,22 +31,22 @@ __all__ = [
 ]
 
 _HOMES = {
-    "mask_attention": "analysis.attention",
-    "attention_across_loops": "analysis.attention.maps",
-    "cut": "analysis.interventions",
-    "explore": "analysis.report",
-    "measure": "analysis.measures",
-    "nelbo_decomposition": "analysis.decomposition",
-    "read_loops": "analysis.representation",
-    "representation_change": "analysis.representation",
-    "stale": "analysis.interventions",
-    "stopping_frontier": "analysis.stopping",
+    "mask_attention": "loopmdm.analysis.measures.attention",
+    "attention_across_loops": "loopmdm.analysis.measures.attention.maps",
+    "cut": "loopmdm.analysis.measures.interventions",
+    "explore": "loopmdm.analysis.report",
+    "measure": "loopmdm.analysis.measures",
+    "nelbo_decomposition": "loopmdm.analysis.measures.quality.decomposition",
+    "read_loops": "loopmdm.analysis.measures.representation",
+    "representation_change": "loopmdm.analysis.measures.representation",
+    "stale": "loopmdm.analysis.measures.interventions",
+    "stopping_frontier": "loopmdm.analysis.measures.stopping",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name == "figures":
-        return import_module("analysis.figures")
+        return import_module("loopmdm.analysis.exhibits")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

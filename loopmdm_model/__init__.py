@@ -6,18 +6,19 @@ TransformerLens.
 
 from typing import TYPE_CHECKING, Any
 
-from loopmdm_model.checkpoints import list_models
-from loopmdm_model.config import LoopMDMConfig
-from loopmdm_model.errors import UsageError
-from loopmdm_model.likelihood import NelboResult, continuation_nelbo, corpus_nelbo, nelbo, nelbo_by_loop
-from loopmdm_model.masking import mask_tokens
-from loopmdm_model.model import LoopMDM
-from loopmdm_model.orders import Order
-from loopmdm_model.protocol import LoopOutput
-from loopmdm_model.sampling import SampleResult, sample
-from loopmdm_model.sequences import MaskedBatch, Sequences
-from loopmdm_model.sites import Site, at
-from loopmdm_model.stopping import (
+from loopmdm.model.diffusion.likelihood import NelboResult, continuation_nelbo, corpus_nelbo, nelbo, nelbo_by_loop
+from loopmdm.model.diffusion.orders import Order
+from loopmdm.model.diffusion.sampling import SampleResult, sample
+from loopmdm.model.diffusion.trajectories import Trajectory
+from loopmdm.model.errors import UsageError
+from loopmdm.model.masking import mask_tokens
+from loopmdm.model.network.checkpoints import list_models
+from loopmdm.model.network.config import LoopMDMConfig
+from loopmdm.model.network.model import LoopMDM
+from loopmdm.model.protocol import LoopOutput
+from loopmdm.model.sequences import MaskedBatch, Sequences
+from loopmdm.model.sites import Site, at
+from loopmdm.model.stopping.rules import (
     ArgmaxStable,
     EntropyDelta,
     FixedLoops,
@@ -27,11 +28,10 @@ from loopmdm_model.stopping import (
     StateDelta,
     StoppingRule,
 )
-from loopmdm_model.trajectories import Trajectory
 
 if TYPE_CHECKING:
-    from loopmdm_model.adapters import hook_model, open_model
-    from loopmdm_model.hooked import HookedLoopMDM
+    from loopmdm.model.adapters import hook_model, open_model
+    from loopmdm.model.hooks.hooked import HookedLoopMDM
 
 __all__ = [
     "ArgmaxStable",
@@ -69,11 +69,11 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "HookedLoopMDM":
-        from loopmdm_model.hooked import HookedLoopMDM
+        from loopmdm.model.hooks.hooked import HookedLoopMDM
 
         return HookedLoopMDM
     if name in ("hook_model", "open_model"):
-        from loopmdm_model import adapters
+        from loopmdm.model import adapters
 
         return getattr(adapters, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

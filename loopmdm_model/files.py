@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from loopmdm_model.errors import UsageError
+from loopmdm.model.errors import UsageError
 
 PARTIAL = ".partial-"
 LOCK = ".lock"

@@ -7,7 +7,7 @@ explicit attention path.
 
 from typing import Any
 
-from loopmdm_model.layout import Layout
+from loopmdm.model.layout import Layout
 
 
 def readout_flops(cfg: Layout, length: int, n_rows: Any = None, coda: bool = True) -> Any:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from loopmdm_model.errors import UsageError
+from loopmdm.model.errors import UsageError
 
 SEGMENTS = ("prelude", "loop", "coda")
 

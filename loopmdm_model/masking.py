@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from loopmdm_model.errors import UsageError
-from loopmdm_model.randomness import row_uniforms
-from loopmdm_model.sequences import MaskedBatch, Sequences
+from loopmdm.model.errors import UsageError
+from loopmdm.model.randomness import row_uniforms
+from loopmdm.model.sequences import MaskedBatch, Sequences
 
 
 def mask_tokens(

@@ -17,13 +17,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from loopmdm_model import flops
-from loopmdm_model.adaptive import OnLoop, iterate
-from loopmdm_model.context import Context
-from loopmdm_model.errors import UsageError, check_count
-from loopmdm_model.layout import Facts, Layout
-from loopmdm_model.stopping import StoppingRule, as_rule
-from loopmdm_model.taps import NO_TAP, Tap, TapSource, no_taps
+from loopmdm.model import flops
+from loopmdm.model.context import Context
+from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.layout import Facts, Layout
+from loopmdm.model.network.halting import OnLoop, iterate
+from loopmdm.model.stopping.rules import StoppingRule, as_rule
+from loopmdm.model.taps import NO_TAP, Tap, TapSource, no_taps
 
 
 @dataclass(frozen=True)

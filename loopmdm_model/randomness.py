@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loopmdm_model.errors import check_count
+from loopmdm.model.errors import check_count
 
 STREAMS = {"positions": 1, "counts": 2, "order": 3, "data": 4, "loops": 5, "relabel": 6}
 STREAMS |= {"reveal": 7, "tokens": 8, "times": 9, "remask": 10, "blocks": 11, "grids": 12, "dig": 13, "edges": 14}

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, MutableMapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
-from loopmdm_model.errors import UsageError, unknown_name
+from loopmdm.model.errors import UsageError, unknown_name
 
 
 @runtime_checkable

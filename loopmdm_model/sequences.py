@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from loopmdm_model import stats
-from loopmdm_model.errors import UsageError, check_count
+from loopmdm.model import stats
+from loopmdm.model.errors import UsageError, check_count
 
 R = TypeVar("R", bound="_Rows")
 

@@ -14,8 +14,8 @@ from functools import lru_cache
 from types import EllipsisType
 from typing import Any
 
-from loopmdm_model.errors import UsageError, check_count, unknown_name
-from loopmdm_model.layout import Layout
+from loopmdm.model.errors import UsageError, check_count, unknown_name
+from loopmdm.model.layout import Layout
 
 LEAVES = (
     "hook_resid_pre",

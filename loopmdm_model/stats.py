@@ -7,7 +7,7 @@ from the influence of each sequence (the delta method), summed within clusters f
 import numpy as np
 from numpy.typing import NDArray
 
-from loopmdm_model.errors import UsageError
+from loopmdm.model.errors import UsageError
 
 Z95 = 1.959963984540054
 Array = NDArray

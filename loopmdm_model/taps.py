@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from loopmdm_model.context import Context
+from loopmdm.model.context import Context
 
 
 class Tap:

@@ -23,8 +23,8 @@ seed = 0
 # %%
 import torch
 
-from analysis import figures, read_loops
-from loopmdm_model import HookedLoopMDM, Trajectory, list_models, sample
+from loopmdm.analysis import figures, read_loops
+from loopmdm.model import HookedLoopMDM, Trajectory, list_models, sample
 
 _ = torch.set_grad_enabled(False)
 print(*list_models(), sep=", ")
@@ -156,7 +156,7 @@ figures.FIGURES["claims"].show()
 # What each claim would have been falsified by:
 
 # %%
-from analysis.claims import load_claims
+from loopmdm.analysis.exhibits.verdicts import load_claims
 
 for claim in load_claims():
     print(f"{claim.name}: {claim.falsifier}")

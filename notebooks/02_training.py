@@ -23,13 +23,14 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from analysis import figures, tables
-from analysis.claims import claims_table
-from loopmdm_model import HookedLoopMDM, LoopMDM, nelbo
-from loopmdm_model.flops import flops_per_token
-from loopmdm_model.training.budget import plan
-from loopmdm_model.training.spec import RunSpec
-from loopmdm_model.training.trainer import Trainer
+from loopmdm.analysis import figures
+from loopmdm.analysis.exhibits import tables
+from loopmdm.analysis.exhibits.verdicts import claims_table
+from loopmdm.model import HookedLoopMDM, LoopMDM, nelbo
+from loopmdm.model.flops import flops_per_token
+from loopmdm.model.training.budget import plan
+from loopmdm.model.training.spec import RunSpec
+from loopmdm.model.training.trainer import Trainer
 
 specs = tables.figures_folder() / "specs"
 

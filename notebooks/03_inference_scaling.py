@@ -19,12 +19,12 @@ seed = 0
 import pandas as pd
 import torch
 
-from analysis import figures, nelbo_decomposition
-from analysis.allocation import equal_flops_pairs
-from analysis.cases import Case
-from analysis.claims import claims_table
-from loopmdm_model import nelbo, nelbo_by_loop, stats
-from loopmdm_model.flops import forward_flops
+from loopmdm.analysis import figures, nelbo_decomposition
+from loopmdm.analysis.exhibits.verdicts import claims_table
+from loopmdm.analysis.measures.case import Case
+from loopmdm.analysis.measures.stopping import equal_flops_pairs
+from loopmdm.model import nelbo, nelbo_by_loop, stats
+from loopmdm.model.flops import forward_flops
 
 _ = torch.set_grad_enabled(False)
 case = Case.of(model, n=n, seed=seed)

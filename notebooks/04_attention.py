@@ -22,11 +22,11 @@ seed = 0
 import pandas as pd
 import torch
 
-from analysis import attention_across_loops, explore, figures, mask_attention
-from analysis.attention import head_growth
-from analysis.cases import Case
-from analysis.claims import claims_table
-from loopmdm_model import HookedLoopMDM, LoopMDM
+from loopmdm.analysis import attention_across_loops, explore, figures, mask_attention
+from loopmdm.analysis.exhibits.verdicts import claims_table
+from loopmdm.analysis.measures.attention import head_growth
+from loopmdm.analysis.measures.case import Case
+from loopmdm.model import HookedLoopMDM, LoopMDM
 
 _ = torch.set_grad_enabled(False)
 case = Case.of(model, n_loops, n, seed)

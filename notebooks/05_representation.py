@@ -21,10 +21,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from analysis import figures, read_loops, representation_change
-from analysis.cases import Case
-from analysis.claims import claims_table
-from analysis.representation import convergence, loop_similarity, settled_loops, settled_means
+from loopmdm.analysis import figures, read_loops, representation_change
+from loopmdm.analysis.exhibits.verdicts import claims_table
+from loopmdm.analysis.measures.case import Case
+from loopmdm.analysis.measures.representation import convergence, loop_similarity, settled_loops, settled_means
 
 _ = torch.set_grad_enabled(False)
 case = Case.of(model, n=n, seed=seed)

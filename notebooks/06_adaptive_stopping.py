@@ -21,10 +21,13 @@ import time
 import pandas as pd
 import torch
 
-from analysis import allocation, figures, stopping, tables
-from analysis.cases import Case
-from analysis.claims import claims_table
-from loopmdm_model import FixedLoops, StateDelta, sample
+from loopmdm.analysis import figures
+from loopmdm.analysis.exhibits import tables
+from loopmdm.analysis.exhibits.verdicts import claims_table
+from loopmdm.analysis.measures import stopping
+from loopmdm.analysis.measures import stopping as allocation
+from loopmdm.analysis.measures.case import Case
+from loopmdm.model import FixedLoops, StateDelta, sample
 
 _ = torch.set_grad_enabled(False)
 case = Case.of(model, n=n, seed=seed)

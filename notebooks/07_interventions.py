@@ -23,12 +23,12 @@ seed = 0
 import pandas as pd
 import torch
 
-from analysis import cut, figures, stale
-from analysis.cases import Case
-from analysis.claims import claims_table
-from analysis.interventions import damp, effect_by_loop, freeze, mediated_share, patch, skip
-from analysis.training_free import training_free
-from loopmdm_model import nelbo
+from loopmdm.analysis import cut, figures, stale
+from loopmdm.analysis.exhibits.verdicts import claims_table
+from loopmdm.analysis.measures.case import Case
+from loopmdm.analysis.measures.interventions import damp, effect_by_loop, freeze, mediated_share, patch, skip
+from loopmdm.analysis.measures.interventions.training_free import training_free
+from loopmdm.model import nelbo
 
 _ = torch.set_grad_enabled(False)
 case = Case.of(model, n=n, seed=seed)

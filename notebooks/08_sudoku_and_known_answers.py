@@ -25,12 +25,14 @@ seed = 0
 import pandas as pd
 import torch
 
-from analysis import figures, known, tables
-from analysis.cases import Case
-from analysis.claims import claims_table
-from loopmdm_model.data.propagation import propagate
-from loopmdm_model.data.puzzles import puzzles
-from loopmdm_model.data.sudoku import BOARDS
+from loopmdm.analysis import figures
+from loopmdm.analysis.exhibits import tables
+from loopmdm.analysis.exhibits.verdicts import claims_table
+from loopmdm.analysis.measures import known
+from loopmdm.analysis.measures.case import Case
+from loopmdm.model.tasks.propagation import propagate
+from loopmdm.model.tasks.puzzles import puzzles
+from loopmdm.model.tasks.sudoku import BOARDS
 
 _ = torch.set_grad_enabled(False)
 case = Case.of(model, n=n, seed=seed)

@@ -19,10 +19,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from analysis import mask_attention, measure, read_loops
-from analysis.measures import MEASURES, Measure
-from loopmdm_model import HookedLoopMDM, LoopMDM, LoopMDMConfig, StateDelta, StoppingRule, nelbo, sample
-from loopmdm_model.stopping import unknown
+from loopmdm.analysis import mask_attention, measure, read_loops
+from loopmdm.analysis.measures import MEASURES, Measure
+from loopmdm.model import HookedLoopMDM, LoopMDM, LoopMDMConfig, StateDelta, StoppingRule, nelbo, sample
+from loopmdm.model.stopping.rules import unknown
 
 _ = torch.set_grad_enabled(False)
 
@@ -128,7 +128,7 @@ found = measure("norm-ratio", donor, mask_ratios=(0.25, 0.75), n=n, seed=seed)
 found.pivot(index="loop", columns="nominal_mask_ratio", values="value").round(3)
 
 # %% [markdown]
-# It has no error, and so decides nothing. `loopmdm_model.stats.mean_and_error` gives one over sequences or over
+# It has no error, and so decides nothing. `loopmdm.model.stats.mean_and_error` gives one over sequences or over
 # documents; the measures in `analysis/` all carry it.
 #
 # ## A stopping rule of one's own

@@ -5,11 +5,11 @@ import os
 import pytest
 import torch
 
-from loopmdm_model.config import LoopMDMConfig
-from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.masking import mask_tokens
-from loopmdm_model.model import LoopMDM
-from loopmdm_model.sequences import MaskedBatch
+from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.masking import mask_tokens
+from loopmdm.model.network.config import LoopMDMConfig
+from loopmdm.model.network.model import LoopMDM
+from loopmdm.model.sequences import MaskedBatch
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 torch.set_num_threads(1)

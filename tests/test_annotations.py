@@ -8,13 +8,13 @@ from jaxtyping import install_import_hook
 install_import_hook(["loopmdm_model", "analysis"], "beartype.beartype")
 import torch
 from analysis import attention_across_loops, mask_attention, measure, read_loops, representation_change
-from analysis.measures import MEASURES
+from loopmdm.analysis.measures import MEASURES
 from loopmdm_model import HookedLoopMDM, StateDelta, mask_tokens, nelbo
-from loopmdm_model.data.batches import dataset
-from loopmdm_model.data.puzzles import puzzles
-from loopmdm_model.data.sudoku import BOARDS
-from loopmdm_model.evaluation import solve_one_shot
-from loopmdm_model.taps import explicit_taps
+from loopmdm.model.tasks.batches import dataset
+from loopmdm.model.tasks.puzzles import puzzles
+from loopmdm.model.tasks.sudoku import BOARDS
+from loopmdm.model.tasks.test_sets import solve_one_shot
+from loopmdm.model.taps import explicit_taps
 
 m = HookedLoopMDM.from_pretrained("sudoku-loop")
 grids = dataset("sudoku6", 36, 7, 0).batch(0, 4)

@@ -38,7 +38,7 @@ def test_plots_know_no_torch():
     for path in (ROOT / "analysis" / "plots").glob("*.py"):
         heavy = {name for name in imported(path) if name.split(".")[0] in ("torch", "loopmdm_model")}
         assert not heavy, path
-    code = "import analysis.plots.attention, analysis.plots.quality, sys; assert 'torch' not in sys.modules"
+    code = "import loopmdm.analysis.plots.attention, loopmdm.analysis.plots.quality, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -9,9 +9,8 @@ import jupytext
 import papermill
 import pytest
 
-from analysis import tables
-from analysis.figures import FIGURES
-from analysis.figures.entry import SIDECAR_TYPE
+from loopmdm.analysis.exhibits import FIGURES, tables
+from loopmdm.analysis.exhibits.figure import SIDECAR_TYPE
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SOURCES = {source.stem: source for source in sorted(NOTEBOOKS.glob("[0-9]*.py"))}

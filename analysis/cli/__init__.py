@@ -7,10 +7,18 @@ import signal
 import sys
 import warnings
 
-from analysis.cli import data, evaluation, figures, report, sampling, science, training  # noqa: F401 - each adds its commands
-from analysis.cli.shared import Interrupted, Terminated, app, err
-from loopmdm_model.allocator import keep_freed_memory
-from loopmdm_model.errors import DivergedError, UsageError
+from loopmdm.analysis.cli import (
+    data,
+    evaluation,
+    figures,
+    report,
+    sampling,
+    science,
+    training,
+)  # noqa: F401 - each adds its commands
+from loopmdm.analysis.cli.shared import Interrupted, Terminated, app, err
+from loopmdm.model.errors import DivergedError, UsageError
+from loopmdm.model.training.allocator import keep_freed_memory
 
 
 def _describe(error: BaseException) -> str:

@@ -1,5 +1,5 @@
-"""So that `accelerate launch --module analysis.cli train SPEC.toml` works."""
+"""So that `accelerate launch --module loopmdm.analysis.cli train SPEC.toml` works."""
 
-from analysis.cli import main
+from loopmdm.analysis.cli import main
 
 main()

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from analysis.cli.shared import app, show
+from loopmdm.analysis.cli.shared import app, show
 
 data_app = typer.Typer(
     help="Corpora: what there is, and fetching it.", no_args_is_help=True, rich_markup_mode=None
@@ -16,8 +16,8 @@ app.add_typer(data_app, name="data")
 @data_app.command("list")
 def data_list() -> None:
     """List corpora and tasks: size, licence, role, whether they are here."""
-    from loopmdm_model.data.fetch import cached_archive, sources
-    from loopmdm_model.data.hub import HUB
+    from loopmdm.model.corpora.fetch import cached_archive, sources
+    from loopmdm.model.corpora.hub import HUB
 
     here, made = "embedded", "generated"
     maths = here if find_spec("reasoning_gym") else "needs the math extra"
@@ -48,7 +48,7 @@ def data_fetch(
     ] = None,
 ) -> None:
     """Fetch corpora into the cache; refuses anything whose hash is not the pinned one."""
-    from loopmdm_model.data.fetch import fetch, serving
+    from loopmdm.model.corpora.fetch import fetch, serving
 
     wanted = [item.name for name in names or ["sotu"] for item in serving(name)]
     rows = []

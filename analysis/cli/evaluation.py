@@ -6,15 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
-from analysis.cli.shared import app, err, integers, interruptible, show
+from loopmdm.analysis.cli.shared import app, err, integers, interruptible, show
 
 
 @app.command()
 def models() -> None:
     """List the shipped models."""
-    from loopmdm_model.checkpoints import RECORD, ZOO, list_models
-    from loopmdm_model.config import LoopMDMConfig
-    from loopmdm_model.files import read_json
+    from loopmdm.model.files import read_json
+    from loopmdm.model.network.checkpoints import RECORD, ZOO, list_models
+    from loopmdm.model.network.config import LoopMDMConfig
 
     rows = []
     for name in list_models():
@@ -48,9 +48,9 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="multiple-choice: benchmarks, comma-separated")] = "",
 ) -> None:
     """Evaluate a model by number of loops, with standard errors; results are cached by content."""
-    from analysis.evaluations import evaluate as run
-    from loopmdm_model.checkpoints import CONFIG, need, resolve
-    from loopmdm_model.config import LoopMDMConfig
+    from loopmdm.analysis.measures.quality import evaluate as run
+    from loopmdm.model.network.checkpoints import CONFIG, need, resolve
+    from loopmdm.model.network.config import LoopMDMConfig
 
     options: dict[str, Any] = {"n_samples": n_samples, "n": n, "unique": unique or None}
     options |= {"n_clues": integers(n_clues, "--n-clues", "10,16") if n_clues else None}
@@ -76,7 +76,7 @@ def lm_eval(
     limit: Annotated[int | None, typer.Option(help="first items only")] = None,
 ) -> None:
     """Run a text model on a local task of the lm-eval harness (extra lm-eval)."""
-    from analysis.harness import run_harness
+    from loopmdm.analysis.measures.quality.harness import run_harness
 
     with interruptible("nothing was written"):
         frame = run_harness(model, tasks, n_loops, n_samples, steps, limit)

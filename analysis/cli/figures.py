@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from analysis.cli.shared import app, check_folder, err, interruptible, progress_bar, show
-from loopmdm_model.errors import UsageError
+from loopmdm.analysis.cli.shared import app, check_folder, err, interruptible, progress_bar, show
+from loopmdm.model.errors import UsageError
 
 
 @app.command()
@@ -16,7 +16,7 @@ def table(
     out: Annotated[Path | None, typer.Option(help="folder; default figures/tables")] = None,
 ) -> None:
     """Measure a table again from the shipped models and print it."""
-    from analysis import tables
+    from loopmdm.analysis.exhibits import tables
 
     if name == "list":
         show(
@@ -47,8 +47,8 @@ def figures(
     import matplotlib as mpl
 
     mpl.use("Agg")
-    from analysis import figures as registry
-    from analysis import tables
+    from loopmdm.analysis import exhibits as registry
+    from loopmdm.analysis.exhibits import tables
 
     if source not in ("tables", "checkpoints"):
         raise UsageError(f"--from takes tables or checkpoints, got {source!r}")
@@ -72,7 +72,7 @@ def figures(
 
 def _check(names: list[str] | None, out: Path) -> None:
     """Print what differs, a line each, and exit with 1; without names the generated pages are held, too."""
-    from analysis.figures import FIGURES, gallery
+    from loopmdm.analysis.exhibits import FIGURES, gallery
 
     root, chosen = gallery.repository(), list(names or FIGURES)
     with interruptible("nothing was written"), progress_bar() as bar:
@@ -92,7 +92,7 @@ def gallery() -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    from analysis.figures import gallery as pages
+    from loopmdm.analysis.exhibits import gallery as pages
 
     with interruptible("files that were finished are whole, the others as they were"):
         pages.write_gallery(pages.repository())
@@ -103,7 +103,7 @@ def bench(
     names: Annotated[list[str] | None, typer.Argument(help="benchmarks; default all")] = None,
 ) -> None:
     """Measure the speed goals as ratios in one run; exits 1 where one is missed."""
-    from analysis.bench import run
+    from tests.bench import run
 
     results = run(names)
     show(["benchmark", "measured", "goal", "met"], results)

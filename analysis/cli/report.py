@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from analysis.cli.shared import app, check_out, interruptible, progress_bar
+from loopmdm.analysis.cli.shared import app, check_out, interruptible, progress_bar
 
 
 @app.command()
@@ -17,7 +17,7 @@ def report(
     import matplotlib as mpl
 
     mpl.use("Agg")
-    from analysis.report.page import write_report
+    from loopmdm.analysis.report.page import write_report
 
     with interruptible(f"{out} is as it was"), progress_bar() as bar:
         write_report(out, lambda figures: bar.track(figures, description="figures"))

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from analysis.cli.shared import app, cell, check_out, err, integer, interruptible, show
-from loopmdm_model.errors import UsageError
+from loopmdm.analysis.cli.shared import app, cell, check_out, err, integer, interruptible, show
+from loopmdm.model.errors import UsageError
 
 
 @app.command()
@@ -31,11 +31,11 @@ def sample(
     out: Annotated[Path | None, typer.Option(help="TSV file; default standard output")] = None,
 ) -> None:
     """Sample sequences: text, loops and forwards of each."""
-    from loopmdm_model.data.sudoku import board_of_model
-    from loopmdm_model.files import write_atomic
-    from loopmdm_model.hooked import HookedLoopMDM
-    from loopmdm_model.sampling import sample as run
-    from loopmdm_model.stopping import parse_rule
+    from loopmdm.model.diffusion.sampling import sample as run
+    from loopmdm.model.files import write_atomic
+    from loopmdm.model.hooks.hooked import HookedLoopMDM
+    from loopmdm.model.stopping.rules import parse_rule
+    from loopmdm.model.tasks.sudoku import board_of_model
 
     check_out(out)
     m = HookedLoopMDM.from_pretrained(model)

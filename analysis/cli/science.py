@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from analysis.cli.shared import app, check_out, err, integers, interruptible, show
-from loopmdm_model.errors import UsageError
+from loopmdm.analysis.cli.shared import app, check_out, err, integers, interruptible, show
+from loopmdm.model.errors import UsageError
 
 
 @app.command()
@@ -22,9 +22,10 @@ def measure(
     out: Annotated[Path | None, typer.Option(help="also write a parquet file")] = None,
 ) -> None:
     """Run one measure on a model's test set, or along its own samples, and print the table."""
-    from analysis import frames, measures, provenance
-    from analysis.editions import fingerprints
-    from loopmdm_model.checkpoints import ZOO, resolve
+    from loopmdm.analysis import measures
+    from loopmdm.analysis.numbers import frames, provenance
+    from loopmdm.analysis.numbers.editions import fingerprints
+    from loopmdm.model.network.checkpoints import ZOO, resolve
 
     if name == "list":
         show(["measure", "what", "on"], [(item.name, item.what, item.on) for item in measures.MEASURES.values()])
@@ -54,7 +55,7 @@ def claims(
     seeds: Annotated[str, typer.Option(help="only claims decided over at least so many seeds")] = "",
 ) -> None:
     """The paper's claims: what was asked, what was measured, and the verdict; one line each in a pipe."""
-    from analysis.claims import claims_table
+    from loopmdm.analysis.exhibits.verdicts import claims_table
 
     frame = claims_table()
     if seeds:

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
-from loopmdm_model.errors import Stopped, UsageError
-from loopmdm_model.files import check_target
+from loopmdm.model.errors import Stopped, UsageError
+from loopmdm.model.files import check_target
 
 app = typer.Typer(
     help="See inside looped masked-diffusion language models.",

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from analysis.cli.shared import app, interruptible, progress_bar, show
-from loopmdm_model.errors import UsageError
+from loopmdm.analysis.cli.shared import app, interruptible, progress_bar, show
+from loopmdm.model.errors import UsageError
 
 
 @app.command()
@@ -22,7 +22,7 @@ def train(
     ] = None,
 ) -> None:
     """Train a model from a spec."""
-    from loopmdm_model.training.spec import RunSpec
+    from loopmdm.model.training.spec import RunSpec
 
     loaded = RunSpec.load(spec, _changes(changes or []))
     if seed is not None:
@@ -30,8 +30,8 @@ def train(
     if dry_run:
         _dry_run(loaded)
         return
-    from loopmdm_model.training.budget import share_spent
-    from loopmdm_model.training.trainer import Trainer
+    from loopmdm.model.training.budget import share_spent
+    from loopmdm.model.training.trainer import Trainer
 
     folder = out or Path("runs") / loaded.name
     with interruptible(f"add --resume to go on from the last checkpoint in {folder}"):
@@ -58,7 +58,7 @@ def ship(
     record_only: Annotated[bool, typer.Option(help="keep curve and measurements, not the weights")] = False,
 ) -> None:
     """Copy a finished run into the zoo of shipped models (fp16), evaluated as shipped."""
-    from loopmdm_model.training.ship import ship
+    from loopmdm.model.training.ship import ship
 
     with interruptible("ship it again"):
         print(_as_record(run) if record_only else ship(run))
@@ -66,11 +66,11 @@ def ship(
 
 def _as_record(run: Path) -> Path:
     """Ship a run of the roster, measure what the tables ask of it, and let its weights go."""
-    from analysis.tables import quality
-    from loopmdm_model.checkpoints import RECORD, need
-    from loopmdm_model.files import read_json
-    from loopmdm_model.training.ship import forget_weights, ship
-    from loopmdm_model.zoo.runs import Zoo
+    from loopmdm.analysis.exhibits.tables import quality
+    from loopmdm.model.files import read_json
+    from loopmdm.model.network.checkpoints import RECORD, need
+    from loopmdm.model.training.ship import forget_weights, ship
+    from loopmdm.model.zoo.runs import Zoo
 
     zoo = Zoo.roster()
     listed = zoo[read_json(need(run, RECORD))["spec"]["name"]]  # before anything is written
@@ -96,9 +96,9 @@ def _changes(pairs: list[str]) -> dict[str, Any]:
 def _dry_run(spec: Any) -> None:
     import torch
 
-    from loopmdm_model.flops import applied_parameters, flops_per_token
-    from loopmdm_model.model import LoopMDM
-    from loopmdm_model.training.budget import plan, product_rate, training_memory
+    from loopmdm.model.flops import applied_parameters, flops_per_token
+    from loopmdm.model.network.model import LoopMDM
+    from loopmdm.model.training.budget import plan, product_rate, training_memory
 
     cfg, planned = spec.config, plan(spec)
     rate = product_rate(spec.training.threads)

@@ -14,18 +14,16 @@ from dataclasses import asdict, dataclass, fields
 import pandas as pd
 import torch
 
-from analysis import attention, interventions, known, representation
-from analysis.allocation import predictor
-from analysis.cases import Case
-from analysis.editions import Edition
-from analysis.measures import adapters
-from analysis.measures.adapters import RATIOS, looped, plain
-from analysis.stopping import record
-from loopmdm_model.data.sudoku import BOARDS
-from loopmdm_model.data.trees import TREE_TASKS
-from loopmdm_model.errors import UsageError, check_count
-from loopmdm_model.registry import Registry
-from loopmdm_model.stopping import StoppingRule
+from loopmdm.analysis.measures import adapters, attention, interventions, known, representation
+from loopmdm.analysis.measures.adapters import RATIOS, looped, plain
+from loopmdm.analysis.measures.case import Case
+from loopmdm.analysis.measures.stopping import predictor, record
+from loopmdm.analysis.numbers.editions import Edition
+from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.registry import Registry
+from loopmdm.model.stopping.rules import StoppingRule
+from loopmdm.model.tasks.sudoku import BOARDS
+from loopmdm.model.tasks.trees import TREE_TASKS
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,17 @@ from dataclasses import replace
 import pandas as pd
 import torch
 
-from analysis import allocation, interventions, known, representation, stopping
-from analysis.cases import Case
-from analysis.stopping.frontier import thresholds
-from analysis.training_free import training_free
-from loopmdm_model.data.puzzles import puzzles
-from loopmdm_model.data.sudoku import BOARDS
-from loopmdm_model.errors import UsageError
-from loopmdm_model.flops import forward_flops
-from loopmdm_model.sequences import MaskedBatch
-from loopmdm_model.stopping import StateDelta
+from loopmdm.analysis.measures import interventions, known, representation, stopping
+from loopmdm.analysis.measures import stopping as allocation
+from loopmdm.analysis.measures.case import Case
+from loopmdm.analysis.measures.interventions.training_free import training_free
+from loopmdm.analysis.measures.stopping.frontier import thresholds
+from loopmdm.model.errors import UsageError
+from loopmdm.model.flops import forward_flops
+from loopmdm.model.sequences import MaskedBatch
+from loopmdm.model.stopping.rules import StateDelta
+from loopmdm.model.tasks.puzzles import puzzles
+from loopmdm.model.tasks.sudoku import BOARDS
 
 RATIOS = (0.25, 0.5, 0.75)
 N_THRESHOLDS = 20

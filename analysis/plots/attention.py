@@ -10,10 +10,10 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.plots.style import AMOUNT_STYLE, KEY_STYLE, NULL, RATIO_STYLE, error_band, half_width, style
+from loopmdm.analysis.plots.style import AMOUNT_STYLE, KEY_STYLE, NULL, RATIO_STYLE, error_band, half_width, style
 
 if TYPE_CHECKING:
-    from analysis.attention.maps import AttentionMaps
+    from loopmdm.analysis.measures.attention.maps import AttentionMaps
 
 
 def plot_mass_by_loop(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:

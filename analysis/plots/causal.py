@@ -5,8 +5,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analysis.plots.quality import band_over_seeds
-from analysis.plots.style import ARM_STYLE, NULL, half_width
+from loopmdm.analysis.plots.quality import band_over_seeds
+from loopmdm.analysis.plots.style import ARM_STYLE, NULL, half_width
 
 DAMPING_STYLE = {
     "none": {"color": "#8c8c8c", "marker": "s", "linestyle": "--", "label": "full steps"},

@@ -8,7 +8,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullFormatter
 
-from analysis.plots.quality import band_over_seeds
+from loopmdm.analysis.plots.quality import band_over_seeds
 
 METRIC_STYLE = {
     "clue_conflicts": {

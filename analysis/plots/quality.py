@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from scipy import stats as distributions
 
-from analysis.plots.style import AMOUNT_STYLE, ARM_STYLE, NULL, band, half_width, mark_s_max
+from loopmdm.analysis.plots.style import AMOUNT_STYLE, ARM_STYLE, NULL, band, half_width, mark_s_max
 
 
 def over_seeds(df: pd.DataFrame, x: str, y: str) -> pd.DataFrame:

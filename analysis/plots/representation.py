@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from analysis.plots.style import NULL, RATIO_STYLE, error_band, style
+from loopmdm.analysis.plots.style import NULL, RATIO_STYLE, error_band, style
 
 
 def plot_metric_by_loop(df: pd.DataFrame, metric: str, *, ax: Axes | None = None) -> Axes:

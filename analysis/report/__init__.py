@@ -5,6 +5,6 @@ logits, cache = m.run_with_cache(b.tokens, n_loops=12)
 explore(cache, clean=b)
 """
 
-from analysis.report.explorer import Explorer, explore
+from loopmdm.analysis.report.explorer import Explorer, explore
 
 __all__ = ["Explorer", "explore"]

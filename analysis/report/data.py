@@ -18,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analysis.representation.lenses import readout_metrics
-from loopmdm_model.cache import LoopCache
-from loopmdm_model.data.sudoku import BOARDS
-from loopmdm_model.errors import UsageError, check_count
-from loopmdm_model.evaluation import task_of
-from loopmdm_model.sequences import MaskedBatch
-from loopmdm_model.sites import Site
+from loopmdm.analysis.measures.representation.lenses import readout_metrics
+from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.hooks.cache import LoopCache
+from loopmdm.model.sequences import MaskedBatch
+from loopmdm.model.sites import Site
+from loopmdm.model.tasks.sudoku import BOARDS
+from loopmdm.model.tasks.test_sets import task_of
 
 LEVELS = 65535
 LARGEST = 48 * 2**20

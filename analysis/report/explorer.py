@@ -11,11 +11,11 @@ import jinja2
 from markupsafe import Markup
 from torch import Tensor
 
-from analysis.report.data import LEVELS, Run, run_of
-from loopmdm_model.cache import LoopCache
-from loopmdm_model.errors import UsageError
-from loopmdm_model.files import write_atomic
-from loopmdm_model.sequences import MaskedBatch
+from loopmdm.analysis.report.data import LEVELS, Run, run_of
+from loopmdm.model.errors import UsageError
+from loopmdm.model.files import write_atomic
+from loopmdm.model.hooks.cache import LoopCache
+from loopmdm.model.sequences import MaskedBatch
 
 SCRIPTS = ("data.js", "draw.js", "panel.js", "explorer.js")
 STYLES = ("page.css", "explorer.css")
@@ -26,7 +26,7 @@ HEIGHT = 1180
 @cache
 def asset(name: str) -> str:
     """The text of a file that ships beside this module."""
-    return (resources.files("analysis.report") / "assets" / name).read_text(encoding="utf-8")
+    return (resources.files("loopmdm.analysis.report") / "assets" / name).read_text(encoding="utf-8")
 
 
 def as_json(value: object) -> Markup:

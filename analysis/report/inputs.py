@@ -2,13 +2,13 @@
 
 import torch
 
-from analysis.report.data import Run, run_of
-from loopmdm_model.data.puzzles import puzzles
-from loopmdm_model.data.sudoku import BOARDS
-from loopmdm_model.evaluation import load_test_set, task_of
-from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.sequences import MaskedBatch
-from loopmdm_model.zoo.runs import Zoo, select
+from loopmdm.analysis.report.data import Run, run_of
+from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.sequences import MaskedBatch
+from loopmdm.model.tasks.puzzles import puzzles
+from loopmdm.model.tasks.sudoku import BOARDS
+from loopmdm.model.tasks.test_sets import load_test_set, task_of
+from loopmdm.model.zoo.runs import Zoo, select
 
 TEXT = select(task="sotu", arm="loop", seed=0) | select(task="sotu", arm="base", seed=0)
 SUDOKU = select(task="sudoku", arm="loop", seed=(0, 3)) | select(task="sudoku", arm="base", seed=0)

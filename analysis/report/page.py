@@ -14,15 +14,16 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from analysis import claims, provenance, tables
-from analysis.figures import FIGURES, Figure
-from analysis.plots.style import style
-from analysis.report.explorer import payload, render
-from analysis.report.inputs import MODELS, inputs
-from loopmdm_model.errors import UsageError
-from loopmdm_model.files import write_atomic
-from loopmdm_model.training.record import commit, versions
-from loopmdm_model.zoo.runs import Zoo
+from loopmdm.analysis.exhibits import FIGURES, Figure, tables
+from loopmdm.analysis.exhibits import verdicts as claims
+from loopmdm.analysis.numbers import provenance
+from loopmdm.analysis.plots.style import style
+from loopmdm.analysis.report.explorer import payload, render
+from loopmdm.analysis.report.inputs import MODELS, inputs
+from loopmdm.model.errors import UsageError
+from loopmdm.model.files import write_atomic
+from loopmdm.model.training.record import commit, versions
+from loopmdm.model.zoo.runs import Zoo
 
 WIDTH = 900
 """CSS pixels of a figure of full page width."""

@@ -8,8 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loopmdm_model.adapters.families import FAMILIES, Family
-    from loopmdm_model.adapters.open import hook_model, open_model
+    from loopmdm.model.adapters.families import FAMILIES, Family
+    from loopmdm.model.adapters.open import hook_model, open_model
 
 __all__ = ["FAMILIES", "Family", "hook_model", "open_model"]
 
@@ -18,4 +18,4 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     file = "open" if name.endswith("_model") else "families"
-    return getattr(import_module(f"loopmdm_model.adapters.{file}"), name)
+    return getattr(import_module(f"loopmdm.model.adapters.{file}"), name)

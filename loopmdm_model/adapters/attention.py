@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from loopmdm_model.sites import EXPLICIT_ONLY
+from loopmdm.model.sites import EXPLICIT_ONLY
 
 LEAVES = ("attn.hook_v", "attn.hook_rot_q", "attn.hook_rot_k", *EXPLICIT_ONLY, "attn.hook_z")
 """What is offered, in layout [batch, pos, head, d_head] or [batch, head, query, key]."""

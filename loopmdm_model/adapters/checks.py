@@ -12,9 +12,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from loopmdm_model.adapters.core import ForeignCore
-from loopmdm_model.errors import UsageError
-from loopmdm_model.taps import Tap
+from loopmdm.model.adapters.core import ForeignCore
+from loopmdm.model.errors import UsageError
+from loopmdm.model.taps import Tap
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 """Of logits, against the native ones, absolute per unit of the largest; both run the same code, so 0 is usual."""

@@ -20,15 +20,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loopmdm_model.adapters.detours import Detour
-from loopmdm_model.adapters.families import Family
-from loopmdm_model.adapters.layout import ForeignLayout
-from loopmdm_model.adapters.listening import listening, out_weight
-from loopmdm_model.context import Context
-from loopmdm_model.errors import UsageError
-from loopmdm_model.protocol import Core, check_attention_mask, check_tokens
-from loopmdm_model.sites import Site
-from loopmdm_model.taps import NO_TAP, Tap, TapSource, no_taps
+from loopmdm.model.adapters.detours import Detour
+from loopmdm.model.adapters.families import Family
+from loopmdm.model.adapters.layout import ForeignLayout
+from loopmdm.model.adapters.listening import listening, out_weight
+from loopmdm.model.context import Context
+from loopmdm.model.errors import UsageError
+from loopmdm.model.protocol import Core, check_attention_mask, check_tokens
+from loopmdm.model.sites import Site
+from loopmdm.model.taps import NO_TAP, Tap, TapSource, no_taps
 
 STREAM_ARGUMENTS = ("hidden_states", "hidden_state", "x")
 """Keywords under which blocks take the stream when they do not take it first."""

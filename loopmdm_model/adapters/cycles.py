@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from loopmdm_model.adapters.core import ForeignCore
-    from loopmdm_model.context import Context
+    from loopmdm.model.adapters.core import ForeignCore
+    from loopmdm.model.context import Context
 
 
 class Cycle:

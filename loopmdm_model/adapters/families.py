@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loopmdm_model.adapters.cycles import Cycle, Injected, InjectedNormed, NormedGated, TwoStates
-from loopmdm_model.errors import UsageError, unknown_name
-from loopmdm_model.layout import Facts
-from loopmdm_model.registry import Registry
+from loopmdm.model.adapters.cycles import Cycle, Injected, InjectedNormed, NormedGated, TwoStates
+from loopmdm.model.errors import UsageError, unknown_name
+from loopmdm.model.layout import Facts
+from loopmdm.model.registry import Registry
 
 PATHS = ("blocks", "embed", "head", "attn", "attn_out", "mlp")
 """What a user gives for a model without a record."""

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from loopmdm_model.adapters.families import PATHS, Family
-from loopmdm_model.errors import UsageError
+from loopmdm.model.adapters.families import PATHS, Family
+from loopmdm.model.errors import UsageError
 
 COMMON = {
     "embed": ("model.embed_tokens", "transformer.wte", "gpt_neox.embed_in", "embed_tokens", "embed", "wte"),

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from loopmdm_model.adapters.families import Family
-from loopmdm_model.adapters.listening import leaves
-from loopmdm_model.errors import UsageError, check_count
-from loopmdm_model.layout import Facts, Layout
+from loopmdm.model.adapters.families import Family
+from loopmdm.model.adapters.listening import leaves
+from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.layout import Facts, Layout
 
 NAMES: dict[str, Sequence[str]] = {
     "d_vocab": ("vocab_size",),

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loopmdm_model import sites
-from loopmdm_model.adapters.attention import LEAVES as ATTENTION
-from loopmdm_model.adapters.attention import AttentionEar
-from loopmdm_model.adapters.detours import Detour, Route, aside
-from loopmdm_model.adapters.families import Family
-from loopmdm_model.errors import UsageError
-from loopmdm_model.layout import Layout
-from loopmdm_model.taps import Tap
+from loopmdm.model import sites
+from loopmdm.model.adapters.attention import LEAVES as ATTENTION
+from loopmdm.model.adapters.attention import AttentionEar
+from loopmdm.model.adapters.detours import Detour, Route, aside
+from loopmdm.model.adapters.families import Family
+from loopmdm.model.errors import UsageError
+from loopmdm.model.layout import Layout
+from loopmdm.model.taps import Tap
 
 BY_PART = {
     "attn_out": ("attn.hook_result", "hook_attn_out"),

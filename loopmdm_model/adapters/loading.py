@@ -15,9 +15,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from loopmdm_model.adapters import shims
-from loopmdm_model.adapters.families import Family, family_named, name_of_class
-from loopmdm_model.errors import UsageError
+from loopmdm.model.adapters import shims
+from loopmdm.model.adapters.families import Family, family_named, name_of_class
+from loopmdm.model.errors import UsageError
 
 OLDEST, TOO_NEW = (5, 0), (6, 0)
 """Versions of transformers that blocks are called as here in; tried with 5.23."""

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from loopmdm_model.adapters import loading
-from loopmdm_model.adapters.checks import check
-from loopmdm_model.adapters.core import ForeignCore
-from loopmdm_model.adapters.families import PATHS, Family, family_named, looks_like, name_of_class
-from loopmdm_model.adapters.infer import from_paths, guesses
-from loopmdm_model.adapters.layout import read_layout
-from loopmdm_model.checkpoints import CONFIG, list_runs
-from loopmdm_model.errors import UsageError, check_keys
-from loopmdm_model.files import read_json
-from loopmdm_model.hooked import HookedLoopMDM
+from loopmdm.model.adapters import loading
+from loopmdm.model.adapters.checks import check
+from loopmdm.model.adapters.core import ForeignCore
+from loopmdm.model.adapters.families import PATHS, Family, family_named, looks_like, name_of_class
+from loopmdm.model.adapters.infer import from_paths, guesses
+from loopmdm.model.adapters.layout import read_layout
+from loopmdm.model.errors import UsageError, check_keys
+from loopmdm.model.files import read_json
+from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.network.checkpoints import CONFIG, list_runs
 
 HUB = "hf:"
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from loopmdm_model.config import LoopMDMConfig
-from loopmdm_model.flops import training_flops
-from loopmdm_model.randomness import step_generator
-from loopmdm_model.training.spec import LoopSchedule, RunSpec
+from loopmdm.model.flops import training_flops
+from loopmdm.model.network.config import LoopMDMConfig
+from loopmdm.model.randomness import step_generator
+from loopmdm.model.training.spec import LoopSchedule, RunSpec
 
 
 @dataclass(frozen=True)

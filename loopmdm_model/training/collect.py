@@ -1,6 +1,6 @@
 """Collect finished runs into JSON lines, one a run: what was asked for and the last point of its curve.
 
-python -m loopmdm_model.training.collect runs/sweep-* > figures/sweeps/learning-rate.jsonl
+python -m loopmdm.model.training.collect runs/sweep-* > figures/sweeps/learning-rate.jsonl
 """
 
 import json
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from loopmdm_model.checkpoints import METRICS, RECORD, need
+from loopmdm.model.network.checkpoints import METRICS, RECORD, need
 
 
 def collect(run: Path) -> dict[str, Any]:

@@ -6,11 +6,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from loopmdm_model.data.batches import Dataset
-from loopmdm_model.flops import flops_per_token
-from loopmdm_model.training import budget
-from loopmdm_model.training.spec import RunSpec
-from loopmdm_model.training.state import Progress
+from loopmdm.model.flops import flops_per_token
+from loopmdm.model.tasks.batches import Dataset
+from loopmdm.model.training import budget
+from loopmdm.model.training.spec import RunSpec
+from loopmdm.model.training.state import Progress
 
 PACKAGES = ("torch", "numpy", "accelerate", "tokenizers", "safetensors")
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from loopmdm_model import stats
-from loopmdm_model.checkpoints import METRICS, RECORD, TOKENIZER, WEIGHTS, ZOO, need
-from loopmdm_model.data.tokenizer import load_tokenizer
-from loopmdm_model.evaluation import NGrams, load_test_set, task_of
-from loopmdm_model.files import read_json, sha256, write_json
-from loopmdm_model.likelihood import nelbo
-from loopmdm_model.model import LoopMDM
+from loopmdm.model import stats
+from loopmdm.model.corpora.tokenizer import load_tokenizer
+from loopmdm.model.diffusion.likelihood import nelbo
+from loopmdm.model.files import read_json, sha256, write_json
+from loopmdm.model.network.checkpoints import METRICS, RECORD, TOKENIZER, WEIGHTS, ZOO, need
+from loopmdm.model.network.model import LoopMDM
+from loopmdm.model.tasks.test_sets import NGrams, load_test_set, task_of
 
 
 def ship(run: Path, target: Path | None = None) -> Path:

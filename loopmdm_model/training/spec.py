@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loopmdm_model.config import LoopMDMConfig
-from loopmdm_model.data.batches import TASK_SIZES, check_name
-from loopmdm_model.data.tokenizer import GPT2_IDS
-from loopmdm_model.errors import UsageError, check_count, check_keys, unknown_name
+from loopmdm.model.corpora.tokenizer import GPT2_IDS
+from loopmdm.model.errors import UsageError, check_count, check_keys, unknown_name
+from loopmdm.model.network.config import LoopMDMConfig
+from loopmdm.model.tasks.batches import TASK_SIZES, check_name
 
 DISTRIBUTIONS = ("uniform", "fixed", "flop-proportional", "flop-balanced")
 
@@ -212,7 +212,7 @@ class RunSpec:
 
 def matched_flops(path: Path, other: Any, training: dict[str, Any]) -> float:
     """Training FLOPs of the whole run that another spec (a file beside this one) describes."""
-    from loopmdm_model.training.budget import plan
+    from loopmdm.model.training.budget import plan
 
     if {"flops", "tokens", "steps"} & training.keys():
         raise UsageError(f"{path.name}: match takes the place of flops, tokens and steps; remove them")

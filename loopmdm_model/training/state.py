@@ -16,11 +16,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from loopmdm_model.checkpoints import write_tensors
-from loopmdm_model.data.own_files import FILES
-from loopmdm_model.errors import UsageError
-from loopmdm_model.training.ema import Ema
-from loopmdm_model.training.spec import RunSpec
+from loopmdm.model.corpora.own_files import FILES
+from loopmdm.model.errors import UsageError
+from loopmdm.model.network.checkpoints import write_tensors
+from loopmdm.model.training.ema import Ema
+from loopmdm.model.training.spec import RunSpec
 
 STATE_FILE = "state/state.safetensors"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -4,7 +4,7 @@ Step k draws its batch, masks and S from (seed, k) alone, and each process takes
 data order does not depend on how many there are, and a run killed at any moment and resumed gives the same
 weights, bit for bit, as one that was never interrupted (one thread count, one machine). The EMA weights
 are what is evaluated and shipped. Several processes, GPUs, bf16 and FSDP are accelerate's configuration:
-`accelerate launch --module analysis.cli train SPEC.toml`.
+`accelerate launch --module loopmdm.analysis.cli train SPEC.toml`.
 """
 
 import json
@@ -24,20 +24,20 @@ from accelerate.utils import set_seed
 from filelock import BaseFileLock
 from torch import Tensor, nn
 
-from loopmdm_model import checkpoints
-from loopmdm_model.allocator import keep_freed_memory
-from loopmdm_model.data.batches import Dataset, dataset
-from loopmdm_model.data.tokenizer import load_tokenizer
-from loopmdm_model.errors import DivergedError, Stopped, UsageError
-from loopmdm_model.files import LOCK, clear_partial, lock_folder, write_atomic, write_json
-from loopmdm_model.likelihood import masked_cross_entropy, masked_draw, nelbo
-from loopmdm_model.model import LoopMDM
-from loopmdm_model.sequences import MaskedBatch, Sequences
-from loopmdm_model.taps import explicit_taps, no_taps
-from loopmdm_model.training import budget, state
-from loopmdm_model.training.ema import Ema
-from loopmdm_model.training.record import run_record
-from loopmdm_model.training.spec import RunSpec
+from loopmdm.model.corpora.tokenizer import load_tokenizer
+from loopmdm.model.diffusion.likelihood import masked_cross_entropy, masked_draw, nelbo
+from loopmdm.model.errors import DivergedError, Stopped, UsageError
+from loopmdm.model.files import LOCK, clear_partial, lock_folder, write_atomic, write_json
+from loopmdm.model.network import checkpoints
+from loopmdm.model.network.model import LoopMDM
+from loopmdm.model.sequences import MaskedBatch, Sequences
+from loopmdm.model.taps import explicit_taps, no_taps
+from loopmdm.model.tasks.batches import Dataset, dataset
+from loopmdm.model.training import budget, state
+from loopmdm.model.training.allocator import keep_freed_memory
+from loopmdm.model.training.ema import Ema
+from loopmdm.model.training.record import run_record
+from loopmdm.model.training.spec import RunSpec
 
 OnStep = Callable[[state.Progress], None]
 STOP = 0

@@ -14,10 +14,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from loopmdm_model.checkpoints import RECORD, list_models, list_runs, need, resolve
-from loopmdm_model.errors import UsageError, check_count, check_keys, unknown_name
-from loopmdm_model.files import read_json
-from loopmdm_model.training.spec import RunSpec
+from loopmdm.model.errors import UsageError, check_count, check_keys, unknown_name
+from loopmdm.model.files import read_json
+from loopmdm.model.network.checkpoints import RECORD, list_models, list_runs, need, resolve
+from loopmdm.model.training.spec import RunSpec
 
 MAIN_TASKS = ("sudoku", "sotu")
 """The two tasks that are shown side by side: one whose answers can be checked, and text."""

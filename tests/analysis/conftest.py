@@ -2,8 +2,8 @@
 
 import pytest
 
-from loopmdm_model.data.puzzles import puzzles
-from loopmdm_model.data.sudoku import BOARDS
+from loopmdm.model.tasks.puzzles import puzzles
+from loopmdm.model.tasks.sudoku import BOARDS
 from tests.conftest import toy_model
 
 SIX = BOARDS["sudoku6"]

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from loopmdm_model.context import Context
-from loopmdm_model.layout import Facts, Layout
-from loopmdm_model.protocol import Core, check_attention_mask, check_tokens
-from loopmdm_model.taps import NO_TAP, no_taps
+from loopmdm.model.context import Context
+from loopmdm.model.layout import Facts, Layout
+from loopmdm.model.protocol import Core, check_attention_mask, check_tokens
+from loopmdm.model.taps import NO_TAP, no_taps
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from loopmdm_model.errors import UsageError
-from loopmdm_model.files import PARTIAL, check_target, clear_partial, lock_folder, write_atomic
+from loopmdm.model.errors import UsageError
+from loopmdm.model.files import PARTIAL, check_target, clear_partial, lock_folder, write_atomic
 
 
 def put(path, text="new"):
@@ -68,7 +68,7 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
 
 def test_only_what_dead_writers_of_this_host_left_is_cleared(tmp_path):
     code = (
-        "import sys, os; from pathlib import Path; from loopmdm_model.files import write_atomic\n"
+        "import sys, os; from pathlib import Path; from loopmdm.model.files import write_atomic\n"
         "write_atomic(Path(sys.argv[1]), lambda temporary: os._exit(3))"
     )
     for folder in (tmp_path, tmp_path / "sub"):
@@ -88,7 +88,7 @@ def test_only_what_dead_writers_of_this_host_left_is_cleared(tmp_path):
 
 
 HOLD = (
-    "import sys, time; from pathlib import Path; from loopmdm_model.files import lock_folder\n"
+    "import sys, time; from pathlib import Path; from loopmdm.model.files import lock_folder\n"
     "lock = lock_folder(Path(sys.argv[1]), 'trained'); print('held', flush=True); time.sleep(60)"
 )
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from loopmdm_model.flops import applied_parameters, forward_flops, training_flops
-from loopmdm_model.taps import explicit_taps
+from loopmdm.model.flops import applied_parameters, forward_flops, training_flops
+from loopmdm.model.taps import explicit_taps
 from tests.conftest import toy_model
 
 

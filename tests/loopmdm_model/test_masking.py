@@ -3,9 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loopmdm_model.errors import UsageError
-from loopmdm_model.masking import mask_tokens
-from loopmdm_model.randomness import row_uniforms
+from loopmdm.model.errors import UsageError
+from loopmdm.model.masking import mask_tokens
+from loopmdm.model.randomness import row_uniforms
 
 
 @settings(max_examples=40, deadline=None)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from loopmdm_model.errors import UsageError
-from loopmdm_model.registry import Registry
+from loopmdm.model.errors import UsageError
+from loopmdm.model.registry import Registry
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,9 +41,9 @@ def test_a_name_is_given_once_and_may_be_replaced_on_purpose():
 
 PLUGIN = """
 from dataclasses import replace
-from analysis.attention import mask_attention
-from analysis.measures import Measure
-from loopmdm_model.adapters.families import RECORDS
+from loopmdm.analysis.measures.attention import mask_attention
+from loopmdm.analysis.measures import Measure
+from loopmdm.model.adapters.families import RECORDS
 
 
 def count(case, b):
@@ -68,8 +68,8 @@ import warnings
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     {first}
-    from analysis.measures import MEASURES, measure
-    from loopmdm_model.adapters.families import FAMILIES, name_of_class
+    from loopmdm.analysis.measures import MEASURES, measure
+    from loopmdm.model.adapters.families import FAMILIES, name_of_class
     frame = measure("count-of-a-plugin", "markov-loop", n=4, mask_ratios=(0.5,))
     assert frame["n"].tolist() == [4], frame
     assert name_of_class("BertOfAPlugin") == "bert-of-a-plugin" and "bert" in FAMILIES
@@ -90,7 +90,7 @@ def package(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("first", ["import analysis.measures", "import plugin_of_a_test"])
+@pytest.mark.parametrize("first", ["import loopmdm.analysis.measures", "import plugin_of_a_test"])
 def test_another_package_joins_whatever_is_imported_first(package, first):
     environment = os.environ | {"PYTHONPATH": f"{package}{os.pathsep}{ROOT}"}
     done = subprocess.run(

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from loopmdm_model import MaskedBatch, Sequences, mask_tokens, nelbo, nelbo_by_loop
-from loopmdm_model.errors import UsageError
-from loopmdm_model.likelihood import loop_losses
+from loopmdm.model import MaskedBatch, Sequences, mask_tokens, nelbo, nelbo_by_loop
+from loopmdm.model.diffusion.likelihood import loop_losses
+from loopmdm.model.errors import UsageError
 
 DOCUMENTS = np.array(["a", "a", "b", "c"])
 

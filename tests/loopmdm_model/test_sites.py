@@ -4,8 +4,8 @@ import pickle
 
 import pytest
 
-from loopmdm_model.errors import UsageError
-from loopmdm_model.sites import Site, all_names, at
+from loopmdm.model.errors import UsageError
+from loopmdm.model.sites import Site, all_names, at
 from tests.conftest import toy_config
 
 NAMES = all_names(toy_config(gated_mlp=True), 3)

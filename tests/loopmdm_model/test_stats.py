@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from loopmdm_model import stats
+from loopmdm.model import stats
 
 
 def test_mean_and_error_by_hand_and_with_gaps():

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loopmdm_model.adapters.attention import LEAVES, AttentionEar
+from loopmdm.model.adapters.attention import LEAVES, AttentionEar
 
 N = 6
 CLOSE = {"rtol": 0.0, "atol": 1e-6}

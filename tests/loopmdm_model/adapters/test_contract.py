@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from analysis import cut, mask_attention, read_loops, representation_change
-from loopmdm_model import FixedLoops, StateDelta, UsageError, nelbo, sample, sites
-from loopmdm_model.adapters import hook_model
-from loopmdm_model.hooked import HookedLoopMDM
-from loopmdm_model.layout import NEEDS
-from loopmdm_model.masking import hide
+from loopmdm.analysis import cut, mask_attention, read_loops, representation_change
+from loopmdm.model import FixedLoops, StateDelta, UsageError, nelbo, sample, sites
+from loopmdm.model.adapters import hook_model
+from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.layout import NEEDS
+from loopmdm.model.masking import hide
 from tests.conftest import toy_model
 from tests.loopmdm_model.adapters import natives
 from tests.loopmdm_model.models import InjectedToy

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from loopmdm_model import sites
-from loopmdm_model.adapters import hook_model
-from loopmdm_model.adapters.detours import Detour, aside
+from loopmdm.model import sites
+from loopmdm.model.adapters import hook_model
+from loopmdm.model.adapters.detours import Detour, aside
 from tests.loopmdm_model.adapters import natives
 
 INSIDE = ("hook_attn_out", "hook_mlp_out", "attn.hook_q", "attn.hook_pattern", "attn.hook_result", "attn.hook_z")

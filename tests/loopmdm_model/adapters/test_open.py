@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from loopmdm_model import LoopMDM, UsageError, open_model, sites
-from loopmdm_model.adapters import FAMILIES, hook_model, loading
-from loopmdm_model.errors import UnknownNameError
+from loopmdm.model import LoopMDM, UsageError, open_model, sites
+from loopmdm.model.adapters import FAMILIES, hook_model, loading
+from loopmdm.model.errors import UnknownNameError
 from tests.conftest import toy_model
 from tests.loopmdm_model.adapters import natives, standins
 
@@ -351,8 +351,8 @@ def test_other_slips():
 
 def test_nothing_is_imported_before_it_is_asked_for():
     code = (
-        "import sys, loopmdm_model.adapters as a; a.FAMILIES; "
+        "import sys, loopmdm.model.adapters as a; a.FAMILIES; "
         "heavy = {'transformers', 'transformer_lens'} & sys.modules.keys(); assert not heavy, heavy; "
-        "import loopmdm_model; loopmdm_model.hook_model, loopmdm_model.open_model; "
+        "import loopmdm_model; loopmdm.model.hook_model, loopmdm.model.open_model; "
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,8 +8,8 @@ import transformers
 from transformers import dynamic_module_utils, modeling_rope_utils
 from transformers.utils import import_utils
 
-from loopmdm_model import UsageError, open_model
-from loopmdm_model.adapters import shims
+from loopmdm.model import UsageError, open_model
+from loopmdm.model.adapters import shims
 from tests.loopmdm_model.adapters import natives
 
 OLD = """

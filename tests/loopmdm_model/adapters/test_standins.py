@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from loopmdm_model import KLDelta, UsageError, sites
-from loopmdm_model.adapters import families, hook_model
+from loopmdm.model import KLDelta, UsageError, sites
+from loopmdm.model.adapters import families, hook_model
 from tests.loopmdm_model.adapters import standins
 
 CLOSE = {"rtol": 0.0, "atol": 1e-5}

@@ -1,0 +1,200 @@
+"""Figures of attention between groups, and of maps side by side."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure as MatplotlibFigure
+
+from loopmdm.analysis.exhibits.figure import GRIDS, ONE, OURS, TEXT, Figure, Tables, of_models, panels
+from loopmdm.analysis.plots import attention
+from loopmdm.analysis.plots.style import PAGE, mark_s_max
+from loopmdm.model.zoo.runs import Zoo
+
+
+def _looped(df: pd.DataFrame, model: str, longest: bool = True) -> pd.DataFrame:
+    """Masked queries, heads pooled, of the looped layer, read to 3 x S_max (or to S_max)."""
+    part = df[(df["model"] == model) & (df["query_group"] == "masked") & df["head"].isna()]
+    n_loops = part["n_loops"].max() if longest else part["n_loops"].min()
+    return part[part["n_loops"] == n_loops]
+
+
+def mask_to_mask(loaded: Tables) -> MatplotlibFigure:
+    """Mass at half masked, log-odds at three ratios, and the layers outside the loop."""
+    df = loaded["mask-attention"]
+    drawn, axes = plt.subplots(2, 3, figsize=(PAGE, 4.2), layout="constrained", width_ratios=[1, 1, 0.9])
+    for row, panel in zip(axes, panels(), strict=True):
+        part = _looped(df, panel.model)
+        loop = part[part["segment"] == "loop"]
+        half = loop[np.isclose(loop["nominal_mask_ratio"], 0.5)]
+        attention.plot_mass_by_loop(half, ax=row[0])
+        row[0].set_title(f"{panel.title}: mass, 50% masked")
+        log_odds = loop[loop["key_group"] == "masked"]
+        attention.plot_log_odds_by_loop(log_odds, ax=row[1])
+        others = [_looped(df, name) for name in panel.seeds if name != panel.model]
+        attention.plot_other_seeds([one[(one["segment"] == "loop") & (one["key_group"] == "masked")]
+                                    for one in others], ax=row[1])  # fmt: skip
+        row[1].set_title(f"{panel.title}: log-odds")
+        for ax in row[:2]:
+            mark_s_max(ax, panel.run.s_max, len(half["loop"].unique()))
+        rest = _looped(df, panel.model, longest=False)
+        rest = rest[(rest["segment"] != "loop") & (rest["key_group"] == "masked")]
+        attention.plot_log_odds_by_layer(rest, ax=row[2])
+        row[2].set_title(f"outside the loop (S = {panel.run.s_max})")
+    handles = [*axes[0, 0].get_legend_handles_labels()[0], *axes[0, 1].get_legend_handles_labels()[0]]
+    drawn.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, columnspacing=1.2)
+    return drawn
+
+
+def attention_maps(loaded: Tables) -> MatplotlibFigure:
+    """The head that changes most, side by side across loops, with the difference."""
+    df = loaded["attention-maps"]
+    loops = sorted(df["loop"].unique())
+    stacks = {
+        head: np.stack([_matrix(part[part["loop"] == loop]) for loop in loops])
+        for head, part in df.groupby("head")
+    }
+    head = max(stacks, key=lambda key: np.abs(stacks[key][-1] - stacks[key][0]).mean())
+    rows = df[(df["head"] == head) & (df["loop"] == loops[0])].drop_duplicates("query").sort_values("query")
+    masked = rows["query_masked"].to_numpy()
+    words = [true.strip() or "␣" for true in rows["query_true"]]
+    labels = [f"[{word}]" if hidden else word for word, hidden in zip(words, masked, strict=True)]
+    drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 6.3), layout="constrained")
+    attention.draw_maps(list(axes.flat), stacks[head], loops, labels, masked)
+    drawn.suptitle(
+        f"{df['model'].iloc[0]}, layer {rows['layer'].iloc[0]}, head {head}; [true tokens] of masked positions",
+        fontsize=8,
+    )
+    return drawn
+
+
+def _matrix(part: pd.DataFrame) -> np.ndarray:
+    return part.pivot(index="query", columns="key", values="attention").to_numpy()
+
+
+def saturation(loaded: Tables) -> MatplotlibFigure:
+    """Where the rise of masked-to-masked attention ends, by S_max of training."""
+    df = of_models(loaded["mask-attention-by-s-max"])
+    df = df[(df["segment"] == "loop") & (df["query_group"] == "masked") & (df["key_group"] == "masked")]
+    zoo = Zoo.shipped()
+    df = df.assign(s_max=df["model"].map({name: zoo[name].s_max for name in df["model"].unique()}))
+    drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.9), layout="constrained")
+    attention.plot_by_s_max(df, axes=axes)
+    axes[0].set_title("6x6 Sudoku: log-odds (rings: $S_{max}$)")
+    axes[1].set_title("rise since the first loop")
+    axes[0].legend(title="$S_{max}$ of training", title_fontsize=6.8, frameon=False, ncols=2)
+    return drawn
+
+
+def content(loaded: Tables) -> MatplotlibFigure:
+    """What is moved between masked positions, by loop, and the log-odds along the model's own sampling."""
+    df, sampled = loaded["mask-attention"], loaded["attention-along-sampling"]
+    drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 4.4), layout="constrained")
+    for row, panel in zip(axes, panels(), strict=True):
+        part = _looped(df, panel.model)
+        part = part[(part["segment"] == "loop") & (part["key_group"] == "masked")]
+        attention.plot_content_by_loop(part, ax=row[0])
+        mark_s_max(row[0], panel.run.s_max, part["loop"].nunique())
+        row[0].set_title(f"{panel.title}: content, masked → masked")
+        own = panel.of(sampled[sampled["segment"] == "loop"])
+        own = own[(own["query_group"] == "masked") & (own["key_group"] == "masked")]
+        attention.plot_by_step(own, ax=row[1])
+        row[1].set_title(f"{panel.title}: along its own samples")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside lower left", ncols=3, frameon=False)
+    return drawn
+
+
+def specifications(loaded: Tables) -> MatplotlibFigure:
+    """The same claim under every definition."""
+    df = loaded["attention-specifications"]
+    drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 4.4), layout="constrained", height_ratios=[1, 1.1])
+    for (above, below), panel in zip(axes.T, panels(), strict=True):
+        attention.plot_specifications(panel.of(df).dropna(subset=["estimate"]), (above, below))
+        above.set_title(panel.title)
+        above.set_xticks([])
+        above.legend(frameon=False, loc="lower right", fontsize=6)
+    axes[0, 0].set_ylabel("rise / its error")
+    for ax in axes[1, 1:]:
+        ax.set_yticklabels([])
+    return drawn
+
+
+def heads(loaded: Tables) -> MatplotlibFigure:
+    """Heads that change most, ranked on one half and tested on the other."""
+    df = loaded["attention-heads"]
+    drawn, axes = plt.subplots(1, 2, figsize=(PAGE * 0.8, 2.4), layout="constrained")
+    for ax, panel in zip(axes, panels(), strict=True):
+        attention.plot_heads(panel.of(df), ax=ax)
+        ax.set_title(panel.title)
+    axes[1].set_ylabel("")
+    axes[0].legend(frameon=False)
+    return drawn
+
+
+FIGURES = (
+    Figure(
+        "mask-to-mask-by-loop",
+        ("mask-attention",),
+        mask_to_mask,
+        f"""Attention of masked queries in the looped layer, by loop, to 3 x S_max. Left: mean mass on other
+        masked keys, on clean keys and on itself, heads averaged; dotted: chance, the mean share of such keys.
+        Middle: log-odds of a masked against a clean key, self excluded; 0 = the head does not care; thin:
+        other training seeds, half masked. Right: the same in the layers outside the loop. {GRIDS}; {TEXT}.
+        Loop i is the same for every n_loops > i, so there is one curve. The paper reports that mask-to-mask
+        attention rises with the loop count and saturates near S_max; a flat or falling curve counts against
+        it. {OURS} {ONE}""",
+    ),
+    Figure(
+        "saturation",
+        ("mask-attention-by-s-max",),
+        saturation,
+        f"""Where the rise of masked-to-masked attention ends, by the largest loop count of training: log-odds of
+        a masked against a clean key for masked queries in the looped layer, half masked, heads pooled, each
+        model read to 3 x its S_max. Left: by loop; bands: 95% (seed 0). Right: the rise since the first loop,
+        against loop / S_max. {GRIDS}. The paper: the rise saturates near S_max of training. Curves that turn
+        at one and the same loop whatever S_max was, that fall before S_max, or that go on rising beyond 1 on
+        the right count against it; so does one that does not rise. {OURS} One seed of training a line; of
+        S_max = 6 four more (thin).""",
+    ),
+    Figure(
+        "attention-maps",
+        ("attention-maps",),
+        attention_maps,
+        f"""Attention of one head of sotu-loop at three loops, and last minus first. The first 32 tokens of one
+        test block, drawn by seed before looking; half of them masked (in brackets, with the true token). The
+        head is the one that changes most: an illustration, n = 1, not a test. The map at loop i is the map a
+        run with n_loops = i ends on. {OURS} {ONE}""",
+    ),
+    Figure(
+        "attention-content",
+        ("mask-attention", "attention-along-sampling"),
+        content,
+        f"""What masked positions pass on, and where they look while sampling. Left: norm of what masked keys
+        move into masked queries in the looped layer (attention times the value through the output matrix, less
+        what all masked keys have in common), by loop, at three mask ratios, to 3 x S_max; bands: 95%. Right:
+        log-odds of a masked against a clean key before some denoising steps of the model's own samples, 64 of
+        them; in the first step nothing is clean. {GRIDS}; {TEXT}. Log-odds that rise while content does not
+        would say that masked positions look at each other more and tell each other no more. {OURS} {ONE}""",
+    ),
+    Figure(
+        "specification-curve",
+        ("attention-specifications",),
+        specifications,
+        f"""Does masked-to-masked attention rise from the first loop to S_max? Every reasonable definition: mass,
+        lift, log-odds, content, toggled key; with and without self and sinks; heads averaged, weighted by
+        content, or the one that grows most; three mask ratios. Definitions that come to the same number are
+        shown once. Above: the rise in units of its own standard error (symmetric log scale), below: what was
+        chosen; verdicts by Student's t at 95% over sequences (text: speeches; half of them for the head that
+        grows most). {GRIDS}; {TEXT}. One definition that falls where others rise means that the claim depends
+        on the definition. One seed of training; the definitions are ours, the paper's is not public.""",
+    ),
+    Figure(
+        "attention-heads",
+        ("attention-heads",),
+        heads,
+        f"""Rise of the masked : clean log-odds of each head of the looped layer, from the first loop to S_max at
+        half masked. Heads are ranked on one half of the sequences (hollow) and measured on the other (full;
+        95% by Student's t), so that choosing them does not flatter them. {GRIDS}; {TEXT}. A head below 0 turns
+        away from masked keys. {OURS} {ONE}""",
+    ),
+)

@@ -1,0 +1,33 @@
+"""The figure of the claims."""
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure as MatplotlibFigure
+
+from loopmdm.analysis.exhibits import verdicts as claims
+from loopmdm.analysis.exhibits.figure import Figure, Tables
+from loopmdm.analysis.plots.claims import plot_claims
+from loopmdm.analysis.plots.style import PAGE
+
+
+def verdicts(loaded: Tables) -> MatplotlibFigure:  # noqa: ARG001 - the answers load the tables themselves
+    """Every claim with its verdict by task."""
+    df = claims.claims_table()
+    drawn, ax = plt.subplots(figsize=(PAGE, 0.33 * df["claim"].nunique() + 0.4), layout="constrained")
+    plot_claims(df, claims.GROUPS, ax=ax)
+    return drawn
+
+
+FIGURES = (
+    Figure(
+        "claims",
+        claims.TABLES,
+        verdicts,
+        """The paper's claims put to measurements that could have said no, on our small models. Supported: the
+        whole 95% interval lies beyond the margin in the claimed direction; not supported: the whole interval
+        lies on the other side; undecided: neither; not run: no such models. Estimate, interval and number of
+        training seeds stand in the cell; the interval is over seeds, over test items or documents where there
+        is one seed, and then the verdict is about that model alone. Estimands, margins and falsifiers were
+        written down before the five-seed Sudoku runs, in figures/claims.toml, which says what was known by
+        then and which two were reworded later. What is false here may be true at the paper's scale.""",
+    ),
+)

@@ -1,0 +1,178 @@
+"""One figure: the tables it is drawn from, its builder, a caption with its claim, and how it is written."""
+
+import base64
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as MatplotlibFigure
+
+from loopmdm.analysis.exhibits import tables
+from loopmdm.analysis.numbers import provenance
+from loopmdm.analysis.plots.style import FORMATS, PAGE, png_bytes, style
+from loopmdm.model.files import write_atomic, write_json
+from loopmdm.model.training.record import commit, versions
+from loopmdm.model.zoo.runs import LOOPED, MAIN_TASKS, Run, Zoo
+
+SIDECAR_TYPE = "application/vnd.loopmdm.figure+json"
+Tables = dict[str, pd.DataFrame]
+TITLES = {"sudoku": "Sudoku 6x6", "sotu": "text (sotu)"}
+"""Of the main tasks."""
+ARMS = ("base", "deep", "loop")
+"""The arms of the paper's comparison."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure: the `tables` it is drawn from, its `builder`, and a caption with its claim."""
+
+    name: str
+    tables: tuple[str, ...]
+    builder: Callable[[Tables], MatplotlibFigure]
+    caption: str
+
+    def draw(self, out: Path | str | None = None) -> MatplotlibFigure:
+        """Draw from the tables; with `out` also write pdf, png, svg and a JSON sidecar there."""
+        loaded = self.load()
+        with style():
+            figure = self.builder(loaded)
+            if out is not None:
+                self._write(figure, Path(out), loaded)
+        plt.close(figure)
+        return figure
+
+    def show(self) -> "Shown":
+        """The figure with its caption and where its numbers come from, for a notebook."""
+        loaded = self.load()
+        with style():
+            picture = png_bytes(self.builder(loaded))
+        return Shown(picture, self.sidecar(loaded))
+
+    def load(self) -> Tables:
+        """Its tables, by name."""
+        return {name: tables.load(name) for name in self.tables}
+
+    def _write(self, figure: MatplotlibFigure, out: Path, loaded: Tables) -> None:
+        dates = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {"Software": None}}
+        for kind in FORMATS:
+            write_atomic(
+                out / f"{self.name}.{kind}",
+                lambda path, kind=kind: figure.savefig(path, format=kind, metadata=dates[kind]),
+            )
+        write_json(out / f"{self.name}.json", self.sidecar(loaded))
+
+    def sidecar(self, loaded: Tables) -> dict:
+        """Caption, hashes of tables and models, commit, versions and command."""
+        return {
+            "figure": self.name,
+            "caption": self.text,
+            "tables": {name: frame.attrs["values_sha256"] for name, frame in loaded.items()},
+            "models": {k: v for frame in loaded.values() for k, v in frame.attrs["models"].items()},
+            "commit": commit(),
+            "versions": versions(provenance.DRAWING),
+            "command": f"loopmdm figures {self.name}",
+        }
+
+    @property
+    def text(self) -> str:
+        """The caption on one line."""
+        return " ".join(textwrap.dedent(self.caption).split())
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A main task as figures show it: the looped model of its first seed, the names of all seeds, and a title."""
+
+    run: Run
+    seeds: tuple[str, ...]
+    title: str
+
+    @property
+    def model(self) -> str:
+        """The looped model's name."""
+        return self.run.name
+
+    def of(self, df: pd.DataFrame) -> pd.DataFrame:
+        """Rows of the looped model."""
+        return df[df["model"] == self.run.name]
+
+
+def panels() -> list[Panel]:
+    """The main tasks side by side."""
+    zoo = Zoo.shipped()
+    looped = {task: zoo.select(task=task, arm=LOOPED) for task in MAIN_TASKS}
+    return [Panel(zoo.first(task), tuple(run.name for run in looped[task]), TITLES[task]) for task in MAIN_TASKS]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A drawn figure in a notebook; `sidecar` is what the batch writes beside its picture."""
+
+    png: bytes
+    sidecar: dict
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, object]:
+        """Picture and caption for people, the sidecar for programs."""
+        source = ", ".join(f"{name} {value[:12]}" for name, value in self.sidecar["tables"].items())
+        picture = base64.b64encode(self.png).decode()
+        page = (
+            f'<figure><img alt="{escape(self.sidecar["figure"])}" src="data:image/png;base64,{picture}">'
+            f"<figcaption>{escape(self.sidecar['caption'])}<br><small>{escape(self.sidecar['command'])}; "
+            f"tables by hash: {escape(source)}</small></figcaption></figure>"
+        )
+        return {"text/html": page, SIDECAR_TYPE: self.sidecar}
+
+
+SEEDS = """Lines: means over training seeds (numbers in the legend), thin ones single seeds; bands (bars at
+single points): 95%, by Student's t over seeds, over test items where there is one seed."""
+MEANS = """Lines: means over training seeds; bands: 95%, by Student's t over seeds, over test items where there
+is one seed."""
+OURS = "Definitions are ours; the paper's are not public."
+ONE = "One seed of training."
+TEXT = "256 test blocks of 64 tokens from 8 unseen speeches (errors over speeches, Student's t)"
+GRIDS = "256 grids of unseen classes (errors over grids)"
+"""Parts of captions."""
+
+
+def compared(df: pd.DataFrame, task: str) -> pd.DataFrame:
+    """Rows of the paper's arms on one task."""
+    return df[(df["task"] == task) & df["arm"].isin(ARMS)]
+
+
+OTHER_TASKS = {
+    "imdb": "text (imdb)",
+    "wiki": "text (wiki)",
+    "gsm": "word problems",
+    "sudoku9": "Sudoku 9x9",
+    "tree": "tree",
+    "markov": "chain (control)",
+}
+
+
+def elsewhere(df: pd.DataFrame, plot: Callable[..., Axes], ylabel: str) -> MatplotlibFigure:
+    """A panel for each task beside the two main ones: `plot(rows, ax=)` of the paper's arms."""
+    tasks = [task for task in OTHER_TASKS if task in set(df["task"])]
+    rows = -(-len(tasks) // 3)
+    drawn, axes = plt.subplots(rows, 3, figsize=(PAGE, 2.3 * rows), layout="constrained", squeeze=False)
+    for ax, task in zip(axes.flat, tasks, strict=False):
+        plot(compared(df, task), ax=ax)
+        ax.set(title=OTHER_TASKS[task], ylabel="")
+        ax.legend(frameon=False)
+    for ax in axes[:, 0]:
+        ax.set_ylabel(f"{ylabel}\n(nats per token)")
+    for ax in axes.flat[len(tasks) :]:
+        ax.set_axis_off()
+    return drawn
+
+
+def of_models(df: pd.DataFrame) -> pd.DataFrame:
+    """With the columns task, arm and seed of each row's model."""
+    zoo = Zoo.shipped()
+    known = {name: zoo[name] for name in df["model"].unique()}
+    runs = [known[name] for name in df["model"]]
+    return df.assign(**{field: [getattr(run, field) for run in runs] for field in ("task", "arm", "seed")})

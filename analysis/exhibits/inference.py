@@ -1,0 +1,261 @@
+"""Figures of inference: quality by number of loops."""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as MatplotlibFigure
+
+from loopmdm.analysis.exhibits.figure import MEANS, SEEDS, Figure, Tables, compared, elsewhere, of_models, panels
+from loopmdm.analysis.plots import quality
+from loopmdm.analysis.plots.style import PAGE, half_width
+from loopmdm.model.zoo.runs import Zoo
+
+
+def nll_by_loops(loaded: Tables) -> MatplotlibFigure:
+    """NELBO by S of all arms, and its paired change from S = 1 for the looped one."""
+    df, references = loaded["nll-by-loops"], loaded["references"]
+    drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 4.4), layout="constrained")
+    for row, panel in zip(axes, panels(), strict=True):
+        task = panel.run.task
+        part = compared(df, task)
+        looped = part[part["arm"] == "loop"]
+        quality.plot_nll_by_loops(part, ax=row[0])
+        row[0].set_title(f"{panel.title}: level")
+        quality.plot_change_by_loops(looped, ax=row[1])
+        row[1].set_title(f"{panel.title}: loop, change from S = 1")
+        others = []
+        if task == "sotu":
+            bigram = references.loc[references["reference"] == "bigram", "nll"].iloc[0]
+            row[0].axhline(bigram, color="#444444", linewidth=0.8, linestyle=":")
+            row[0].annotate(
+                f"bigram {bigram:.2f}",
+                (0.36, bigram),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                va="bottom",
+                fontsize=6.5,
+            )
+            others.append(bigram)
+        _reach(part, row[0], *others)
+        row[0].legend(frameon=False, loc="lower right" if task == "sotu" else "upper center")
+    return drawn
+
+
+def _reach(df: pd.DataFrame, ax: Axes, *others: float) -> None:
+    """Limits for `nll` by the looped arm, all arms at S = 1, and `others`: base past S = 1 may leave the panel."""
+    known = df[(df["arm"] == "loop") | (df["n_loops"] == 1)]["nll"]
+    bottom, top = min([known.min(), *others]), max([known.max(), *others])
+    ax.set_ylim(bottom - 0.08 * (top - bottom), top + 0.25 * (top - bottom))
+
+
+def other_nll(loaded: Tables) -> MatplotlibFigure:
+    """NELBO by S on the tasks beside the two main ones."""
+
+    def plot(df: pd.DataFrame, *, ax: Axes) -> Axes:
+        quality.plot_nll_by_loops(df, ax=ax)
+        _reach(df, ax)
+        return ax
+
+    return elsewhere(loaded["nll-by-loops"], plot, "test NELBO")
+
+
+def sudoku_solve_rate(loaded: Tables) -> MatplotlibFigure:
+    """One-shot solve rate by S, 6x6 and 9x9."""
+    df = loaded["sudoku-solve-rate"]
+    shown = [panel for panel in BOARD_PANELS if panel[0] in set(df["task"])]
+    size = (PAGE * len(shown) / 2, 2.6)
+    drawn, axes = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
+    for ax, (task, title) in zip(axes[0], shown, strict=True):
+        part = compared(df, task)
+        quality.plot_solve_rate(part, ax=ax)
+        ax.legend(frameon=False, loc="best")
+        ax.set_title(title + (" (next to none solved)" if (part["high"] <= NEXT_TO_NONE).all() else ""))
+    return drawn
+
+
+NEXT_TO_NONE = 0.02
+"""Where all intervals end below this share of boards, the panel says so."""
+BOARD_PANELS = (("sudoku", "6x6, 16 of 36 hidden"), ("sudoku9", "9x9, 21 of 81 hidden"))
+
+
+def word_problems(loaded: Tables) -> MatplotlibFigure:
+    """Grade-school word problems: NELBO of worked answers by S, and accuracy."""
+    nll, df = loaded["nll-by-loops"], loaded["word-problems"]
+    drawn, axes = plt.subplots(1, 3, figsize=(PAGE, 2.7), layout="constrained")
+    quality.plot_nll_by_loops(compared(nll, "gsm"), ax=axes[0])
+    axes[0].set(title="worked answers", ylabel="test NELBO (nats per token)")
+    axes[0].legend(frameon=False)
+    for ax, (problems, title) in zip(axes[1:], PROBLEM_PANELS, strict=True):
+        part = df[df["problems"] == problems]
+        quality.plot_accuracy(part, ax=ax)
+        ax.set_title(title + (" (chance level)" if (part["low"] <= part["chance"] + POINTS).all() else ""))
+    return drawn
+
+
+POINTS = 0.02
+"""What an interval has to lie above a guess to be more than chance level."""
+PROBLEM_PANELS = (("gsm-symbolic", "unseen templates"), ("gsm8k-100", "GSM8K items"))
+
+
+def gain_by_noise(loaded: Tables) -> MatplotlibFigure:
+    """Where looping gains: by mask ratio, at several loop counts."""
+    df = of_models(loaded["noise-level"])
+    drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.8), layout="constrained")
+    for ax, panel in zip(axes, panels(), strict=True):
+        part = df[df["task"] == panel.run.task]
+        quality.plot_gain_by_noise(part, panel.run.s_max, ax=ax)
+        n = part["seed"].nunique()
+        ax.set_title(f"{panel.title} ({n} seed{'s' if n > 1 else ''})")
+        ax.legend(frameon=False)
+    return drawn
+
+
+def zero_shot(loaded: Tables) -> MatplotlibFigure:
+    """Seven corpora that the text models never saw."""
+    df = loaded["zero-shot"]
+    zoo = Zoo.shipped()
+    base, loop = zoo.first("sotu", "base"), zoo.first("sotu")
+    wanted = [(base, 1), *((loop, count) for count in (1, loop.s_max, 2 * loop.s_max))]
+    parts = [
+        df[(df["model"] == run.name) & (df["n_loops"] == count)].assign(label=f"{run.arm}, S = {count}")
+        for run, count in wanted
+    ]
+    drawn, ax = plt.subplots(figsize=(PAGE * 0.7, 3.2), layout="constrained")
+    quality.plot_zero_shot(pd.concat(parts).rename(columns={"n_documents": "n_units"}), ax=ax)
+    drawn.legend(loc="outside lower center", ncols=4, frameon=False)
+    return drawn
+
+
+def generative(loaded: Tables) -> MatplotlibFigure:
+    """The judge's NLL of samples by loops and steps, beside what real text has."""
+    df = loaded["generative"]
+    samples = df[df["source"] == "samples"]
+    real = df[df["source"] == "test text"].iloc[0]
+    drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.9), layout="constrained", width_ratios=[1.6, 1])
+    base, loop = (Zoo.shipped().first("sotu", arm).name for arm in ("base", "loop"))
+    quality.plot_generative(samples[samples["model"] == loop], ax=axes[0])
+    axes[0].set_title(f"{loop}'s samples; real text: {real['judge_nll']:.2f} nats")
+    looks = {base: ("#8c8c8c", "s"), loop: ("#1b4f8f", "o")}
+    for model, (colour, marker) in looks.items():
+        part = samples[samples["model"] == model]
+        axes[1].errorbar(part["unigram_entropy"], part["judge_nll"], xerr=half_width(part, "unigram_entropy_se"),
+                         yerr=half_width(part, "judge_nll_se"), linestyle="none", marker=marker, color=colour,
+                         linewidth=0.7, label=model)  # fmt: skip
+    axes[1].plot(real["unigram_entropy"], real["judge_nll"], marker="*", color="black", linestyle="none",
+                 markersize=7, label="real text")  # fmt: skip
+    axes[1].legend(frameon=False, loc="center left")
+    axes[1].set(xlabel="unigram entropy (nats)", ylabel="judge's NLL (nats)", title="beside unigram entropy")
+    return drawn
+
+
+def loops_or_steps(loaded: Tables) -> MatplotlibFigure:
+    """Joint quality of samples, and marginal NELBO, against the FLOPs of a whole run."""
+    df = loaded["loops-or-steps"]
+    drawn, axes = plt.subplots(1, 3, figsize=(PAGE, 2.6), layout="constrained")
+    boards, text = panels()
+    shown = (
+        (boards, "solve-rate", "Sudoku: whole boards", "puzzles solved"),
+        (boards, "marginal-nll", "Sudoku: single cells", "NELBO (nats per token)"),
+        (text, "marginal-nll", "text: single tokens", "NELBO (nats per token)"),
+    )
+    for ax, (panel, measure, title, label) in zip(axes, shown, strict=True):
+        part = panel.of(df)
+        quality.plot_loops_or_steps(part[part["measure"] == measure], ax=ax)
+        ax.set(title=title, ylabel=label)
+    handles, labels = axes[0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return drawn
+
+
+FIGURES = (
+    Figure(
+        "nll-by-loops",
+        ("nll-by-loops", "references"),
+        nll_by_loops,
+        f"""Test NELBO by number of loops, to 3 x S_max (dash-dotted: S_max of training), base models to S_max:
+        they were trained without looping at the same size and training FLOPs; their curve beyond S = 1 is
+        looping without training for it and may leave the panel. Left: level. Right: paired change from S = 1.
+        1,000 grids of unseen classes; all 1,957 test blocks of 8 unseen speeches; one mask a sequence. {SEEDS}
+        The paper: more loops, lower NLL, also beyond S_max, and S = 1 worse than the base model.""",
+    ),
+    Figure(
+        "nll-by-loops-elsewhere",
+        ("nll-by-loops",),
+        other_nll,
+        f"""Test NELBO by number of loops on the other tasks, to 3 x S_max (dash-dotted: S_max of training), one
+        mask a sequence; base models to S_max, untrained for it beyond S = 1, where their curve may leave the
+        panel. 1,000 test grids, trees or chains each; all problems of unseen templates, which nobody learned
+        (read to S_max only, base and deep at S = 1); all blocks of unseen documents. {SEEDS} Axes differ
+        between panels; a band that fills one is wider than it. The paper: more loops, lower NLL, on every
+        corpus; a loop curve that does not fall, or ends above base at S = 1, counts against it, except on the
+        chain, where nothing is to be gained.""",
+    ),
+    Figure(
+        "sudoku-solve-rate",
+        ("sudoku-solve-rate",),
+        sudoku_solve_rate,
+        f"""Share of puzzles solved in one shot (every hidden cell filled at once with its best symbol; any valid
+        completion counts), 500 grids of unseen classes (6x6: up to relabelling; 9x9: no symmetry of the board
+        joins them to training). {SEEDS} A panel whose intervals all end below 2% is called next to none
+        solved: it says nothing about looping. base: same size, same training FLOPs, no looping in training;
+        deep: the looped layer untied. The puzzle sets and the one-shot protocol are ours; the paper's are not
+        public. A loop curve that does not rise above the base arm's S = 1 would count against the claim that
+        looping helps.""",
+    ),
+    Figure(
+        "word-problems",
+        ("nll-by-loops", "word-problems"),
+        word_problems,
+        """Grade-school word problems by S: models trained on generated GSM-Symbolic problems of 67 templates,
+        tested on templates that training never saw (12, of which 10 are short enough), and on real GSM8K items
+        without those that are a template's. Left: NELBO of the worked answer given its question; bands and
+        bars: 95%, Student's t over templates. All arms learn the training templates by heart: on unseen ones
+        their NELBO rises from a sixth of the budget on (learning-curves-elsewhere). Middle and right: the
+        final number, generated most confident token first in 16 steps; bars: Wilson's 95% over problems (45
+        and 50; templates taken as alike); dotted: always the commonest answer of training. base: same size and
+        training FLOPs; deep: the looped layer untied. The paper: looping raises accuracy, above a deeper
+        model's, too; accuracy that does not rise above base's counts against it. Chance level: no interval
+        lies more than two points above the dotted line; such a panel says nothing about looping, only that
+        these models do not do arithmetic. One seed.""",
+    ),
+    Figure(
+        "gain-by-noise",
+        ("noise-level",),
+        gain_by_noise,
+        f"""Gain of looping over S = 1 (nats per masked token, paired by sequence and mask) by mask ratio, at
+        several loop counts, looped models. 1,000 grids of unseen classes; all test blocks of 8 unseen
+        speeches; one mask each. {MEANS} The band is that of S_max. The paper reports the largest gain at
+        intermediate noise; a curve that peaks at an end counts against it.""",
+    ),
+    Figure(
+        "zero-shot",
+        ("zero-shot",),
+        zero_shot,
+        """NELBO on seven corpora that the text models never saw, at most 512 windows of 64 tokens each; bars:
+        95% over documents. Stand-ins: quac-wiki for WikiText, headlines for AG News, xsum for LM1B, pubmed
+        abstracts. Base and loop of equal size and training FLOPs, one seed. The paper: the looped model is
+        better on all seven at S_max; one corpus on which base is ahead counts against it.""",
+    ),
+    Figure(
+        "generative",
+        ("generative",),
+        generative,
+        """NLL of unconditional samples under SmolLM2-135M, by loops and denoising steps; 64 samples of 64 tokens
+        each, 95% over samples; lines: equal FLOPs of the whole run. Right: the same beside the entropy of a
+        sample's unigrams, which a judge alone would reward for falling; star: real test text. Samples of
+        models of this size are far more surprising than real text. The paper: generative perplexity falls with
+        S, most at few steps; a column that does not fall upwards counts against it (errors are of single
+        cells; no correction for their number). One seed of training.""",
+    ),
+    Figure(
+        "loops-or-steps",
+        ("loops-or-steps",),
+        loops_or_steps,
+        """What a fixed amount of FLOPs buys, spent on loops or on denoising steps. Left: whole boards (16 of 36
+        cells given, cells filled by confidence, any valid completion counts; 64 puzzles). Middle, right: the
+        NELBO of single tokens, which steps cannot change: flat lines; loop counts are paired by mask, so that
+        their differences are surer than the bars. Bars: 95% over puzzles, sequences or speeches. If more loops
+        at equal FLOPs always solved more, steps would be the worse buy. The comparison is ours; one seed of
+        training.""",
+    ),
+)

@@ -1,0 +1,289 @@
+"""The tables behind the figures: name -> models, columns, measures, and how to measure it.
+
+Everything is measured on the shipped models and on the test split; masks and puzzles are drawn
+by seed. Committed tables lie in figures/tables; a missing one is measured again. Which models a table is of is
+a query over a `Zoo` that is handed in, by default what is shipped now.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from loopmdm.analysis.exhibits.tables import internals, quality, science, training
+from loopmdm.analysis.numbers import frames, provenance
+from loopmdm.analysis.numbers.editions import fingerprints
+from loopmdm.analysis.numbers.parallel import in_processes
+from loopmdm.model.corpora.fetch import cached_archive, serving
+from loopmdm.model.errors import UsageError, unknown_name
+from loopmdm.model.network.checkpoints import list_runs
+from loopmdm.model.training.allocator import keep_freed_memory
+from loopmdm.model.zoo.runs import Select, Zoo, figures_folder, select
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: `compute(zoo)` gives a tidy frame with at least `columns`, from the runs that `models` chooses.
+
+    `measures` are the registered ones that it asks; `version` is raised when what it makes of them changes. It may
+    also read other `tables`, or what was measured for them, and fetched corpora of the role or name `reads`.
+    """
+
+    name: str
+    models: Select
+    columns: tuple[str, ...]
+    compute: Callable[[Zoo], pd.DataFrame]
+    measures: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+    reads: str = ""
+    version: int = 1
+
+    def measure(self, folder: Path, zoo: Zoo | None = None) -> pd.DataFrame:
+        """Compute and write it, then read it back as everyone else will."""
+        zoo = Zoo.shipped() if zoo is None else zoo
+        names = self.models.names(zoo)
+        if not names:
+            raise UsageError(f"table {self.name} is of {self.models}; no such run is here, see figures/zoo.toml")
+        told = provenance.of_table(self.name, names, **self.made_from(zoo))
+        frames.write_table(self.compute(zoo), folder / f"{self.name}.parquet", told)
+        return self.read(folder)
+
+    def made_from(self, zoo: Zoo) -> dict[str, dict[str, Any]]:
+        """What its values follow from beside the weights: the tables' versions, the measures', S_max by task."""
+        parts = self._parts()
+        return {
+            "tables": {part.name: part.version for part in parts},
+            "measures": fingerprints(name for part in parts for name in part.measures),
+            "axes": zoo.axes(self.models.of(zoo)),
+        }
+
+    def _parts(self) -> list["Table"]:
+        """Itself and the tables that it reads."""
+        return [self, *(part for name in self.tables for part in table(name)._parts())]
+
+    def fits(self, told: Mapping[str, Any], zoo: Zoo) -> bool:
+        """Whether a stored one that records `told` is what would be measured now."""
+        names = self.models.names(zoo)
+        if told.get("models", {}).keys() != set(names) or not set(names) <= set(list_runs()):
+            return False
+        now = {"models": provenance.model_hashes(names)} | self.made_from(zoo)
+        return all(told.get(name) == value for name, value in now.items())
+
+    def read(self, folder: Path) -> pd.DataFrame:
+        """The stored table."""
+        return frames.read_table(folder / f"{self.name}.parquet", self.columns)
+
+
+def tables_folder() -> Path:
+    """Where tables are kept."""
+    return figures_folder() / "tables"
+
+
+def table(name: str) -> Table:
+    """A table of the registry."""
+    if name not in TABLES:
+        raise unknown_name("table", name, TABLES)
+    return TABLES[name]
+
+
+def load(name: str, zoo: Zoo | None = None) -> pd.DataFrame:
+    """The committed table, measured from the shipped models if it is missing."""
+    item, folder = table(name), tables_folder()
+    if not (folder / f"{name}.parquet").exists():
+        return item.measure(folder, zoo)
+    frame = item.read(folder)
+    if not item.fits(frame.attrs, Zoo.shipped() if zoo is None else zoo):
+        warnings.warn(outdated(name), stacklevel=2)
+    return frame
+
+
+def is_current(name: str, zoo: Zoo | None = None) -> bool:
+    """Whether a stored table is of the weights that are shipped, and of the measures as they are."""
+    item = table(name)
+    return item.fits(item.read(tables_folder()).attrs, Zoo.shipped() if zoo is None else zoo)
+
+
+def outdated(name: str) -> str:
+    """What to say of a stored table that is not current."""
+    return f"table {name} is of other weights or measures than those here; run `loopmdm table {name}`"
+
+
+def measure_all(names: Iterable[str], workers: int = 0) -> Iterator[str]:
+    """Measure tables in processes of one thread each (default: one a core); yields names as they are done.
+
+    A table that reads others waits for them. UsageError, before anything is measured, where archives are missing.
+    """
+    names = list(names)
+    _need_archives(names)
+    after = {name: set(table(name).tables) for name in names}
+    return in_processes(_measure, after, tables_folder(), workers, _prepare)
+
+
+def _need_archives(names: list[str]) -> None:
+    wanted = {name: table(name).reads for name in names if table(name).reads}
+    missing = {
+        name: reads
+        for name, reads in wanted.items()
+        if any(cached_archive(item) is None for item in serving(reads))
+    }
+    if missing:
+        raise UsageError(
+            f"what the tables {', '.join(missing)} read is not here yet; "
+            f"run `loopmdm data fetch {' '.join(dict.fromkeys(missing.values()))}`"
+        )
+
+
+def _prepare() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    keep_freed_memory()
+
+
+def _measure(name: str, folder: Path) -> None:
+    table(name).measure(folder)
+
+
+EVERY = select()
+SUDOKU = select(task="sudoku") | select(task="sudoku9")
+KNOWN = select(task="tree") | select(task="markov")
+POOLED = "mask-attention-pooled"
+
+
+def _contrasts(zoo: Zoo) -> pd.DataFrame:
+    return training.contrasts_table(load("nll-by-loops", zoo), load("sudoku-solve-rate", zoo))
+
+
+def _one_measure(name: str, models: Select, columns: tuple[str, ...], options: dict[str, Any]) -> Table:
+    """The table of a measure of the same name."""
+    compute = partial(science.measured, name, models, **options)
+    return Table(name, models, ("model", *columns), compute, (name,))
+
+
+TABLES = {
+    item.name: item
+    for item in (
+        Table(
+            "mask-attention",
+            science.main_tasks("loop"),
+            ("model", "loop", "mass", "log_odds"),
+            internals.mask_attention_table,
+            ("mask-attention", POOLED),
+        ),
+        Table(
+            "representation-change",
+            science.FIRST,
+            ("model", "loop", "metric", "value"),
+            internals.representation_table,
+            ("representation-change",),
+        ),
+        Table(
+            "mask-attention-by-s-max",
+            science.AMOUNTS,
+            ("model", "loop", "log_odds"),
+            partial(science.measured, POOLED, science.AMOUNTS, read_to=science.READ_TO),
+            (POOLED,),
+        ),
+        Table(
+            "attention-maps", internals.MAPPED, ("loop", "head", "query", "key"), internals.attention_maps_table
+        ),
+        Table(
+            "learning-curves", EVERY, ("model", "arm", "seed", "flops", "nelbo"), training.learning_curves_table
+        ),
+        Table("flops-to-target", EVERY, ("task", "arm", "against", "ratio"), training.flops_to_target_table),
+        Table(
+            "nll-by-loops",
+            EVERY,
+            ("model", "arm", "seed", "n_loops", "nll", "nll_se"),
+            quality.nll_table,
+            ("nll",),
+        ),
+        Table(
+            "sudoku-solve-rate",
+            SUDOKU,
+            ("model", "arm", "seed", "n_clues", "n_loops", "solve_rate"),
+            partial(quality.solve_rate_table, SUDOKU),
+            ("solve-rate",),
+        ),
+        Table(
+            "arm-contrasts",
+            EVERY,
+            ("task", "measure", "arm", "against", "difference"),
+            _contrasts,
+            tables=("nll-by-loops", "sudoku-solve-rate"),
+        ),
+        Table("references", quality.TEXT, ("task", "reference", "nll"), quality.references_table),
+        Table(
+            "noise-level",
+            science.main_tasks("loop"),
+            ("model", "n_loops", "gain"),
+            partial(quality.noise_level_table, science.main_tasks("loop")),
+            ("nll",),
+            tables=("nll-by-loops",),
+        ),
+        Table(
+            "zero-shot",
+            quality.TEXT,
+            ("model", "corpus", "n_loops", "nelbo"),
+            partial(quality.text_table, "zero-shot"),
+            ("zero-shot",),
+            reads="zero-shot",
+        ),
+        Table(
+            "generative",
+            quality.TEXT,
+            ("model", "n_loops", "steps", "judge_nll", "unigram_entropy"),
+            partial(quality.text_table, "generative"),
+            ("generative",),
+            reads="judge",
+        ),
+        Table(
+            "word-problems",
+            quality.GSM,
+            ("model", "arm", "seed", "problems", "n_loops", "accuracy", "low", "high", "chance"),
+            quality.word_problems_table,
+            ("word-problems",),
+            reads="gsm8k-100",
+        ),
+        Table(
+            "attention-controls",
+            science.CONTROLS,
+            ("model", "arm", "seed", "depth", "log_odds"),
+            science.controls_table,
+            ("mask-attention",),
+        ),
+        Table(
+            "excess-kl",
+            KNOWN,
+            ("model", "arm", "seed", "n_loops", "hops", "excess_kl"),
+            partial(quality.excess_kl_table, KNOWN),
+            ("excess-kl",),
+        ),
+        Table(
+            "training-free",
+            science.main_tasks("base") | science.FIRST,
+            ("model", "n_loops", "damping", "change"),
+            science.training_free_table,
+            ("training-free",),
+        ),
+        Table(
+            "stopping-verdicts",
+            science.LEARNED,
+            ("model", "rule", "verdict", "useful"),
+            science.verdicts_table,
+            ("stopping-verdicts",),
+        ),
+        Table(
+            "attention-along-sampling",
+            science.FIRST,
+            ("model", "step", "loop", "log_odds"),
+            partial(science.measured, POOLED, science.FIRST, n=64, along_sampling=16),
+            (POOLED,),
+        ),
+        *(_one_measure(*entry) for entry in science.PLAIN),
+    )
+}

@@ -1,0 +1,167 @@
+"""Tables of the analysis suite: any registered measure, on any models, kept by their weights."""
+
+import pandas as pd
+
+from loopmdm.analysis.numbers.store import Question
+from loopmdm.model.network.checkpoints import CONFIG, resolve
+from loopmdm.model.network.config import LoopMDMConfig
+from loopmdm.model.zoo.runs import MAIN_TASKS, Run, Select, Zoo, select
+
+HALF = (0.5,)
+READ_TO = 3
+AT_CHANCE = "gsm"
+"""A task that no shipped model has learned: what goes on inside explains nothing."""
+
+
+def main_tasks(arm: str) -> Select:
+    """Models of an arm with weights, every seed, of the two main tasks."""
+    return select(task=MAIN_TASKS, arm=arm, weights=True)
+
+
+FIRST = select(task=MAIN_TASKS, arm="loop", seed=0)
+"""The looped models that are looked at in detail."""
+LEARNED = select(arm="loop", weights=True, but_task=AT_CHANCE)
+"""Every looped model with weights, of tasks that were learned."""
+BOARDS = select(task="sudoku", arm="loop", weights=True)
+TREES = select(task=("tree", "markov"), arm="loop", weights=True)
+AMOUNTS = select(task="sudoku", arm=("loop-s2", "loop-s4", "loop", "loop-s8", "loop-s12"), weights=True)
+"""The three-layer Sudoku models that loop, whatever their S_max of training."""
+UNLOOPED = select(arm=("base", "deep"), seed=0, weights=True, but_task=AT_CHANCE)
+CONTROLS = UNLOOPED | FIRST
+"""Models that were not looped, and those whose shape the untrained ones have."""
+
+
+def measured(
+    measure: str,
+    models: Select,
+    zoo: Zoo,
+    ratios: tuple[float, ...] = HALF,
+    n: int = 256,
+    read_to: int = 1,
+    along_sampling: int = 0,
+) -> pd.DataFrame:
+    """One measure of several models, read to `read_to` x S_max of their task; columns as the measure's."""
+    frames = [
+        asked(measure, run, read_to * zoo.s_max(run), ratios, n, along_sampling).answer() for run in models.of(zoo)
+    ]
+    return pd.concat(frames, ignore_index=True)
+
+
+def asked(
+    measure: str, run: Run, n_loops: int, ratios: tuple[float, ...] = HALF, n: int = 256, along_sampling: int = 0
+) -> Question:
+    """One measure of one model."""
+
+    def compute() -> pd.DataFrame:
+        from loopmdm.analysis import measures
+
+        return measures.measure(measure, run.name, n_loops, ratios, n, along_sampling)
+
+    return Question(run.name, measure, [n_loops, list(ratios), n, along_sampling], compute)
+
+
+def controls_table(zoo: Zoo) -> pd.DataFrame:
+    """Attention of masked queries by depth where nothing was looped in training: base, deep, untrained stacks.
+
+    Base and deep at S = 1 and, as equal depth, base at S_max; an untrained model of the looped one's shape, three
+    initialisations (`arm` "untrained", `seed`).
+    """
+    rows = []
+    for run in UNLOOPED.of(zoo):
+        for n_loops in (1, zoo.s_max(run)) if run.arm == "base" else (1,):
+            frame = asked("mask-attention", run, n_loops).answer()
+            rows.append(frame.assign(arm=run.arm, seed=run.seed))
+    for run in FIRST.of(zoo):
+        for seed in range(3):
+            rows.append(_untrained(run, seed).answer().assign(arm="untrained", seed=seed))
+    keep = ["model", "task", "arm", "seed", "n_loops", "segment", "loop", "layer", "depth", "head", "query_group",
+            "key_group", "mass", "chance", "log_odds", "log_odds_se", "content", "n", "n_units"]  # fmt: skip
+    frame = pd.concat(rows, ignore_index=True)[keep]
+    return frame[frame["query_group"] == "masked"].reset_index(drop=True)
+
+
+def _untrained(run: Run, seed: int) -> Question:
+    """mask-attention of fresh weights in the shape of a shipped model, on that model's test set."""
+    import torch
+
+    from loopmdm.analysis.measures.attention import mask_attention
+    from loopmdm.analysis.measures.case import Case
+    from loopmdm.model.hooks.hooked import HookedLoopMDM
+    from loopmdm.model.network.model import LoopMDM
+
+    def compute() -> pd.DataFrame:
+        case = Case.of(run.name)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            m = HookedLoopMDM(LoopMDM(case.m.cfg).eval())
+        frame = mask_attention(m, case.masked(HALF[0]), case.n_loops, clusters=case.clusters)
+        return frame.assign(model=run.name, task=case.test.task, n_units=case.n_units)
+
+    return Question(run.name, "mask-attention", ["untrained", seed], compute)
+
+
+def training_free_table(zoo: Zoo) -> pd.DataFrame:
+    """Base models with the layers repeated that their looped twins loop: training-free, of one block.
+
+    One mask a sequence.
+    """
+    frames = []
+    for run in main_tasks("base").of(zoo):
+        twin = LoopMDMConfig.load(resolve(zoo.first(run.task).name) / CONFIG)
+        frames.append(_repeated(run, (twin.n_prelude_layers, twin.n_loop_layers)).answer())
+    return pd.concat(frames, ignore_index=True)
+
+
+def _repeated(run: Run, block: tuple[int, int]) -> Question:
+    """A base model with the layers of a block (first, number) repeated."""
+    from loopmdm.analysis.measures.adapters import looped_without_training
+    from loopmdm.analysis.measures.case import Case
+
+    def compute() -> pd.DataFrame:
+        case = Case.of(run.name)
+        frame = looped_without_training(case, [block], n_samples=1)
+        return frame.assign(model=run.name, task=case.test.task, n_units=case.n_units)
+
+    return Question(run.name, "training-free", ["1 mask", *block], compute)
+
+
+def verdicts_table(zoo: Zoo) -> pd.DataFrame:
+    """Non-inferiority of every rule, and whether it beats its controls, for every looped model.
+
+    Columns of `loopmdm.analysis.measures.stopping.verdicts` with model, task, seed and rule.
+    """
+    frames = [asked("stopping-verdicts", run, run.s_max).answer().assign(seed=run.seed) for run in LEARNED.of(zoo)]
+    return pd.concat(frames, ignore_index=True)
+
+
+PLAIN: tuple[tuple[str, Select, tuple[str, ...], dict], ...] = (
+    ("attention-shape", FIRST, ("loop", "entropy"), {}),
+    ("attention-change", FIRST, ("loop", "metric", "value"), {}),
+    ("attention-sinks", FIRST, ("loop", "factor", "log_odds"), {}),
+    ("attention-toggle", FIRST, ("loop", "toggle"), {}),
+    ("attention-heads", FIRST, ("head", "growth", "p_holm"), {}),
+    ("attention-tests", FIRST, ("head", "growth", "effect"), {}),
+    ("attention-specifications", FIRST, ("measure", "estimate", "verdict"), {"ratios": (0.25, 0.5, 0.75)}),
+    ("convergence", LEARNED, ("metric", "value", "verdict"), {}),
+    ("similarity", FIRST, ("loop", "other_loop", "value"), {"read_to": 2}),
+    ("effective-rank", FIRST, ("loop", "value"), {"read_to": READ_TO}),
+    ("settled", FIRST, ("loop", "metric", "value"), {"ratios": (0.25, 0.5, 0.75)}),
+    ("fixed-points", FIRST, ("metric", "value"), {}),
+    ("state-paths", FIRST, ("loop", "pc1", "pc2"), {}),
+    ("stopping-frontier", FIRST, ("rule", "threshold", "flops", "nll", "against_fixed"), {"read_to": 2}),
+    ("stopping-usage", FIRST, ("rule", "by", "group", "value"), {}),
+    ("stopping-by-step", FIRST, ("step", "value"), {"n": 64}),
+    ("stopping-in-sampling", FIRST, ("rule", "quality", "time_ratio"), {"n": 64}),
+    ("gain-predictor", FIRST, ("rule", "flops", "nll"), {"read_to": 2}),
+    ("loops-or-steps", FIRST, ("budget", "n_loops", "steps", "quality"), {"n": 64}),
+    ("mediated-share", main_tasks("loop"), ("edges", "matched", "share"), {}),
+    ("cut-effects", FIRST, ("loop", "mask_ratio", "effect"), {"n": 128}),
+    ("stale-effects", FIRST, ("loop", "mask_ratio", "effect"), {"n": 128}),
+    ("sudoku-boards", BOARDS, ("loop", "metric", "value"), {"read_to": READ_TO}),
+    ("sudoku-settling", select(task="sudoku", arm="loop", seed=0), ("depth", "loop_settled", "share"), {}),
+    ("sudoku-depth", BOARDS | select(task="sudoku", arm="base", seed=0), ("arm", "correlation"), {}),
+    ("sudoku-orders", BOARDS, ("n_loops", "order", "solve_rate"), {"n": 100}),
+    ("belief-rounds", TREES, ("loop", "round", "kl"), {}),
+    ("best-rounds", TREES, ("loop", "best_round"), {}),
+)  # fmt: skip
+"""Tables that are one measure each: its name, the models, columns, and what `measured` is given."""

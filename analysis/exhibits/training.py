@@ -1,0 +1,174 @@
+"""Figures of training: learning curves, arms at equal FLOPs, where and how much to loop."""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure as MatplotlibFigure
+
+from loopmdm.analysis.exhibits.figure import SEEDS, Figure, Tables, compared, elsewhere, panels
+from loopmdm.analysis.plots import quality
+from loopmdm.analysis.plots.style import AMOUNT_STYLE, PAGE, PLACE_STYLE
+
+
+def learning_curves(loaded: Tables) -> MatplotlibFigure:
+    """Validation NELBO against training FLOPs."""
+    df = loaded["learning-curves"]
+    drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.8), layout="constrained")
+    for ax, panel in zip(axes, panels(), strict=True):
+        quality.plot_learning_curves(compared(df, panel.run.task), ax=ax)
+        ax.set_title(panel.title)
+        ax.legend(frameon=False)
+    return drawn
+
+
+def other_curves(loaded: Tables) -> MatplotlibFigure:
+    """Learning curves of the tasks beside the two main ones."""
+    return elsewhere(loaded["learning-curves"], quality.plot_learning_curves, "validation NELBO")
+
+
+def flops_to_target(loaded: Tables) -> MatplotlibFigure:
+    """How many times fewer FLOPs an arm needs for what another one reaches."""
+    df = loaded["flops-to-target"]
+    drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.7), layout="constrained", sharey=True)
+    for ax, panel in zip(axes, panels(), strict=True):
+        quality.plot_flops_ratio(df[df["task"] == panel.run.task], ax=ax)
+        ax.set_title(panel.title)
+    axes[0].set_ylabel("FLOPs of the second / of the first\n(above 1: the first needs fewer)")
+    return drawn
+
+
+def arms(loaded: Tables) -> MatplotlibFigure:
+    """Same size, deeper, looped: where each ends at equal training FLOPs, seed by seed."""
+    nll, solve = loaded["nll-by-loops"], loaded["sudoku-solve-rate"]
+    drawn, axes = plt.subplots(1, 3, figsize=(PAGE, 2.5), layout="constrained")
+    for ax, panel in zip(axes, panels(), strict=False):
+        part = compared(nll, panel.run.task)
+        quality.plot_arms(part[part["n_loops"] == part["max_loops"]], "nll", ax=ax)
+        ax.set(title=panel.title, ylabel="test NELBO (nats per token)")
+    quality.plot_arms(compared(_as_trained(nll, solve), "sudoku"), "solve_rate", ax=axes[2])
+    axes[2].set(title="Sudoku 6x6, one shot", ylabel="puzzles solved", ylim=(0, 1))
+    return drawn
+
+
+def _as_trained(nll: pd.DataFrame, solve: pd.DataFrame) -> pd.DataFrame:
+    """Solve rates of 6x6 puzzles with 20 clues, each model at S_max of its own training."""
+    part = solve[solve["task"] == "sudoku"]
+    return part[part["n_loops"] == part["model"].map(nll.groupby("model")["max_loops"].first())]
+
+
+def placement(loaded: Tables) -> MatplotlibFigure:
+    """Which of five layers loop: where each ends at equal training FLOPs, at S_max and at S = 1."""
+    nll, solve = loaded["nll-by-loops"], loaded["sudoku-solve-rate"]
+    nll = nll[nll["task"] == "sudoku"]
+    drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.7), layout="constrained")
+    once, ends = nll[(nll["n_loops"] == 1) & (nll["arm"] != "stack")], nll[nll["n_loops"] == nll["max_loops"]]
+    quality.plot_arms(ends, "nll", PLACE_STYLE, ax=axes[0])
+    for place, arm in enumerate(arm for arm in PLACE_STYLE if arm in set(nll["arm"])):
+        runs = once[once["arm"] == arm].merge(ends, on="model", suffixes=("_once", ""))
+        across = quality.side_by_side(place, len(runs))
+        axes[0].plot(across, runs["nll_once"], color="#444444", marker="x", linestyle="none", zorder=0)
+        axes[0].vlines(across, runs["nll"], runs["nll_once"], color="#999999", linewidth=0.6, zorder=0)
+    axes[0].set(title="test NELBO (crosses: at S = 1)", ylabel="nats per token")
+    quality.plot_arms(_as_trained(nll, solve), "solve_rate", PLACE_STYLE, ax=axes[1])
+    axes[1].set(title="one shot, 16 of 36 cells hidden", ylabel="puzzles solved", ylim=(0, 1))
+    for ax in axes:
+        ax.set_xlabel("layers of five that loop (seeds)")
+    return drawn
+
+
+def amount(loaded: Tables) -> MatplotlibFigure:
+    """How far S goes in training: NELBO by S, and where each ends at its own S_max."""
+    nll, solve = loaded["nll-by-loops"], loaded["sudoku-solve-rate"]
+    nll = nll[nll["task"] == "sudoku"]
+    drawn, axes = plt.subplots(1, 3, figsize=(PAGE, 2.7), layout="constrained", width_ratios=[1.4, 1, 1])
+    quality.plot_amounts(nll, ax=axes[0])
+    once = nll[nll["n_loops"] == 1].groupby("arm")["nll"].mean()
+    others = once[once.index.isin(AMOUNT_STYLE) & (once.index != "loop-fixed")]
+    axes[0].set_ylim(top=others.max() + 0.02)  # without loops the model of fixed S is far off
+    axes[0].annotate(
+        f"fixed: mean {once['loop-fixed']:.2f} at S = 1", (2, others.max()), fontsize=6.5, va="center"
+    )
+    axes[0].set_title("by S (rings: $S_{max}$ of training)")
+    quality.plot_arms(nll[nll["n_loops"] == nll["max_loops"]], "nll", AMOUNT_STYLE, ax=axes[1])
+    axes[1].set(title="at $S_{max}$", ylabel="test NELBO (nats per token)")
+    quality.plot_arms(_as_trained(nll, solve), "solve_rate", AMOUNT_STYLE, ax=axes[2])
+    axes[2].set(title="at $S_{max}$, one shot", ylabel="puzzles solved", ylim=(0, 1))
+    for ax in axes[1:]:
+        ax.set_xlabel("$S_{max}$ of training (seeds)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    drawn.legend(handles, [f"$S_{{max}}$ = {' '.join(label.split())}" for label in labels],
+                 loc="outside lower center", ncols=6, frameon=False, columnspacing=1.2)  # fmt: skip
+    return drawn
+
+
+FIGURES = (
+    Figure(
+        "learning-curves",
+        ("learning-curves",),
+        learning_curves,
+        f"""Validation NELBO of EMA weights against training FLOPs (3 x forward, warm-up then constant rate),
+        each arm at S_max of its training; loop and base at equal size, all at equal budgets. 128 validation
+        sequences, two masks each. {SEEDS} The paper: the looped model reaches the base model's NLL with fewer
+        FLOPs; a loop curve that stays above the base curve counts against it.""",
+    ),
+    Figure(
+        "learning-curves-elsewhere",
+        ("learning-curves",),
+        other_curves,
+        f"""Validation NELBO of EMA weights against training FLOPs on the other tasks: each arm at S_max of its
+        training, equal budgets within a task, one learning rate for all arms of a task. {SEEDS} Where S widens
+        from 1 in training, S_max is far from trained until it has. Axes differ between panels. The paper:
+        looping pays on every corpus; a loop curve that stays above the base curve counts against it, except on
+        the chain, where nothing is to be gained.""",
+    ),
+    Figure(
+        "flops-to-target",
+        ("flops-to-target",),
+        flops_to_target,
+        """How many times fewer training FLOPs the first arm needs for the NELBO that the second one reaches
+        after a quarter, half, three quarters and all of its budget (numbers at the foot, %; the mean over its
+        seeds; at 100 what every one of its runs reaches). Bars: 95% over training seeds; no bar: one seed on a
+        side, or seeds that never got there. Crosses: not reached by all seeds of the first arm (how many did),
+        or not by all of the second's own. Budgets are equal; at a small share all arms are on the same
+        plateau. The paper: up to 3.3 times fewer FLOPs for loop against base at the end of the budget; a ratio
+        below 1 at 100% counts against it.""",
+    ),
+    Figure(
+        "arms",
+        ("nll-by-loops", "sudoku-solve-rate"),
+        arms,
+        """The arms at the end of equal training FLOPs, a mark a training seed (their number in brackets), bars:
+        means. base: the looped model's size, not looped; deep: its looped layer untied, so larger, of the
+        looped model's mean compute a step; loop at S_max. Test NELBO on 1,000 grids of unseen classes and on
+        all 1,957 blocks of 8 unseen speeches, one mask a sequence; one-shot with 16 of 36 cells hidden on 500
+        grids. The paper: looped models beat same-size and deeper ones; a higher NELBO, or fewer solved, than
+        base or deep counts against it.""",
+    ),
+    Figure(
+        "placement",
+        ("nll-by-loops", "sudoku-solve-rate"),
+        placement,
+        """Which layers loop, on 6x6 Sudoku: five layers, of which none, one, two or all loop (the 5th alone and
+        other pairs were not tried), at equal training FLOPs. S is uniform on 1 to 6, on 1 to 2 where all five
+        loop, which is the mean compute of a step of one layer with S_max 6; two layers cost more a step, none
+        less. A mark a training seed (their number in brackets), bars: means where there are several. Left:
+        test NELBO at S_max, 1,000 grids of unseen classes, one mask each; crosses: the same model at S = 1,
+        joined to its mark. Right: 500 grids, any valid completion counts. We take the 2nd layer as
+        early-middle. The paper: few layers suffice and early-middle is the best place; another placement that
+        ends lower counts against it. Most runs are still falling when the budget ends; of the 1st layer and of
+        two layers, seeds lie as far apart as places.""",
+    ),
+    Figure(
+        "amount-of-looping",
+        ("nll-by-loops", "sudoku-solve-rate"),
+        amount,
+        """How much to loop in training, on 6x6 Sudoku: one looped layer of three, S uniform on 1 to S_max, or 6
+        at every step; equal training FLOPs, so that a larger S_max means fewer steps. Left: test NELBO by S to
+        3 x S_max, rings at S_max; lines: means over training seeds, thin ones single seeds; thin grey dashes:
+        the non-looped model of the same size; the axis leaves out fixed S at S = 1, 2 and 18. Middle and
+        right: at S_max, a mark a training seed (their number in brackets), bars: means where there are
+        several. 1,000 grids of unseen classes, one mask each; 500 grids in one shot with 16 of 36 cells
+        hidden, any valid completion counts. The paper trains with S up to 12; a larger S_max that ends higher
+        at equal FLOPs counts against more looping. Seeds lie far apart where some runs make the drop within
+        the budget and others do not: a mean then mixes how often with how far.""",
+    ),
+)

@@ -1,0 +1,115 @@
+"""Attention maps of one head side by side across loop counts, and their difference.
+
+Loop i's pattern is the same for every S > i, so the map at loop i *is* the map that a model run
+with n_loops = i + 1 ends on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.hooks.cache import LoopCache
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """Maps of one sequence and head; rows are queries, columns keys, in the shown order.
+
+    `maps` [shown loop, query, key]; `positions`, `labels` and `masked` [query] in the shown order. Rows sum to 1
+    unless a hook changed the pattern.
+    """
+
+    maps: NDArray
+    loops: tuple[int, ...]
+    layer: int
+    head: int
+    positions: NDArray
+    labels: list[str]
+    masked: NDArray
+
+    @property
+    def difference(self) -> NDArray:
+        """Last shown loop minus the first: [query, key], rows sum to 0."""
+        return self.maps[-1] - self.maps[0]
+
+    def frame(self) -> pd.DataFrame:
+        """Tidy: loop query key (positions) query_masked key_masked query_token key_token attention."""
+        n = len(self.positions)
+        loop, query, key = (index.ravel() for index in np.indices(self.maps.shape))
+        labels = np.array(self.labels, dtype=object)
+        columns = {"loop": np.array(self.loops)[loop], "layer": self.layer, "head": self.head}
+        columns |= {"query": self.positions[query], "key": self.positions[key]}
+        columns |= {"query_masked": self.masked[query], "key_masked": self.masked[key]}
+        columns |= {"query_token": labels[query], "key_token": labels[key]}
+        assert len(loop) == len(self.loops) * n * n
+        return pd.DataFrame(columns | {"attention": self.maps.ravel()})
+
+    def plot(self):
+        """Maps side by side with their difference; returns the Figure."""
+        from loopmdm.analysis.plots.attention import plot_maps
+
+        return plot_maps(self)
+
+    def _repr_png_(self) -> bytes:
+        from loopmdm.analysis.plots.style import png_bytes
+
+        return png_bytes(self.plot())
+
+
+def attention_across_loops(
+    cache: LoopCache,
+    layer: int,
+    head: int | Literal["auto"] = "auto",
+    loops: Sequence[int] | None = None,
+    order: Literal["position", "masked-first"] = "position",
+    sequence: int = 0,
+) -> AttentionMaps:
+    """One head's maps at several loops of a cached run, ready to `.plot()`.
+
+    `head="auto"` takes the head whose map changes most between the first and last loop shown (a
+    choice made on the data it shows: use it to look, not to test). `loops` defaults to first,
+    middle and last; `order` keeps positions, or puts masked positions first.
+    """
+    if order not in ("position", "masked-first"):
+        raise UsageError(f'order must be "position" or "masked-first", got {order!r}')
+    last = cache.n_loops - 1
+    chosen = tuple(dict.fromkeys((0, last // 2, last))) if loops is None else tuple(loops)
+    if not chosen:
+        raise UsageError("loops is empty; name at least one, as in loops=(0, 3)")
+    patterns = [_pattern(cache, layer, loop, sequence) for loop in chosen]
+    stacked = torch.stack(patterns).double().cpu().numpy()
+    n_heads = stacked.shape[1]
+    if head == "auto":
+        head = int(np.abs(stacked[-1] - stacked[0]).mean(axis=(-2, -1)).argmax())
+    if isinstance(head, str) or check_count("head", head, least=0) >= n_heads:
+        raise UsageError(f'head must be "auto" or 0..{n_heads - 1}, got {head!r}')
+    head = int(head)
+    tokens = cache.tokens[sequence].cpu()
+    masked = cache.cfg.hidden(tokens).numpy()
+    known = cache.owner.tokenizer is not None
+    labels = cache.owner.to_str_tokens(tokens) if known else [str(int(token)) for token in tokens]
+    places = np.argsort(~masked, kind="stable") if order == "masked-first" else np.arange(len(tokens))
+    maps = stacked[:, head][:, places][:, :, places]
+    shown = tuple(range_index(cache, chosen))
+    return AttentionMaps(maps, shown, layer, head, places, [labels[place] for place in places], masked[places])
+
+
+def range_index(cache: LoopCache, loops: Sequence[int]) -> list[int]:
+    """Loops counted from 0 (-1 is the last one run)."""
+    return [loop % cache.n_loops for loop in loops]
+
+
+def _pattern(cache: LoopCache, layer: int, loop: int, sequence: int) -> torch.Tensor:
+    running = int((cache.loops_used[:sequence] > loop % cache.n_loops).sum()) if cache.has_batch_dim else 0
+    pattern = cache["pattern", "loop", loop, layer]
+    if not 0 <= sequence < len(cache.tokens):
+        raise UsageError(f"sequence must be 0..{len(cache.tokens) - 1}, got {sequence}")
+    if cache.loops_used[sequence] <= loop % cache.n_loops:
+        raise UsageError(f"sequence {sequence} stopped after {int(cache.loops_used[sequence])} loops")
+    return pattern[running] if cache.has_batch_dim else pattern

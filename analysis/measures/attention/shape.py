@@ -1,0 +1,92 @@
+"""The shape of attention, whoever the keys are: how spread, how far, how concentrated.
+
+For queries in a group Q of one sequence, then averaged over sequences, with T real keys:
+
+    entropy        mean over queries of -sum_k A ln A (nats); uniform rows: ln T
+    distance       mean over queries of sum_k A |q - k| (positions); uniform rows: mean |q - k|
+    concentration  max over keys of the mean attention received from Q: the share of all that Q gives which goes
+                   to its most attended key; 1 / T if all keys receive alike, 1 if one receives everything
+
+Definitions are ours.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from loopmdm.analysis.numbers.moments import Moments
+from loopmdm.analysis.watch.groups import QUERY_GROUPS, Seen
+from loopmdm.analysis.watch.walk import PlaceSums, summed
+from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.sequences import MaskedBatch, as_batch
+
+METRICS = ("entropy", "distance", "concentration")
+NULLS = ("entropy_uniform", "distance_uniform")
+
+
+class ShapeSums(PlaceSums):
+    """Entropy, distance and concentration as running moments."""
+
+    def vectors(self, seen: Seen) -> Tensor:
+        """[sequence, head, query group, metric and null]."""
+        entropy, distance = _rows(seen.pattern)
+        real = seen.states.real.float()
+        lengths = real.sum(-1)
+        apart = _distances(real.shape[1], real.device)
+        uniform = (real @ apart / lengths[:, None])[:, None].expand_as(entropy)
+        log_length = lengths.log()[:, None, None].expand_as(entropy)
+        concentration = seen.received.amax(-1).masked_fill(seen.states.empty[:, None], float("nan"))
+        mean = seen.states.mean
+        return torch.stack(
+            [mean(entropy), mean(distance), concentration, mean(log_length), mean(uniform)], dim=-1
+        )  # fmt: skip
+
+    def groups(self) -> dict[str, Sequence[str]]:
+        """Query groups."""
+        return {"query_group": QUERY_GROUPS}
+
+    def columns(self, moments: Moments) -> dict[str, np.ndarray]:
+        """Columns [head, query group]."""
+        means, errors = moments.mean, np.sqrt(np.diagonal(moments.covariance, axis1=-2, axis2=-1))
+        columns = {}
+        for at, metric in enumerate(METRICS):
+            columns |= {metric: means[..., at], f"{metric}_se": errors[..., at]}
+        columns |= {null: means[..., len(METRICS) + at] for at, null in enumerate(NULLS)}
+        return columns | {"n": moments.n}
+
+
+def _distances(length: int, device: torch.device) -> Tensor:
+    position = torch.arange(length, device=device)
+    return (position[:, None] - position).abs().float()
+
+
+def _rows(pattern: Tensor) -> tuple[Tensor, Tensor]:
+    """Entropy and mean distance of every row, [batch, head, query]; a sequence at a time: no second pattern."""
+    apart = _distances(pattern.shape[-1], pattern.device)
+    entropy, distance = [], []
+    for one in pattern:
+        rows = one.float()
+        logs = rows.clamp(min=torch.finfo(rows.dtype).tiny).log_()  # five times faster than torch.special.entr
+        entropy.append(-logs.mul_(rows).sum(-1))
+        distance.append((rows * apart).sum(-1))
+    return torch.stack(entropy), torch.stack(distance)
+
+
+def attention_shape(
+    m: HookedLoopMDM,
+    b: MaskedBatch,
+    n_loops: int | None = None,
+    by_head: bool = True,
+    clusters: np.ndarray | None = None,
+    batch_size: int = 32,
+) -> pd.DataFrame:
+    """Entropy (nats), distance (positions) and concentration (share) by application, head and query group.
+
+    Columns: n_loops segment loop layer depth head query_group mask_ratio entropy entropy_se distance distance_se
+    concentration concentration_se entropy_uniform distance_uniform n; the last two are what uniform rows give.
+    """
+    sums = ShapeSums(m, n_loops, by_head)
+    return summed(sums, as_batch("attention_shape", b, clusters), batch_size)

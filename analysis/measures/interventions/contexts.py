@@ -1,0 +1,156 @@
+"""Interventions as context managers on a HookedLoopMDM."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from loopmdm.analysis.measures.interventions.edges import check_edges, edges, matched_edges
+from loopmdm.analysis.measures.interventions.places import Chosen, Loops, applications, in_loops, several
+from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.hooks.hooked import HookedLoopMDM
+
+Group = Literal["masked", "clean"]
+
+
+def _members(m: HookedLoopMDM, group: str) -> Tensor:
+    context = m.context
+    return (context.masked if group == "masked" else ~context.masked) & context.real
+
+
+def _check_group(group: str) -> str:
+    if group not in ("masked", "clean"):
+        raise UsageError(f'group must be "masked" or "clean", got {group!r}')
+    return group
+
+
+@contextmanager
+def cut(
+    m: HookedLoopMDM,
+    what: str = "masked->masked",
+    loops: Loops = None,
+    layers: Chosen = None,
+    heads: Chosen = None,
+    matched: bool = False,
+    seed: int = 0,
+) -> Iterator[HookedLoopMDM]:
+    """Forbid attention along edges "query group->key group" (scores to -inf; self is always kept).
+
+    `loops`, `layers`, `heads` choose where (default: every loop, the looped layers, all heads). With `matched`
+    random edges are cut instead that carry the same mass at the same distances: the control for having cut
+    anything at all. Attention is explicit in all layers, in every arm; "none" cuts nothing: what a cut is
+    compared with.
+    """
+    where = applications(m.cfg, loops, layers, "attn_scores")
+    chosen = several("head", heads, m.cfg.n_heads)
+    check_edges(what)
+
+    def forbid(scores: Tensor, hook: Any) -> Tensor:
+        context = m.context
+        if matched:
+            step = (hook.loop() or 0) * m.cfg.n_layers + hook.layer()
+            gone = matched_edges(scores.float().softmax(-1), context, what, seed, step)
+        else:
+            gone = edges(context, what)[:, None]
+        if chosen is not None:
+            only = torch.zeros(m.cfg.n_heads, dtype=torch.bool, device=scores.device)
+            only[chosen] = True
+            gone = gone & only[:, None, None]
+        return scores.masked_fill(gone, float("-inf"))
+
+    with m.attention_path("eager"), m.hooks([(where, forbid)]):
+        yield m
+
+
+@contextmanager
+def stale(
+    m: HookedLoopMDM, group: Group = "masked", loops: Loops = slice(1, None), layers: Chosen = None
+) -> Iterator[HookedLoopMDM]:
+    """Keep every pattern, but feed the values that a group's keys had in loop 0.
+
+    Tells whether the *update* of what masked positions say matters, or only that they are there.
+    """
+    places, everywhere = (applications(m.cfg, some, layers, "v") for some in (loops, None))
+    if any(layer not in m.cfg.layers("loop") for layer in several("layer", layers, m.cfg.n_layers) or ()):
+        raise UsageError(f"only looped layers have a loop 0: {list(m.cfg.layers('loop'))}")
+    _check_group(group)
+
+    def replace(value: Tensor, hook: Any) -> Tensor | None:
+        kept = m.call.notes.setdefault(replace, {})
+        if hook.loop() == 0:
+            kept[hook.layer()] = value
+        if not places(hook.name):
+            return None
+        if len(kept[hook.layer()]) != len(value):
+            raise UsageError("stale needs all sequences to run on; give n_loops, not a stopping rule")
+        return torch.where(_members(m, group)[:, :, None, None], kept[hook.layer()], value)
+
+    with m.hooks([(everywhere, replace)]):
+        yield m
+
+
+@contextmanager
+def _between(m: HookedLoopMDM, loops: Loops, change: Any) -> Iterator[HookedLoopMDM]:
+    """H(i) becomes change(H(i-1), H(i)) after the chosen loops."""
+
+    def enter(state: Tensor, hook: Any) -> None:  # noqa: ARG001
+        m.call.notes[enter] = state
+
+    def leave(state: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        return change(m.call.notes[enter], state)
+
+    with m.hooks([(in_loops(loops, "hook_in"), enter), (in_loops(loops, "hook_out"), leave)]):
+        yield m
+
+
+@contextmanager
+def freeze(m: HookedLoopMDM, group: Group = "clean", loops: Loops = None) -> Iterator[HookedLoopMDM]:
+    """Hold the states of a group: what the chosen loops would write to them is dropped."""
+    _check_group(group)
+
+    def change(before: Tensor, after: Tensor) -> Tensor:
+        return torch.where(_members(m, group)[..., None], before, after)
+
+    with _between(m, loops, change):
+        yield m
+
+
+@contextmanager
+def damp(m: HookedLoopMDM, strength: float, loops: Loops = None) -> Iterator[HookedLoopMDM]:
+    """H(i) = H(i-1) + strength x what the loop adds; 1 changes nothing, 1/K makes K loops one step in length."""
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength < float("inf"):
+        raise UsageError(f"strength must be a positive number, got {strength!r}")
+    with _between(m, loops, lambda before, after: before + strength * (after - before)):
+        yield m
+
+
+@contextmanager
+def patch(m: HookedLoopMDM, loop: int, state: Tensor, rows: Tensor | None = None) -> Iterator[HookedLoopMDM]:
+    """Put `state` [batch, pos, d_model] in place of H(loop), at the positions `rows` [batch, pos] or at all.
+
+    States of another run: `cache["loop.3.hook_out"]`, or `m.states`.
+    """
+    check_count("loop", loop, least=0)
+
+    def replace(current: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        if state.shape != current.shape:
+            raise UsageError(f"the state to put in has shape {list(state.shape)}, the run's {list(current.shape)}")
+        return state if rows is None else torch.where(rows[..., None], state, current)
+
+    with m.hooks([(f"loop.{loop}.hook_out", replace)]):
+        yield m
+
+
+@contextmanager
+def skip(m: HookedLoopMDM, layers: Chosen = None, loops: Loops = None) -> Iterator[HookedLoopMDM]:
+    """Leave layers out in the chosen loops: they add nothing to the stream."""
+
+    def nothing(update: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        return torch.zeros_like(update)
+
+    with m.hooks(
+        [(applications(m.cfg, loops, layers, leaf), nothing) for leaf in ("hook_attn_out", "hook_mlp_out")]
+    ):
+        yield m

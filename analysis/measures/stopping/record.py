@@ -1,0 +1,287 @@
+"""One full trajectory a sequence: losses after every loop, and every rule's criterion.
+
+A rule of scope "sequence" changes nothing before it stops, so that any number of rules and thresholds can be
+replayed exactly from one record within one forward. Scope "token" and sampling have to be run.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from loopmdm.model import flops
+from loopmdm.model.diffusion.likelihood import Read, draws, row_sums
+from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.network.config import LoopMDMConfig
+from loopmdm.model.network.halting import spread_change
+from loopmdm.model.protocol import LoopedModel, core_of
+from loopmdm.model.sequences import MaskedBatch, Sequences, as_batch
+from loopmdm.model.stopping.rules import (
+    RULES,
+    ArgmaxStable,
+    EntropyDelta,
+    FixedLoops,
+    KLDelta,
+    LensRule,
+    LoopView,
+    NoiseSchedule,
+    SecondDifference,
+    StateDelta,
+    StoppingRule,
+)
+
+Data = Sequences | MaskedBatch
+
+
+def default_rules(max_loops: int) -> list[StoppingRule]:
+    """The rules of the literature at patience 1, state rules at masked positions, both lenses."""
+    state: list[StoppingRule] = [
+        kind(max_loops=max_loops, positions="masked") for kind in (StateDelta, SecondDifference)
+    ]
+    coda = [kind(max_loops=max_loops, patience=1) for kind in (KLDelta, EntropyDelta, ArgmaxStable)]
+    direct = [kind(max_loops=max_loops, patience=1, lens="direct") for kind in (KLDelta, EntropyDelta)]
+    return [*state, *coda, *direct]
+
+
+def rule_name(rule: StoppingRule) -> str:
+    """Its name on the command line, with what differs from the usual: "kl-delta direct", "state-delta token"."""
+    known = RULES | {"fixed": FixedLoops, "noise-schedule": NoiseSchedule}
+    name = next((name for name, kind in known.items() if type(rule) is kind), type(rule).__name__)
+    name += " direct" if isinstance(rule, LensRule) and rule.lens == "direct" else ""
+    return f"{name} token" if rule.scope == "token" else name
+
+
+@dataclass(frozen=True)
+class LoopRecord:
+    """What happened after every loop: row r is one sequence under one mask.
+
+    `losses` and `correct` [loop, row]: mean cross-entropy (nats) and share right over the row's masked positions;
+    `criteria` by rule name, each [loop, row]; `n_masked` [row]; `mask_ratio` [row], the share of maskable
+    positions that are masked, and `noise` [row], the share of real ones, which is what `NoiseSchedule` looks at
+    (they differ where a prompt is condition); `clusters` [row].
+    """
+
+    losses: Float[Tensor, "loop row"]
+    correct: Float[Tensor, "loop row"]
+    criteria: dict[str, Float[Tensor, "loop row"]]
+    rules: dict[str, StoppingRule]
+    n_masked: Int[Tensor, " row"]
+    mask_ratio: Float[Tensor, " row"]
+    noise: Float[Tensor, " row"]
+    clusters: np.ndarray
+    cfg: LoopMDMConfig
+    length: int
+
+    @property
+    def max_loops(self) -> int:
+        """Loops recorded."""
+        return len(self.losses)
+
+    def flops(self, rule: StoppingRule | None = None) -> Float[Tensor, "loop row"]:
+        """Cost of a forward that stops after each loop and reads the masked positions; `rule` reads every loop."""
+        cfg, length = self.cfg, self.length
+        loops = torch.arange(1, self.max_loops + 1, dtype=torch.float64)[:, None]
+        lens = None if rule is None else rule.reads
+        reading = torch.zeros(len(self.n_masked), dtype=torch.float64)
+        if lens is not None:
+            layers = cfg.n_coda_layers if lens == "coda" else 0
+            reading = layers * cfg.layer_flops(length) + cfg.unembedding_flops(self.n_masked)
+        ends = flops.readout_flops(cfg, length, self.n_masked, coda=lens != "coda")
+        ends = ends + cfg.n_prelude_layers * cfg.layer_flops(length)
+        return loops * (cfg.n_loop_layers * cfg.layer_flops(length) + reading) + ends
+
+    def at(self, values: Tensor, loops: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
+        """`values` [loop, row] after each row's own number of loops."""
+        return values.gather(0, (loops - 1)[None])[0]
+
+
+def record_loops(
+    m: LoopedModel,
+    data: Tensor | Sequences | MaskedBatch,
+    rules: Sequence[StoppingRule] | None = None,
+    max_loops: int | None = None,
+    n_samples: int = 2,
+    maskable: Tensor | None = None,
+    clusters: np.ndarray | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> LoopRecord:
+    """Run every sequence to `max_loops` (default S_max) and keep what any rule would have seen.
+
+    `data` are clean tokens, masked as in the NELBO (`n_samples` masks a sequence), or a MaskedBatch as it is.
+    """
+    read = Read(max_loops, None, n_samples, seed, batch_size)
+    return record(m, as_data(m, data, maskable, clusters), rules, read)
+
+
+def as_data(
+    m: LoopedModel, data: Tensor | Data, maskable: Tensor | None = None, clusters: np.ndarray | None = None
+) -> Data:
+    """Sequences that `m` can read, or the MaskedBatch that `data` is."""
+    if isinstance(data, MaskedBatch):
+        return as_batch("a record", data, clusters)
+    return Sequences.of(data, maskable, clusters=clusters).clean_for(m)
+
+
+def named_rules(rules: Sequence[StoppingRule] | None, most: int) -> dict[str, StoppingRule]:
+    """Rules (default: all) by name; UsageError for those that a record of `most` loops cannot replay."""
+    asked = default_rules(most) if rules is None else list(rules)
+    named = {rule_name(rule): rule for rule in asked}
+    for name, rule in named.items():
+        if rule.scope == "token":
+            raise UsageError(f'{name}: scope "token" changes the trajectory; run it with m.run(stop=...)')
+        if rule.max_loops > most:
+            raise UsageError(f"{name} may run {rule.max_loops} loops, the record has {most}; raise max_loops")
+    if len(named) < len(asked):
+        raise UsageError("two rules have one name; give each kind once, thresholds are swept")
+    return named
+
+
+@torch.no_grad()
+def record(m: LoopedModel, data: Data, rules: Sequence[StoppingRule] | None, read: Read) -> LoopRecord:
+    """`record_loops` of what `as_data` gives, to `read.n_loops` loops."""
+    most = check_count("max_loops", m.cfg.max_loops if read.n_loops is None else read.n_loops)
+    named, batches = named_rules(rules, most), masked_draws(m, data, read)
+    losses, correct, counts, ratios, noise = [], [], [], [], []
+    criteria: dict[str, list[Tensor]] = {name: [] for name in named}
+    for batch in batches:
+        for _, part in batch.batches(read.batch_size):
+            seen, nobody = _Recorder(named, part, _reader(m, part)), torch.zeros_like(part.masked)
+            m.run(part.tokens, most, attention_mask=part.attention_mask, rows=nobody, on_loop=seen)
+            losses.append(torch.stack(seen.losses).cpu())
+            correct.append(torch.stack(seen.correct).cpu())
+            for name in named:
+                criteria[name].append(torch.stack(seen.criteria[name]).cpu())
+            counts.append(part.masked.sum(-1).cpu())
+            ratios.append(counts[-1].double() / part.sequences.lengths.cpu())
+            noise.append(counts[-1].double() / part.real.sum(-1).cpu())
+    joined = {name: torch.cat(values, dim=1) for name, values in criteria.items()}
+    return LoopRecord(
+        torch.cat(losses, 1), torch.cat(correct, 1), joined, named, torch.cat(counts), torch.cat(ratios),
+        torch.cat(noise), np.tile(data.owners, len(batches)), m.cfg, data.tokens.shape[1],
+    )  # fmt: skip
+
+
+def masked_draws(m: LoopedModel, data: Data, read: Read) -> list[MaskedBatch]:
+    """`data` masked as in the NELBO, a batch a draw, or as it is; every sequence has something to predict."""
+    if isinstance(data, MaskedBatch):
+        if not bool(data.masked.any(-1).all()):
+            raise UsageError("a sequence has no masked position: nothing to read; leave it out")
+        return [data]
+    if not bool(data.allowed.any(-1).all()):
+        raise UsageError("a sequence has nothing maskable; leave it out")
+    return [batch for batch, _ in draws(m, data, read)]
+
+
+def _reader(m: LoopedModel, part: MaskedBatch) -> Callable[[Tensor], Tensor]:
+    """What the model would answer at the masked positions from a state; nobody listens to it."""
+    core = core_of(m)
+    context = core.context(part.tokens, part.attention_mask)
+    return lambda state: core.readout(state, context, rows=part.masked)
+
+
+class _Recorder:
+    """Called after every loop; a read-out's probabilities are computed once for all who look at them."""
+
+    def __init__(self, rules: dict[str, StoppingRule], part: MaskedBatch, read: Callable[[Tensor], Tensor]):
+        self.rules, self.part, self.read = rules, part, read
+        self.losses: list[Tensor] = []
+        self.correct: list[Tensor] = []
+        self.criteria: dict[str, list[Tensor]] = {name: [] for name in rules}
+        self.before: dict[str, Tensor | None] = dict.fromkeys(rules)
+        self.answers: dict[str, Answers] = {}
+
+    def __call__(self, view: LoopView) -> None:
+        assert view.read is not None
+        masked, truth = self.part.masked, self.part.clean[self.part.masked]
+        last, self.answers = self.answers, {}
+        lenses = {"coda"} | {rule.lens for rule in self.rules.values() if isinstance(rule, LensRule)}
+        for lens in sorted(lenses):
+            logits = self.read(view.state) if lens == "coda" else view.read(lens, masked)
+            self.answers[lens] = Answers.of(logits, last.get(lens))
+        answers, count = self.answers["coda"], masked.sum(-1)
+        nats = -answers.log_probs.gather(-1, truth[:, None].long())[:, 0].double()
+        self.losses.append(row_sums(nats, self.part) / count)
+        self.correct.append(row_sums((answers.top == truth).double(), self.part) / count)
+        for name, rule in self.rules.items():
+            value = self._lens(name, rule, view, last) if isinstance(rule, LensRule) else rule.criterion(view)
+            if value is None:
+                value = torch.full((len(masked),), float("nan"))
+            self.criteria[name].append(value.float())
+
+    def _lens(self, name: str, rule: LensRule, view: LoopView, last: dict[str, "Answers"]) -> Tensor:
+        rows = rule.group(view.masked, view.real)
+        if type(rule) in SHARED and torch.equal(rows, self.part.masked):
+            values = torch.full(rows.shape, float("nan"), device=rows.device)
+            if last:
+                values[rows] = SHARED[type(rule)](self.answers[rule.lens], last[rule.lens])
+            return rule.reduce(values, rows)
+        assert view.read is not None
+        reading, before = rule.read(view.read(rule.lens, rows)), self.before[name]
+        self.before[name] = reading
+        return rule.reduce(spread_change(rule, reading, before, rows), rows)
+
+
+BLOCK = 2**18
+"""Numbers worked on at a time, so that they stay in the processor's cache."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One read-out: `log_probs` [row, d_vocab], [MASK] at -1e9; `entropy` and `kl` to the last one [row]."""
+
+    log_probs: Float[Tensor, "row d_vocab"]
+    entropy: Float[Tensor, " row"]
+    kl: Float[Tensor, " row"]
+
+    @cached_property
+    def top(self) -> Int[Tensor, " row"]:
+        """The likeliest token; by numpy, as torch's argmax is many times slower."""
+        return torch.from_numpy(self.log_probs.cpu().numpy().argmax(-1)).to(self.log_probs.device)
+
+    @classmethod
+    def of(cls, logits: Float[Tensor, "row d_vocab"], before: "Answers | None") -> "Answers":
+        """From logits, as the rules would compute it, block by block of rows."""
+        size = max(1, BLOCK // logits.shape[-1])
+        log_probs = torch.empty_like(logits, dtype=torch.float32)
+        closed = torch.isneginf(logits[:1]).any(0)  # [MASK]: of the same columns in every row
+        parts = []
+        for start in range(0, len(logits), size):
+            span = slice(start, start + size)
+            block = logits[span].float().log_softmax(-1)
+            block[:, closed] = -1e9
+            log_probs[span], p = block, block.exp()
+            kl = torch.full_like(block[:, 0], float("nan"))
+            if before is not None:
+                kl = torch.linalg.vecdot(p, block - before.log_probs[span]).clamp_(min=0.0)
+            parts.append((-torch.linalg.vecdot(p, block), kl))
+        return cls(log_probs, *(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+SHARED: dict[type[StoppingRule], Callable[[Answers, Answers], Tensor]] = {
+    KLDelta: lambda now, before: now.kl,  # noqa: ARG005
+    EntropyDelta: lambda now, before: (now.entropy - before.entropy).abs(),
+    ArgmaxStable: lambda now, before: (now.top != before.top).float(),
+}
+"""What these rules' `read` and `change` come to."""
+
+
+def noise_bins(record: LoopRecord, n_bins: int) -> Int[Tensor, " row"]:
+    """The bin of a `NoiseSchedule` with `n_bins` counts that each row falls into."""
+    return (record.noise * n_bins).ceil().long().sub(1).clamp(0, n_bins - 1)
+
+
+def noise_schedule(record: LoopRecord, price: float, n_bins: int = 5) -> NoiseSchedule:
+    """The loops by mask ratio that minimise mean loss + price * FLOPs on this record (fit it on validation).
+
+    Empty bins take the count of the nearest bin that has rows.
+    """
+    place = noise_bins(record, n_bins)
+    cost = record.losses + price * record.flops()
+    best = {int(number): int(cost[:, place == number].mean(1).argmin()) + 1 for number in place.unique().tolist()}
+    loops = [best[min(best, key=lambda known: abs(known - number))] for number in range(n_bins)]
+    return NoiseSchedule(loops=tuple(loops), max_loops=record.max_loops)

@@ -1,0 +1,31 @@
+"""Where a number came from: models by hash, commit, versions, command."""
+
+from typing import Any
+
+from loopmdm.model.files import sha256
+from loopmdm.model.network.checkpoints import CONFIG, need, resolve, weights_hash
+from loopmdm.model.training.record import commit, versions
+
+PACKAGES = ("torch", "numpy", "pandas", "transformer-lens")
+DRAWING = ("matplotlib", "seaborn", "pandas", "numpy")
+
+
+def model_hashes(models: tuple[str, ...]) -> dict[str, str]:
+    """sha256 of each model's weights and config, joined."""
+    folders = {name: resolve(name) for name in models}
+    return {
+        name: f"{weights_hash(folder)[:16]}:{sha256(need(folder, CONFIG))[:16]}"
+        for name, folder in folders.items()
+    }
+
+
+def of_table(name: str, models: tuple[str, ...], **made_from: Any) -> dict[str, Any]:
+    """Provenance kept with a table; `made_from` is what it was made from beside the models."""
+    return {
+        "table": name,
+        "models": model_hashes(models),
+        **made_from,
+        "commit": commit(),
+        "versions": versions(PACKAGES),
+        "command": f"loopmdm table {name}",
+    }

@@ -1,0 +1,71 @@
+"""Plots of adaptive stopping."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from loopmdm.analysis.plots.style import NULL, error_band, half_width
+
+RULE_STYLE = {
+    "fixed": {"color": "#444444", "marker": "s", "linestyle": "--", "label": "fixed S"},
+    "noise-schedule": {"color": "#e08214", "marker": "^", "linestyle": "-.", "label": "schedule by mask ratio"},
+    "state-delta": {"color": "#1b4f8f", "marker": "o", "linestyle": "-", "label": "state-delta"},
+    "kl-delta": {"color": "#9ecae1", "marker": "v", "linestyle": "-", "label": "kl-delta (coda)"},
+    "oracle": {"color": "#bbbbbb", "marker": ".", "linestyle": ":", "label": "oracle (sees the answer)"},
+}
+
+
+def plot_frontier(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Loss against FLOPs, a line a rule; `df`: rows of one model over all mask ratios: rule flops nll."""
+    ax = ax or plt.gca()
+    for rule, look in RULE_STYLE.items():
+        part = df[df["rule"] == rule].sort_values("flops")
+        ax.plot(part["flops"] / 1e6, part["nll"], markersize=2.4, **look)
+    fixed = df[df["rule"] == "fixed"]
+    span = fixed["nll"].max() - fixed["nll"].min()
+    ax.set_ylim(min(df["nll"].min(), fixed["nll"].min()) - 0.05 * span, fixed["nll"].max() + 0.05 * span)
+    ax.set(xlabel="MFLOPs a sequence (reading included)", ylabel="NELBO (nats per masked token)")
+    return ax
+
+
+def plot_loops_by_step(df: pd.DataFrame, most: int, *, ax: Axes | None = None) -> Axes:
+    """Loops used before each denoising step, 95% over samples; `df`: step mask_ratio value standard_error."""
+    ax = ax or plt.gca()
+    part = df.sort_values("step")
+    look = RULE_STYLE["state-delta"] | {"label": "loops used"}
+    error_band(ax, part["step"] + 1, part, "value", "standard_error", **look)
+    ax.axhline(most, **NULL)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.set(xlabel="denoising step (1 = first)", ylabel="loops used", ylim=(0, most + 0.5))
+    return ax
+
+
+def plot_usage(df: pd.DataFrame, most: int, *, ax: Axes | None = None) -> Axes:
+    """Loops used by group, both scopes; `df`: rows of one model: scope by group value standard_error."""
+    ax = ax or plt.gca()
+    df = df.loc[df["by"] != "all"]
+    groups = list(dict.fromkeys(zip(df["by"], df["group"], strict=True)))
+    looks = {"sequence": ("#1b4f8f", "o"), "token": ("#e08214", "^")}
+    for side, (scope, (colour, marker)) in enumerate(looks.items()):
+        part = df[df["scope"] == scope].set_index(["by", "group"]).reindex(pd.MultiIndex.from_tuples(groups))
+        place = np.arange(len(groups)) + 0.22 * (side - 0.5)
+        ax.errorbar(part["value"], place, xerr=half_width(part, "standard_error"), linestyle="none", color=colour,
+                    marker=marker, linewidth=0.9, label=f"scope {scope}")  # fmt: skip
+    names = {"mask_ratio": lambda group: f"{float(group):.0%} masked", "difficulty": lambda group: f"{group} loss"}
+    ax.set_yticks(range(len(groups)), [names.get(by, str)(group) for by, group in groups])
+    ax.axvline(most, **NULL)
+    ax.set(xlabel="loops used", xlim=(0, most + 0.5), ylim=(len(groups) - 0.5, -0.5))
+    return ax
+
+
+def plot_savings(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """FLOPs and time of whole sampling runs as shares of those at fixed S; `df`: label flops_ratio time_ratio."""
+    ax = ax or plt.gca()
+    place = np.arange(len(df))
+    ax.barh(place - 0.18, df["flops_ratio"], height=0.34, color="#9ecae1", label="FLOPs")
+    ax.barh(place + 0.18, df["time_ratio"], height=0.34, color="#1b4f8f", label="time, two CPU cores")
+    ax.axvline(1, **NULL)
+    ax.set_yticks(place, df["label"])
+    ax.set(xlabel="share of what all loops take", ylim=(len(df) - 0.5, -0.5))
+    return ax

@@ -1,0 +1,157 @@
+"""Groups of queries and keys, and what a pattern is reduced to before anything else.
+
+Queries are masked or clean. For every query the keys are `self` and groups of *others*. With A [query, key]
+and w(q, Q) = 1 / |Q| for queries in group Q, one pass over the pattern gives
+
+    received(Q, k) = sum over q of w(q, Q) A(q, k),      own(q) = A(q, q)
+
+and every group mass follows: mass(Q -> K) = sum over k in K of received(Q, k) - sum over q in Q and K of
+w(q, Q) own(q). Padding is in no group. Definitions are ours.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.sequences import MaskedBatch
+
+QUERY_GROUPS = ("masked", "clean")
+
+
+@dataclass(frozen=True)
+class States:
+    """Which positions of a batch hold [MASK] and which are real, [batch, pos]; `clusters` [batch] or None.
+
+    `hidden` and `could` count masked and maskable positions (their ratio is the mask ratio).
+    """
+
+    masked: Bool[Tensor, "batch pos"]
+    real: Bool[Tensor, "batch pos"]
+    clusters: np.ndarray | None = None
+    hidden: int = 0
+    could: int = 0
+
+    @classmethod
+    def of(cls, m: HookedLoopMDM, b: MaskedBatch) -> "States":
+        """Of a batch that `m` is to read."""
+        holds = m.cfg.hidden(b.tokens)
+        return cls(holds, b.real, b.clusters, int(b.masked.sum()), int(b.allowed.sum()))
+
+    @cached_property
+    def members(self) -> Float[Tensor, "batch pos 2"]:
+        """1 where a position is masked or clean, and real."""
+        return torch.stack([self.masked & self.real, ~self.masked & self.real], dim=-1).float()
+
+    @cached_property
+    def queries(self) -> Float[Tensor, "batch pos 2"]:
+        """Weights w(q, Q), which average over the queries of a group."""
+        return self.members / self.members.sum(dim=1, keepdim=True).clamp(min=1)
+
+    @cached_property
+    def empty(self) -> Bool[Tensor, "batch 2"]:
+        """Where a sequence has no query of a group."""
+        return self.members.sum(dim=1) == 0
+
+    def mean(self, per_query: Float[Tensor, "batch head pos"]) -> Float[Tensor, "batch head 2"]:
+        """Mean over each group's queries; NaN where there are none."""
+        means = torch.einsum("bqg,bhq->bhg", self.queries, per_query.float())
+        return means.masked_fill(self.empty[:, None], float("nan"))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One layer application of one batch, while it runs.
+
+    `pattern` [batch, head, query, key], `value` [batch, key, head, d_head] or None; `received`
+    [batch, head, 2, key] and `own` [batch, head, query] are in float32.
+    """
+
+    prefix: str
+    layer: int
+    loop: int | None
+    pattern: Tensor
+    value: Tensor | None
+    states: States
+
+    @cached_property
+    def received(self) -> Float[Tensor, "batch head 2 key"]:
+        """Mean attention that each key gets from the queries of each group."""
+        weights = self.states.queries.transpose(1, 2)[:, None].to(self.pattern.dtype)
+        return (weights @ self.pattern).float()
+
+    @cached_property
+    def own(self) -> Float[Tensor, "batch head query"]:
+        """Attention of each position to itself."""
+        return self.pattern.diagonal(dim1=-2, dim2=-1).float()
+
+
+Members = Callable[[Seen], Tensor]
+
+
+@dataclass(frozen=True)
+class KeyGroups:
+    """How keys are grouped: `names` of the groups of others, `members(seen)` [batch, head or 1, key, group]."""
+
+    names: tuple[str, ...]
+    members: Members
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """`self` first, then the groups of others."""
+        return "self", *self.names
+
+
+MASKED_OR_CLEAN = KeyGroups(("masked", "clean"), lambda seen: seen.states.members[:, None])
+
+
+def group_masses(seen: Seen, keys: Float[Tensor, "batch one key group"]) -> Float[Tensor, "batch head 2 kinds"]:
+    """Masses over self and each group of others; NaN where a sequence has no such query."""
+    queries = seen.states.queries
+    own = torch.einsum("bqg,bhq->bhg", queries, seen.own)[..., None]
+    twice = torch.einsum("bqg,bhq,bhqk->bhgk", queries, seen.own, keys.expand(-1, seen.own.shape[1], -1, -1))
+    others = (seen.received @ keys - twice).clamp(min=0)  # what float32 leaves of nothing may be negative
+    return torch.cat([own, others], dim=-1).masked_fill(seen.states.empty[:, None, :, None], float("nan"))
+
+
+def group_chances(states: States, keys: Tensor) -> Float[Tensor, "batch head 2 kinds"]:
+    """Mean share of each group among the real keys, per query group: masses of uniform rows."""
+    n_keys = states.real.sum(-1).float()[:, None, None, None]
+    overlap = torch.einsum("bqg,bhqk->bhgk", states.queries, keys)
+    others = (keys.sum(dim=2)[:, :, None] - overlap) / n_keys
+    chance = torch.cat([(1 / n_keys).expand(-1, others.shape[1], 2, 1), others], dim=-1)
+    return chance.masked_fill(states.empty[:, None, :, None], float("nan"))
+
+
+def group_contents(seen: Seen, keys: Tensor, gram: Tensor) -> Float[Tensor, "batch head 2 kinds"]:
+    """Mean norm of sum over K of A (v - mean_K v) W_O; `self` is one key and moves no content: 0.
+
+    `gram` [head, d_head, d_head] is W_O W_O^T, so that ||z W_O||^2 = z gram z^T.
+    """
+    assert seen.value is not None
+    norms = []
+    value, pattern = seen.value.float().transpose(1, 2), seen.pattern.float()
+    own = seen.own[..., None]
+    masses = pattern @ keys - own * keys
+    for group, mass in zip(keys.unbind(-1), masses.unbind(-1), strict=True):
+        inside = group[..., None]
+        v = value * inside
+        count = group.sum(dim=-1)[..., None, None]
+        centre = (v.sum(dim=2, keepdim=True) - v) / (count - inside).clamp(min=1)
+        moved = pattern @ v - own * v - mass[..., None] * centre
+        squared = ((moved @ gram) * moved).sum(-1)
+        norms.append(seen.states.mean(squared.clamp(min=0).sqrt()))
+    moved = torch.stack(norms, dim=-1)
+    return torch.cat([moved[..., :1] * 0, moved], dim=-1)
+
+
+def output_gram(m: HookedLoopMDM, layer: int) -> Float[Tensor, "head d_head d_head"]:
+    """W_O W_O^T per head."""
+    weight = m.model.output_weight(layer)
+    per_head = weight.float().T.unflatten(0, (m.cfg.n_heads, m.cfg.d_head))
+    return per_head @ per_head.transpose(-1, -2)

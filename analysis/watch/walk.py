@@ -1,0 +1,187 @@
+"""Walking through a model once while any number of reducers watch its attention, and sums by application.
+
+A pattern lives as long as its layer application: what reducers keep are small sums, so memory grows neither
+with the loops nor with the sequences. `PlaceSums` is what most reducers are: a `Moments` per application.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from loopmdm.analysis.numbers.moments import Moments
+from loopmdm.analysis.watch.groups import Seen, States
+from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.sequences import MaskedBatch, as_batch
+from loopmdm.model.sites import Filter, Site, at
+
+Sums = TypeVar("Sums", bound="PlaceSums")
+
+
+EVERYWHERE = at()
+
+
+@runtime_checkable
+class Reducer(Protocol):
+    """What watches a walk."""
+
+    needs_values: bool
+
+    def begin(self, states: States) -> None:
+        """A batch starts."""
+        ...
+
+    def see(self, seen: Seen) -> None:
+        """One layer application of it."""
+        ...
+
+
+@torch.no_grad()
+def walk(
+    m: HookedLoopMDM,
+    b: MaskedBatch,
+    n_loops: int,
+    reducers: Sequence[Reducer],
+    where: Filter = EVERYWHERE,
+) -> None:
+    """One forward of a batch; each application in `where` is shown to every reducer.
+
+    Where no coda layer is, coda and unembedding are not run.
+    """
+    states, values = States.of(m, b), {}
+    for reducer in reducers:
+        reducer.begin(states)
+
+    def keep(value: Tensor, hook: object) -> None:
+        values[_site(hook).prefix] = value
+
+    def show(pattern: Tensor, hook: object) -> None:
+        site = _site(hook)
+        assert site.layer is not None
+        seen = Seen(site.prefix, site.layer, site.loop, pattern, values.pop(site.prefix, None), states)
+        for reducer in reducers:
+            reducer.see(seen)
+
+    hooks = [(where & at(leaf="pattern"), show)]
+    if any(reducer.needs_values for reducer in reducers):
+        hooks.append((where & at(leaf="v"), keep))
+    with m.hooks(fwd_hooks=hooks):
+        if any(where.holds(Site(None, layer, "pattern")) for layer in m.cfg.layers("coda")):
+            m(b.tokens, n_loops=n_loops, attention_mask=b.attention_mask)
+            return
+        for _ in m.states(b.tokens, n_loops, b.attention_mask):
+            pass
+
+
+def _site(hook: object) -> Site:
+    return Site.parse(getattr(hook, "name", ""))
+
+
+class PlaceSums:
+    """Moments per layer application, filled batch by batch; shards `merge` to the whole.
+
+    Subclasses turn an application into vectors [sequence, head, .., k] (`vectors`) and moments into columns
+    (`frame`). `by_head` False averages the heads first.
+    """
+
+    needs_values = False
+
+    def __init__(self, m: HookedLoopMDM, n_loops: int | None = None, by_head: bool = True):
+        self.m, self.by_head = m, by_head
+        self.n_loops = check_count("n_loops", m.cfg.max_loops if n_loops is None else n_loops)
+        self.moments: dict[str, Moments] = {}
+        self.hidden = self.could = 0
+
+    def add(self: Sums, b: MaskedBatch, clusters: np.ndarray | None = None) -> Sums:
+        """Run the model on a batch and take it in; `clusters` [batch] names the documents."""
+        walk(self.m, as_batch(type(self).__name__, b, clusters), self.n_loops, [self])
+        return self
+
+    def begin(self, states: States) -> None:
+        """Count what is masked."""
+        self.hidden += states.hidden
+        self.could += states.could
+
+    def see(self, seen: Seen) -> None:
+        """Take in one application of a batch."""
+        vectors = self.vectors(seen)
+        if vectors is not None:
+            self.take(seen.prefix, vectors, seen.states.clusters)
+
+    def take(self, prefix: str, vectors: Tensor, clusters: np.ndarray | None) -> None:
+        """Add vectors [sequence, head, .., k] to the moments of an application."""
+        values = vectors.double().cpu().numpy()
+        values = values if self.by_head else values.mean(axis=1, keepdims=True)
+        self.moments.setdefault(prefix, Moments()).add(values, clusters)
+
+    def vectors(self, seen: Seen) -> Tensor | None:
+        """Vectors [sequence, head, .., k], NaN where a sequence does not count; None: skip the application."""
+        raise NotImplementedError
+
+    def merge(self: Sums, other: Sums) -> Sums:
+        """Take in another shard of the same measure."""
+        for what in ("n_loops", "by_head"):
+            if getattr(self, what) != getattr(other, what):
+                raise UsageError(f"shards differ in {what}: {getattr(self, what)} and {getattr(other, what)}")
+        if type(self) is not type(other) or self.m.cfg != other.m.cfg:
+            raise UsageError("shards must come from the same measure and the same model")
+        for prefix, moments in other.moments.items():
+            self.moments.setdefault(prefix, Moments()).merge(moments)
+        self.hidden, self.could = self.hidden + other.hidden, self.could + other.could
+        return self
+
+    @property
+    def mask_ratio(self) -> float:
+        """Realised share of maskable positions that were masked."""
+        return self.hidden / self.could if self.could else float("nan")
+
+    def frame(self) -> pd.DataFrame:
+        """One row per application, head and whatever `columns` holds."""
+        if not self.moments:
+            raise UsageError("nothing was measured yet; add at least one batch")
+        parts = [self.columns(moments) for moments in self.moments.values()]
+        n_heads = next(iter(parts[0].values())).shape[0]
+        shape = n_heads, *(len(labels) for labels in self.groups().values())
+        values = {
+            name: np.concatenate([np.broadcast_to(part[name], shape).reshape(-1) for part in parts])
+            for name in parts[0]
+        }
+        return pd.DataFrame(self._places(shape) | {"mask_ratio": self.mask_ratio} | values)
+
+    def columns(self, moments: Moments) -> dict[str, np.ndarray]:
+        """Columns [head, *groups] of one application."""
+        raise NotImplementedError
+
+    def groups(self) -> dict[str, Sequence[str]]:
+        """Names of the axes after `head`, with their labels."""
+        raise NotImplementedError
+
+    def _places(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        """Columns that say where each row was measured, for all applications in turn."""
+        cfg, size = self.m.cfg, math.prod(shape)
+        places = [Site.parse(f"{prefix}hook_resid_pre") for prefix in self.moments]
+        layers, loops = [site.layer for site in places], [site.loop for site in places]
+        depths = [cfg.depth(layer, loop or 0, self.n_loops) for layer, loop in zip(layers, loops, strict=True)]
+        index = np.tile(np.indices(shape).reshape(len(shape), -1), len(layers))
+        place = {
+            "n_loops": self.n_loops,
+            "segment": np.repeat([cfg.segment(layer) for layer in layers], size),
+            "loop": pd.array(loops, dtype="Int64").repeat(size),
+            "layer": np.repeat(layers, size),
+            "depth": np.repeat(depths, size),
+            "head": pd.array(index[0] if self.by_head else [None] * index.shape[1], dtype="Int64"),
+        }
+        groups = enumerate(self.groups().items(), start=1)
+        return place | {name: np.array(labels)[index[axis]] for axis, (name, labels) in groups}
+
+
+def summed(sums: PlaceSums, b: MaskedBatch, batch_size: int) -> pd.DataFrame:
+    """The frame after a whole batch was added in parts."""
+    for _, part in b.batches(batch_size):
+        sums.add(part)
+    return sums.frame()

@@ -1,1 +1,0 @@
-"""Corpora, tokenizers, the Sudoku task, and batches made of them."""

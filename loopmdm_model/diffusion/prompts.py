@@ -1,0 +1,175 @@
+"""What a sampler starts from: prompts and clues, read once.
+
+A prompt is what a sequence begins with: a text, ids, or one of these for each sequence. Clues are ids anywhere in
+it. What neither gives is free, and to be filled.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.protocol import LoopedModel
+from loopmdm.model.sequences import MaskedBatch
+from loopmdm.model.tasks.sudoku import board_of_model
+
+
+@dataclass(frozen=True)
+class Start:
+    """Ids `tokens` [n, pos] with [MASK] where something is to be filled: the positions `free` [n, pos].
+
+    `real` [n, pos]: what is not padding, None without any.
+    """
+
+    tokens: Int[Tensor, "n pos"]
+    free: Bool[Tensor, "n pos"]
+    real: Bool[Tensor, "n pos"] | None = None
+
+    def __len__(self) -> int:
+        """Sequences."""
+        return len(self.tokens)
+
+    def rows(self, keep: slice) -> "Start":
+        """Some of the sequences."""
+        return Start(self.tokens[keep], self.free[keep], None if self.real is None else self.real[keep])
+
+    @classmethod
+    def of(
+        cls,
+        model: LoopedModel,
+        prompt: Any = None,
+        clues: Any = None,
+        n: int | None = None,
+        length: int | None = None,
+    ) -> "Start":
+        """Read what `sample` is given; UsageError for what does not fit the model or each other."""
+        model.cfg.facts.need("masks", by="sample")
+        cfg, prompts = model.cfg, _prompts(model, prompt)
+        real = clues.sequences.real if isinstance(clues, MaskedBatch) else None
+        clues = _clues(model, clues)
+        n = _count(n, prompts, clues)
+        if length is None:
+            length = clues.shape[1] if isinstance(clues, Tensor) else cfg.n_ctx
+        if check_count("length", length) > cfg.n_ctx:
+            raise UsageError(f"length {length} exceeds n_ctx = {cfg.n_ctx}; shorten it")
+        known = torch.full((n, length), -1, dtype=torch.long, device=_device(model))
+        if prompts is not None:
+            _begin(known, prompts, cfg.n_ctx)
+        known = _place(known, clues)
+        _check_known(known, cfg.d_vocab, cfg.mask_token_id)
+        free = known < 0 if real is None else (known < 0) & real.to(known.device)
+        return cls(known.masked_fill(known < 0, cfg.mask_token_id), free, real)
+
+
+def _device(model: LoopedModel) -> torch.device:
+    return next(model.parameters()).device if isinstance(model, torch.nn.Module) else torch.device("cpu")
+
+
+def _count(n: int | None, prompts: list | None, clues: dict | Tensor | None) -> int:
+    """How many sequences there are: one prompt, or one row of clues, serves any number."""
+    held = {len(rows) for rows in (prompts, clues) if isinstance(rows, list | Tensor) and len(rows) > 1}
+    if len(held) > 1 or (held and n not in (None, *held)):
+        raise UsageError(f"n, prompts and clues disagree on the number of sequences: {sorted({n or 1} | held)}")
+    return held.pop() if held else check_count("n", 1 if n is None else n)
+
+
+def _begin(known: Tensor, prompts: list[list[int]], n_ctx: int) -> None:
+    """Write the prompts into `known` [n, pos], each at the beginning of its sequences."""
+    longest, length = max(len(ids) for ids in prompts), known.shape[1]
+    if longest > length:
+        raise UsageError(f"the prompt of {longest} tokens exceeds the length of {length} (n_ctx = {n_ctx})")
+    for row in range(len(known)):
+        ids = prompts[row % len(prompts)]
+        known[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+
+
+def _place(known: Tensor, clues: dict[int, int] | Tensor | None) -> Tensor:
+    """`known` [n, pos] with the clues where they belong."""
+    length = known.shape[1]
+    if isinstance(clues, dict):
+        for position, token in clues.items():
+            if not 0 <= position < length:
+                raise UsageError(f"clue at position {position} lies outside 0..{length - 1}")
+            known[:, position] = token
+    elif clues is not None:
+        if clues.shape[1] != length:
+            raise UsageError(
+                f"clues have {clues.shape[1]} positions, the sequence {length}; mark free ones with -1"
+            )
+        known = torch.where(clues.to(known) >= 0, clues.to(known), known)
+    return known
+
+
+def _check_known(known: Tensor, d_vocab: int, mask_token_id: int) -> None:
+    wrong = (known >= d_vocab) | (known == mask_token_id)
+    if bool(wrong.any()):
+        row, position = wrong.nonzero()[0].tolist()
+        token = int(known[row, position])
+        what = "[MASK]" if token == mask_token_id else f"outside 0..{d_vocab - 1}"
+        raise UsageError(f"the given id {token} at position {position} is {what}; mark free positions with -1")
+
+
+def _prompts(model: LoopedModel, prompt: Any) -> list[list[int]] | None:
+    """The ids of each prompt, without padding: a sequence goes on where its own text ends."""
+    if prompt is None:
+        return None
+    if isinstance(prompt, Tensor):
+        prompt = prompt.tolist()
+    if isinstance(prompt, str) or (
+        isinstance(prompt, Sequence) and prompt and not isinstance(prompt[0], Sequence)
+    ):
+        prompt = [prompt]
+    rows = []
+    for item in prompt if isinstance(prompt, Sequence) else [prompt]:
+        if isinstance(item, str):
+            to_tokens = getattr(model, "to_tokens", None)
+            if to_tokens is None:
+                raise UsageError("a text prompt needs a tokenizer: use HookedLoopMDM, or give token ids")
+            item = to_tokens(item)[0].tolist() if item else []
+        if not isinstance(item, Sequence) or not all(isinstance(token, int) and token >= 0 for token in item):
+            raise UsageError(f"a prompt must be a text or token ids, got {item!r}")
+        rows.append(_unpadded(model, list(item)))
+    return rows or None
+
+
+def _unpadded(model: LoopedModel, ids: list[int]) -> list[int]:
+    infer = getattr(model, "padding_mask", None)
+    real = infer(torch.tensor([ids])) if infer is not None and ids else None
+    return ids if real is None else [token for token, kept in zip(ids, real[0].tolist(), strict=True) if kept]
+
+
+def _clues(model: LoopedModel, clues: Any) -> dict[int, int] | Tensor | None:
+    """Clues by position, or ids [n, pos] with -1 where free."""
+    if clues is None:
+        return None
+    if isinstance(clues, MaskedBatch):
+        clues = clues.clean.masked_fill(clues.masked, -1)
+    if isinstance(clues, Mapping):
+        return _by_position(dict(clues), model.cfg.mask_token_id)
+    board = board_of_model(model.cfg)
+    if board is not None and board.is_written(clues):
+        return board.read(clues)
+    wanted = "clues must be {position: id}, or integer ids [pos] or [n, pos] with -1 where free"
+    try:
+        clues = torch.as_tensor(clues)
+    except (TypeError, ValueError, RuntimeError):
+        raise UsageError(f"{wanted}; got {clues!r:.60}") from None
+    wrong_kind = clues.is_floating_point() or clues.dtype == torch.bool
+    if clues.ndim not in (1, 2) or 0 in clues.shape or wrong_kind or bool((clues < -1).any()):
+        raise UsageError(wanted)
+    return clues.reshape(-1, clues.shape[-1])
+
+
+def _by_position(pairs: dict[Any, Any], mask_token_id: int) -> dict[int, int]:
+    if not all(isinstance(word, int) for pair in pairs.items() for word in pair):
+        raise UsageError(f"clues must be {{position: id}} with integers, got {pairs!r:.80}")
+    wrong = [token for token in pairs.values() if token < 0]
+    if wrong:
+        raise UsageError(f"clue {wrong[0]} is no token id; leave free positions out")
+    if mask_token_id in pairs.values():
+        raise UsageError("a clue is [MASK]; leave free positions out")
+    return pairs

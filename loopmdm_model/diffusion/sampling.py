@@ -1,0 +1,282 @@
+"""Sampling: which positions (`orders.py`), how many loops (`stopping.py`), which tokens (here).
+
+Reveal-first: a step first chooses the positions it will fill, then unembeds and draws only there. For the
+random order this has the law of the joint draw of token-or-[MASK], without its logits at every position
+and without the float32 Gumbel noise that truncates small reveal rates. A sequence of which nothing is
+revealed at a step needs no forward there: the next one would see the same ids.
+
+All randomness is a function of (seed, sequence, step, position): a sequence has the same tokens alone
+(with `first_index`) and in any batch.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from loopmdm.model.diffusion.orders import Order, StepView, as_order
+from loopmdm.model.diffusion.prompts import Start
+from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.precision import wide
+from loopmdm.model.protocol import LoopedModel
+from loopmdm.model.randomness import row_uniforms
+from loopmdm.model.stopping.rules import LoopView, StoppingRule, as_rule
+
+
+@dataclass(frozen=True)
+class SampleLoop:
+    """What a callback sees after every loop of every step.
+
+    `sequences` [batch] numbers (from `first_index`) the sequences still running, `tokens` [batch, pos] are
+    their ids before the step, `view` is the loop as a stopping rule sees it.
+    """
+
+    step: int
+    sequences: Int[Tensor, " batch"]
+    tokens: Int[Tensor, "batch pos"]
+    view: LoopView
+
+
+Callback = Callable[[SampleLoop], None]
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """Finished sequences and how they came about.
+
+    `tokens` [n, pos]; `start` [n, pos] with [MASK] where something was to be filled; `events` [event, 4]:
+    every change of an id as (step, sequence, position, id); `loops_used` and `step_flops` [step, n], 0
+    where a sequence needed no forward; `times` [step + 1, n], NaN for orders without a diffusion time.
+    """
+
+    tokens: Int[Tensor, "n pos"]
+    start: Int[Tensor, "n pos"]
+    events: Int[Tensor, "event 4"]
+    loops_used: Int[Tensor, "step n"]
+    step_flops: Float[Tensor, "step n"]
+    times: Float[Tensor, "time n"]
+
+    @property
+    def history(self) -> Int[Tensor, "time n pos"]:
+        """The ids before the first step and after every step, [step + 1, n, pos]."""
+        history = self.start.expand(len(self.loops_used) + 1, -1, -1).clone()
+        for step in range(len(self.loops_used)):
+            _, row, position, token = self.events[self.events[:, 0] == step].T
+            history[step + 1 :, row, position] = token
+        return history
+
+    @property
+    def forwards(self) -> int:
+        """Forwards run, counted by sequence."""
+        return int((self.loops_used > 0).sum())
+
+    @property
+    def skipped(self) -> int:
+        """Forwards that a sampler with one forward a step would have run beside these."""
+        return self.loops_used.numel() - self.forwards
+
+    @property
+    def flops(self) -> float:
+        """All forward FLOPs."""
+        return float(self.step_flops.sum())
+
+
+@torch.no_grad()
+def sample(
+    model: LoopedModel,
+    n: int | None = None,
+    length: int | None = None,
+    steps: int = 64,
+    n_loops: int | None = None,
+    stop: StoppingRule | None = None,
+    order: str | Sequence[int] | Order = "random",
+    prompt: Any = None,
+    clues: Any = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    first_index: int = 0,
+    callback: Callback | Sequence[Callback] | None = None,
+    batch_size: int = 32,
+    progress: bool = False,
+    partial: bool = False,
+) -> SampleResult:
+    """Fill `n` sequences of `length` tokens (default n_ctx) in `steps` denoising steps.
+
+    `prompt` is a text (a HookedLoopMDM has the tokenizer), ids, or one of these for each sequence;
+    `clues` stay where they are: {position: id}, ids [pos] or [n, pos] with -1 where free, a
+    MaskedBatch, whose clean positions are the clues, or a Sudoku board as people write it (`Board.read`) for a
+    model of that size. [PAD] in a prompt is no part of it. `n` defaults to what they hold, else 1. `order` is
+    a name of `orders.ORDERS`, "blocks:SIZE", a permutation or an Order. `temperature` 0 takes the best
+    token; `top_p` keeps the smallest set of tokens with at least that probability.
+
+    Sequences run in batches of `batch_size`. With `partial` an interruption (Ctrl-C) returns the batches
+    that are finished; callbacks have then seen part of the next one, too. `callback` sees every (step, loop);
+    what it reads costs no counted FLOPs.
+    """
+    as_rule(n_loops, stop, model.cfg.max_loops)
+    for name, value in (("steps", steps), ("batch_size", batch_size)):
+        check_count(name, value)
+    check_count("first_index", first_index, least=0)
+    _check_drawing(temperature, top_p)
+    start = Start.of(model, prompt, clues, n, length)
+    plan = as_order(order, start.tokens.shape[1])
+    most = int(start.free.sum(-1).max())
+    sampler = _Sampler(
+        model, plan, plan.n_steps(steps, most) if most else 0, n_loops, stop, temperature, top_p, seed,
+        [] if callback is None else [callback] if callable(callback) else list(callback),
+    )  # fmt: skip
+    parts: list[SampleResult] = []
+    bar = tqdm(total=len(start) * sampler.steps, disable=not progress, unit="step", leave=False)
+    try:
+        for first in range(0, len(start), batch_size):
+            parts.append(sampler.run(start.rows(slice(first, first + batch_size)), first_index + first, bar))
+    except KeyboardInterrupt:
+        if not partial:
+            raise
+    finally:
+        bar.close()
+    return _join(parts, start.tokens)
+
+
+@dataclass(frozen=True)
+class _Sampler:
+    model: LoopedModel
+    order: Order
+    steps: int
+    n_loops: int | None
+    stop: StoppingRule | None
+    temperature: float
+    top_p: float
+    seed: int
+    callbacks: list[Callback]
+
+    def run(self, start: Start, first_index: int, bar: tqdm) -> SampleResult:
+        tokens, mask_id = start.tokens.clone(), self.model.cfg.mask_token_id
+        (n, width), device = tokens.shape, tokens.device
+        time = torch.ones(n, dtype=torch.float64, device=device)
+        confidence = torch.ones(tokens.shape, dtype=torch.float64, device=device)
+        loops = torch.zeros(self.steps, n, dtype=torch.long, device=device)
+        cost = torch.zeros(self.steps, n, dtype=torch.float64, device=device)
+        events, times = [torch.zeros(0, 4, dtype=torch.long, device=device)], [time]
+        for step in range(self.steps):
+
+            def uniforms(stream: str, step: int = step) -> Tensor:
+                at = 0 if stream == "blocks" else step  # the order of blocks is drawn once
+                return row_uniforms(self.seed, stream, n, width, first_index, at).to(device)
+
+            at, of = torch.full_like(loops[0], step), torch.full_like(loops[0], self.steps)
+            view = StepView(at, of, (tokens == mask_id) & start.free, start.free, time, confidence, uniforms)
+            hidden = self.order.remask(view)
+            now = _Step(step, first_index, tokens, start.real, loops[step], cost[step])
+            chosen, drawn, sure = self._reveal(view, now)
+            before, time = tokens, self.order.advance(view)
+            if hidden is not None:
+                tokens = tokens.masked_fill(hidden, mask_id)
+            tokens = tokens.masked_scatter(chosen, drawn)
+            confidence = confidence.masked_scatter(chosen, sure)
+            row, position = (tokens != before).nonzero().T
+            events.append(torch.stack([torch.full_like(row, step), row, position, tokens[row, position]], dim=1))
+            times.append(time)
+            bar.update(n)
+        return SampleResult(tokens, start.tokens, torch.cat(events), loops, cost, torch.stack(times))
+
+    def _reveal(
+        self, view: StepView, now: "_Step"
+    ) -> tuple[Bool[Tensor, "batch pos"], Int[Tensor, " row"], Float[Tensor, " row"]]:
+        """Positions to fill, what to fill them with, and its probability; notes loops and FLOPs [batch]."""
+        tokens = now.tokens
+        rows = self.order.candidates(view) if self.order.reads_logits else self.order.choose(view, None)
+        active = rows.any(-1).nonzero()[:, 0]
+        if not len(active):
+            return rows, tokens.new_zeros(0), torch.zeros(0, dtype=torch.float64, device=tokens.device)
+
+        def on_loop(seen: LoopView) -> None:
+            assert seen.running is not None
+            index = active[seen.running]
+            for callback in self.callbacks:
+                callback(SampleLoop(now.step, now.first_index + index, tokens[index], seen))
+
+        run = self.model.run(
+            tokens[active],
+            n_loops=self.n_loops,
+            stop=self.stop,
+            attention_mask=None if now.real is None else now.real[active],
+            rows=rows[active],
+            on_loop=on_loop if self.callbacks else None,
+        )
+        now.loops[active], now.cost[active] = run.loops_used, run.flops
+        logits, chosen = run.logits, rows
+        if self.order.reads_logits:
+            scores = torch.zeros(rows.shape, dtype=torch.float64, device=rows.device)
+            scores[rows] = self.order.scores(wide(logits).log_softmax(-1)).double()
+            chosen = self.order.choose(view, scores)
+            logits = logits[chosen[rows]]
+        drawn, sure = draw_tokens(logits, view.uniforms("tokens")[chosen], self.temperature, self.top_p)
+        return chosen, drawn.to(tokens.dtype), sure
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One denoising step of a batch: ids before it; `loops` and `cost` [batch] take down what it needs."""
+
+    step: int
+    first_index: int
+    tokens: Tensor
+    real: Tensor | None
+    loops: Tensor
+    cost: Tensor
+
+
+def draw_tokens(
+    logits: Float[Tensor, "row d_vocab"], uniforms: Float[Tensor, " row"], temperature: float, top_p: float
+) -> tuple[Int[Tensor, " row"], Float[Tensor, " row"]]:
+    """One token a row by the inverse of its cumulative distribution in float64, and its probability."""
+    logits = logits.double()
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+        return tokens, logits.softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    probabilities = (logits / temperature).softmax(-1)
+    if top_p < 1:
+        ordered, index = probabilities.sort(dim=-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p
+        probabilities = torch.zeros_like(ordered).scatter(-1, index, ordered.masked_fill(beyond, 0.0))
+    total = probabilities.cumsum(-1)
+    goal = uniforms[:, None] * total[:, -1:]
+    tokens = torch.searchsorted(total, goal, right=True).clamp(max=logits.shape[-1] - 1)
+    return tokens[:, 0], (probabilities.gather(-1, tokens) / total[:, -1:])[:, 0]
+
+
+def _check_drawing(temperature: float, top_p: float) -> None:
+    for name, value in (("temperature", temperature), ("top_p", top_p)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UsageError(f"{name} must be a number, got {value!r}")
+    if not (temperature == 0 or 1e-4 <= temperature < float("inf")):
+        raise UsageError(f"temperature must be 0 (best token) or at least 1e-4 and finite, got {temperature!r}")
+    if not 0 < top_p <= 1:
+        raise UsageError(f"top_p must lie in (0, 1], got {top_p!r}")
+
+
+def _join(parts: list[SampleResult], start: Tensor) -> SampleResult:
+    if not parts:
+        none = start[:0]
+        empty = torch.zeros(0, 0, dtype=torch.long)
+        return SampleResult(none, none, torch.zeros(0, 4, dtype=torch.long), empty, empty.double(), empty.double())
+    offset, events = 0, []
+    for part in parts:
+        shift = torch.tensor([0, offset, 0, 0], device=part.events.device)
+        events.append(part.events + shift)
+        offset += len(part.tokens)
+    return SampleResult(
+        torch.cat([part.tokens for part in parts]),
+        torch.cat([part.start for part in parts]),
+        torch.cat(events),
+        *(
+            torch.cat([getattr(part, name) for part in parts], dim=1)
+            for name in ("loops_used", "step_flops", "times")
+        ),
+    )

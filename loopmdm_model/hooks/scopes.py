@@ -1,0 +1,286 @@
+"""What belongs to one `with` block or one call of a hooked model: its hooks, its attention path, what fired.
+
+Hooks of a `with` block or of one call live in a `Scope` of their own, not on the model: they reach the calls made
+inside that block, in the thread that opened it. A block opened inside a generator reaches what that generator
+calls while it runs, and nothing while it is suspended.
+"""
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from loopmdm.model import sites
+from loopmdm.model.context import Context
+from loopmdm.model.errors import UsageError
+from loopmdm.model.sites import Names, Site
+from loopmdm.model.taps import EXPLICIT_TAP, NO_TAP, Tap
+
+if TYPE_CHECKING:
+    from loopmdm.model.hooks.points import LoopHooks
+
+AttnPath = Literal["auto", "eager", "sdpa"]
+Hooks = list[tuple[Any, Callable]]
+OPEN: ContextVar[tuple["Scope", ...]] = ContextVar("open scopes", default=())
+RUNNING: ContextVar["Call | None"] = ContextVar("call whose hook runs", default=None)
+
+
+class SitePoint(HookPoint):
+    """A HookPoint that knows its iteration; `layer()` is the physical layer."""
+
+    def layer(self) -> int:
+        """The physical layer."""
+        layer = self._site().layer
+        if layer is None:
+            raise UsageError(f"{self.name} belongs to no layer")
+        return layer
+
+    def loop(self) -> int | None:
+        """The iteration; None outside the loop."""
+        return self._site().loop
+
+    def _site(self) -> Site:
+        assert self.name is not None
+        return Site.parse(self.name)
+
+
+Rule = tuple[Names, Callable, str]
+SHARED = ("hook_embed", "hook_in", "hook_out", "hook_resid_pre", "hook_resid_post")
+"""Leaves whose tensor goes by other names, too, or is remembered as a state."""
+
+
+def own_copy(point: HookPoint, x: Tensor) -> Tensor:
+    """What a hook may write into: a copy where the tensor goes by other names, so that only this site changes."""
+    return x.clone() if (point.name or "").endswith(SHARED) else x
+
+
+class Listener:
+    """A scope's hooks at one site: forward ones are called, backward ones hang on a point of their own."""
+
+    __slots__ = ("backward", "forward", "point")
+
+    def __init__(self, point: HookPoint, forward: list[Callable], backward: list[Callable]):
+        self.point, self.forward, self.backward = point, forward, None
+        if backward:
+            self.backward = SitePoint()
+            self.backward.name, self.backward.ctx = point.name, point.ctx
+            for hook in backward:
+                self.backward.add_hook(hook, dir="bwd")
+
+    @classmethod
+    def of(cls, point: HookPoint, rules: list[Rule]) -> "Listener | None":
+        """The listener of those rules that mean this point; None if none does."""
+        meant = [(hook, direction) for matches, hook, direction in rules if matches(point.name)]  # pyright: ignore
+        sides = [[hook for hook, direction in meant if direction == side] for side in ("fwd", "bwd")]
+        return cls(point, *sides) if meant else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Run the hooks as a HookPoint would."""
+        for hook in self.forward:
+            reads = getattr(hook, "reads_only", False)
+            given = x if reads else own_copy(self.point, x)
+            out = hook(given, hook=self.point)
+            x = out if out is not None else x if reads else given
+        return x if self.backward is None else self.backward(x)
+
+
+class Scope:
+    """What holds inside one `with` block, or for one call: hooks, or a pinned attention path.
+
+    `fired` names the points whose hooks ran, `loops_run` the most loops of a call inside. `frame` is the generator
+    that opened it, if one did; `missed` counts the calls made while that was suspended, `reached` says whether any
+    was reached.
+    """
+
+    def __init__(
+        self,
+        owner: "LoopHooks",
+        path: AttnPath = "auto",
+        forward: Hooks | None = None,
+        backward: Hooks | None = None,
+    ):
+        self.owner, self.path, self.closed = owner, path, False
+        self.rules = [(_matching(name), hook, "fwd") for name, hook in forward or ()]
+        self.rules += [(_matching(name), hook, "bwd") for name, hook in backward or ()]
+        self.fired: set[str] = set()
+        self.loops_run: int | None = None
+        self.frame: FrameType | None = None
+        self.missed, self.reached = 0, False
+        self._listeners: dict[str, dict[str, Listener]] = {}
+
+    def listeners(self, prefix: str) -> "dict[str, Listener]":
+        """Who listens to an application in this scope, by leaf."""
+        if not self.rules:
+            return {}
+        found = self._listeners.get(prefix)
+        if found is None:
+            points = self.owner.points(prefix)
+            made = {leaf: Listener.of(point, self.rules) for leaf, point in points.items()}
+            found = self._listeners[prefix] = {leaf: listener for leaf, listener in made.items() if listener}
+        return found
+
+    def clear(self, direction: str = "both") -> None:
+        """Drop the hooks of a direction."""
+        self.rules = [rule for rule in self.rules if direction != "both" and rule[2] != direction]
+        self._listeners = {}
+
+    @contextmanager
+    def open(self) -> Iterator["Scope"]:
+        """Reach the calls made inside; closing order does not matter."""
+        self.frame = _generator_frame()
+        OPEN.set((*OPEN.get(), self))
+        try:
+            yield self
+        finally:
+            self.closed, self.frame = True, None
+            if self.missed and not self.reached:
+                warnings.warn(
+                    f"{self.missed} calls were left as they were: this block was opened in a generator, and "
+                    "reaches what that one calls itself; open it where the calls are made",
+                    stacklevel=2,
+                )
+            OPEN.set(tuple(scope for scope in OPEN.get() if not scope.closed))
+
+
+def _matching(name: "str | Names | Site") -> Names:
+    return str(name).__eq__ if isinstance(name, str | Site) else name
+
+
+def _generator_frame() -> FrameType | None:
+    """The innermost generator that is running, those aside that stand for a `with` block or a test's fixture."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_back
+        if frame.f_code.co_flags & GENERATOR and not _stands_for_a_block(caller):
+            return frame
+        frame = caller
+    return None
+
+
+GENERATOR = 0x20 | 0x200
+"""co_flags of generators and asynchronous generators."""
+
+
+def _stands_for_a_block(driver: FrameType | None) -> bool:
+    module = "" if driver is None else driver.f_globals.get("__name__", "")
+    return module == "contextlib" or module.startswith(("_pytest.", "pluggy."))
+
+
+def open_scopes(owner: "LoopHooks") -> tuple[Scope, ...]:
+    """Those of a model that reach a call made here, outermost first."""
+    scopes = [scope for scope in OPEN.get() if scope.owner is owner and not scope.closed]
+    if any(scope.frame is not None for scope in scopes):
+        running, frame = set(), sys._getframe(1)
+        while frame is not None:
+            running.add(id(frame))
+            frame = frame.f_back
+        for scope in [scope for scope in scopes if scope.frame is not None and id(scope.frame) not in running]:
+            scopes.remove(scope)
+            scope.missed += 1
+    for scope in scopes:
+        scope.reached = True
+    return tuple(scopes)
+
+
+class Call:
+    """One run of a hooked model: its attention path, who listens, and the context of what is running.
+
+    `notes` is where interventions keep what they remember of this run.
+    """
+
+    def __init__(self, owner: "LoopHooks", path: AttnPath = "auto", own: Scope | None = None):
+        self.owner, self.context = owner, None
+        self.scopes = open_scopes(owner) if own is None else (*open_scopes(owner), own)
+        pinned = [scope.path for scope in self.scopes if scope.path != "auto"]
+        self.path: AttnPath = path if path != "auto" else cast(AttnPath, pinned[-1] if pinned else "auto")
+        self.notes: dict[Any, Any] = {}
+
+    context: Context | None
+
+    def taps(self, prefix: str) -> Tap:
+        """The tap of a layer application (a tap source for a core); a silent one where nobody listens."""
+        heard = [(scope, found) for scope in self.scopes if (found := scope.listeners(prefix))]
+        if heard or self.owner.hears(prefix):
+            return HookTap(self, self.owner.points(prefix), heard)
+        return EXPLICIT_TAP if self.path == "eager" else NO_TAP
+
+    def ran(self, n_loops: int) -> None:
+        """Note how many loops it made."""
+        for scope in self.scopes:
+            scope.loops_run = max(n_loops, scope.loops_run or 0)
+
+
+class HookTap(Tap):
+    """Hands the activations of one layer application to hook points: the model's own, then each scope's."""
+
+    __slots__ = ("call", "heard", "points")
+
+    def __init__(self, call: Call, points: dict[str, HookPoint], heard: list[tuple[Scope, dict[str, Listener]]]):
+        self.call, self.points, self.heard = call, points, heard
+
+    @property
+    def explicit(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the caller pinned the explicit attention path."""
+        return self.call.path == "eager"
+
+    def __call__(self, name: str, x: Tensor) -> Tensor:
+        """Run the hooks at a leaf, if there are any."""
+        point = self.points[name]
+        if point._forward_hooks or point._backward_hooks:
+            x = self._fire(point, point, own_copy(point, x))
+        for scope, listeners in self.heard:
+            if name in listeners:
+                x = self._fire(point, listeners[name], x)
+                scope.fired.add(point.name or "")
+        return x
+
+    def _fire(self, point: HookPoint, hooks: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        token = RUNNING.set(self.call)
+        try:
+            out = hooks(x)
+        finally:
+            RUNNING.reset(token)
+        if out.shape != x.shape:
+            raise UsageError(
+                f"a hook at {point.name} returned shape {list(out.shape)}, expected {list(x.shape)}; "
+                "return a tensor of the same shape, or None"
+            )
+        return out
+
+    def enter(self, context: Context) -> None:
+        """Keep the context for the hooks of this application."""
+        self.call.context = context
+
+    def wants(self, *leaf_names: str) -> bool:
+        """Whether a hook listens to one of these leaves."""
+        for leaf in leaf_names:
+            point = self.points[leaf]
+            if point._forward_hooks or point._backward_hooks or any(leaf in found for _, found in self.heard):
+                if self.call.path == "sdpa" and leaf in sites.EXPLICIT_ONLY:
+                    raise UsageError(f'{point.name} does not exist on attn_path="sdpa"; use "auto" or "eager"')
+                return True
+        return False
+
+
+def check_path(path: str) -> AttnPath:
+    """A known attention path."""
+    if path not in ("auto", "eager", "sdpa"):
+        raise UsageError(f'attn_path must be "auto", "eager" or "sdpa", got {path!r}')
+    return path
+
+
+def warn_unfired(explicit: list[str], scope: Scope) -> None:
+    """Name the hooks whose loop never ran, if anything ran."""
+    missing = [name for name in dict.fromkeys(explicit) if name not in scope.fired]
+    if missing and scope.loops_run is not None:
+        warnings.warn(
+            f"never fired: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''} "
+            f"({scope.loops_run} loops ran); raise n_loops or the rule's max_loops",
+            stacklevel=4,
+        )

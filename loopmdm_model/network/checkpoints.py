@@ -1,0 +1,125 @@
+"""Weights on disk: where a name leads, strict reading. No pickle is ever loaded."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from loopmdm.model.errors import UsageError, unknown_name
+from loopmdm.model.files import read_json, sha256, write_atomic
+from loopmdm.model.network.config import LoopMDMConfig
+
+ZOO = Path(__file__).parent / "zoo"
+WEIGHTS, CONFIG, TOKENIZER, RECORD, METRICS = (
+    "model.safetensors",
+    "config.json",
+    "tokenizer.json",
+    "train.json",
+    "metrics.jsonl",
+)
+
+
+def list_models() -> list[str]:
+    """Names of the shipped models."""
+    return sorted(path.parent.name for path in ZOO.glob(f"*/{WEIGHTS}"))
+
+
+def list_runs() -> list[str]:
+    """Names of all runs that are reported on: the shipped models, and those of which only the record is kept."""
+    return sorted(path.parent.name for path in ZOO.glob(f"*/{RECORD}"))
+
+
+def resolve(name: Path | str) -> Path:
+    """The folder that a shipped name, a run folder or a hub id ("owner/name") leads to."""
+    if isinstance(name, str) and name in list_runs():
+        return ZOO / name
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+        return _from_hub(name)
+    raise unknown_name("model", str(name), list_models(), "A run folder or a hub id owner/name works too.")
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:  # the hub client raises many kinds; all mean "not to be had"
+        raise OSError(f"{name} is no folder here and was not to be had from the hub: {error}") from error
+
+
+def need(folder: Path, file: str) -> Path:
+    """`folder/file`, or UsageError if it is not there."""
+    path = folder / file
+    if not path.is_file():
+        if file == WEIGHTS and folder.parent == ZOO:
+            raise UsageError(f"{folder.name} is kept as a record only, without weights; {_again(folder.name)}")
+        raise UsageError(f"{folder} has no {file}; a model folder holds {WEIGHTS} and {CONFIG}")
+    return path
+
+
+def _again(name: str) -> str:
+    """How to have the weights of a run of which the record is kept."""
+    from loopmdm.model.zoo.runs import Zoo  # needs what trains, and this module
+
+    try:
+        run = Zoo.roster()[name]
+    except UsageError:  # not listed, or no checkout
+        return f"train it again from the spec in its {RECORD}"
+    return f"train it again with `loopmdm train figures/specs/{run.file}.toml --seed {run.seed}`"
+
+
+def weights_hash(folder: Path) -> str:
+    """sha256 of a model's weights; of a run kept without them, what it was."""
+    if (folder / WEIGHTS).is_file() or folder.parent != ZOO:
+        return sha256(need(folder, WEIGHTS))
+    return read_json(need(folder, RECORD))["weights_sha256"]
+
+
+def load_weights(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Read `model.safetensors`, strict on names and shapes; converted to the expected dtypes."""
+    path = need(folder, WEIGHTS)
+    try:
+        found = load_file(path)
+    except SafetensorError as error:
+        raise UsageError(f"{path} is damaged or truncated ({error}); copy or train it again") from error
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or extra:
+        what = [f"lacks {missing[0]} (and {len(missing) - 1} more)"] if missing else []
+        what += [f"has unexpected {extra[0]} (and {len(extra) - 1} more)"] if extra else []
+        raise UsageError(f"{path} {', '.join(what)}; it does not belong to the {CONFIG} beside it")
+    for name, tensor in expected.items():
+        if found[name].shape != tensor.shape:
+            raise UsageError(
+                f"{path}: {name} has shape {list(found[name].shape)}, {CONFIG} asks for {list(tensor.shape)}"
+            )
+    return {name: found[name].to(expected[name].dtype) for name in expected}
+
+
+def save_weights(
+    folder: Path | str, cfg: LoopMDMConfig, state: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> None:
+    """Write weights and config into `folder`, each file atomically; tied weights are written once a name."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        whole = tensor.detach().to("cpu", dtype).contiguous()
+        tied = any(whole.data_ptr() == other.data_ptr() for other in tensors.values())
+        tensors[name] = whole.clone() if tied else whole
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    write_atomic(folder / CONFIG, cfg.save)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write safetensors atomically; OSError when the disk fails."""
+    try:
+        write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path} ({error}); free some space or write elsewhere") from error

@@ -1,0 +1,256 @@
+"""Training batches and evaluation sets: step k's batch is a pure function of (seed, k)."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from loopmdm.model.corpora import documents as corpora
+from loopmdm.model.corpora import hub
+from loopmdm.model.corpora.tokenizer import EOS, digit_tokenizer, gpt2_tokenizer, train_bpe
+from loopmdm.model.errors import UsageError, unknown_name
+from loopmdm.model.randomness import step_generator
+from loopmdm.model.tasks import gsm
+from loopmdm.model.tasks.sudoku import BOARDS
+from loopmdm.model.tasks.trees import TREE_TASKS
+
+TASK_SIZES = {name: (board.n_cells, board.size + 1) for name, board in BOARDS.items()} | {
+    name: (task.n_nodes, task.n_states + 1) for name, task in TREE_TASKS.items()
+}
+"""Tasks that fix their own length and number of ids, [MASK] included."""
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """What the trainer needs of a corpus or task."""
+
+    tokenizer: Tokenizer
+    length: int
+    fingerprint: str
+    epoch_tokens: int
+    """Tokens of one pass over the training data; 0 where every sequence is new."""
+
+    def batch(self, step: int, size: int) -> Int[Tensor, "batch pos"]:
+        """Clean training sequences of one step."""
+        ...
+
+    def evaluation(self, split: corpora.Split, limit: int | None = None) -> Int[Tensor, "batch pos"]:
+        """Clean sequences of a split."""
+        ...
+
+    def maskable(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+        """Which positions of clean sequences are predicted; the others are condition."""
+        ...
+
+
+def encode(tokenizer: Tokenizer, documents: list[corpora.Document]) -> list[Int[np.ndarray, " token"]]:
+    """Token ids of each document, [EOS] at its end."""
+    end = tokenizer.token_to_id(EOS)
+    encodings = tokenizer.encode_batch([document.text for document in documents])
+    return [np.array([*encoding.ids, end]) for encoding in encodings]
+
+
+def evaluation_blocks(
+    tokenizer: Tokenizer, documents: list[corpora.Document], length: int
+) -> tuple[Int[Tensor, "block pos"], Int[Tensor, " block"]]:
+    """Blocks of `length` tokens cut from each document (its rest dropped), and the document of each."""
+    return cut(encode(tokenizer, documents), length)
+
+
+def cut(
+    documents: list[Int[np.ndarray, " token"]], length: int
+) -> tuple[Int[Tensor, "block pos"], Int[Tensor, " block"]]:
+    """As `evaluation_blocks`, of documents given as ids."""
+    blocks, owners = [], []
+    for index, ids in enumerate(documents):
+        count = len(ids) // length
+        blocks.append(ids[: count * length].reshape(count, length))
+        owners += [index] * count
+    return torch.from_numpy(np.concatenate(blocks)), torch.tensor(owners, dtype=torch.long)
+
+
+class Everywhere:
+    """Mixed into data sets whose positions are all predicted."""
+
+    def maskable(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+        """All."""
+        return torch.ones_like(tokens, dtype=torch.bool)
+
+
+@dataclass
+class TextData(Everywhere):
+    """Blocks of a text corpus; each epoch shifts the block borders and shuffles the blocks.
+
+    `limit` is the number of training tokens to take of a hub corpus.
+    """
+
+    corpus: str
+    tokenizer: Tokenizer
+    length: int
+    seed: int
+    limit: int = 0
+
+    def __post_init__(self):
+        """Tokenise the training split once."""
+        self.held_out: dict[str, list[np.ndarray]] = {}
+        if hub.is_hub(self.corpus):
+            prepared = hub.prepare(self.corpus, self.tokenizer, self.limit)
+            self.stream, self.held_out, self.fingerprint = prepared.train, prepared.held_out, prepared.fingerprint
+        else:
+            documents = corpora.load(self.corpus)
+            self.fingerprint = corpora.fingerprint(documents)
+            self.stream = np.concatenate(encode(self.tokenizer, [d for d in documents if d.split == "train"]))
+        self.n_blocks = len(self.stream) // self.length - 1
+        if self.n_blocks < 1:
+            raise UsageError(f"{self.corpus} has fewer than two blocks of {self.length} tokens; shorten length")
+        if self.held_out or self.corpus.startswith(corpora.FILES):
+            self._check_held_out()
+        self.epoch_tokens = self.n_blocks * self.length
+        self._epoch = lru_cache(maxsize=2)(self._epoch_order)
+
+    def _check_held_out(self) -> None:
+        """UsageError, before anything is trained, if a split has no block to evaluate on."""
+        for split in ("validation", "test"):
+            if not len(self.evaluation(split)):
+                names = [] if self.held_out else [Path(d.name).name for d in corpora.load(self.corpus, split)]
+                some = ", ".join(names[:3]) or "of the hub"
+                raise UsageError(
+                    f"{self.corpus}: no document held out for {split} ({some}) fills a block of {self.length} "
+                    "tokens; give longer texts or shorten data.length"
+                )
+
+    def _epoch_order(self, epoch: int) -> tuple[int, np.ndarray]:
+        generator = step_generator(self.seed, "data", epoch)
+        return int(generator.integers(self.length)), generator.permutation(self.n_blocks)
+
+    def batch(self, step: int, size: int) -> Int[Tensor, "batch pos"]:
+        """Blocks number step * size .. of the endless sequence of epochs."""
+        rows = []
+        for index in range(step * size, (step + 1) * size):
+            shift, order = self._epoch(index // self.n_blocks)
+            start = shift + order[index % self.n_blocks] * self.length
+            rows.append(self.stream[start : start + self.length])
+        return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+    def evaluation(self, split: corpora.Split, limit: int | None = None) -> Int[Tensor, "batch pos"]:
+        """Blocks of a split, spread evenly over it if limited."""
+        if self.held_out:
+            blocks, _ = cut(self.held_out[split], self.length)
+        else:
+            blocks, _ = evaluation_blocks(self.tokenizer, corpora.load(self.corpus, split), self.length)
+        return spread(blocks, limit)
+
+
+@dataclass
+class TreeData:
+    """Sequences of a tree-structured model; what is always observed is condition."""
+
+    name: str
+    seed: int
+
+    def __post_init__(self):
+        """One token a state."""
+        self.model = TREE_TASKS[self.name]
+        self.tokenizer = digit_tokenizer(self.model.n_states)
+        self.length = self.model.n_nodes
+        self.fingerprint = repr(self.model)
+        self.epoch_tokens = 0
+
+    def batch(self, step: int, size: int) -> Int[Tensor, "batch pos"]:
+        """Fresh sequences at every step."""
+        return self.model.sample(size, FIRST_TRAINING_SEED + self.seed, first_index=step * size)
+
+    def evaluation(self, split: corpora.Split, limit: int | None = None) -> Int[Tensor, "batch pos"]:
+        """The same sequences for every run."""
+        return self.model.sample(limit or 1000, HELD_OUT_SEEDS[split])
+
+    def maskable(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+        """The nodes that are not always observed."""
+        return self.model.maskable.to(tokens.device).expand_as(tokens)
+
+
+HELD_OUT_SEEDS, FIRST_TRAINING_SEED = {"validation": 0, "test": 1}, 1000
+
+
+@dataclass
+class SudokuData(Everywhere):
+    """Solved grids of one size; every training grid is a random class under a random relabelling."""
+
+    name: str
+    seed: int
+
+    def __post_init__(self):
+        """One token a cell."""
+        self.board = BOARDS[self.name]
+        self.tokenizer = digit_tokenizer(self.board.size)
+        self.length = self.board.n_cells
+        self.fingerprint = f"{self.name} classes {self.board.classes}"
+        self.epoch_tokens = self.board.classes["train"] * self.length  # whatever their relabelling
+
+    def batch(self, step: int, size: int) -> Int[Tensor, "batch pos"]:
+        """Uniform training grids."""
+        pool = self.board.pool("train")
+        index = step_generator(self.seed, "data", step).integers(len(pool), size=size)
+        return self.board.relabel(pool[index], self.seed, first_index=step * size)
+
+    def evaluation(self, split: corpora.Split, limit: int | None = None) -> Int[Tensor, "batch pos"]:
+        """Grids of distinct classes."""
+        return self.board.sample_grids(split, limit or 1000)
+
+
+def spread(blocks: Tensor, limit: int | None) -> Tensor:
+    """At most `limit` rows, evenly spread."""
+    if limit is None or limit >= len(blocks):
+        return blocks
+    return blocks[torch.linspace(0, len(blocks) - 1, limit).long()]
+
+
+def check_name(name: str) -> str:
+    """The name of a corpus or task, or UsageError with near matches."""
+    if name in TASK_SIZES or name == gsm.NAME or hub.is_hub(name):
+        return name
+    try:
+        return corpora.check_name(name)
+    except UsageError:
+        known = [*TASK_SIZES, gsm.NAME, *corpora.CORPORA, *hub.HUB, "hub:OWNER/NAME", "files:PATTERN"]
+        raise unknown_name("corpus or task", name, known) from None
+
+
+def make_tokenizer(kind: str, corpus: str, d_vocab: int) -> Tokenizer:
+    """GPT-2's, or a byte-level BPE trained on the corpus."""
+    if kind == "gpt2":
+        return gpt2_tokenizer()
+    if hub.is_hub(corpus):
+        rows = islice(hub.stream(corpus), HUB_BPE_DOCUMENTS)
+        return train_bpe((row["text"] for row in rows), d_vocab)
+    return train_bpe((document.text for document in corpora.load(corpus, "train")), d_vocab)
+
+
+HUB_BPE_DOCUMENTS = 20_000
+
+
+def dataset(
+    name: str,
+    length: int,
+    d_vocab: int,
+    seed: int,
+    tokenizer: Tokenizer | None = None,
+    kind: str = "bpe",
+    limit: int = 0,
+) -> Dataset:
+    """The data set of a spec; a text tokenizer is made unless given."""
+    check_name(name)
+    if name in BOARDS:
+        return SudokuData(name, seed)
+    if name in TREE_TASKS:
+        return TreeData(name, seed)
+    if name == gsm.NAME:
+        return gsm.GSMData(seed, tokenizer or (gpt2_tokenizer() if kind == "gpt2" else None), length, d_vocab)
+    return TextData(name, tokenizer or make_tokenizer(kind, name, d_vocab), length, seed, limit)

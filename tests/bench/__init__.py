@@ -1,0 +1,38 @@
+"""Speed goals, measured as ratios in one run against what they are compared with; medians.
+
+Machines are noisy: the two sides alternate, every ratio is the median of paired repeats, and what is
+printed is the ratio and its goal, never a time.
+"""
+
+from loopmdm.model.errors import unknown_name
+from tests.bench import browser, forward, likelihood, science, training
+from tests.bench.common import Row
+
+BENCHMARKS = {
+    "forward": forward.forward,
+    "caching": forward.caching,
+    "masses": forward.masses,
+    "import": forward.importing,
+    "faster-training": training.faster,
+    "throughput": training.throughput,
+    "loading": training.loading,
+    "resuming": training.resuming,
+    "sampling": likelihood.sampling,
+    "spread": likelihood.spread,
+    "adaptive": likelihood.adaptive,
+    "all-loops": likelihood.all_loops,
+    "attention-measures": science.survey,
+    "frontier": science.replay,
+    "similarity": science.similarity,
+    "all-measures": science.suite,
+    "figures": science.drawing,
+    "explorer": browser.explorer,
+}
+
+
+def run(names: list[str] | None = None) -> list[Row]:
+    """All rows of the named benchmarks: (benchmark, measured, goal, met)."""
+    for name in names or []:
+        if name not in BENCHMARKS:
+            raise unknown_name("benchmark", name, BENCHMARKS)
+    return [row for name in names or BENCHMARKS for row in BENCHMARKS[name]()]

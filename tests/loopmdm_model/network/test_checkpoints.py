@@ -1,0 +1,120 @@
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from loopmdm.model.errors import UsageError
+from loopmdm.model.files import write_atomic
+from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.network.checkpoints import list_models
+from loopmdm.model.network.model import LoopMDM
+from tests.conftest import toy_model
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    model.save_pretrained(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_round_trip_is_exact(model, folder, batch):
+    loaded = LoopMDM.from_pretrained(folder)
+    assert loaded.cfg == model.cfg
+    assert torch.equal(loaded(batch.tokens), model(batch.tokens))
+    assert HookedLoopMDM.from_pretrained(folder).tokenizer is None
+
+
+def test_half_precision_is_stored_and_read_as_float32(model, tmp_path):
+    model.save_pretrained(tmp_path, dtype=torch.float16)
+    loaded = LoopMDM.from_pretrained(tmp_path)
+    assert loaded.embed.weight.dtype == torch.float32
+    assert torch.equal(loaded.embed.weight, model.embed.weight.half().float())
+
+
+def test_shipped_models_are_listed_and_open():
+    assert {"sudoku-base", "sudoku-loop", "sotu-base", "sotu-loop"} <= set(list_models())
+    for name in list_models():
+        assert LoopMDM.from_pretrained(name).training is False
+
+
+def _missing(weights):
+    del weights["blocks.1.mlp.up.weight"]
+
+
+def _extra(weights):
+    weights["blocks.9.mlp.up.weight"] = torch.zeros(2)
+
+
+def _shape(weights):
+    weights["embed.weight"] = torch.zeros(3, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [(_missing, "lacks blocks.1.mlp.up.weight"), (_extra, "unexpected blocks.9"), (_shape, r"\[3, 16\]")],
+)
+def test_wrong_tensors_are_named(folder, change, says):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(UsageError, match=says):
+        LoopMDM.from_pretrained(folder)
+
+
+def test_truncated_weights_and_damaged_configs_are_refused(folder):
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UsageError, match="truncated"):
+        LoopMDM.from_pretrained(folder)
+    path.unlink()
+    with pytest.raises(UsageError, match=r"no model\.safetensors"):
+        LoopMDM.from_pretrained(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UsageError, match="not JSON"):
+        LoopMDM.from_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"d_vocab": 3, "colour": 1}))
+    with pytest.raises(UsageError, match="colour"):
+        LoopMDM.from_pretrained(folder)
+
+
+def test_unknown_models_offer_near_names():
+    with pytest.raises(UsageError, match="sudoku-loop"):
+        LoopMDM.from_pretrained("sudoku-lop")
+
+
+def test_failed_writes_leave_the_old_file(tmp_path):
+    path = tmp_path / "table.txt"
+    path.write_text("old")
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(path, fail)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_tied_weights_are_saved_and_loaded(tmp_path, batch):
+    model = toy_model(n_prelude_layers=2)
+    model.unembed.weight, model.blocks[1] = model.embed.weight, model.blocks[0]
+    model.save_pretrained(tmp_path)
+    assert torch.equal(LoopMDM.from_pretrained(tmp_path)(batch.tokens), model(batch.tokens))
+
+
+def test_models_and_caches_leave_the_process_and_come_back(hooked, batch, tmp_path):
+    logits, (_, cache) = hooked(batch.tokens), hooked.run_with_cache(batch.tokens, n_loops=3)
+    for leave in (lambda thing: pickle.loads(pickle.dumps(thing)), copy.deepcopy):
+        again, kept = leave(hooked), leave(cache)
+        assert torch.equal(again(batch.tokens), logits)
+        assert torch.equal(leave(hooked.model)(batch.tokens), logits)
+        assert kept.keys() == cache.keys()
+        assert torch.equal(kept["pattern", "loop", 2, 1], cache["pattern", "loop", 2, 1])
+        again.add_hook("hook_embed", lambda x, hook: x + 1)
+        assert not torch.equal(again(batch.tokens), logits) and torch.equal(hooked(batch.tokens), logits)
+    torch.save(hooked, tmp_path / "m.pt")
+    assert torch.equal(torch.load(tmp_path / "m.pt", weights_only=False)(batch.tokens), logits)
