@@ -6,6 +6,10 @@ Names are loaded on first use, so that drawing from tables does not load the mod
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from loopmdm.folders import hand_over
+
+hand_over(__name__)
+
 if TYPE_CHECKING:
     from loopmdm.analysis import exhibits as figures
     from loopmdm.analysis.measures import measure
@@ -50,3 +54,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

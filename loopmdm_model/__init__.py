@@ -6,6 +6,7 @@ TransformerLens.
 
 from typing import TYPE_CHECKING, Any
 
+from loopmdm.folders import hand_over
 from loopmdm.model.diffusion.likelihood import NelboResult, continuation_nelbo, corpus_nelbo, nelbo, nelbo_by_loop
 from loopmdm.model.diffusion.orders import Order
 from loopmdm.model.diffusion.sampling import SampleResult, sample
@@ -28,6 +29,8 @@ from loopmdm.model.stopping.rules import (
     StateDelta,
     StoppingRule,
 )
+
+hand_over(__name__)
 
 if TYPE_CHECKING:
     from loopmdm.model.adapters import hook_model, open_model
@@ -77,3 +80,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(adapters, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

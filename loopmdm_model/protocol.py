@@ -282,9 +282,7 @@ def core_of(model: "LoopedModel | Core") -> Core:
     """The core of a model, without hooks."""
     core = model if isinstance(model, Core) else getattr(model, "model", None)
     if not isinstance(core, Core):
-        raise UsageError(
-            f"{type(model).__name__} is no Core and holds none as .model; see loopmdm_model/protocol.py"
-        )
+        raise UsageError(f"{type(model).__name__} is no Core and holds none as .model; see loopmdm.model.protocol")
     return core
 
 

@@ -25,7 +25,6 @@ from loopmdm.analysis import figures
 from loopmdm.analysis.exhibits import tables
 from loopmdm.analysis.exhibits.verdicts import claims_table
 from loopmdm.analysis.measures import stopping
-from loopmdm.analysis.measures import stopping as allocation
 from loopmdm.analysis.measures.case import Case
 from loopmdm.model import FixedLoops, StateDelta, sample
 
@@ -150,18 +149,18 @@ figures.FIGURES["sampling-savings"].show()
 # five prices, and the contrasts with the controls: below 0 the predictor is better.
 
 # %%
-plans = allocation.schedules_by_noise(fitted, n_prices=5)
+plans = stopping.schedules_by_noise(fitted, n_prices=5)
 plans.pivot(index="threshold", columns="mask_ratio", values="n_loops").rename_axis(index="nats per FLOP")
 
 # %%
-features = allocation.feature_rules(s_max)
+features = stopping.feature_rules(s_max)
 shared = {"rules": features, **options}
 seen = stopping.record_loops(m, case.tokens, maskable=case.maskable, clusters=case.clusters, seed=seed, **shared)
 learnt = stopping.record_loops(m, validation, maskable=case.validation.maskable, seed=seed + 1, **shared)
-allocation.prediction_quality(seen, learnt, features=("state",)).round(3)
+stopping.prediction_quality(seen, learnt, features=("state",)).round(3)
 
 # %%
-best = allocation.predictor_frontier(seen, learnt, n_prices=5, features=("state",))
+best = stopping.predictor_frontier(seen, learnt, n_prices=5, features=("state",))
 best = best[best["mask_ratio"].isna()].reset_index(drop=True)
 best[["mean_loops", "flops", "nll", "against_fixed", "against_schedule", "against_shuffled", "n"]].round(4)
 

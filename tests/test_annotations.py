@@ -5,11 +5,11 @@ import sys
 
 SESSION = """
 from jaxtyping import install_import_hook
-install_import_hook(["loopmdm_model", "analysis"], "beartype.beartype")
+install_import_hook(["loopmdm"], "beartype.beartype")
 import torch
 from analysis import attention_across_loops, mask_attention, measure, read_loops, representation_change
 from loopmdm.analysis.measures import MEASURES
-from loopmdm_model import HookedLoopMDM, StateDelta, mask_tokens, nelbo
+from loopmdm.model import HookedLoopMDM, StateDelta, mask_tokens, nelbo
 from loopmdm.model.tasks.batches import dataset
 from loopmdm.model.tasks.puzzles import puzzles
 from loopmdm.model.tasks.sudoku import BOARDS

@@ -7,7 +7,7 @@ import signal
 import sys
 import warnings
 
-from loopmdm.analysis.cli import (
+from loopmdm.analysis.cli import (  # noqa: F401 - each adds its commands
     data,
     evaluation,
     figures,
@@ -15,7 +15,7 @@ from loopmdm.analysis.cli import (
     sampling,
     science,
     training,
-)  # noqa: F401 - each adds its commands
+)
 from loopmdm.analysis.cli.shared import Interrupted, Terminated, app, err
 from loopmdm.model.errors import DivergedError, UsageError
 from loopmdm.model.training.allocator import keep_freed_memory

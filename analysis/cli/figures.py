@@ -1,5 +1,6 @@
 """`loopmdm table`, `loopmdm figures` and `loopmdm bench`."""
 
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -103,6 +104,9 @@ def bench(
     names: Annotated[list[str] | None, typer.Argument(help="benchmarks; default all")] = None,
 ) -> None:
     """Measure the speed goals as ratios in one run; exits 1 where one is missed."""
+    from loopmdm.analysis.exhibits.gallery import repository
+
+    sys.path.insert(0, str(repository()))
     from tests.bench import run
 
     results = run(names)

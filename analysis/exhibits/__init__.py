@@ -1,6 +1,6 @@
 """The registry of figures: name -> tables, builder, caption. Batch, notebooks and tests all use it.
 
-from analysis import figures
+from loopmdm.analysis import figures
 figures.FIGURES["mask-to-mask-by-loop"].draw(out="figures/out")
 """
 
@@ -16,10 +16,8 @@ from loopmdm.analysis.exhibits import (
     inference,
     known,
     representation,
+    stopping,
     training,
-)
-from loopmdm.analysis.exhibits import (
-    stopping as adaptive,
 )
 from loopmdm.analysis.exhibits.figure import Figure
 from loopmdm.analysis.numbers.parallel import in_processes
@@ -29,7 +27,7 @@ FAMILIES = {
     "claims": claims,
     "training": training,
     "inference": inference,
-    "adaptive": adaptive,
+    "stopping": stopping,
     "attention": attention,
     "representation": representation,
     "causal": causal,

@@ -6,8 +6,8 @@ a table, of the editions of its measures. What is current is read from what the 
 from file times: train.json holds the spec, a table the hashes of its models and the editions, a figure's sidecar
 the hashes of its tables. The plan is that of a `Zoo`; what was imported before makes no difference.
 
-python -m loopmdm.analysis.exhibits.pipeline prints the plan as JSON; with --stamps FOLDER it also leaves one file for every
-item that is current, FOLDER/kind/name/key, and removes all others.
+python -m loopmdm.analysis.exhibits.pipeline prints the plan as JSON; with --stamps FOLDER it also leaves one
+file for every item that is current, FOLDER/kind/name/key, and removes all others.
 """
 
 import argparse

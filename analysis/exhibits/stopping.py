@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from loopmdm.analysis.exhibits.figure import GRIDS, TEXT, Figure, Tables, panels
-from loopmdm.analysis.plots import stopping as adaptive
+from loopmdm.analysis.plots import stopping
 from loopmdm.analysis.plots.style import COLUMN, PAGE
 
 
@@ -13,7 +13,7 @@ def stopping_frontier(loaded: Tables) -> MatplotlibFigure:
     df = loaded["stopping-frontier"]
     drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.9), layout="constrained")
     for ax, panel in zip(axes, panels(), strict=True):
-        adaptive.plot_frontier(panel.of(df[df["mask_ratio"].isna()]), ax=ax)
+        stopping.plot_frontier(panel.of(df[df["mask_ratio"].isna()]), ax=ax)
         ax.set_title(panel.title)
     handles, labels = axes[0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
@@ -27,8 +27,8 @@ def loops_used(loaded: Tables) -> MatplotlibFigure:
     for row, panel in zip(axes, panels(), strict=True):
         part = panel.of(steps)
         most = int(part["max_loops"].iloc[0])
-        adaptive.plot_loops_by_step(part, most, ax=row[0])
-        adaptive.plot_usage(panel.of(usage), most, ax=row[1])
+        stopping.plot_loops_by_step(part, most, ax=row[0])
+        stopping.plot_usage(panel.of(usage), most, ax=row[1])
         row[0].set_title(f"{panel.title}: along sampling")
         row[1].set_title(f"{panel.title}: masked test data")
     handles, labels = axes[0, 1].get_legend_handles_labels()
@@ -45,7 +45,7 @@ def sampling_savings(loaded: Tables) -> MatplotlibFigure:
     titles = {panel.model: panel.title for panel in panels()}
     label = df["model"].map(titles) + ": " + df["rule"].map(names) + "\nstop"
     drawn, ax = plt.subplots(figsize=(COLUMN * 1.3, 2.5), layout="constrained")
-    adaptive.plot_savings(df.assign(label=label), ax=ax)
+    stopping.plot_savings(df.assign(label=label), ax=ax)
     drawn.legend(loc="outside lower center", ncols=2, frameon=False)
     return drawn
 

@@ -7,7 +7,6 @@ import pandas as pd
 import torch
 
 from loopmdm.analysis.measures import interventions, known, representation, stopping
-from loopmdm.analysis.measures import stopping as allocation
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.interventions.training_free import training_free
 from loopmdm.analysis.measures.stopping.frontier import thresholds
@@ -126,13 +125,13 @@ def by_step(case: Case) -> pd.DataFrame:
 
 def predictor(case: Case) -> pd.DataFrame:
     """Frontier of stopping by a predicted remaining gain."""
-    rules = allocation.feature_rules(case.n_loops)
-    return allocation.predictor_frontier(*records(case, rules), N_THRESHOLDS)
+    rules = stopping.feature_rules(case.n_loops)
+    return stopping.predictor_frontier(*records(case, rules), N_THRESHOLDS)
 
 
 def foresight(case: Case) -> pd.DataFrame:
     """How well the remaining gain is predicted."""
-    return allocation.prediction_quality(*records(case, allocation.feature_rules(case.n_loops)))
+    return stopping.prediction_quality(*records(case, stopping.feature_rules(case.n_loops)))
 
 
 def loops_or_steps(case: Case) -> pd.DataFrame:
@@ -142,7 +141,7 @@ def loops_or_steps(case: Case) -> pd.DataFrame:
     length = case.tokens.shape[1]
     budgets = [steps * forward_flops(case.m.cfg, length, float(case.n_loops)) for steps in (2, 4, 8, 16)]
     counts = sorted({1, 2, max(1, case.n_loops // 2), case.n_loops})
-    return allocation.loops_against_steps(
+    return stopping.loops_against_steps(
         case.m, None, budgets, counts, test=case.sequences, seed=case.seed, **given
     )
 

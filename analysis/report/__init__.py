@@ -1,6 +1,6 @@
 """One self-contained file: claims, figures and an attention explorer; in a notebook the explorer alone.
 
-from analysis import explore
+from loopmdm.analysis import explore
 logits, cache = m.run_with_cache(b.tokens, n_loops=12)
 explore(cache, clean=b)
 """

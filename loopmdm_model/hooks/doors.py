@@ -35,7 +35,7 @@ Given = Tensor | MaskedBatch | str | list | tuple | np.ndarray
 Run = tuple[Any, int | None, StoppingRule | None, Tensor | None]
 """What `LoopRuns` takes first: tokens, n_loops, stop, attention_mask."""
 
-_GENERATE = "a masked diffusion model fills in, it does not go on from the left: use loopmdm.model.sample(m, ...)"
+_GENERATE = "a masked diffusion model fills in, it does not go on from the left: use loopmdm.sample(m, ...)"
 _FOLDED = "shown weights have the norms folded in already, and m.model keeps its own"
 _FORK = "q, k and v read one stream here; hook attn.hook_q, attn.hook_k or attn.hook_v instead"
 INSTEAD = {

@@ -1,7 +1,7 @@
 """A looped model seen as a plain deep one: virtual layers blocks.{depth}, one per layer application.
 
 n_prelude + S * n_loop + n_coda of them share the looped weights, under the names and in the form that
-TransformerLens' patching, ActivationCache and tools of analysis know.
+TransformerLens' patching, ActivationCache and tools of the analysis know.
 """
 
 from dataclasses import dataclass, fields

@@ -13,7 +13,7 @@ from loopmdm.model.errors import UsageError, unknown_name
 from loopmdm.model.files import read_json, sha256, write_atomic
 from loopmdm.model.network.config import LoopMDMConfig
 
-ZOO = Path(__file__).parent / "zoo"
+ZOO = Path(__file__).parents[1] / "zoo"
 WEIGHTS, CONFIG, TOKENIZER, RECORD, METRICS = (
     "model.safetensors",
     "config.json",

@@ -119,10 +119,10 @@ def measure_once(n_loops: int) -> None:
 
 
 def importing() -> Iterator[Row]:
-    """What `import loopmdm_model` adds to `import torch`, in seconds of a process of its own."""
-    code = "import time, torch; t = time.perf_counter(); import loopmdm_model; print(time.perf_counter() - t)"
+    """What `import loopmdm.model` adds to `import torch`, in seconds of a process of its own."""
+    code = "import time, torch; t = time.perf_counter(); import loopmdm.model; print(time.perf_counter() - t)"
     times = [
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
         for _ in range(5)
     ]
-    yield at_most("import loopmdm_model beyond torch", statistics.median(times), 0.5, " s")
+    yield at_most("import loopmdm.model beyond torch", statistics.median(times), 0.5, " s")

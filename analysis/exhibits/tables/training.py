@@ -31,7 +31,7 @@ def learning_curves_table(zoo: Zoo) -> pd.DataFrame:
 
 
 def flops_to_target_table(zoo: Zoo) -> pd.DataFrame:
-    """What each arm needs for the NELBO another one has after a share of its budget; see `loopmdm.analysis.measures.quality.efficiency`."""
+    """What each arm needs for the NELBO another one has after a share of its budget; see `quality.efficiency`."""
     curves = learning_curves_table(zoo)
     curves = curves[curves["n_loops"] == curves["max_loops"]]
     tables = []

@@ -76,7 +76,7 @@ def order_interaction(
 ) -> OrderEffects:
     """Solve rates by loops and order, and how much more looping gains in each order than by confidence.
 
-    `n_loops` are two loop counts or more (default 1 and S_max); `orders` names of `loopmdm.model.diffusion.orders`,
+    `n_loops` are two loop counts or more (default 1 and S_max); `orders` names of `diffusion.orders`,
     "deepest-first" or "shallowest-first".
     """
     counts = sorted(

@@ -14,7 +14,7 @@ from loopmdm.analysis.cli.data import data_fetch
 from loopmdm.model.corpora import fetch
 from loopmdm.model.network.checkpoints import list_models
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 COMMANDS = [

@@ -11,7 +11,7 @@ from loopmdm.analysis.exhibits import gallery
 from loopmdm.analysis.exhibits import verdicts as claims
 from loopmdm.model.errors import UsageError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ONE = "sudoku-solve-rate"
 
 

@@ -22,7 +22,7 @@ from loopmdm.model.training import state
 from loopmdm.model.training.spec import RunSpec
 from loopmdm.model.zoo.runs import Run, Zoo
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 # Stands for `loopmdm`: writes what the command would, as far as the plan reads it, and notes what it was asked.
 STUB = """

@@ -20,7 +20,7 @@ from loopmdm.analysis.measures.stopping import record
 from loopmdm.model.stopping.rules import StateDelta
 from loopmdm.model.zoo.runs import Zoo, figures_folder
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 IN_A_FRESH_PROCESS = """
 import json, sys
 from dataclasses import asdict
@@ -48,7 +48,7 @@ def told(items: pipeline.Items) -> dict:
 
 
 def import_everything() -> None:
-    for package in (analysis, loopmdm_model):
+    for package in (loopmdm.analysis, loopmdm.model):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             if not module.name.endswith("__main__"):
                 import_module(module.name)

@@ -353,6 +353,6 @@ def test_nothing_is_imported_before_it_is_asked_for():
     code = (
         "import sys, loopmdm.model.adapters as a; a.FAMILIES; "
         "heavy = {'transformers', 'transformer_lens'} & sys.modules.keys(); assert not heavy, heavy; "
-        "import loopmdm_model; loopmdm.model.hook_model, loopmdm.model.open_model; "
+        "import loopmdm.model; loopmdm.model.hook_model, loopmdm.model.open_model; "
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -274,7 +274,7 @@ patching.get_act_patch_resid_pre(u, b.clean, c, lambda x: x[0, 0, 0]).shape == (
 """
 
 SAYS = {
-    "m.generate(TEXT)": r"use loopmdm_model\.sample",
+    "m.generate(TEXT)": r"use loopmdm\.sample",
     "m.QK": r"m\.unrolled\(1\) has it",
     "m.W_pos": "positions are rotary",
     "m.set_use_attn_result(True)": r"name attn\.hook_result",

@@ -21,7 +21,7 @@ from loopmdm.model.training import budget, trainer
 from loopmdm.model.training.ema import Ema
 from loopmdm.model.training.spec import LoopSchedule, RunSpec
 
-SPECS = Path(__file__).parents[2] / "figures" / "specs"
+SPECS = Path(__file__).parents[3] / "figures" / "specs"
 TINY = """
 name = "tiny"
 seed = 1

@@ -1,0 +1,1 @@
+"""Text corpora, how they are fetched and read, and tokenizers."""

@@ -1,0 +1,1 @@
+"""What one does with a masked-diffusion model: likelihood, sampling, orders, trajectories."""

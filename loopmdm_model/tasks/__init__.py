@@ -1,0 +1,1 @@
+"""Tasks: their data, held-out parts, what may be masked, the exact answer."""

@@ -1,0 +1,1 @@
+../../loopmdm/__init__.py

@@ -1,0 +1,1 @@
+../../loopmdm/folders.py
