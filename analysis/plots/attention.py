@@ -1,7 +1,7 @@
 """Plots of attention between masked and clean positions, and of maps across loop counts."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,9 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from loopmdm.analysis.plots.style import AMOUNT_STYLE, KEY_STYLE, NULL, RATIO_STYLE, error_band, half_width, style
-
-if TYPE_CHECKING:
-    from loopmdm.analysis.measures.attention.maps import AttentionMaps
 
 
 def plot_mass_by_loop(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -128,7 +125,18 @@ def draw_maps(
     axes[len(loops)].set_title(f"loop {loops[-1] + 1} − loop {loops[0] + 1}")
 
 
-def plot_maps(maps: "AttentionMaps") -> Figure:
+class Maps(Protocol):
+    """Maps of one head: `maps` [shown loop, query, key], `labels` and `masked` [query] in the shown order."""
+
+    layer: int
+    head: int
+    loops: tuple[int, ...]
+    maps: np.ndarray
+    labels: list[str]
+    masked: np.ndarray
+
+
+def plot_maps(maps: Maps) -> Figure:
     """Maps of the same head side by side across loops, and last minus first."""
     n = len(maps.loops) + 1
     columns = 2 if n <= 4 else 3

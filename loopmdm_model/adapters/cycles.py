@@ -6,15 +6,21 @@ A cycle gets the core and the context; what it keeps for later loops goes into `
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import RLock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from loopmdm.model.adapters.core import ForeignCore
     from loopmdm.model.context import Context
+
+
+class Around(Protocol):
+    """What a cycle needs of the model that it is part of."""
+
+    seed: int
+    native: Any
 
 
 class Cycle:
@@ -23,21 +29,21 @@ class Cycle:
     fixed = False
     """Whether only the layers that the model loops itself can be looped."""
 
-    def start(self, core: "ForeignCore", x: Tensor, context: "Context") -> Tensor:  # noqa: ARG002
+    def start(self, core: "Around", x: Tensor, context: "Context") -> Tensor:  # noqa: ARG002
         """H(-1), from what the prelude gives."""
         return x
 
-    def before(self, core: "ForeignCore", x: Tensor, context: "Context", loop: int) -> Tensor:  # noqa: ARG002
+    def before(self, core: "Around", x: Tensor, context: "Context", loop: int) -> Tensor:  # noqa: ARG002
         """What the looped layers get in iteration `loop`."""
         return x
 
     def after(
-        self, core: "ForeignCore", x: Tensor, inside: Tensor, context: "Context", loop: int  # noqa: ARG002
+        self, core: "Around", x: Tensor, inside: Tensor, context: "Context", loop: int  # noqa: ARG002
     ) -> Tensor:  # fmt: skip
         """The next state, from the one before and what the looped layers give."""
         return inside
 
-    def leave(self, core: "ForeignCore", x: Tensor) -> Tensor:  # noqa: ARG002
+    def leave(self, core: "Around", x: Tensor) -> Tensor:  # noqa: ARG002
         """What the coda gets."""
         return x
 
@@ -45,7 +51,7 @@ class Cycle:
         """Keywords by which the native forward makes `n_loops` loops."""
         return {}
 
-    def exit_gate(self, core: "ForeignCore", state: Tensor) -> Tensor | None:  # noqa: ARG002
+    def exit_gate(self, core: "Around", state: Tensor) -> Tensor | None:  # noqa: ARG002
         """The model's own chance to stop, [batch, pos]; None: it has no gate."""
         return None
 
@@ -71,7 +77,7 @@ class Injected(Cycle):
 
     fixed = True
 
-    def start(self, core: "ForeignCore", x: Tensor, context: Any) -> Tensor:
+    def start(self, core: "Around", x: Tensor, context: Any) -> Tensor:
         """A random state; keeps e."""
         context.extra["injected"] = x
         states = []
@@ -80,7 +86,7 @@ class Injected(Cycle):
                 states.append(core.native.initialize_state(x[row : row + 1]))  # pyright: ignore[reportCallIssue]
         return torch.cat(states)
 
-    def before(self, core: "ForeignCore", x: Tensor, context: Any, loop: int) -> Tensor:  # noqa: ARG002
+    def before(self, core: "Around", x: Tensor, context: Any, loop: int) -> Tensor:  # noqa: ARG002
         """The state with e let in."""
         adapter = core.native.get_submodule("transformer.adapter")
         return adapter(torch.cat([x, context.extra["injected"].to(x.device)], dim=-1))
@@ -106,7 +112,7 @@ class Injected(Cycle):
 class InjectedNormed(Injected):
     """As in Huginn, whose coda sees the normed state."""
 
-    def leave(self, core: "ForeignCore", x: Tensor) -> Tensor:
+    def leave(self, core: "Around", x: Tensor) -> Tensor:
         """The final norm, which comes once more after the coda."""
         return core.native.get_submodule("transformer.ln_f")(x)
 
@@ -117,12 +123,12 @@ class NormedGated(Cycle):
     fixed = True
 
     def after(
-        self, core: "ForeignCore", x: Tensor, inside: Tensor, context: "Context", loop: int  # noqa: ARG002
+        self, core: "Around", x: Tensor, inside: Tensor, context: "Context", loop: int  # noqa: ARG002
     ) -> Tensor:  # fmt: skip
         """The normed state."""
         return core.native.get_submodule("model.norm")(inside)
 
-    def exit_gate(self, core: "ForeignCore", state: Tensor) -> Tensor:
+    def exit_gate(self, core: "Around", state: Tensor) -> Tensor:
         """The chance to stop here, given that no earlier loop did."""
         return torch.sigmoid(core.native.get_submodule("model.early_exit_gate")(state))[..., 0]
 
@@ -135,25 +141,25 @@ class TwoStates(Cycle):
 
     fixed = True
 
-    def start(self, core: "ForeignCore", x: Tensor, context: Any) -> Tensor:
+    def start(self, core: "Around", x: Tensor, context: Any) -> Tensor:
         """Learned first states; keeps e, which is what the first layer sees beside them."""
         inner: Any = core.native.get_submodule("inner")
         high, low = inner.H_init.expand_as(x), inner.L_init.expand_as(x)
         context.extra |= {"injected": x - (low + high), "low": low}
         return high
 
-    def before(self, core: "ForeignCore", x: Tensor, context: Any, loop: int) -> Tensor:
+    def before(self, core: "Around", x: Tensor, context: Any, loop: int) -> Tensor:
         """Both states, and e unless the high one moves."""
         both = context.extra["low"] + x
         return both if self._moves_high(core, loop) else both + context.extra["injected"]
 
-    def after(self, core: "ForeignCore", x: Tensor, inside: Tensor, context: Any, loop: int) -> Tensor:
+    def after(self, core: "Around", x: Tensor, inside: Tensor, context: Any, loop: int) -> Tensor:
         """The high state, moved or not."""
         if self._moves_high(core, loop):
             return inside
         context.extra["low"] = inside
         return x
 
-    def _moves_high(self, core: "ForeignCore", loop: int) -> bool:
+    def _moves_high(self, core: "Around", loop: int) -> bool:
         config: Any = core.native.config
         return (loop + 1) % (config.L_cycles + 1) == 0

@@ -2,7 +2,7 @@
 
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,12 +15,25 @@ if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
     from transformer_lens.utilities import Slice
 
-    from loopmdm.model.hooks.hooked import LoopRuns
-
 UNROLLED = ("accumulated_resid", "apply_ln_to_stack", "apply_slice_to_batch_dim", "compute_head_results")
 UNROLLED += ("decompose_resid", "get_full_resid_decomposition", "get_neuron_results", "logit_attrs", "logit_lens")
 UNROLLED += ("model", "remove_batch_dim", "stack_activation", "stack_head_results", "stack_neuron_results")
 """What only a cache over virtual layers offers, TransformerLens' ActivationCache."""
+
+
+class Ran(Protocol):
+    """The model that a cache is of."""
+
+    cfg: Any
+    tokenizer: Any
+
+    def unroll(self, cache: "LoopCache") -> "ActivationCache":
+        """The cache over virtual layers."""
+        ...
+
+    def to_str_tokens(self, tokens: Any) -> Any:
+        """Pieces of text."""
+        ...
 
 
 class LoopCache(Mapping[str, Tensor]):
@@ -36,7 +49,7 @@ class LoopCache(Mapping[str, Tensor]):
     def __init__(
         self,
         activations: dict[str, Tensor],
-        owner: "LoopRuns",
+        owner: "Ran",
         loops_used: Tensor,
         tokens: Tensor,
         has_batch_dim: bool = True,

@@ -6,7 +6,7 @@
 from collections.abc import Callable, Iterable
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -26,9 +26,6 @@ from loopmdm.model.network.checkpoints import RECORD, TOKENIZER
 from loopmdm.model.network.model import LoopMDM
 from loopmdm.model.sites import Site, applications
 from loopmdm.model.stopping.rules import StoppingRule
-
-if TYPE_CHECKING:
-    from loopmdm.model.hooks.unrolled import UnrolledLoopMDM
 
 Given = Tensor | MaskedBatch | str | list | tuple | np.ndarray
 """What goes in as tokens: ids, text, several texts, or a batch that knows what it hides."""
@@ -212,12 +209,6 @@ class LoopDoors(Doors):
     def d_vocab_out(self) -> int:
         """Width of the logits."""
         return self.model.cfg.d_vocab
-
-    def unrolled(self, n_loops: int | None = None) -> "UnrolledLoopMDM":
-        """The model as a plain deep one, one virtual layer per application; see `UnrolledLoopMDM`."""
-        from loopmdm.model.hooks.unrolled import UnrolledLoopMDM
-
-        return UnrolledLoopMDM(self.model, self._loops(n_loops), self.tokenizer)
 
     def _loops(self, n_loops: int | None) -> int:
         return check_count("n_loops", self.model.cfg.max_loops if n_loops is None else n_loops)

@@ -26,7 +26,7 @@ from loopmdm.model.hooks.doors import LoopDoors, in_dtype
 from loopmdm.model.hooks.points import LoopHooks
 from loopmdm.model.hooks.scopes import AttnPath, Call, Scope, check_path, warn_unfired
 from loopmdm.model.hooks.text import TextEntries
-from loopmdm.model.hooks.unrolled import unroll
+from loopmdm.model.hooks.unrolled import UnrolledLoopMDM, unroll
 from loopmdm.model.layout import Facts
 from loopmdm.model.network.checkpoints import RECORD, TOKENIZER, resolve
 from loopmdm.model.network.config import LoopMDMConfig
@@ -278,3 +278,7 @@ class HookedLoopMDM(LoopDoors, LoopRuns):
     stream without weights, as `ln_final` here and `cache.unrolled()` give it. A cache over loops holds under
     `hook_normalized` what `model` itself computes, norms' weights included.
     """
+
+    def unrolled(self, n_loops: int | None = None) -> UnrolledLoopMDM:
+        """The model as a plain deep one, one virtual layer per application; see `UnrolledLoopMDM`."""
+        return UnrolledLoopMDM(self.model, self._loops(n_loops), self.tokenizer)

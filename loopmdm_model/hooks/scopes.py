@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
@@ -22,13 +22,22 @@ from loopmdm.model.errors import UsageError
 from loopmdm.model.sites import Names, Site
 from loopmdm.model.taps import EXPLICIT_TAP, NO_TAP, Tap
 
-if TYPE_CHECKING:
-    from loopmdm.model.hooks.points import LoopHooks
-
 AttnPath = Literal["auto", "eager", "sdpa"]
 Hooks = list[tuple[Any, Callable]]
 OPEN: ContextVar[tuple["Scope", ...]] = ContextVar("open scopes", default=())
 RUNNING: ContextVar["Call | None"] = ContextVar("call whose hook runs", default=None)
+
+
+class PointOwner(Protocol):
+    """The model that has the hook points of a layer application, by leaf, below its `prefix`."""
+
+    def points(self, prefix: str) -> dict[str, HookPoint]:
+        """All of them, made where they are new."""
+        ...
+
+    def hears(self, prefix: str) -> bool:
+        """Whether one of them has hooks of its own."""
+        ...
 
 
 class SitePoint(HookPoint):
@@ -100,7 +109,7 @@ class Scope:
 
     def __init__(
         self,
-        owner: "LoopHooks",
+        owner: PointOwner,
         path: AttnPath = "auto",
         forward: Hooks | None = None,
         backward: Hooks | None = None,
@@ -172,7 +181,7 @@ def _stands_for_a_block(driver: FrameType | None) -> bool:
     return module == "contextlib" or module.startswith(("_pytest.", "pluggy."))
 
 
-def open_scopes(owner: "LoopHooks") -> tuple[Scope, ...]:
+def open_scopes(owner: PointOwner) -> tuple[Scope, ...]:
     """Those of a model that reach a call made here, outermost first."""
     scopes = [scope for scope in OPEN.get() if scope.owner is owner and not scope.closed]
     if any(scope.frame is not None for scope in scopes):
@@ -194,7 +203,7 @@ class Call:
     `notes` is where interventions keep what they remember of this run.
     """
 
-    def __init__(self, owner: "LoopHooks", path: AttnPath = "auto", own: Scope | None = None):
+    def __init__(self, owner: PointOwner, path: AttnPath = "auto", own: Scope | None = None):
         self.owner, self.context = owner, None
         self.scopes = open_scopes(owner) if own is None else (*open_scopes(owner), own)
         pinned = [scope.path for scope in self.scopes if scope.path != "auto"]

@@ -66,13 +66,9 @@ def need(folder: Path, file: str) -> Path:
 
 def _again(name: str) -> str:
     """How to have the weights of a run of which the record is kept."""
-    from loopmdm.model.zoo.runs import Zoo  # needs what trains, and this module
-
-    try:
-        run = Zoo.roster()[name]
-    except UsageError:  # not listed, or no checkout
-        return f"train it again from the spec in its {RECORD}"
-    return f"train it again with `loopmdm train figures/specs/{run.file}.toml --seed {run.seed}`"
+    spec = read_json(ZOO / name / RECORD)["spec"]
+    file = spec["name"].removesuffix(f"-seed{spec['seed']}")  # what `loopmdm train --seed` adds
+    return f"train it again with `loopmdm train figures/specs/{file}.toml --seed {spec['seed']}`"
 
 
 def weights_hash(folder: Path) -> str:
