@@ -1,12 +1,16 @@
 """Named things of one kind, ours and those of other packages.
 
+Ours are given as a list, or lie in the files of a package: each says what it adds in a tuple named after the kind,
+such as MEASURES. A new one is a new file.
 Other packages join by an entry point whose group is the registry's, such as "loopmdm.measures"; it names an object
 of the kind, or several in a list. They are looked for when the registry is first read, not when it is imported.
 """
 
 import warnings
 from collections.abc import Iterable, Iterator, MutableMapping
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from pkgutil import walk_packages
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from loopmdm.model.errors import UsageError, unknown_name
@@ -28,8 +32,8 @@ Item = TypeVar("Item", bound=Named)
 class Registry(MutableMapping[str, Item], Generic[Item]):
     """Items of a `kind` by name; one name is given once. Assigning to a name replaces what it held."""
 
-    def __init__(self, kind: str, type_: type, group: str, items: Iterable[Item] = ()):
-        self.kind, self.type, self.group = kind, type_, group
+    def __init__(self, kind: str, type_: type, group: str, items: Iterable[Item] = (), package: str = ""):
+        self.kind, self.type, self.group, self.package = kind, type_, group, package
         self._items: dict[str, Item] = {}
         self._joined = False
         for item in items:
@@ -48,9 +52,18 @@ class Registry(MutableMapping[str, Item], Generic[Item]):
     def _known(self) -> dict[str, Item]:
         if not self._joined:
             self._joined = True  # first: what joins may read the registry
+            self._gather()
             for point in sorted(entry_points(group=self.group)):
                 self._join(point)
         return self._items
+
+    def _gather(self) -> None:
+        if not self.package:
+            return
+        for module in walk_packages(import_module(self.package).__path__, f"{self.package}."):
+            found = getattr(import_module(module.name), f"{self.kind}s".upper(), ())
+            for item in found if isinstance(found, tuple) else ():
+                self.add(item)
 
     def _join(self, point: EntryPoint) -> None:
         whose = point.dist.name if point.dist else point.value

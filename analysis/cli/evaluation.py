@@ -48,7 +48,7 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="multiple-choice: benchmarks, comma-separated")] = "",
 ) -> None:
     """Evaluate a model by number of loops, with standard errors; results are cached by content."""
-    from loopmdm.analysis.measures.quality import evaluate as run
+    from loopmdm.analysis.measures import evaluate as run
     from loopmdm.model.network.checkpoints import CONFIG, need, resolve
     from loopmdm.model.network.config import LoopMDMConfig
 

@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,6 +91,20 @@ def integer(word: str, option: str = "--n-loops", example: str = "1,2,4") -> int
 def integers(text: str, option: str, example: str) -> list[int]:
     """Comma-separated integers of an option."""
     return [integer(word, option, example) for word in text.split(",")]
+
+
+def values(pairs: list[str]) -> dict[str, Any]:
+    """KEY=VALUE pairs of --set; a value is TOML or a bare word."""
+    found = {}
+    for pair in pairs:
+        key, mark, value = pair.partition("=")
+        try:
+            found[key] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            found[key] = value  # a bare word
+        if not key or not mark:
+            raise UsageError(f"--set takes KEY=VALUE such as training.learning_rate=5e-4, got {pair!r}")
+    return found
 
 
 def check_folder(folder: Path) -> None:

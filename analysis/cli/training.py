@@ -1,13 +1,11 @@
 """`loopmdm train`."""
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from loopmdm.analysis.cli.shared import app, interruptible, progress_bar, show
-from loopmdm.model.errors import UsageError
+from loopmdm.analysis.cli.shared import app, interruptible, progress_bar, show, values
 
 
 @app.command()
@@ -24,7 +22,7 @@ def train(
     """Train a model from a spec."""
     from loopmdm.model.training.spec import RunSpec
 
-    loaded = RunSpec.load(spec, _changes(changes or []))
+    loaded = RunSpec.load(spec, values(changes or []))
     if seed is not None:
         loaded = loaded.seeded(seed)
     if dry_run:
@@ -78,19 +76,6 @@ def _as_record(run: Path) -> Path:
     quality.keep(listed, zoo)
     forget_weights(home)
     return home
-
-
-def _changes(pairs: list[str]) -> dict[str, Any]:
-    found = {}
-    for pair in pairs:
-        key, mark, value = pair.partition("=")
-        try:
-            found[key] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            found[key] = value  # a bare word
-        if not key or not mark:
-            raise UsageError(f"--set takes KEY=VALUE such as training.learning_rate=5e-4, got {pair!r}")
-    return found
 
 
 def _dry_run(spec: Any) -> None:

@@ -5,13 +5,17 @@ denoising steps of the model's own samples, where "clean" is what the sampler en
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from loopmdm.analysis.measures.options import ByLoops, OnMasks, OnTests, Options
+from loopmdm.model.corpora.tokenizer import MASK
 from loopmdm.model.diffusion.sampling import sample
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.hooks.hooked import HookedLoopMDM
@@ -22,21 +26,64 @@ from loopmdm.model.tasks.test_sets import TestSet, load_test_set, task_of
 
 @dataclass(frozen=True)
 class Case:
-    """A model and `n` test sequences, evenly spread over the test set; `n_loops` is how far it is read."""
+    """A model and sequences of its test set, evenly spread, read and masked as the `options` of a measure say."""
 
     m: HookedLoopMDM
     test: TestSet
-    n_loops: int
-    n: int
-    seed: int = 0
+    options: Options = field(default_factory=OnTests)
 
     @classmethod
-    def of(cls, name: str, n_loops: int | None = None, n: int = 256, seed: int = 0) -> "Case":
-        """A shipped name, run folder or hub id with a train.json."""
-        m = HookedLoopMDM.from_pretrained(name)
+    def of(
+        cls,
+        model: str | HookedLoopMDM,
+        n_loops: int | None = None,
+        n: int = 256,
+        seed: int = 0,
+        options: Options | None = None,
+    ) -> "Case":
+        """A shipped name, run folder or hub id with a train.json, or such a model once loaded."""
+        m = HookedLoopMDM.from_pretrained(model) if isinstance(model, str | Path) else model
         test = load_test_set(task_of(m.record), m.cfg.n_ctx, m.tokenizer)
-        loops = check_count("n_loops", m.cfg.max_loops if n_loops is None else n_loops)
-        return cls(m, test, loops, check_count("n", n), check_count("seed", seed, least=0))
+        return cls(m, test, options or OnTests(n_loops, n, seed))
+
+    @property
+    def n_loops(self) -> int:
+        """How far the model is read: as the options say, by default to S_max."""
+        return max(self.counts)
+
+    @property
+    def counts(self) -> list[int]:
+        """The loop counts at which it is read."""
+        given, most = getattr(self.options, "n_loops", None), self.m.cfg.max_loops
+        if isinstance(self.options, ByLoops):
+            return list(given or sorted({1, most}))
+        return [given or most]
+
+    @property
+    def n(self) -> int:
+        """How many test sequences there are at most."""
+        return getattr(self.options, "n", len(self.test.tokens))
+
+    @property
+    def seed(self) -> int:
+        """Of masks and samples."""
+        return getattr(self.options, "seed", 0)
+
+    @classmethod
+    def given(cls, m: HookedLoopMDM, b: MaskedBatch, options: Options) -> "Case":
+        """A model and a batch of one's own."""
+        return cls(m, TestSet("batch", b.sequences), options)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's."""
+        return self.m.tokenizer
+
+    def need_text(self, by: str) -> None:
+        """UsageError, said by the measure `by`, unless the model reads text."""
+        known = self.tokenizer
+        if known is None or known.get_vocab_size() < 256 or known.token_to_id(MASK) is None:
+            raise UsageError(f"the model of {self.test.task} is no text model; {by} needs one")
 
     @cached_property
     def sequences(self) -> Sequences:
@@ -71,6 +118,14 @@ class Case:
     def masked(self, mask_ratio: float) -> MaskedBatch:
         """The test sequences with an exact share of what may be masked hidden."""
         return mask_tokens(self.sequences, self.m.cfg.mask_token_id, mask_ratio=mask_ratio, seed=self.seed)
+
+    def batches(self) -> Iterator[tuple[str, float, MaskedBatch]]:
+        """What `OnMasks` asks for: column and value that tell the batches apart, and each batch."""
+        asked = self.options if isinstance(self.options, OnMasks) else OnMasks()
+        if asked.along_sampling:
+            yield from (("step", step, b) for step, b in self.along_sampling(asked.along_sampling))
+        else:
+            yield from (("nominal_mask_ratio", ratio, self.masked(ratio)) for ratio in asked.mask_ratios)
 
     def along_sampling(
         self, steps: int, at: Sequence[int] | None = None, order: str = "random"

@@ -5,11 +5,9 @@ depends on a list that others may lengthen, such as the stopping rules that are 
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-from loopmdm.model.errors import unknown_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,19 +23,3 @@ class Edition:
         if self.goes_by is None:
             return str(self.version)
         return f"{self.version}:{hashlib.sha256(repr(self.goes_by()).encode()).hexdigest()[:8]}"
-
-
-def fingerprint(measure: str) -> str:
-    """Of a measure in either registry."""
-    from loopmdm.analysis import measures  # both of them measure with what imports this
-    from loopmdm.analysis.measures import quality as evaluations  # both of them measure with what imports this
-
-    known: dict[str, Edition] = {**measures.MEASURES, **evaluations.MEASURES}
-    if measure not in known:
-        raise unknown_name("measure", measure, known)
-    return known[measure].fingerprint
-
-
-def fingerprints(measures: Iterable[str]) -> dict[str, str]:
-    """Of several, by name."""
-    return {name: fingerprint(name) for name in sorted(set(measures))}

@@ -15,7 +15,6 @@ from typing import Any
 import pandas as pd
 
 from loopmdm.analysis.numbers import frames
-from loopmdm.analysis.numbers.editions import fingerprint
 from loopmdm.model.corpora.fetch import cache_folder
 from loopmdm.model.errors import UsageError
 from loopmdm.model.network.checkpoints import resolve, weights_hash
@@ -26,7 +25,7 @@ EVALUATIONS = "evaluations"
 
 @dataclass(frozen=True)
 class Key:
-    """What was asked: `weights` by hash, the `question` in plain JSON, the fingerprint of the `measure`."""
+    """What was asked: `weights` by hash, the `question` in plain JSON, the `measure` with its edition."""
 
     weights: str
     question: list[Any]
@@ -34,8 +33,8 @@ class Key:
 
     @classmethod
     def of(cls, model: str, measure: str, question: list[Any]) -> "Key":
-        """A question to a registered measure about a shipped name, run folder or hub id."""
-        return cls(weights_hash(resolve(model)), question, f"{measure} {fingerprint(measure)}")
+        """A question to a measure (name and edition) about a shipped name, run folder or hub id."""
+        return cls(weights_hash(resolve(model)), question, measure)
 
     def __str__(self) -> str:
         """Equal for equal questions: tuples are lists, keys are in order."""
@@ -94,7 +93,7 @@ def _believed(path: Path, key: Key) -> pd.DataFrame | None:
 
 @dataclass(frozen=True)
 class Question:
-    """What a registered `measure` is `asked` (plain JSON) about a model, and how it is answered: a frame."""
+    """What a `measure` (name and edition) is `asked` (plain JSON) about a model, and how that is answered."""
 
     model: str
     measure: str

@@ -16,7 +16,6 @@ import pandas as pd
 
 from loopmdm.analysis.exhibits.tables import internals, quality, science, training
 from loopmdm.analysis.numbers import frames, provenance
-from loopmdm.analysis.numbers.editions import fingerprints
 from loopmdm.analysis.numbers.parallel import in_processes
 from loopmdm.model.corpora.fetch import cached_archive, serving
 from loopmdm.model.errors import UsageError, unknown_name
@@ -54,6 +53,8 @@ class Table:
 
     def made_from(self, zoo: Zoo) -> dict[str, dict[str, Any]]:
         """What its values follow from beside the weights: the tables' versions, the measures', S_max by task."""
+        from loopmdm.analysis.measures import fingerprints  # torch: what is drawn from tables does without
+
         parts = self._parts()
         return {
             "tables": {part.name: part.version for part in parts},

@@ -21,15 +21,15 @@ def mask_attention_table(zoo: Zoo) -> pd.DataFrame:
     for run in main_tasks("loop").of(zoo):
         ratios = RATIOS if run in first else RATIOS[1:2]
         for read_to in (1, READ_TO):
-            rows.append(asked("mask-attention-pooled", run, read_to * run.s_max, ratios).answer())
+            rows.append(asked("mask-attention-pooled", run, read_to * run.s_max, mask_ratios=ratios).answer())
         if run in first:
-            rows.append(asked("mask-attention", run, run.s_max, ratios).answer())
+            rows.append(asked("mask-attention", run, run.s_max, mask_ratios=ratios).answer())
     return pd.concat(rows, ignore_index=True)
 
 
 def representation_table(zoo: Zoo) -> pd.DataFrame:
     """Loop-wise change of the looped models to 3 x S_max."""
-    return measured("representation-change", FIRST, zoo, RATIOS, read_to=READ_TO)
+    return measured("representation-change", FIRST, zoo, READ_TO, mask_ratios=RATIOS)
 
 
 def attention_maps_table(zoo: Zoo) -> pd.DataFrame:

@@ -4,9 +4,10 @@ import numpy as np
 import pandas as pd
 
 from loopmdm.analysis.exhibits.tables.science import AT_CHANCE, READ_TO
-from loopmdm.analysis.measures.quality import evaluate, question
+from loopmdm.analysis.measures import MEASURES, evaluate, question
+from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.quality.decomposition import by_noise_level
-from loopmdm.analysis.measures.quality.subject import Subject, at
+from loopmdm.analysis.measures.quality.likelihoods import at
 from loopmdm.analysis.numbers.store import Question, Store
 from loopmdm.model import stats
 from loopmdm.model.diffusion.likelihood import draw_counts, nelbo_by_loop
@@ -73,7 +74,7 @@ def noise_level_table(models: Select, zoo: Zoo) -> pd.DataFrame:
     for model in models.of(zoo):
         most, counts = model.s_max, read_at(model, zoo)
         values, clusters = _sequence_nll(model, counts)
-        lengths = Subject.load(model.name).test.n_maskable
+        lengths = Case.of(model.name).test.n_maskable
         masked = draw_counts(lengths, SEED, draw=0)
         frame = at(by_noise_level(values.T, counts, masked, lengths, clusters=clusters),
                    [1, 2, *(most * times for times in range(1, READ_TO + 1))])  # fmt: skip
@@ -112,14 +113,14 @@ def _by_sequence(model: Run, counts: list[int]) -> Question:
     """NELBO of each test sequence, a column an S, and `cluster`."""
 
     def compute() -> pd.DataFrame:
-        subject = Subject.load(model.name)
-        m, test = subject.model, subject.test
+        case = Case.of(model.name)
+        m, test = case.m, case.test
         results = nelbo_by_loop(m, test.tokens, counts, n_samples=1, maskable=test.maskable, seed=SEED)
         owner = np.arange(len(test.tokens)) if test.clusters is None else test.clusters
         columns = {str(count): result.per_sequence.numpy() for count, result in zip(counts, results, strict=True)}
         return pd.DataFrame(columns | {"cluster": owner})
 
-    return Question(model.name, "nll", ["by sequence, 1 mask", counts], compute)
+    return Question(model.name, MEASURES["nll"].label, ["by sequence, 1 mask", counts], compute)
 
 
 def solve_rate_table(models: Select, zoo: Zoo) -> pd.DataFrame:
@@ -134,14 +135,16 @@ def solve_rate_table(models: Select, zoo: Zoo) -> pd.DataFrame:
 def _solve_rates(model: Run, loops: int) -> Question:
     clues = CLUES[model.task]
     question = ["one-shot by S", loops, clues, N_PUZZLES]
-    return Question(model.name, "solve-rate", question, lambda: _one_shot(model.name, loops, clues))
+    return Question(
+        model.name, MEASURES["solve-rate"].label, question, lambda: _one_shot(model.name, loops, clues)
+    )
 
 
 def _one_shot(name: str, loops: int, clues: int) -> pd.DataFrame:
-    subject = Subject.load(name)
-    board, rows = BOARDS[subject.test.task], []
-    b = puzzles(board, subject.test.tokens[:N_PUZZLES], clues)
-    for n_loops, outcome in enumerate(solve_one_shot(subject.model, board, b, loops), start=1):
+    case = Case.of(name)
+    board, rows = BOARDS[case.test.task], []
+    b = puzzles(board, case.test.tokens[:N_PUZZLES], clues)
+    for n_loops, outcome in enumerate(solve_one_shot(case.m, board, b, loops), start=1):
         low, high = stats.wilson(int(outcome.sum()), len(outcome))
         rows.append((clues, n_loops, float(outcome.float().mean()), low, high, len(outcome)))
     return pd.DataFrame(rows, columns=["n_clues", "n_loops", "solve_rate", "low", "high", "n"])
@@ -178,7 +181,7 @@ def word_problems_table(zoo: Zoo) -> pd.DataFrame:
     """Accuracy on word problems by S, unseen templates and real GSM8K items; others than looped ones at S = 1."""
     frames = []
     for model in GSM.of(zoo):
-        frame = _word_problems(model).answer().rename(columns={"task": "problems"})
+        frame = _word_problems(model).answer().drop(columns="model").rename(columns={"task": "problems"})
         frames.append(frame.assign(**label(model), s_max=zoo.s_max(model)))
     return pd.concat(frames, ignore_index=True)
 

@@ -1,5 +1,7 @@
 """Tables of the analysis suite: any registered measure, on any models, kept by their weights."""
 
+from typing import Any
+
 import pandas as pd
 
 from loopmdm.analysis.numbers.store import Question
@@ -31,33 +33,18 @@ CONTROLS = UNLOOPED | FIRST
 """Models that were not looped, and those whose shape the untrained ones have."""
 
 
-def measured(
-    measure: str,
-    models: Select,
-    zoo: Zoo,
-    ratios: tuple[float, ...] = HALF,
-    n: int = 256,
-    read_to: int = 1,
-    along_sampling: int = 0,
-) -> pd.DataFrame:
+def measured(measure: str, models: Select, zoo: Zoo, read_to: int = 1, **options: Any) -> pd.DataFrame:
     """One measure of several models, read to `read_to` x S_max of their task; columns as the measure's."""
-    frames = [
-        asked(measure, run, read_to * zoo.s_max(run), ratios, n, along_sampling).answer() for run in models.of(zoo)
-    ]
+    frames = [asked(measure, run, read_to * zoo.s_max(run), **options).answer() for run in models.of(zoo)]
     return pd.concat(frames, ignore_index=True)
 
 
-def asked(
-    measure: str, run: Run, n_loops: int, ratios: tuple[float, ...] = HALF, n: int = 256, along_sampling: int = 0
-) -> Question:
-    """One measure of one model."""
+def asked(measure: str, run: Run, n_loops: int, **options: Any) -> Question:
+    """One measure of one model, on masks at half masked unless said otherwise."""
+    from loopmdm.analysis.measures import MEASURES, question
 
-    def compute() -> pd.DataFrame:
-        from loopmdm.analysis import measures
-
-        return measures.measure(measure, run.name, n_loops, ratios, n, along_sampling)
-
-    return Question(run.name, measure, [n_loops, list(ratios), n, along_sampling], compute)
+    usual = {"mask_ratios": HALF} if MEASURES[measure].on == "masks" else {}
+    return question(run.name, measure, n_loops, **usual | options)
 
 
 def controls_table(zoo: Zoo) -> pd.DataFrame:
@@ -84,8 +71,8 @@ def _untrained(run: Run, seed: int) -> Question:
     """mask-attention of fresh weights in the shape of a shipped model, on that model's test set."""
     import torch
 
+    from loopmdm.analysis.measures import MEASURES, Case
     from loopmdm.analysis.measures.attention import mask_attention
-    from loopmdm.analysis.measures.case import Case
     from loopmdm.model.hooks.hooked import HookedLoopMDM
     from loopmdm.model.network.model import LoopMDM
 
@@ -97,7 +84,7 @@ def _untrained(run: Run, seed: int) -> Question:
         frame = mask_attention(m, case.masked(HALF[0]), case.n_loops, clusters=case.clusters)
         return frame.assign(model=run.name, task=case.test.task, n_units=case.n_units)
 
-    return Question(run.name, "mask-attention", ["untrained", seed], compute)
+    return Question(run.name, MEASURES["mask-attention"].label, ["untrained", seed], compute)
 
 
 def training_free_table(zoo: Zoo) -> pd.DataFrame:
@@ -105,24 +92,13 @@ def training_free_table(zoo: Zoo) -> pd.DataFrame:
 
     One mask a sequence.
     """
-    frames = []
+    frames, last = [], ["model", "task", "n_units"]
     for run in main_tasks("base").of(zoo):
         twin = LoopMDMConfig.load(resolve(zoo.first(run.task).name) / CONFIG)
-        frames.append(_repeated(run, (twin.n_prelude_layers, twin.n_loop_layers)).answer())
+        block = (twin.n_prelude_layers, twin.n_loop_layers)
+        frame = asked("training-free", run, 1, blocks=(block,), n_samples=1).answer()
+        frames.append(frame[[*frame.columns.drop(last), *last]])
     return pd.concat(frames, ignore_index=True)
-
-
-def _repeated(run: Run, block: tuple[int, int]) -> Question:
-    """A base model with the layers of a block (first, number) repeated."""
-    from loopmdm.analysis.measures.adapters import looped_without_training
-    from loopmdm.analysis.measures.case import Case
-
-    def compute() -> pd.DataFrame:
-        case = Case.of(run.name)
-        frame = looped_without_training(case, [block], n_samples=1)
-        return frame.assign(model=run.name, task=case.test.task, n_units=case.n_units)
-
-    return Question(run.name, "training-free", ["1 mask", *block], compute)
 
 
 def verdicts_table(zoo: Zoo) -> pd.DataFrame:
@@ -141,11 +117,11 @@ PLAIN: tuple[tuple[str, Select, tuple[str, ...], dict], ...] = (
     ("attention-toggle", FIRST, ("loop", "toggle"), {}),
     ("attention-heads", FIRST, ("head", "growth", "p_holm"), {}),
     ("attention-tests", FIRST, ("head", "growth", "effect"), {}),
-    ("attention-specifications", FIRST, ("measure", "estimate", "verdict"), {"ratios": (0.25, 0.5, 0.75)}),
+    ("attention-specifications", FIRST, ("measure", "estimate", "verdict"), {"mask_ratios": (0.25, 0.5, 0.75)}),
     ("convergence", LEARNED, ("metric", "value", "verdict"), {}),
     ("similarity", FIRST, ("loop", "other_loop", "value"), {"read_to": 2}),
     ("effective-rank", FIRST, ("loop", "value"), {"read_to": READ_TO}),
-    ("settled", FIRST, ("loop", "metric", "value"), {"ratios": (0.25, 0.5, 0.75)}),
+    ("settled", FIRST, ("loop", "metric", "value"), {"mask_ratios": (0.25, 0.5, 0.75)}),
     ("fixed-points", FIRST, ("metric", "value"), {}),
     ("state-paths", FIRST, ("loop", "pc1", "pc2"), {}),
     ("stopping-frontier", FIRST, ("rule", "threshold", "flops", "nll", "against_fixed"), {"read_to": 2}),

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loopmdm.analysis.measures.registry import Measure, plain
 from loopmdm.analysis.numbers.moments import Moments
 from loopmdm.analysis.watch.groups import Seen, States
 from loopmdm.analysis.watch.walk import PlaceSums, summed
@@ -133,3 +134,13 @@ def attention_change(
     """
     sums = ChangeSums(m, n_loops, rank, by_head)
     return summed(sums, as_batch("attention_change", b, clusters), batch_size)
+
+
+MEASURES = (
+    Measure(
+        "attention-change",
+        "distance and rank correlation of maps between successive loops",
+        plain(attention_change),
+        loops=2,
+    ),
+)

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from loopmdm.analysis.measures.attention.record import check_loops, log_odds_growth, record
 from loopmdm.analysis.measures.attention.sinks import halves
+from loopmdm.analysis.measures.registry import Measure, plain
 from loopmdm.model import stats
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.hooks.hooked import HookedLoopMDM
@@ -176,3 +177,13 @@ def effect_tests(
         flat = {name: value.ravel() for name, value in columns.items()}
         frames.append(pd.DataFrame(place | {"mask_ratio": b.mask_ratio} | flat))
     return pd.concat(frames, ignore_index=True)
+
+
+MEASURES = (
+    Measure(
+        "attention-heads", "heads ranked by growth on one half, tested on the other", plain(head_growth), loops=2
+    ),
+    Measure(
+        "attention-tests", "does masked-to-masked rise with loops, head by head", plain(effect_tests), loops=2
+    ),
+)

@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from loopmdm.analysis.measures.registry import Measure, plain
 from loopmdm.analysis.numbers.moments import Moments
 from loopmdm.analysis.watch.groups import (
     MASKED_OR_CLEAN,
@@ -194,3 +195,11 @@ def mask_attention(
     """
     sums = AttentionSums(m, n_loops, content, by_head)
     return summed(sums, as_batch("mask_attention", b, clusters), batch_size)
+
+
+MEASURES = (
+    Measure(
+        "mask-attention", "masses, chance, lift, log-odds, content by loop, layer, head", plain(mask_attention)
+    ),
+    Measure("mask-attention-pooled", "the same, heads averaged", plain(mask_attention, by_head=False)),
+)

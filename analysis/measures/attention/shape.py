@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from loopmdm.analysis.measures.registry import Measure, plain
 from loopmdm.analysis.numbers.moments import Moments
 from loopmdm.analysis.watch.groups import QUERY_GROUPS, Seen
 from loopmdm.analysis.watch.walk import PlaceSums, summed
@@ -90,3 +91,6 @@ def attention_shape(
     """
     sums = ShapeSums(m, n_loops, by_head)
     return summed(sums, as_batch("attention_shape", b, clusters), batch_size)
+
+
+MEASURES = (Measure("attention-shape", "row entropy, distance, concentration", plain(attention_shape)),)

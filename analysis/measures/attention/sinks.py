@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from loopmdm.analysis.measures.attention.masses import AttentionSums
+from loopmdm.analysis.measures.registry import Measure, plain
 from loopmdm.analysis.watch.groups import QUERY_GROUPS, KeyGroups, Seen, States
 from loopmdm.analysis.watch.walk import walk
 from loopmdm.model.errors import UsageError, check_count
@@ -198,3 +199,6 @@ def _numbers(sums: AttentionSums, halves_sinks: list[Sinks]) -> np.ndarray:
         counts = counts if sums.by_head else counts.mean(0, keepdim=True)
         columns.append(np.repeat(counts.numpy(), len(QUERY_GROUPS) * len(sums.keys.all_names)))
     return np.concatenate(columns)
+
+
+MEASURES = (Measure("attention-sinks", "masses with sinks as a group, at three factors", plain(sink_attention)),)

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from loopmdm.analysis.measures.attention.record import LoopRecord, check_loops, log_odds_growth, record
 from loopmdm.analysis.measures.attention.sinks import halves, received_attention
 from loopmdm.analysis.measures.attention.toggle import Keys, toggled
+from loopmdm.analysis.measures.registry import Measure, plain
 from loopmdm.model import stats
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
@@ -233,3 +234,13 @@ def _interval(value: float, influence: NDArray, clusters: NDArray | None) -> dic
     verdict = "rises" if low > 0 else "falls" if high < 0 else "undecided"
     row = {"estimate": value, "standard_error": error, "low": low, "high": high}
     return row | {"verdict": verdict, "n": n}
+
+
+MEASURES = (
+    Measure(
+        "attention-specifications",
+        "sign and size of the rise under every definition",
+        plain(specification_curve),
+        loops=2,
+    ),
+)

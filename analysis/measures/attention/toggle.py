@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from loopmdm.analysis.measures.registry import Measure, plain
 from loopmdm.analysis.numbers.moments import Moments
 from loopmdm.analysis.watch.groups import Seen, States
 from loopmdm.analysis.watch.walk import EVERYWHERE, PlaceSums, walk
@@ -164,3 +165,6 @@ def attention_toggle(
     for start, part in b.batches(batch_size):
         sums.add(part, first_index=start)
     return sums.frame()
+
+
+MEASURES = (Measure("attention-toggle", "attention to the same key masked less clean", plain(attention_toggle)),)

@@ -8,9 +8,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.interventions.contexts import cut, stale
 from loopmdm.analysis.measures.interventions.places import Chosen, Loops
 from loopmdm.analysis.measures.quality.decomposition import noise_bins
+from loopmdm.analysis.measures.registry import Measure
 from loopmdm.model import stats
 from loopmdm.model.diffusion.likelihood import Read, estimates_after, losses_after, row_sums
 from loopmdm.model.errors import UsageError, check_count
@@ -141,3 +143,42 @@ def effect_by_loop(
             rows.append((loop, onward, (place + 0.5) / n_bins, float(effect[place]), float(error[place]),
                          float(level[place]), int(n[place])))  # fmt: skip
     return pd.DataFrame(rows, columns=["loop", "onward", "mask_ratio", "effect", "effect_se", "nelbo", "n"])
+
+
+def on_tests(case: Case) -> pd.DataFrame:
+    """Share of the gain of looping lost by cuts, their controls, and stale values."""
+    return mediated_share(case.m, case.sequences, case.n_loops, seed=case.seed)
+
+
+def at_each_loop(make: Callable) -> Callable[[Case], pd.DataFrame]:
+    """Effect of an intervention at each loop alone and from it on, by mask ratio."""
+
+    def run(case: Case) -> pd.DataFrame:
+        parts = [
+            effect_by_loop(
+                case.m, case.sequences, lambda loops: make(case.m, loops), case.n_loops, onward, seed=case.seed
+            )
+            for onward in (False, True)
+        ]
+        return pd.concat(parts, ignore_index=True)
+
+    return run
+
+
+MEASURES = (
+    Measure("mediated-share", "share of the gain of looping that some edges carry", on_tests, "test set", loops=2),
+    Measure(
+        "cut-effects",
+        "NELBO lost by cutting masked-to-masked at or from a loop on",
+        at_each_loop(lambda m, loops: cut(m, "masked->masked", loops)),
+        "test set",
+        loops=2,
+    ),
+    Measure(
+        "stale-effects",
+        "NELBO lost where masked keys keep the values of loop 0",
+        at_each_loop(lambda m, loops: stale(m, "masked", loops)),
+        "test set",
+        loops=2,
+    ),
+)

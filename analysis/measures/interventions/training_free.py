@@ -22,7 +22,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from loopmdm.analysis.measures.attention import mask_attention
+from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.interventions import damp
+from loopmdm.analysis.measures.registry import Measure
 from loopmdm.model import stats
 from loopmdm.model.diffusion.likelihood import NelboResult, Read, estimate, estimates_after
 from loopmdm.model.errors import UsageError, check_count, unknown_name
@@ -154,3 +156,11 @@ def _row(results: list[NelboResult], odds: np.ndarray, index: int, clusters: np.
     level, level_se, _ = stats.mean_and_error(odds[:, index])
     rise, rise_se, n_groups = stats.mean_and_error(odds[:, index] - odds[:, 0])
     return (often.mean, *map(float, (change, change_se, level, level_se, rise, rise_se)), int(n_groups), int(n))
+
+
+def on_tests(case: Case, blocks: tuple[tuple[int, int], ...] | None = None, n_samples: int = 2) -> pd.DataFrame:
+    """Looping the middle of a non-looped stack: `blocks` as `training_free` takes them, or every one."""
+    return training_free(case.m, case.sequences, blocks=blocks, n_samples=n_samples, seed=case.seed)
+
+
+MEASURES = (Measure("training-free", "a stack looped without training for it", on_tests, "test set"),)

@@ -16,7 +16,7 @@ another pace, says no. A node's belief no longer changes beyond its hops: to tel
 (`least_hops`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from loopmdm.analysis.measures.case import Case
+from loopmdm.analysis.measures.options import RATIOS
+from loopmdm.analysis.measures.registry import Measure
 from loopmdm.model import stats
 from loopmdm.model.errors import UsageError, check_count, unknown_name
 from loopmdm.model.protocol import LoopedModel
@@ -184,3 +187,27 @@ def _mean(sums: np.ndarray, number: np.ndarray, clusters: np.ndarray | None) -> 
     values = np.divide(sums, number, out=np.full(len(number), np.nan), where=number > 0)
     mean, error, n = stats.weighted_mean_and_error(values, number, clusters)
     return float(mean), float(error), int(n)
+
+
+def at_ratios(function: Callable[..., pd.DataFrame]) -> Callable[..., pd.DataFrame]:
+    """Against belief propagation, at mask ratios."""
+
+    def run(case: Case, mask_ratios: tuple[float, ...] = RATIOS) -> pd.DataFrame:
+        parts = [
+            function(case.m, case.masked(ratio), case.test.task, case.n_loops).assign(nominal_mask_ratio=ratio)
+            for ratio in mask_ratios
+        ]
+        return pd.concat(parts, ignore_index=True)
+
+    return run
+
+
+MEASURES = (
+    Measure(
+        "belief-rounds",
+        "read-out after every loop against rounds of belief propagation",
+        at_ratios(belief_rounds),
+        "tree",
+    ),
+    Measure("best-rounds", "nearest round of every loop", at_ratios(best_rounds), "tree"),
+)

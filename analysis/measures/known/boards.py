@@ -21,17 +21,22 @@ to say no:
 Averages run over all cells (pairs, units) of all boards, errors over boards.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from loopmdm.analysis.measures.case import Case
+from loopmdm.analysis.measures.registry import Measure
 from loopmdm.model import stats
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.protocol import LoopedModel
 from loopmdm.model.sequences import MaskedBatch, as_batch
 from loopmdm.model.tasks.propagation import unique, units
+from loopmdm.model.tasks.puzzles import puzzles
 from loopmdm.model.tasks.sudoku import BOARDS, Board
 
 Parts = tuple[Tensor, Tensor]
@@ -165,3 +170,25 @@ def _changes(board: Board, now: Tensor, before: Tensor | None, hidden: Tensor) -
     changed = now != before
     groups = {"changed_conflicting": in_conflict, "changed_other": hidden & ~in_conflict}
     return {name: ((changed & group).sum(-1), group.sum(-1)) for name, group in groups.items()}
+
+
+def on_puzzles(function: Callable[..., pd.DataFrame]) -> Callable[..., pd.DataFrame]:
+    """A measure (m, b, n_loops) on puzzles with `n_clues` of 36 cells given, scaled to the board's size."""
+
+    def run(case: Case, n_clues: int = 20, unique: bool = True) -> pd.DataFrame:
+        return function(case.m, puzzles_of(case, n_clues, unique), case.n_loops)
+
+    return run
+
+
+def puzzles_of(case: Case, n_clues: int, unique: bool) -> MaskedBatch:
+    """Its test grids with `n_clues` of 36 cells given, with one solution only if `unique`."""
+    board = BOARDS[case.test.task]
+    return puzzles(board, case.tokens, round(n_clues / 36 * board.n_cells), unique, case.seed)
+
+
+MEASURES = (
+    Measure(
+        "sudoku-boards", "what is wrong with the boards after every loop", on_puzzles(boards_by_loop), "Sudoku"
+    ),
+)

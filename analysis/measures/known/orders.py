@@ -26,7 +26,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from loopmdm.analysis.measures.known.boards import board_of
+from loopmdm.analysis.measures.case import Case
+from loopmdm.analysis.measures.known.boards import board_of, puzzles_of
+from loopmdm.analysis.measures.registry import Measure
 from loopmdm.model import stats
 from loopmdm.model.diffusion.orders import Commit, Order, StepView, as_order, lowest
 from loopmdm.model.diffusion.sampling import sample
@@ -157,3 +159,14 @@ def _contrast(
     log_odds_se = stats.influence_error(influence, clusters) if np.isfinite(log_odds) else np.nan
     values = gain, gain_se, theirs.mean(), contrast, error, contrast - half, contrast + half, log_odds, log_odds_se
     return (*map(float, values), int(n))
+
+
+def by_kind(case: Case, n_clues: int = 10, unique: bool = False) -> pd.DataFrame:
+    """Rates and contrasts (`kind`) at S = 1 and n_loops, on puzzles with `n_clues` of 36 cells given."""
+    found = order_interaction(case.m, puzzles_of(case, n_clues, unique), (1, case.n_loops))
+    return pd.concat([found.rates.assign(kind="rate"), found.contrasts.assign(kind="contrast")], ignore_index=True)
+
+
+MEASURES = (
+    Measure("sudoku-orders", "solve rate by loops and generation order, and their interaction", by_kind, "Sudoku"),
+)

@@ -22,7 +22,8 @@ import pandas as pd
 from jaxtyping import Float, Int
 from scipy.stats import rankdata
 
-from loopmdm.analysis.measures.known.boards import board_of, boards_after_loops
+from loopmdm.analysis.measures.known.boards import board_of, boards_after_loops, on_puzzles
+from loopmdm.analysis.measures.registry import Measure
 from loopmdm.model import stats
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.protocol import LoopedModel
@@ -152,3 +153,19 @@ def partial(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> float:
     xy, xz, yz = (float(correlation(*pair)) for pair in ((x, y), (x, z), (y, z)))
     left = (1 - xz**2) * (1 - yz**2)
     return float((xy - xz * yz) / np.sqrt(left)) if left > 1e-12 else float("nan")
+
+
+MEASURES = (
+    Measure(
+        "sudoku-settling",
+        "loop at which a cell is right, by propagation depth",
+        on_puzzles(settling_by_depth),
+        "Sudoku",
+    ),
+    Measure(
+        "sudoku-depth",
+        "rank correlation of that loop with the depth, and its null",
+        on_puzzles(settling_correlation),
+        "Sudoku",
+    ),
+)

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.quality.judge import judge_nats
-from loopmdm.analysis.measures.quality.subject import Subject
+from loopmdm.analysis.measures.registry import Measure
 from loopmdm.model import stats
 from loopmdm.model.diffusion.sampling import sample
 from loopmdm.model.tasks.batches import spread
@@ -20,7 +21,7 @@ COLUMNS = ["source", "n_loops", "steps", "order", "temperature", "top_p", "flops
 
 
 def generative(
-    subject: Subject,
+    case: Case,
     counts: list[int],
     steps: Sequence[int] = (8, 16, 32, 64),
     order: str = "random",
@@ -36,22 +37,22 @@ def generative(
     repeats itself; `flops` are those of one sample: rows of equal `flops` weigh loops against steps. The row
     with source "test text" is as much unseen text, measured alike.
     """
-    subject.need_text("generative")
-    test = spread(subject.test.tokens, n)
+    case.need_text("generative")
+    test = spread(case.test.tokens, n)
     columns = ("test text", 0, 0, "-", float("nan"), float("nan"), 0.0)
-    rows = [(*columns, *_judged(subject, test))]
+    rows = [(*columns, *_judged(case, test))]
     for count in counts:
         for number in steps:
             r = sample(
-                subject.model, n, None, number, count, order=order, temperature=temperature, top_p=top_p, seed=seed
+                case.m, n, None, number, count, order=order, temperature=temperature, top_p=top_p, seed=seed
             )
             settings = ("samples", count, number, order, temperature, top_p, r.flops / n)
-            rows.append((*settings, *_judged(subject, r.tokens)))
+            rows.append((*settings, *_judged(case, r.tokens)))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _judged(subject: Subject, tokens: Int[Tensor, "n pos"]) -> tuple:
-    texts = subject.tokenizer.decode_batch(tokens.tolist(), skip_special_tokens=True)
+def _judged(case: Case, tokens: Int[Tensor, "n pos"]) -> tuple:
+    texts = case.tokenizer.decode_batch(tokens.tolist(), skip_special_tokens=True)
     nats, lengths = judge_nats(texts)
     known = np.where(lengths > 0, nats / np.maximum(lengths, 1), np.nan)
     nll, error, _ = stats.weighted_mean_and_error(known, lengths.astype(float))
@@ -70,3 +71,10 @@ def distinct_pairs(tokens: Int[Tensor, "n pos"]) -> float:
     """Different pairs of neighbours over all pairs of neighbours of all sequences."""
     pairs = torch.stack([tokens[:, :-1], tokens[:, 1:]], dim=-1).flatten(0, 1)
     return len(pairs.unique(dim=0)) / len(pairs)
+
+
+MEASURES = (
+    Measure(
+        "generative", "perplexity of samples under a judge, by denoising steps", generative, "loops", samples=True
+    ),
+)

@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.quality.questions import fitted
-from loopmdm.analysis.measures.quality.subject import Subject
 from loopmdm.model.corpora.windows import sliding_windows
 from loopmdm.model.diffusion.likelihood import continuation_nelbo, nelbo
 from loopmdm.model.diffusion.sampling import sample
@@ -31,11 +31,11 @@ except ImportError as error:
 class HarnessModel(LM):
     """A text model at a fixed number of loops, as the harness wants to call it."""
 
-    def __init__(self, subject: Subject, n_loops: int, n_samples: int = 8, steps: int = 64, seed: int = 0):
+    def __init__(self, case: Case, n_loops: int, n_samples: int = 8, steps: int = 64, seed: int = 0):
         super().__init__()
-        subject.need_text("lm-eval")
-        self.subject, self.n_loops, self.n_samples, self.steps, self.seed = (
-            subject,
+        case.need_text("lm-eval")
+        self.case, self.n_loops, self.n_samples, self.steps, self.seed = (
+            case,
             n_loops,
             n_samples,
             steps,
@@ -47,9 +47,9 @@ class HarnessModel(LM):
 
         Whether greedy decoding would write it is not asked of a masked model: always False.
         """
-        pairs = [fitted(self.subject, *request.args) for request in requests]
+        pairs = [fitted(self.case, *request.args) for request in requests]
         r = continuation_nelbo(
-            self.subject.model,
+            self.case.m,
             [prompt for prompt, _ in pairs],
             [continuation for _, continuation in pairs],
             self.n_loops,
@@ -60,27 +60,27 @@ class HarnessModel(LM):
 
     def loglikelihood_rolling(self, requests: list) -> list[float]:
         """Minus the NELBO of each whole text in nats, every token scored once in windows of n_ctx."""
-        texts = [self.subject.tokenizer.encode(request.args[0]).ids for request in requests]
-        length = self.subject.model.cfg.n_ctx
+        texts = [self.case.tokenizer.encode(request.args[0]).ids for request in requests]
+        length = self.case.m.cfg.n_ctx
         w = sliding_windows(texts, length, length)
-        r = nelbo(self.subject.model, w.sequences, self.n_loops, n_samples=self.n_samples, seed=self.seed)
+        r = nelbo(self.case.m, w.sequences, self.n_loops, n_samples=self.n_samples, seed=self.seed)
         total = np.zeros(len(texts))
         np.add.at(total, w.owners, -(r.per_sequence * r.lengths).numpy())
         return total.tolist()
 
     def generate_until(self, requests: list) -> list[str]:
         """Text after each context, in the confidence order at temperature 0, up to the first stop string."""
-        answers, length = [], self.subject.model.cfg.n_ctx
+        answers, length = [], self.case.m.cfg.n_ctx
         for index, request in enumerate(requests):
             context, settings = request.args
             room = min(int(settings.get("max_gen_toks", length // 2)), length // 2)
-            before = self.subject.tokenizer.encode(context).ids[-(length - room) :]
+            before = self.case.tokenizer.encode(context).ids[-(length - room) :]
             clues = torch.tensor([[*before, *[-1] * room]])
             r = sample(
-                self.subject.model, clues=clues, steps=min(self.steps, room), n_loops=self.n_loops,
+                self.case.m, clues=clues, steps=min(self.steps, room), n_loops=self.n_loops,
                 order="confidence", temperature=0, seed=self.seed, first_index=index,
             )  # fmt: skip
-            text = self.subject.tokenizer.decode(r.tokens[0, len(before) :].tolist(), skip_special_tokens=True)
+            text = self.case.tokenizer.decode(r.tokens[0, len(before) :].tolist(), skip_special_tokens=True)
             stops = settings.get("until", [])
             for stop in [stops] if isinstance(stops, str) else stops:
                 text = text.split(stop)[0] if stop else text
@@ -121,8 +121,8 @@ def run_harness(
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    task, subject = read_task(path), Subject.load(name)
-    model = HarnessModel(subject, n_loops or subject.model.cfg.max_loops, n_samples, steps)
+    task, case = read_task(path), Case.of(name)
+    model = HarnessModel(case, n_loops or case.m.cfg.max_loops, n_samples, steps)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()):  # results are ours to print
         found: Any = simple_evaluate(

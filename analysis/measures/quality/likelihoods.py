@@ -4,8 +4,9 @@ import numpy as np
 import pandas as pd
 import torch
 
+from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.quality.decomposition import nelbo_decomposition
-from loopmdm.analysis.measures.quality.subject import Subject, at
+from loopmdm.analysis.measures.registry import Measure
 from loopmdm.model import stats
 from loopmdm.model.corpora import documents as corpora
 from loopmdm.model.corpora.fetch import sources
@@ -18,20 +19,25 @@ from loopmdm.model.tasks.trees import TREE_TASKS
 ZERO_SHOT_DOCUMENTS, ZERO_SHOT_WINDOWS = 500, 512
 
 
-def nll(subject: Subject, counts: list[int], n_samples: int = 2) -> pd.DataFrame:
+def nll(case: Case, counts: list[int], n_samples: int = 2) -> pd.DataFrame:
     """Test NELBO in nats per token, and bits per byte for text."""
-    test, rows = subject.test, []
+    test, rows = case.test, []
     for count in counts:
-        r = nelbo(subject.model, test.sequences, count, n_samples=n_samples)
+        r = nelbo(case.m, test.sequences, count, n_samples=n_samples)
         rows.append((count, r.mean, r.standard_error, r.bits_per_byte(test.bytes_per_token), r.n))
     return pd.DataFrame(rows, columns=["n_loops", "nelbo", "standard_error", "bits_per_byte", "n"])
 
 
-def noise_level(subject: Subject, counts: list[int], n_samples: int = 2) -> pd.DataFrame:
+def at(frame: pd.DataFrame, counts: list[int]) -> pd.DataFrame:
+    """The rows with one of the loop counts."""
+    return frame[frame["n_loops"].isin(counts)].reset_index(drop=True)
+
+
+def noise_level(case: Case, counts: list[int], n_samples: int = 2) -> pd.DataFrame:
     """NELBO and gain over S = 1 by mask ratio."""
-    test = subject.test
+    test = case.test
     frame = nelbo_decomposition(
-        subject.model,
+        case.m,
         test.sequences,
         [1, *counts],
         n_samples=n_samples,
@@ -44,18 +50,18 @@ def zero_shot_corpora() -> list[str]:
     return [item.name for item in sources().values() if item.role == "zero-shot"]
 
 
-def zero_shot(subject: Subject, counts: list[int], n_samples: int = 2) -> pd.DataFrame:
+def zero_shot(case: Case, counts: list[int], n_samples: int = 2) -> pd.DataFrame:
     """NELBO, bits per byte and perplexity per token on the zero-shot corpora; errors over documents."""
-    subject.need_text("zero-shot")
-    length, rows = subject.model.cfg.n_ctx, []
+    case.need_text("zero-shot")
+    length, rows = case.m.cfg.n_ctx, []
     for corpus in zero_shot_corpora():
         documents = corpora.load(corpus)
         documents = documents[:: max(1, len(documents) // ZERO_SHOT_DOCUMENTS)]
-        ids = encode(subject.tokenizer, documents)
+        ids = encode(case.tokenizer, documents)
         bytes_per_token = sum(len(d.text.encode()) for d in documents) / sum(map(len, ids))
         w = sliding_windows([row.tolist() for row in ids], length, length)
         some = w.sequences.spread(ZERO_SHOT_WINDOWS)
-        results = nelbo_by_loop(subject.model, some, counts, n_samples)
+        results = nelbo_by_loop(case.m, some, counts, n_samples)
         for count, r in zip(loop_counts(counts), results, strict=True):
             rows.append((corpus, count, r.mean, r.standard_error, r.bits_per_byte(bytes_per_token),
                          r.perplexity, r.n, some.n_units))  # fmt: skip
@@ -64,16 +70,16 @@ def zero_shot(subject: Subject, counts: list[int], n_samples: int = 2) -> pd.Dat
 
 
 @torch.no_grad()
-def excess_kl(subject: Subject, counts: list[int], n_samples: int = 2, batch_size: int = 32) -> pd.DataFrame:
+def excess_kl(case: Case, counts: list[int], n_samples: int = 2, batch_size: int = 32) -> pd.DataFrame:
     """KL(exact posterior || model) in nats per hidden node, by hops; masks as in the NELBO."""
     check_count("batch_size", batch_size)
-    if subject.test.task not in TREE_TASKS:
-        raise UsageError(f"{subject.name}: no exact posterior is known for {subject.test.task}")
-    task, tokens = TREE_TASKS[subject.test.task], subject.test.tokens
+    if case.test.task not in TREE_TASKS:
+        raise UsageError(f"{case.m.model_name}: no exact posterior is known for {case.test.task}")
+    task, tokens = TREE_TASKS[case.test.task], case.test.tokens
     most = task.n_nodes
     total, number = np.zeros((len(counts), len(tokens), most)), np.zeros((len(tokens), most))
     for draw in range(n_samples):
-        b = masked_draw(subject.test.sequences, subject.model.cfg.mask_token_id, 0, draw, n_samples)
+        b = masked_draw(case.test.sequences, case.m.cfg.mask_token_id, 0, draw, n_samples)
         posterior, distance = task.posterior(tokens, b.masked), task.hops(b.masked)
         for start in range(0, len(tokens), batch_size):
             span = slice(start, start + batch_size)
@@ -81,9 +87,9 @@ def excess_kl(subject: Subject, counts: list[int], n_samples: int = 2, batch_siz
             exact, hops = posterior[span][part.masked], distance[span][part.masked].numpy()
             owner = start + part.masked.nonzero()[:, 0].numpy()
             np.add.at(number, (owner, hops), 1)
-            for loop, (state, context) in enumerate(subject.model.states(part.tokens, max(counts)), start=1):
+            for loop, (state, context) in enumerate(case.m.states(part.tokens, max(counts)), start=1):
                 if loop in counts:
-                    logits = subject.model.readout(state, context, rows=part.masked)
+                    logits = case.m.readout(state, context, rows=part.masked)
                     log_probs = logits.double().log_softmax(-1)[:, : task.n_states]
                     kl = (exact * (exact.clamp(min=1e-300).log() - log_probs)).sum(-1).numpy()
                     np.add.at(total[counts.index(loop)], (owner, hops), kl)
@@ -95,3 +101,11 @@ def excess_kl(subject: Subject, counts: list[int], n_samples: int = 2, batch_siz
             mean, error, n = stats.weighted_mean_and_error(values, number[:, hop])
             rows.append((count, int(hop), float(mean), float(error), int(number[:, hop].sum()), int(n)))
     return pd.DataFrame(rows, columns=["n_loops", "hops", "excess_kl", "standard_error", "n_nodes", "n"])
+
+
+MEASURES = (
+    Measure("nll", "test NELBO in nats per token, and bits per byte for text", nll, "loops"),
+    Measure("noise-level", "NELBO and gain over S = 1 by mask ratio", noise_level, "loops"),
+    Measure("zero-shot", "NELBO on corpora it never saw", zero_shot, "loops", goes_by=zero_shot_corpora),
+    Measure("excess-kl", "excess over the exact posterior of tree and markov, by hops", excess_kl, "loops"),
+)

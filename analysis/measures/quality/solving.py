@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from loopmdm.analysis.measures.quality.subject import Subject
+from loopmdm.analysis.measures.case import Case
+from loopmdm.analysis.measures.registry import Measure
 from loopmdm.model import stats
 from loopmdm.model.diffusion.sampling import sample
 from loopmdm.model.errors import UsageError
@@ -19,7 +20,7 @@ COLUMNS = ["n_loops", "n_clues", "hidden", "unique", "order", "steps", "temperat
 
 
 def solve_rate(
-    subject: Subject,
+    case: Case,
     counts: list[int],
     n_clues: Sequence[int] = (),
     orders: Sequence[str] = ORDERS,
@@ -33,18 +34,18 @@ def solve_rate(
     loop count asked for and `interaction` is the gain less that of the first order, each paired by puzzle.
     `flops` are those of one puzzle.
     """
-    if subject.test.task not in BOARDS:
-        raise UsageError(f"{subject.name} was not trained on Sudoku; solve-rate needs such a model")
-    board = BOARDS[subject.test.task]
+    if case.test.task not in BOARDS:
+        raise UsageError(f"{case.m.model_name} was not trained on Sudoku; solve-rate needs such a model")
+    board = BOARDS[case.test.task]
     rows = []
     for clues in n_clues or [round(share * board.n_cells) for share in CLUE_SHARES]:
-        b = puzzles(board, subject.test.tokens[:n], clues, unique)
+        b = puzzles(board, case.test.tokens[:n], clues, unique)
         hidden, first = board.n_cells - clues, {}
         for order in orders:
             least: np.ndarray | None = None
             for count in counts:
                 r = sample(
-                    subject.model,
+                    case.m,
                     clues=b,
                     steps=hidden,
                     n_loops=count,
@@ -63,3 +64,8 @@ def solve_rate(
                     float(gain), float(gain_se), float(interaction), float(interaction_se), len(solved),
                 ))  # fmt: skip
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+MEASURES = (
+    Measure("solve-rate", "share of Sudoku puzzles completed validly, by clues and order", solve_rate, "loops"),
+)

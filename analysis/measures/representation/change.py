@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loopmdm.analysis.measures.registry import Measure, plain
 from loopmdm.analysis.measures.representation.lenses import LENSES, kl, read, readout_metrics
 from loopmdm.analysis.watch.states import TOKEN_GROUPS, check_loops, group_mean, row_mean, token_groups, walk
 from loopmdm.model import stats
@@ -103,3 +104,10 @@ def representation_change(
         mean, error, n = stats.mean_and_error(values, b.clusters)
         rows.append((n_loops, loop, group, b.mask_ratio, metric, lens, float(mean), float(error), int(n)))
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+MEASURES = (
+    Measure(
+        "representation-change", "change of the state, read-outs by both lenses", plain(representation_change)
+    ),
+)

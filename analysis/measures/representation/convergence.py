@@ -21,6 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loopmdm.analysis.measures.case import Case
+from loopmdm.analysis.measures.registry import Measure
 from loopmdm.analysis.measures.representation.fixed_points import FLOOR
 from loopmdm.analysis.watch.states import TOKEN_GROUPS, check_loops, group_mean, token_groups, walk
 from loopmdm.model import stats
@@ -125,3 +127,11 @@ def convergence(
             key = (n_loops, group, b.mask_ratio, metric, NULL)
             rows.append((*key, mean, error, low, high, told, n, still))
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def far_out(case: Case, b: MaskedBatch, least_loops: int = 64) -> pd.DataFrame:
+    """At `least_loops` loops or more."""
+    return convergence(case.m, b, max(least_loops, case.n_loops), clusters=case.clusters)
+
+
+MEASURES = (Measure("convergence", "does the change fall faster than a drift's 1/i", far_out),)

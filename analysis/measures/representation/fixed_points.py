@@ -22,6 +22,8 @@ from jaxtyping import Bool, Float
 from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigs
 from torch import Tensor
 
+from loopmdm.analysis.measures.case import Case
+from loopmdm.analysis.measures.registry import Measure
 from loopmdm.analysis.watch.states import check_loops, token_groups, walk
 from loopmdm.model import stats
 from loopmdm.model.context import Context
@@ -235,3 +237,13 @@ def fixed_point_summary(frame: pd.DataFrame, clusters: np.ndarray | None = None)
             mean, error, n = stats.mean_and_error(column.to_numpy(dtype=float), owner)
             rows.append((*key, metric, float(mean), float(error), int(n)))
     return pd.DataFrame(rows, columns=[*SUMMARY_KEYS, "metric", "value", "standard_error", "n"])
+
+
+def of_few(case: Case, b: MaskedBatch, n_sequences: int = 16, least_loops: int = 64) -> pd.DataFrame:
+    """Of `n_sequences`: Arnoldi on Jacobian-vector products takes a second or so a sequence."""
+    few = b.rows(torch.linspace(0, len(b) - 1, min(n_sequences, len(b))).long())
+    found = fixed_points(case.m, few, max(least_loops, case.n_loops), seed=case.seed)
+    return fixed_point_summary(found, few.clusters).assign(n_units=few.n_units)
+
+
+MEASURES = (Measure("fixed-points", "residual far out; spectral radius or growth rate", of_few),)

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from loopmdm.analysis.measures.registry import Measure, plain
 from loopmdm.analysis.watch.states import TOKEN_GROUPS, check_loops, token_groups, walk
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.hooks.hooked import HookedLoopMDM
@@ -127,3 +128,6 @@ def _visit(
         groups = token_groups(m, part)
         for loop, state, _ in walk(m, part, n_loops):
             yield start, loop, state, groups
+
+
+MEASURES = (Measure("state-paths", "paths of the mean state in PCA coordinates", plain(state_paths), loops=2),)

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loopmdm.analysis.measures.registry import Measure, plain
 from loopmdm.analysis.measures.representation.moments import (
     LoopMoments,
     Unit,
@@ -92,3 +93,6 @@ def effective_rank(
             key = (n_loops, loop, group, b.mask_ratio, unit, "effective_rank")
             rows.append((*key, value, error, n, s.n))
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+MEASURES = (Measure("effective-rank", "effective rank of the states by loop", plain(effective_rank)),)

@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from loopmdm.analysis.measures.case import Case
+from loopmdm.analysis.measures.registry import Measure
 from loopmdm.analysis.measures.representation.lenses import check_lens, read
 from loopmdm.analysis.watch.states import check_loops, token_groups
 from loopmdm.model import stats
@@ -115,3 +117,11 @@ def settled_curve(frame: pd.DataFrame, clusters: np.ndarray | None = None) -> pd
             for metric in EVENTS:
                 rows.append((*key, loop, metric, *_summary(part, (part[metric] <= loop).astype(float), clusters)))
     return pd.DataFrame(rows, columns=[*KEYS, "loop", "metric", "value", "standard_error", "n"])
+
+
+def shares(case: Case, b: MaskedBatch) -> pd.DataFrame:
+    """Share of hidden positions settled by each loop."""
+    return settled_curve(settled_loops(case.m, b, case.n_loops), b.clusters)
+
+
+MEASURES = (Measure("settled", "loops by which the answer has appeared, stays, is right", shares),)

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loopmdm.analysis.measures.registry import Measure, plain
 from loopmdm.analysis.measures.representation.moments import (
     LoopMoments,
     Unit,
@@ -142,3 +143,6 @@ def loop_similarity(
             key = (n_loops, chosen[i], chosen[j], group, b.mask_ratio, unit, "cka")
             rows.append((*key, float(cell), float(error[i, j]), known, s.n))
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+MEASURES = (Measure("similarity", "debiased linear CKA between loops", plain(loop_similarity)),)

@@ -1,21 +1,23 @@
 """Any measure on any model, masked or along its own samples; what does not fit is refused in one line."""
 
+from dataclasses import FrozenInstanceError
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from loopmdm.analysis import measures
 from loopmdm.analysis.measures import MEASURES, Measure, measure
 from loopmdm.analysis.measures.attention import mask_attention
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.numbers import frames
 from loopmdm.model.errors import UsageError
+from loopmdm.model.hooks.hooked import HookedLoopMDM
 from tests.analysis.cli.test_cli import one_line, run
 
 
 def test_a_measure_runs_at_every_mask_ratio_on_the_test_set():
-    frame = measure("mask-attention-pooled", "sudoku-loop", 3, (0.25, 0.75), n=16)
+    frame = measure("mask-attention-pooled", "sudoku-loop", 3, mask_ratios=(0.25, 0.75), n=16)
     assert frame.columns[:2].tolist() == ["model", "task"] and set(frame["task"]) == {"sudoku6"}
     case = Case.of("sudoku-loop", 3, 16)
     alone = mask_attention(case.m, case.masked(0.75), 3, by_head=False)
@@ -46,23 +48,54 @@ def test_clusters_and_validation_belong_to_the_task():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "options", "says"),
     [
-        (("mask-atention", "sudoku-loop"), "mask-attention"),
-        (("mask-attention", "sudoku-lop"), "sudoku-loop"),
-        (("belief-rounds", "sudoku-loop"), "tree"),
-        (("sudoku-boards", "sotu-loop"), "sudoku6"),
-        (("attention-change", "sudoku-base"), "at least 2"),
-        (("training-free", "sudoku-loop"), "non-looped"),
-        (("mask-attention", "sudoku-loop", 0), "n_loops"),
-        (("mask-attention", "sudoku-loop", 2, (1.5,)), "0..1"),
-        (("mask-attention", "sudoku-loop", 2, (0.5,), 0), "n must"),
-        (("mediated-share", "sudoku-loop", 2, (0.5,), 4, 8), "along-sampling"),
+        (("mask-atention", "sudoku-loop"), {}, "mask-attention"),
+        (("mask-attention", "sudoku-lop"), {}, "sudoku-loop"),
+        (("belief-rounds", "sudoku-loop"), {}, "tree"),
+        (("sudoku-boards", "sotu-loop"), {}, "sudoku6"),
+        (("attention-change", "sudoku-base"), {}, "at least 2"),
+        (("training-free", "sudoku-loop"), {}, "non-looped"),
+        (("mask-attention", "sudoku-loop", 0), {}, "n_loops"),
+        (("mask-attention", "sudoku-loop", 2), {"mask_ratios": (1.5,)}, "0..1"),
+        (("mask-attention", "sudoku-loop", 2), {"n": 0}, "n must"),
+        (("mask-attention", "sudoku-loop", [1, 2]), {}, "n_loops"),
+        (("mediated-share", "sudoku-loop", 2), {"along_sampling": 8}, "takes no along_sampling"),
+        (("fixed-points", "sudoku-loop"), {"n_sequences": "few"}, "n_sequences takes an integer such as 16"),
+        (("mask-attention", []), {}, "needs a model"),
     ],
 )
-def test_misuse_is_named(arguments, says):
+def test_misuse_is_named(arguments, options, says):
     with pytest.raises(UsageError, match=says):
-        measure(*arguments)
+        measure(*arguments, **options)
+
+
+def test_several_models_on_a_batch_of_ones_own():
+    m = HookedLoopMDM.from_pretrained("sudoku-loop")
+    b = Case.of(m, n=8).masked(0.5)
+    frame = measure("mask-attention-pooled", [m, "sudoku-base"], 2, batch=b)
+    alone = mask_attention(m, b, 2, by_head=False)
+    part = frame[frame["model"] == "sudoku-loop"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(part[alone.columns.tolist()], alone)
+    assert set(frame["model"]) == {"sudoku-loop", "sudoku-base"} and (frame["n_units"] == 8).all()
+    with pytest.raises(UsageError, match="leave batch= out"):
+        measure("mediated-share", m, 2, batch=b)
+
+
+def test_options_are_frozen_and_print_what_is_not_usual():
+    item = MEASURES["fixed-points"]
+    asked = item.options.of(item.name, {"n_loops": 3, "mask_ratios": [0.5], "least_loops": 8})
+    assert str(asked) == "n_loops=3, mask_ratios=(0.5,), least_loops=8" and hash(asked)
+    with pytest.raises(FrozenInstanceError):
+        asked.n = 3
+    for one in MEASURES.values():
+        assert one.options.of(one.name, one.options().asked()) == one.options(), one.name
+
+
+def test_a_measures_own_options_reach_it():
+    few, more = (measure("fixed-points", "sudoku-loop", 2, mask_ratios=(0.5,), n=8, n_sequences=k, least_loops=4)
+                 for k in (2, 4))  # fmt: skip
+    assert (few["n_units"] == 2).all() and (more["n_units"] == 4).all()
 
 
 def test_a_new_measure_is_one_function_and_one_entry(monkeypatch):
@@ -75,7 +108,7 @@ def test_a_new_measure_is_one_function_and_one_entry(monkeypatch):
         return pd.DataFrame(rows, columns=["n_loops", "loop", "value", "n"])
 
     monkeypatch.setitem(MEASURES, "hidden-norm", Measure("hidden-norm", "norm of masked states", hidden_norm))
-    frame = measures.measure("hidden-norm", "sudoku-loop", 4, (0.5,), n=8)
+    frame = measure("hidden-norm", "sudoku-loop", 4, mask_ratios=(0.5,), n=8)
     assert frame["loop"].tolist() == [0, 1, 2, 3] and (frame["value"] > 0).all()
 
 

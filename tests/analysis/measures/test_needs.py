@@ -9,6 +9,7 @@ from loopmdm.analysis import mask_attention, read_loops, representation_change
 from loopmdm.analysis.measures import MEASURES
 from loopmdm.analysis.measures.attention import attention_shape
 from loopmdm.analysis.measures.case import Case
+from loopmdm.analysis.measures.options import OnTests
 from loopmdm.model import nelbo, sample
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
@@ -54,7 +55,7 @@ def test_what_needs_no_masks_runs(causal, given):
 
 
 def test_every_registered_measure_names_what_it_needs(causal, clean):
-    case = Case(causal, TestSet("sudoku6", Sequences.of(clean), float("nan")), 2, 4)
+    case = Case(causal, TestSet("sudoku6", Sequences.of(clean), float("nan")), OnTests(2, 4))
     for name, item in MEASURES.items():
         assert set(item.needs) <= NEEDS.keys()
         if "masks" in item.needs and item.answers("sudoku6"):

@@ -13,9 +13,8 @@ import pytest
 
 import loopmdm.analysis
 import loopmdm.model
-from loopmdm.analysis import measures
 from loopmdm.analysis.exhibits import pipeline, tables
-from loopmdm.analysis.measures import quality as evaluations
+from loopmdm.analysis.measures import MEASURES
 from loopmdm.analysis.measures.stopping import record
 from loopmdm.model.stopping.rules import StateDelta
 from loopmdm.model.zoo.runs import Zoo, figures_folder
@@ -105,8 +104,7 @@ def test_everything_committed_is_current_for_the_zoo_as_it_is_alone():
 
 @pytest.mark.parametrize("measure", ["mask-attention-pooled", "stopping-verdicts", "excess-kl", "training-free"])
 def test_a_measures_version_counts_for_the_tables_that_ask_it_alone(measure, monkeypatch):
-    registry = measures.MEASURES if measure in measures.MEASURES else evaluations.MEASURES
-    monkeypatch.setitem(registry, measure, replace(registry[measure], version=2))
+    monkeypatch.setitem(MEASURES, measure, replace(MEASURES[measure], version=2))
     assert reading(measure) and not_current() == (reading(measure), reading(measure))
 
 
@@ -120,7 +118,7 @@ def test_a_rule_more_counts_for_the_tables_that_try_all_rules(monkeypatch):
 
 def test_what_cannot_be_measured_again_takes_its_runs_with_it(monkeypatch):
     """Runs without weights were asked before these went: for another edition they have to be trained again."""
-    monkeypatch.setitem(evaluations.MEASURES, "solve-rate", replace(evaluations.MEASURES["solve-rate"], version=2))
+    monkeypatch.setitem(MEASURES, "solve-rate", replace(MEASURES["solve-rate"], version=2))
     by_record, by_plan = not_current()
     assert by_record == reading("solve-rate") == {"sudoku-solve-rate", "arm-contrasts"}
     zoo = Zoo.roster()
@@ -148,9 +146,8 @@ def test_another_s_max_counts_for_every_table_of_the_task():
 
 def test_every_table_says_what_it_asks():
     asked = set(itertools.chain(*(item.measures for item in tables.TABLES.values())))
-    assert asked <= measures.MEASURES.keys() | evaluations.MEASURES.keys()
+    assert asked <= MEASURES.keys()
     for name, item in tables.TABLES.items():
-        if name in measures.MEASURES:
+        if name in MEASURES:
             assert name in item.measures
         assert eval(repr(item.models), {"select": tables.select}) == item.models
-    assert not measures.MEASURES.keys() & evaluations.MEASURES.keys()

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.known import belief_rounds, beliefs, best_rounds
 from loopmdm.analysis.measures.quality.likelihoods import excess_kl
-from loopmdm.analysis.measures.quality.subject import Subject
 from loopmdm.model.diffusion.likelihood import masked_draw
 from loopmdm.model.errors import UsageError
 from loopmdm.model.masking import mask_tokens
@@ -133,8 +133,8 @@ def test_the_matrix_ends_in_the_excess_over_the_exact_posterior():
     sequences = Sequences.of(tokens, task.maskable)
     b = masked_draw(sequences, 4, 0, 0)
     frame = belief_rounds(model, b, task, n_loops=2, least_hops=0, batch_size=5)
-    subject = Subject("toy", model, None, TestSet("tree", sequences))
-    excess = excess_kl(subject, [1, 2], 1)
+    case = Case(model, TestSet("tree", sequences))
+    excess = excess_kl(case, [1, 2], 1)
     excess["total"] = excess["excess_kl"] * excess["n_nodes"]
     by_loop = excess.groupby("n_loops")[["total", "n_nodes"]].sum()
     last = frame[frame["round"] == frame["round"].max()].set_index("loop")

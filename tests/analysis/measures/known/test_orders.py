@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.known import order_interaction
 from loopmdm.analysis.measures.known.orders import RankedOrder, _contrast, _places
 from loopmdm.analysis.measures.quality.solving import solve_rate
-from loopmdm.analysis.measures.quality.subject import Subject
 from loopmdm.model import stats
 from loopmdm.model.diffusion.sampling import sample
 from loopmdm.model.errors import UsageError
@@ -33,11 +33,11 @@ def test_cells_are_filled_by_depth(sudoku_toy, unique_puzzles):
 
 
 def test_rates_and_contrasts_are_those_of_the_solve_rate():
-    subject = Subject.load("sudoku-loop")
+    case = Case.of("sudoku-loop")
     orders = ("confidence", "row-major", "one-shot")
-    expected = solve_rate(subject, [1, 6], n_clues=[18], orders=orders, n=12).set_index(["order", "n_loops"])
+    expected = solve_rate(case, [1, 6], n_clues=[18], orders=orders, n=12).set_index(["order", "n_loops"])
     b = puzzles(SIX, load_test_set("sudoku6", 36, None).tokens[:12], 18)
-    found = order_interaction(subject.model, b, (1, 6), orders, batch_size=200)
+    found = order_interaction(case.m, b, (1, 6), orders, batch_size=200)
     for row in found.rates.itertuples():
         assert row.solve_rate == expected["solve_rate"][row.order, row.n_loops]
         assert (row.low, row.high) == tuple(expected.loc[(row.order, row.n_loops), ["low", "high"]])

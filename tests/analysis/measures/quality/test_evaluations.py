@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from loopmdm.analysis.exhibits import tables
-from loopmdm.analysis.measures import quality as evaluations
-from loopmdm.analysis.measures.quality import Evaluation, evaluate
+from loopmdm.analysis.measures import MEASURES, Measure, evaluate
+from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.quality.generation import distinct_pairs, generative, unigram_entropy
 from loopmdm.analysis.measures.quality.likelihoods import excess_kl
 from loopmdm.analysis.measures.quality.questions import choose, fitted, multiple_choice
 from loopmdm.analysis.measures.quality.solving import solve_rate
-from loopmdm.analysis.measures.quality.subject import Subject
 from loopmdm.model.diffusion.likelihood import nelbo
 from loopmdm.model.errors import UsageError
 from loopmdm.model.network.model import LoopMDM
@@ -43,16 +42,16 @@ class Oracle:
 
 @pytest.mark.parametrize("task", ["tree", "markov"])
 def test_an_oracle_has_no_excess(task):
-    subject = Subject("oracle", Oracle(task), None, load_test_set(task, 0, None))
-    frame = excess_kl(subject, [1, 2], 2)
+    case = Case(Oracle(task), load_test_set(task, 0, None))
+    frame = excess_kl(case, [1, 2], 2)
     after, before = frame.query("n_loops == 2"), frame.query("n_loops == 1")
     np.testing.assert_allclose(after["excess_kl"], 0.0, atol=1e-9)
     assert (before.query("hops == 1")["excess_kl"] > 0.1).all()  # the prior is not good enough
     assert before["excess_kl"].max() <= np.log(TREE_TASKS[task].n_states) + 1e-9
     assert frame.groupby("n_loops")["n_nodes"].sum().nunique() == 1
-    pd.testing.assert_frame_equal(excess_kl(subject, [1, 2], 2, batch_size=700), frame)
+    pd.testing.assert_frame_equal(excess_kl(case, [1, 2], 2, batch_size=700), frame)
     with pytest.raises(UsageError, match="batch_size"):
-        excess_kl(subject, [1, 2], batch_size=0)
+        excess_kl(case, [1, 2], batch_size=0)
 
 
 def test_results_are_cached_by_weights_and_question(monkeypatch, tmp_path):
@@ -62,13 +61,13 @@ def test_results_are_cached_by_weights_and_question(monkeypatch, tmp_path):
     model = LoopMDM.from_pretrained("sudoku-base")
     expected = nelbo(model, load_test_set("sudoku6", 36, None).tokens, 1, n_samples=1)
     assert frame["nelbo"][0] == pytest.approx(expected.mean) and frame["n"][0] == 1000
-    unmeasured = Evaluation(lambda subject, counts, n_samples=2: None)
-    monkeypatch.setitem(evaluations.MEASURES, "nll", unmeasured)  # from the cache, nothing is measured
+    unmeasured = Measure("nll", "nothing", lambda case, counts, n_samples=2: None, "loops")
+    monkeypatch.setitem(MEASURES, "nll", unmeasured)  # from the cache, nothing is measured
     again = evaluate("sudoku-base", "nll", [1, 1], n_samples=1)
     assert again.equals(frame)
     with pytest.raises(AttributeError):
         evaluate("sudoku-base", "nll", [1], n_samples=3)
-    with pytest.raises(UsageError, match="nll takes no n_clues; it takes n_samples"):
+    with pytest.raises(UsageError, match="nll takes no n_clues; it takes n_loops, n_samples"):
         evaluate("sudoku-base", "nll", [1], n_clues=[10])
     with pytest.raises(UsageError, match="did you mean nll"):
         evaluate("sudoku-base", "nl", [1])
@@ -93,12 +92,12 @@ def test_zero_shot_scores_short_documents_too(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def sudoku():
-    return Subject.load("sudoku-loop")
+    return Case.of("sudoku-loop")
 
 
 @pytest.fixture(scope="module")
 def text():
-    return Subject.load("sotu-loop")
+    return Case.of("sotu-loop")
 
 
 def test_solving_by_clues_order_and_loops(sudoku):
@@ -178,9 +177,9 @@ def test_multiple_choice_prefers_the_likelier_answer(text):
     picks = choose(text, items, 2, n_samples=4)
     assert picks["total"].tolist() == picks["per byte"].tolist() == [1]
     prompt, continuation = fitted(text, "w " * 200 + "The people of the United", " States")
-    assert len(prompt) + len(continuation) == text.model.cfg.n_ctx
+    assert len(prompt) + len(continuation) == text.m.cfg.n_ctx
     assert text.tokenizer.decode(prompt).endswith("the United")
-    value = continuation_nelbo(text.model, [prompt], [continuation], 2, n_samples=4)
+    value = continuation_nelbo(text.m, [prompt], [continuation], 2, n_samples=4)
     assert value.lengths.item() == len(continuation)
 
 
@@ -216,7 +215,7 @@ def test_a_run_without_weights_still_says_what_was_measured(tmp_path, monkeypatc
     with pytest.raises(UsageError, match=r"loopmdm train figures/specs/sudoku-loop\.toml --seed 3"):
         LoopMDM.from_pretrained(folder.name)
     with pytest.raises(UsageError, match="record only"):
-        evaluations.evaluate(folder.name, "nll", [1], n_samples=1)
+        evaluate(folder.name, "nll", [1], n_samples=1)
 
 
 def test_what_the_tables_ask_is_kept_before_the_weights_go(tmp_path, monkeypatch):

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.quality.harness import HarnessModel, read_task, run_harness
 from loopmdm.analysis.measures.quality.questions import choose
-from loopmdm.analysis.measures.quality.subject import Subject
 from loopmdm.model.diffusion.likelihood import continuation_nelbo, corpus_nelbo
 from loopmdm.model.errors import UsageError
 from loopmdm.model.tasks.benchmarks import Choice
@@ -46,7 +46,7 @@ def task(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def text():
-    return Subject.load("sotu-loop")
+    return Case.of("sotu-loop")
 
 
 def request(*arguments):
@@ -68,7 +68,7 @@ def test_log_likelihoods_are_minus_our_nelbo(text):
     pairs = [("The people of the", " United States"), ("a", " b")]
     found = model.loglikelihood([request(*pair) for pair in pairs])
     ids = [[text.tokenizer.encode(part).ids for part in column] for column in zip(*pairs, strict=True)]
-    r = continuation_nelbo(text.model, *ids, n_loops=2, n_samples=4)
+    r = continuation_nelbo(text.m, *ids, n_loops=2, n_samples=4)
     assert [value for value, _ in found] == pytest.approx((-r.per_sequence * r.lengths).tolist())
 
 
@@ -77,7 +77,7 @@ def test_whole_texts_sum_to_our_corpus_nelbo(text):
     texts = ["The state of the union. " * 40, "A short one."]
     found = model.loglikelihood_rolling([request(value) for value in texts])
     ids = [text.tokenizer.encode(value).ids for value in texts]
-    r = corpus_nelbo(text.model, ids, n_loops=2, n_samples=4)
+    r = corpus_nelbo(text.m, ids, n_loops=2, n_samples=4)
     assert -sum(found) / sum(map(len, ids)) == pytest.approx(r.mean)
     assert len(found) == 2 and found[0] < found[1] < 0
 
