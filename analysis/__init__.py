@@ -6,7 +6,7 @@ Names are loaded on first use, so that drawing from tables does not load the mod
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from loopmdm.folders import hand_over
+from loopmdm.folders import hand_over, moved
 
 hand_over(__name__)
 
@@ -53,7 +53,7 @@ def __getattr__(name: str) -> Any:
         return import_module("loopmdm.analysis.exhibits")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return moved(__name__, name)
 
 
 def __dir__() -> list[str]:

@@ -11,8 +11,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loopmdm import analysis as analysis
-    from loopmdm import model as model
     from loopmdm.analysis import *  # noqa: F403
     from loopmdm.model import *  # noqa: F403
 

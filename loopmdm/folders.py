@@ -23,13 +23,18 @@ MOVED = {
     "analysis.attention.walk": "loopmdm.analysis.watch.walk",
     "analysis.cases": "loopmdm.analysis.measures.case",
     "analysis.claims": "loopmdm.analysis.exhibits.verdicts",
+    "analysis.claims.answers": "loopmdm.analysis.exhibits.answers",
     "analysis.decomposition": "loopmdm.analysis.measures.quality.decomposition",
     "analysis.editions": "loopmdm.analysis.numbers.editions",
     "analysis.efficiency": "loopmdm.analysis.measures.quality.efficiency",
-    "analysis.evaluations": "loopmdm.analysis.measures.quality",
+    "analysis.evaluations": "loopmdm.analysis.measures",
+    "analysis.evaluations.solving": "loopmdm.analysis.measures.quality.solving",
+    "analysis.evaluations.questions": "loopmdm.analysis.measures.quality.questions",
+    "analysis.evaluations.likelihoods": "loopmdm.analysis.measures.quality.likelihoods",
+    "analysis.evaluations.generation": "loopmdm.analysis.measures.quality.generation",
     "analysis.figures": "loopmdm.analysis.exhibits",
     "analysis.figures.adaptive": "loopmdm.analysis.exhibits.stopping",
-    "analysis.figures.entry": "loopmdm.analysis.exhibits.figure",
+    "analysis.figures.entry": "loopmdm.analysis.exhibits.registry",
     "analysis.frames": "loopmdm.analysis.numbers.frames",
     "analysis.harness": "loopmdm.analysis.measures.quality.harness",
     "analysis.interventions": "loopmdm.analysis.measures.interventions",
@@ -118,23 +123,17 @@ class Same(InspectLoader):
 
     def get_code(self, fullname: str) -> CodeType | None:  # noqa: ARG002 - for `python -m`
         """Of the module of `loopmdm`."""
-        loader: Any = self._found().loader
-        return loader.get_code(self.name)
+        return self._loader().get_code(self.name)
 
     def get_source(self, fullname: str) -> str | None:  # noqa: ARG002
         """Of the module of `loopmdm`."""
-        loader: Any = self._found().loader
-        return loader.get_source(self.name)
+        return self._loader().get_source(self.name)
 
-    def is_package(self, fullname: str) -> bool:  # noqa: ARG002
-        """Whether it is a package there."""
-        return not self.name or self._found().submodule_search_locations is not None
-
-    def _found(self) -> ModuleSpec:
-        spec = find_spec(self.name)
+    def _loader(self) -> Any:
+        spec = _found(self.name)
         if spec is None:
             raise ImportError(f"no module named {self.name!r}")
-        return spec
+        return spec.loader
 
 
 class Below(MetaPathFinder):
@@ -150,21 +149,19 @@ class Below(MetaPathFinder):
         folder, dot, _ = fullname.partition(".")
         if not dot or folder not in FOLDERS or sys.modules.get(folder) is not sys.modules.get(FOLDERS[folder]):
             return None
-        name = now(fullname)
-        if _exists(name):
-            loader = Same(name)
-        elif any(old.startswith(f"{fullname}.") for old in MOVED):
-            loader = Same("")
-        else:
-            return None
-        return ModuleSpec(fullname, loader, is_package=loader.is_package(fullname))
+        found = _found(now(fullname))
+        if found is None:
+            emptied = any(old.startswith(f"{fullname}.") for old in MOVED)
+            return ModuleSpec(fullname, Same(""), is_package=True) if emptied else None
+        package = found.submodule_search_locations is not None
+        return ModuleSpec(fullname, Same(found.name), origin=found.origin, is_package=package)
 
 
-def _exists(name: str) -> bool:
+def _found(name: str) -> ModuleSpec | None:
     try:
-        return find_spec(name) is not None
+        return find_spec(name)
     except ModuleNotFoundError:
-        return False
+        return None
 
 
 def hand_over(folder: str) -> None:
@@ -173,3 +170,11 @@ def hand_over(folder: str) -> None:
         if not any(isinstance(finder, Below) for finder in sys.meta_path):
             sys.meta_path.insert(0, Below())
         sys.modules[folder] = import_module(FOLDERS[folder])
+
+
+def moved(package: str, name: str) -> ModuleType:
+    """The module that lay in `package` as `name`, for scripts that know it there; AttributeError if none did."""
+    folders = [folder for folder, new in FOLDERS.items() if new == package]
+    if folders and f"{folders[0]}.{name}" in MOVED:
+        return import_module(MOVED[f"{folders[0]}.{name}"])
+    raise AttributeError(f"module {package!r} has no attribute {name!r}")

@@ -6,7 +6,7 @@ TransformerLens.
 
 from typing import TYPE_CHECKING, Any
 
-from loopmdm.folders import hand_over
+from loopmdm.folders import hand_over, moved
 from loopmdm.model.diffusion.likelihood import NelboResult, continuation_nelbo, corpus_nelbo, nelbo, nelbo_by_loop
 from loopmdm.model.diffusion.orders import Order
 from loopmdm.model.diffusion.sampling import SampleResult, sample
@@ -79,7 +79,7 @@ def __getattr__(name: str) -> Any:
         from loopmdm.model import adapters
 
         return getattr(adapters, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return moved(__name__, name)
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,6 @@
 """Named things of one kind, ours and those of other packages.
 
-Ours are given as a list, or lie in the files of a package: each says what it adds in a tuple named after the kind,
+Ours are given as a list, or lie in the files of a package, each of which says what it adds in a tuple of one name,
 such as MEASURES. A new one is a new file.
 Other packages join by an entry point whose group is the registry's, such as "loopmdm.measures"; it names an object
 of the kind, or several in a list. They are looked for when the registry is first read, not when it is imported.
@@ -30,10 +30,15 @@ Item = TypeVar("Item", bound=Named)
 
 
 class Registry(MutableMapping[str, Item], Generic[Item]):
-    """Items of a `kind` by name; one name is given once. Assigning to a name replaces what it held."""
+    """Items of a `kind` by name; one name is given once. Assigning to a name replaces what it held.
 
-    def __init__(self, kind: str, type_: type, group: str, items: Iterable[Item] = (), package: str = ""):
-        self.kind, self.type, self.group, self.package = kind, type_, group, package
+    `files`: a package, and the name of the tuple that holds the items of each file below it.
+    """
+
+    def __init__(
+        self, kind: str, type_: type, group: str, items: Iterable[Item] = (), files: tuple[str, str] = ("", "")
+    ):
+        self.kind, self.type, self.group, self.files = kind, type_, group, files
         self._items: dict[str, Item] = {}
         self._joined = False
         for item in items:
@@ -58,10 +63,9 @@ class Registry(MutableMapping[str, Item], Generic[Item]):
         return self._items
 
     def _gather(self) -> None:
-        if not self.package:
-            return
-        for module in walk_packages(import_module(self.package).__path__, f"{self.package}."):
-            found = getattr(import_module(module.name), f"{self.kind}s".upper(), ())
+        package, name = self.files
+        for module in walk_packages(import_module(package).__path__, f"{package}.") if package else ():
+            found = getattr(import_module(module.name), name, ())
             for item in found if isinstance(found, tuple) else ():
                 self.add(item)
 

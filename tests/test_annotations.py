@@ -7,7 +7,7 @@ SESSION = """
 from jaxtyping import install_import_hook
 install_import_hook(["loopmdm"], "beartype.beartype")
 import torch
-from analysis import attention_across_loops, mask_attention, measure, read_loops, representation_change
+from loopmdm.analysis import attention_across_loops, mask_attention, measure, read_loops, representation_change
 from loopmdm.analysis.measures import MEASURES
 from loopmdm.model import HookedLoopMDM, StateDelta, mask_tokens, nelbo
 from loopmdm.model.tasks.batches import dataset

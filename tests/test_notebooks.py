@@ -10,7 +10,7 @@ import papermill
 import pytest
 
 from loopmdm.analysis.exhibits import FIGURES, tables
-from loopmdm.analysis.exhibits.figure import SIDECAR_TYPE
+from loopmdm.analysis.exhibits.registry import SIDECAR_TYPE
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SOURCES = {source.stem: source for source in sorted(NOTEBOOKS.glob("[0-9]*.py"))}

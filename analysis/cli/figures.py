@@ -53,7 +53,7 @@ def figures(
 
     if source not in ("tables", "checkpoints"):
         raise UsageError(f"--from takes tables or checkpoints, got {source!r}")
-    chosen = [registry.figure(name) for name in names or registry.FIGURES]
+    chosen = [registry.EXHIBITS[name] for name in names or registry.EXHIBITS]
     if check:
         if source != "tables":
             raise UsageError("--check compares what the committed tables give; leave --from out")
@@ -73,9 +73,9 @@ def figures(
 
 def _check(names: list[str] | None, out: Path) -> None:
     """Print what differs, a line each, and exit with 1; without names the generated pages are held, too."""
-    from loopmdm.analysis.exhibits import FIGURES, gallery
+    from loopmdm.analysis.exhibits import EXHIBITS, gallery
 
-    root, chosen = gallery.repository(), list(names or FIGURES)
+    root, chosen = gallery.repository(), list(names or EXHIBITS)
     with interruptible("nothing was written"), progress_bar() as bar:
         found = gallery.outdated(chosen)
         for name in bar.track(chosen, description="checking"):

@@ -1,4 +1,4 @@
-"""The registry of figures: name -> tables, builder, caption. Batch, notebooks and tests all use it.
+"""Exhibits: what the study shows, by name -> tables, builder, caption, answers to claims.
 
 from loopmdm.analysis import figures
 figures.FIGURES["mask-to-mask-by-loop"].draw(out="figures/out")
@@ -9,38 +9,13 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-from loopmdm.analysis.exhibits import (
-    attention,
-    causal,
-    claims,
-    inference,
-    known,
-    representation,
-    stopping,
-    training,
-)
-from loopmdm.analysis.exhibits.figure import Figure
+from loopmdm.analysis.exhibits.registry import EXHIBITS, Exhibit, by_theme
 from loopmdm.analysis.numbers.parallel import in_processes
-from loopmdm.model.errors import unknown_name
 
-FAMILIES = {
-    "claims": claims,
-    "training": training,
-    "inference": inference,
-    "stopping": stopping,
-    "attention": attention,
-    "representation": representation,
-    "causal": causal,
-    "known answers": known,
-}
-FIGURES = {item.name: item for family in FAMILIES.values() for item in family.FIGURES}
+__all__ = ["EXHIBITS", "FIGURES", "Exhibit", "by_theme", "draw_all"]
 
-
-def figure(name: str) -> Figure:
-    """A figure of the registry."""
-    if name not in FIGURES:
-        raise unknown_name("figure", name, FIGURES)
-    return FIGURES[name]
+FIGURES = EXHIBITS
+"""What notebooks and scripts know the registry as."""
 
 
 def draw_all(names: Iterable[str], out: Path, workers: int = 0) -> Iterator[str]:
@@ -53,4 +28,4 @@ def _without_display() -> None:
 
 
 def _draw(name: str, out: Path) -> None:
-    figure(name).draw(out=out)
+    EXHIBITS[name].draw(out=out)

@@ -1,11 +1,14 @@
 """Figures of attention between groups, and of maps side by side."""
 
+from collections.abc import Callable
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from loopmdm.analysis.exhibits.figure import GRIDS, ONE, OURS, TEXT, Figure, Tables, of_models, panels
+from loopmdm.analysis.exhibits.answers import Answer, looped, over_seeds, rows_of, units
+from loopmdm.analysis.exhibits.registry import GRIDS, ONE, OURS, TEXT, Exhibit, Reading, Tables, of_models, panels
 from loopmdm.analysis.plots import attention
 from loopmdm.analysis.plots.style import PAGE, mark_s_max
 from loopmdm.model.zoo.runs import Zoo
@@ -131,8 +134,46 @@ def heads(loaded: Tables) -> MatplotlibFigure:
     return drawn
 
 
-FIGURES = (
-    Figure(
+# --- answers to claims ---
+
+
+def _by_loop(task: str, column: str, **where: object) -> pd.DataFrame:
+    """A column of `mask-attention` by model and loop: masked queries, looped layers, heads pooled, to 3 S_max."""
+    df = rows_of("mask-attention", task, query_group="masked", segment="loop", nominal_mask_ratio=0.5, **where)
+    df = df[df["head"].isna() & (df["n_loops"] == df["n_loops"].max())]
+    return df.pivot_table(index="model", columns="loop", values=column)
+
+
+def _rise(column: str, relative: bool = False) -> Callable[[str], Answer]:
+    def answer(task: str) -> Answer:
+        values = _by_loop(task, column, key_group="masked")
+        rise = values[looped(task) - 1] - values[0]
+        rise = rise / values[0] if relative else rise
+        n = int(rows_of("mask-attention", task, key_group="masked")["n"].max())
+        return over_seeds(rise.to_numpy(), _rise_error(task, column, relative), n, units(task))
+
+    return answer
+
+
+def _rise_error(task: str, column: str, relative: bool) -> np.ndarray:
+    """Error of a rise in one model, its two ends taken as independent (on the safe side: they are paired)."""
+    values, errors = (_by_loop(task, name, key_group="masked") for name in (column, f"{column}_se"))
+    last = looped(task) - 1
+    error = np.hypot(errors[0], errors[last])
+    return (error / values[0] if relative else error).to_numpy()
+
+
+def _saturates(task: str) -> Answer:
+    values, most = _by_loop(task, "log_odds", key_group="masked"), looped(task)
+    rise = values[most - 1] - values[0]
+    further = ((values[2 * most - 1] - values[most - 1]) / rise).where(rise > 0)  # no rise: undecided
+    return over_seeds(further.to_numpy(), np.full(len(further), np.nan), len(further), 1)
+
+
+# --- what is shown ---
+
+EXHIBITS = (
+    Exhibit(
         "mask-to-mask-by-loop",
         ("mask-attention",),
         mask_to_mask,
@@ -143,8 +184,12 @@ FIGURES = (
         Loop i is the same for every n_loops > i, so there is one curve. The paper reports that mask-to-mask
         attention rises with the loop count and saturates near S_max; a flat or falling curve counts against
         it. {OURS} {ONE}""",
+        (
+            Reading("mask-to-mask-rises", _rise("log_odds"), ("mask-attention", "nll-by-loops")),
+            Reading("mask-to-mask-saturates", _saturates, ("mask-attention",)),
+        ),
     ),
-    Figure(
+    Exhibit(
         "saturation",
         ("mask-attention-by-s-max",),
         saturation,
@@ -156,7 +201,7 @@ FIGURES = (
         the right count against it; so does one that does not rise. {OURS} One seed of training a line; of
         S_max = 6 four more (thin).""",
     ),
-    Figure(
+    Exhibit(
         "attention-maps",
         ("attention-maps",),
         attention_maps,
@@ -165,7 +210,7 @@ FIGURES = (
         head is the one that changes most: an illustration, n = 1, not a test. The map at loop i is the map a
         run with n_loops = i ends on. {OURS} {ONE}""",
     ),
-    Figure(
+    Exhibit(
         "attention-content",
         ("mask-attention", "attention-along-sampling"),
         content,
@@ -175,8 +220,9 @@ FIGURES = (
         log-odds of a masked against a clean key before some denoising steps of the model's own samples, 64 of
         them; in the first step nothing is clean. {GRIDS}; {TEXT}. Log-odds that rise while content does not
         would say that masked positions look at each other more and tell each other no more. {OURS} {ONE}""",
+        (Reading("content-rises", _rise("content", relative=True), ("mask-attention", "nll-by-loops")),),
     ),
-    Figure(
+    Exhibit(
         "specification-curve",
         ("attention-specifications",),
         specifications,
@@ -188,7 +234,7 @@ FIGURES = (
         grows most). {GRIDS}; {TEXT}. One definition that falls where others rise means that the claim depends
         on the definition. One seed of training; the definitions are ours, the paper's is not public.""",
     ),
-    Figure(
+    Exhibit(
         "attention-heads",
         ("attention-heads",),
         heads,

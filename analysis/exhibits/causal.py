@@ -1,11 +1,27 @@
 """Figures of causal tests: cuts, stale values, the trained 2 x 2, looping without training."""
 
 import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from loopmdm.analysis.exhibits.figure import GRIDS, MEANS, ONE, OURS, TEXT, Figure, Tables, of_models, panels
+from loopmdm.analysis.exhibits import tables
+from loopmdm.analysis.exhibits.answers import Answer, NotRun, of_arm, over_seeds, rows_of, units
+from loopmdm.analysis.exhibits.registry import (
+    GRIDS,
+    MEANS,
+    ONE,
+    OURS,
+    TEXT,
+    Exhibit,
+    Reading,
+    Tables,
+    of_models,
+    panels,
+)
 from loopmdm.analysis.plots import causal, quality
 from loopmdm.analysis.plots.style import COLUMN, PAGE
+from loopmdm.model import stats
 
 TWO_BY_TWO = ("base", "loop", "base-isolated", "loop-isolated")
 
@@ -60,8 +76,52 @@ def training_free(loaded: Tables) -> MatplotlibFigure:
     return drawn
 
 
-FIGURES = (
-    Figure(
+# --- answers to claims ---
+
+
+def _two_by_two(task: str) -> Answer:
+    df = tables.load("nll-by-loops")
+    df = df[(df["task"] == task) & (df["n_loops"] == df["max_loops"])].sort_values("seed")
+    arms = {
+        arm: df[df["arm"] == arm]["nll"].to_numpy() for arm in ("loop", "base", "loop-isolated", "base-isolated")
+    }
+    if min(map(len, arms.values())) < 2:
+        raise NotRun
+    estimate, low, high = stats.interaction(*arms.values())
+    return Answer(estimate, low, high, min(map(len, arms.values())), 1000)
+
+
+def _shares(task: str, edges: str, matched: bool) -> pd.DataFrame:
+    """Share of the gain lost by one arm, by model; NaN where there is no gain to lose."""
+    rows = rows_of("mediated-share", task, edges=edges, matched=matched)
+    return rows.set_index("model")[["share", "share_se", "n"]].sort_index()
+
+
+def _needs_mask_to_mask(task: str) -> Answer:
+    cut, control = _shares(task, "masked->masked", False), _shares(task, "masked->masked", True)
+    values = (cut["share"] - control["share"]).to_numpy()
+    errors = np.hypot(cut["share_se"], control["share_se"]).to_numpy()
+    return over_seeds(values, errors, int(cut["n"].iloc[0]), units(task))
+
+
+def _update_matters(task: str) -> Answer:
+    rows = _shares(task, "stale", False)
+    return over_seeds(rows["share"].to_numpy(), rows["share_se"].to_numpy(), int(rows["n"].iloc[0]), units(task))
+
+
+def _training_free(task: str) -> Answer:
+    rows = of_arm(tables.load("training-free"), task, "base")
+    rows = rows[(rows["n_loops"] == 2) & (rows["damping"] == "1/n_loops")]
+    if rows.empty:
+        raise NotRun
+    n = int(rows["n"].iloc[0])
+    return over_seeds(rows["change"].to_numpy(), rows["change_se"].to_numpy(), n, units(task))
+
+
+# --- what is shown ---
+
+EXHIBITS = (
+    Exhibit(
         "mediated-share",
         ("mediated-share",),
         mediated_share,
@@ -72,8 +132,12 @@ FIGURES = (
         random cuts lost as much, the gain would not need masked-to-masked attention. 0: the gain survives; 1:
         nothing is left; above 1: looping hurts after the cut (linear to 2, then logarithmic); models without a
         measurable gain have no share. {OURS}""",
+        (
+            Reading("gain-needs-mask-to-mask", _needs_mask_to_mask, ("mediated-share", "nll-by-loops")),
+            Reading("update-matters", _update_matters, ("mediated-share", "nll-by-loops")),
+        ),
     ),
-    Figure(
+    Exhibit(
         "cut-effects",
         ("cut-effects", "stale-effects"),
         cut_effects,
@@ -83,7 +147,7 @@ FIGURES = (
         one attention path, paired by sequence and mask. Numbers near 0 would say that loops do not use what
         masked positions tell each other. {OURS} {ONE}""",
     ),
-    Figure(
+    Exhibit(
         "trained-two-by-two",
         ("nll-by-loops",),
         two_by_two,
@@ -92,8 +156,9 @@ FIGURES = (
         loop arms at S_max; bars: means. Equal size and training FLOPs; 1,000 grids of unseen classes, one mask
         each. If looping gained as much without masked-to-masked attention, the paper's explanation of why
         looping works would be wrong. The design is ours.""",
+        (Reading("trained-without-mask-to-mask", _two_by_two, ("nll-by-loops",)),),
     ),
-    Figure(
+    Exhibit(
         "training-free",
         ("training-free",),
         training_free,
@@ -101,5 +166,6 @@ FIGURES = (
         Left: change of the NELBO. Right: rise of the masked-to-masked log-odds from the first to the last loop
         at half masked, self excluded. {GRIDS}; {TEXT}; one mask each. {MEANS} If the log-odds rise here, too,
         a rise in looped models says nothing about training with loops. Definitions are ours.""",
+        (Reading("training-free", _training_free, ("training-free", "nll-by-loops")),),
     ),
 )

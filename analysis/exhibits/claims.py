@@ -3,8 +3,9 @@
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure as MatplotlibFigure
 
+from loopmdm.analysis.exhibits import attention, causal, inference, known, representation, stopping, training
 from loopmdm.analysis.exhibits import verdicts as claims
-from loopmdm.analysis.exhibits.figure import Figure, Tables
+from loopmdm.analysis.exhibits.registry import Exhibit, Tables
 from loopmdm.analysis.plots.claims import plot_claims
 from loopmdm.analysis.plots.style import PAGE
 
@@ -17,10 +18,20 @@ def verdicts(loaded: Tables) -> MatplotlibFigure:  # noqa: ARG001 - the answers 
     return drawn
 
 
-FIGURES = (
-    Figure(
+THEMES = (training, inference, stopping, attention, representation, causal, known)
+READ = dict.fromkeys(
+    table
+    for theme in THEMES
+    for exhibit in theme.EXHIBITS
+    for reading in exhibit.answers
+    for table in reading.reads
+)
+"""The tables that the answers are read off."""
+
+EXHIBITS = (
+    Exhibit(
         "claims",
-        claims.TABLES,
+        tuple(READ),
         verdicts,
         """The paper's claims put to measurements that could have said no, on our small models. Supported: the
         whole 95% interval lies beyond the margin in the claimed direction; not supported: the whole interval

@@ -13,9 +13,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from loopmdm.analysis.exhibits import FAMILIES, FIGURES, tables
+from loopmdm.analysis.exhibits import EXHIBITS, Exhibit, by_theme, tables
 from loopmdm.analysis.exhibits import verdicts as claims
-from loopmdm.analysis.exhibits.figure import Figure
 from loopmdm.analysis.numbers import provenance
 from loopmdm.analysis.plots.claims import said
 from loopmdm.analysis.plots.style import FORMATS
@@ -46,14 +45,14 @@ def changed(names: Iterable[str], out: Path, gallery: Path) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder)
         for name in names:
-            FIGURES[name].draw(out=fresh)
+            EXHIBITS[name].draw(out=fresh)
             found += _differences(name, fresh, out) + against_gallery(name, fresh, gallery, known, same_versions)
     return found
 
 
 def outdated(names: Iterable[str]) -> list[str]:
     """Tables of these figures that are of other weights or measures than those here."""
-    used = dict.fromkeys(table for name in names for table in FIGURES[name].tables)
+    used = dict.fromkeys(table for name in names for table in EXHIBITS[name].tables)
     return [tables.outdated(name) for name in used if not tables.is_current(name)]
 
 
@@ -105,12 +104,12 @@ def write_gallery(root: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder)
         hashes = {}
-        for name, figure in FIGURES.items():
+        for name, figure in EXHIBITS.items():
             figure.draw(out=fresh)
             write_atomic(gallery / f"{name}.png", lambda path, source=fresh / f"{name}.png": shrunk(source, path))
             hashes[name] = json.loads((fresh / f"{name}.json").read_text())["tables"]
     for path in gallery.glob("*.png"):
-        if path.stem not in FIGURES:
+        if path.stem not in EXHIBITS:
             path.unlink()
     write_json(gallery / HASHES, {"versions": versions(provenance.DRAWING), "tables": hashes})
     for path, text in pages(root).items():
@@ -146,11 +145,11 @@ def _replaced(text: str, name: str, block: str) -> str:
 
 def headline() -> str:
     """The README's picture with its caption."""
-    figure = FIGURES[HEADLINE]
+    figure = EXHIBITS[HEADLINE]
     return f"![{first_sentence(figure)}](figures/gallery/{HEADLINE}.png)\n\n*{figure.text}*"
 
 
-def first_sentence(figure: Figure) -> str:
+def first_sentence(figure: Exhibit) -> str:
     """What a picture shows, for those who cannot see it."""
     return re.split(r"(?<=\.) ", figure.text, maxsplit=1)[0].rstrip(".")
 
@@ -183,14 +182,13 @@ def gallery_page() -> str:
         "Every figure of the study, as drawn from the committed tables of the shipped models. This page and the",
         "pictures are generated (`make gallery`) and held against the tables by `loopmdm figures --check`.\n",
     ]
-    for family, module in FAMILIES.items():
-        parts.append(f"## {family[0].upper()}{family[1:]}\n")
-        for figure in module.FIGURES:
-            parts.append(_entry(figure, by_figure.get(figure.name, [])))
+    for title, shown in by_theme().items():
+        parts.append(f"## {title}\n")
+        parts += [_entry(figure, by_figure.get(figure.name, [])) for figure in shown]
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _entry(figure: Figure, asked: list[str]) -> str:
+def _entry(figure: Exhibit, asked: list[str]) -> str:
     rows = ", ".join(f"`{name}`" for name in figure.tables)
     lines = [f"### {figure.name}\n", f"![{first_sentence(figure)}](gallery/{figure.name}.png)\n"]
     if asked:

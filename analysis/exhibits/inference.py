@@ -1,11 +1,35 @@
 """Figures of inference: quality by number of loops."""
 
+from collections.abc import Callable
+
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from loopmdm.analysis.exhibits.figure import MEANS, SEEDS, Figure, Tables, compared, elsewhere, of_models, panels
+from loopmdm.analysis.exhibits import tables
+from loopmdm.analysis.exhibits.answers import (
+    Answer,
+    NotRun,
+    between_arms,
+    looped,
+    nll,
+    of_arm,
+    over_seeds,
+    rows_of,
+)
+from loopmdm.analysis.exhibits.registry import (
+    MEANS,
+    SEEDS,
+    Exhibit,
+    Reading,
+    Tables,
+    compared,
+    elsewhere,
+    of_models,
+    panels,
+)
 from loopmdm.analysis.plots import quality
 from loopmdm.analysis.plots.style import PAGE, half_width
 from loopmdm.model.zoo.runs import Zoo
@@ -167,8 +191,86 @@ def loops_or_steps(loaded: Tables) -> MatplotlibFigure:
     return drawn
 
 
-FIGURES = (
-    Figure(
+# --- answers to claims ---
+
+
+def _against(arm: str, at: Callable[[int], int]) -> Callable[[str], Answer]:
+    def answer(task: str) -> Answer:
+        ours, theirs = nll(task, "loop", at(looped(task))), nll(task, arm, 1)
+        return between_arms(ours, theirs, "nll", "change_from_base" if arm == "base" else None)
+
+    return answer
+
+
+def _change(last: Callable[[int], int], first: Callable[[int], int]) -> Callable[[str], Answer]:
+    """NELBO at one S less that at another, of the same looped models."""
+
+    def answer(task: str) -> Answer:
+        most = looped(task)
+        ours, theirs = nll(task, "loop", last(most)), nll(task, "loop", first(most))
+        values = ours["nll"].to_numpy() - theirs["nll"].to_numpy()
+        errors = ours["change_from_s1_se"].to_numpy()  # of one seed; against S = 1 only
+        if first(most) != 1 and len(values) == 1:
+            errors = np.full(1, np.nan)
+        return over_seeds(values, errors, int(ours["n"].iloc[0]), int(ours["n_units"].iloc[0]))
+
+    return answer
+
+
+def _most_by_half(task: str) -> Answer:
+    most = looped(task)
+    one, half, whole = (nll(task, "loop", s)["nll"].to_numpy() for s in (1, most // 2, most))
+    gain = one - whole
+    shares = np.where(gain > 0, (one - half) / gain, np.nan)  # no gain, no share of it: undecided
+    return over_seeds(shares, np.full(len(gain), np.nan), len(gain), 1)
+
+
+def _intermediate_noise(task: str) -> Answer:
+    df = rows_of("noise-level", task, n_loops=looped(task))
+    values = []
+    for _, part in df.groupby("model"):
+        low, mid, high = (
+            part[(part["mask_ratio"] > a) & (part["mask_ratio"] < b)]["gain"].mean()
+            for a, b in ((0, 0.3), (0.3, 0.7), (0.7, 1))
+        )
+        values.append(mid - max(low, high))
+    return over_seeds(np.array(values), np.full(len(values), np.nan), int(df["n"].min()), 1)
+
+
+def _solves(task: str) -> Answer:
+    df = tables.load("sudoku-solve-rate")
+    df = df[df["task"] == task]
+    return between_arms(
+        df[(df["arm"] == "loop") & (df["n_loops"] == looped(task))],
+        df[(df["arm"] == "base") & (df["n_loops"] == 1)],
+        "solve_rate",
+    )
+
+
+def _zero_shot(task: str) -> Answer:
+    df, most = tables.load("zero-shot"), looped(task)
+    loop = of_arm(df[df["n_loops"] == most], task, "loop", first=True).set_index("corpus")
+    base = of_arm(df[df["n_loops"] == 1], task, "base", first=True).set_index("corpus")
+    if loop.empty or base.empty:
+        raise NotRun
+    difference = loop["nelbo"] - base["nelbo"]
+    worst = str(difference.idxmax())
+    error = float(np.hypot(loop.loc[worst, "standard_error"], base.loc[worst, "standard_error"]))
+    units = int(loop.loc[worst, "n_documents"])
+    return over_seeds(np.array([difference[worst]]), np.array([error]), int(loop.loc[worst, "n"]), units)
+
+
+def _word_problems(task: str) -> Answer:
+    df = tables.load("word-problems")
+    df = df[(df["task"] == task) & (df["problems"] == "gsm-symbolic")]
+    ours = df[(df["arm"] == "loop") & (df["n_loops"] == looped(task))]
+    return between_arms(ours, df[(df["arm"] == "base") & (df["n_loops"] == 1)], "accuracy")
+
+
+# --- what is shown ---
+
+EXHIBITS = (
+    Exhibit(
         "nll-by-loops",
         ("nll-by-loops", "references"),
         nll_by_loops,
@@ -177,8 +279,16 @@ FIGURES = (
         looping without training for it and may leave the panel. Left: level. Right: paired change from S = 1.
         1,000 grids of unseen classes; all 1,957 test blocks of 8 unseen speeches; one mask a sequence. {SEEDS}
         The paper: more loops, lower NLL, also beyond S_max, and S = 1 worse than the base model.""",
+        (
+            Reading("better-at-equal-flops", _against("base", lambda s: s), ("nll-by-loops",)),
+            Reading("better-than-deeper", _against("deep", lambda s: s), ("nll-by-loops",)),
+            Reading("one-loop-is-worse", _against("base", lambda _: 1), ("nll-by-loops",)),
+            Reading("more-loops-are-better", _change(lambda s: s, lambda _: 1), ("nll-by-loops",)),
+            Reading("better-beyond-s-max", _change(lambda s: 2 * s, lambda s: s), ("nll-by-loops",)),
+            Reading("most-by-half", _most_by_half, ("nll-by-loops",)),
+        ),
     ),
-    Figure(
+    Exhibit(
         "nll-by-loops-elsewhere",
         ("nll-by-loops",),
         other_nll,
@@ -190,7 +300,7 @@ FIGURES = (
         corpus; a loop curve that does not fall, or ends above base at S = 1, counts against it, except on the
         chain, where nothing is to be gained.""",
     ),
-    Figure(
+    Exhibit(
         "sudoku-solve-rate",
         ("sudoku-solve-rate",),
         sudoku_solve_rate,
@@ -201,8 +311,9 @@ FIGURES = (
         deep: the looped layer untied. The puzzle sets and the one-shot protocol are ours; the paper's are not
         public. A loop curve that does not rise above the base arm's S = 1 would count against the claim that
         looping helps.""",
+        (Reading("solves-what-shallow-cannot", _solves, ("sudoku-solve-rate",)),),
     ),
-    Figure(
+    Exhibit(
         "word-problems",
         ("nll-by-loops", "word-problems"),
         word_problems,
@@ -217,8 +328,9 @@ FIGURES = (
         model's, too; accuracy that does not rise above base's counts against it. Chance level: no interval
         lies more than two points above the dotted line; such a panel says nothing about looping, only that
         these models do not do arithmetic. One seed.""",
+        (Reading("reasoning", _word_problems, ("word-problems",)),),
     ),
-    Figure(
+    Exhibit(
         "gain-by-noise",
         ("noise-level",),
         gain_by_noise,
@@ -226,8 +338,9 @@ FIGURES = (
         several loop counts, looped models. 1,000 grids of unseen classes; all test blocks of 8 unseen
         speeches; one mask each. {MEANS} The band is that of S_max. The paper reports the largest gain at
         intermediate noise; a curve that peaks at an end counts against it.""",
+        (Reading("intermediate-noise", _intermediate_noise, ("noise-level",)),),
     ),
-    Figure(
+    Exhibit(
         "zero-shot",
         ("zero-shot",),
         zero_shot,
@@ -235,8 +348,9 @@ FIGURES = (
         95% over documents. Stand-ins: quac-wiki for WikiText, headlines for AG News, xsum for LM1B, pubmed
         abstracts. Base and loop of equal size and training FLOPs, one seed. The paper: the looped model is
         better on all seven at S_max; one corpus on which base is ahead counts against it.""",
+        (Reading("zero-shot", _zero_shot, ("zero-shot",)),),
     ),
-    Figure(
+    Exhibit(
         "generative",
         ("generative",),
         generative,
@@ -247,7 +361,7 @@ FIGURES = (
         S, most at few steps; a column that does not fall upwards counts against it (errors are of single
         cells; no correction for their number). One seed of training.""",
     ),
-    Figure(
+    Exhibit(
         "loops-or-steps",
         ("loops-or-steps",),
         loops_or_steps,

@@ -22,8 +22,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from loopmdm.analysis import exhibits as figures
-from loopmdm.analysis.exhibits import tables
+from loopmdm.analysis.exhibits import EXHIBITS, tables
 from loopmdm.analysis.exhibits.tables import Table, quality
 from loopmdm.model.corpora.fetch import cache_folder, serving, sources
 from loopmdm.model.errors import UsageError
@@ -73,7 +72,7 @@ def plan(zoo: Zoo | None = None) -> Items:
         _add_model(items, run, zoo)
     for name in TopologicalSorter({table.name: table.tables for table in tables.TABLES.values()}).static_order():
         _add_table(items, tables.table(name), zoo)
-    for figure in figures.FIGURES.values():
+    for figure in EXHIBITS.values():
         needs = tuple(f"table/{name}" for name in figure.tables)
         drawn = _drawn(figure.name, figure.tables, tables.tables_folder())
         _add(items, "figure", figure.name, "", ("figures", figure.name), drawn, needs)

@@ -3,7 +3,8 @@
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from loopmdm.analysis.exhibits.figure import GRIDS, ONE, OURS, TEXT, Figure, Tables, panels
+from loopmdm.analysis.exhibits.answers import Answer, over_seeds, rows_of, units
+from loopmdm.analysis.exhibits.registry import GRIDS, ONE, OURS, TEXT, Exhibit, Reading, Tables, panels
 from loopmdm.analysis.plots import representation
 from loopmdm.analysis.plots.style import PAGE, half_width, mark_s_max
 
@@ -111,8 +112,19 @@ def state_paths(loaded: Tables) -> MatplotlibFigure:
     return drawn
 
 
-FIGURES = (
-    Figure(
+# --- answers to claims ---
+
+
+def _converge(task: str) -> Answer:
+    rows = rows_of("convergence", task, token_group="masked", metric="step_norm")
+    n = int(rows["n"].iloc[0])
+    return over_seeds(rows["value"].to_numpy(), rows["standard_error"].to_numpy(), n, units(task))
+
+
+# --- what is shown ---
+
+EXHIBITS = (
+    Exhibit(
         "representation-change",
         ("representation-change",),
         representation_change,
@@ -121,7 +133,7 @@ FIGURES = (
         to the previous one; share of best tokens that flip. {GRIDS}; {TEXT}. Bands: 95%. A relative change
         that only follows the dotted line is no convergence. {OURS} {ONE}""",
     ),
-    Figure(
+    Exhibit(
         "lenses",
         ("representation-change",),
         lenses,
@@ -132,7 +144,7 @@ FIGURES = (
         Loops that refine an answer raise p(true) at least to S_max; a fall there counts against it. {OURS}
         {ONE}""",
     ),
-    Figure(
+    Exhibit(
         "similarity",
         ("similarity",),
         similarity,
@@ -141,7 +153,7 @@ FIGURES = (
         that a state which only grows counts as unchanged. Neighbours that stay below 1 far out would say that
         loops go on computing. {OURS} {ONE}""",
     ),
-    Figure(
+    Exhibit(
         "far-out",
         ("convergence", "fixed-points"),
         far_out,
@@ -151,8 +163,9 @@ FIGURES = (
         convergence needs both slopes below -1.25. Right: how far one more loop moves the state at loop 64, 16
         sequences, 95%; a fixed point is called verified only where this is below 1e-4 (dotted) and steps have
         shrunk. The paper speaks of refinement that converges; slopes above that count against it. {OURS}""",
+        (Reading("loops-converge", _converge, ("convergence", "nll-by-loops")),),
     ),
-    Figure(
+    Exhibit(
         "state-paths",
         ("state-paths",),
         state_paths,

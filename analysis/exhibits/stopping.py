@@ -1,9 +1,12 @@
 """Figures of adaptive stopping."""
 
 import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from loopmdm.analysis.exhibits.figure import GRIDS, TEXT, Figure, Tables, panels
+from loopmdm.analysis.exhibits.answers import Answer, over_seeds, rows_of
+from loopmdm.analysis.exhibits.registry import GRIDS, TEXT, Exhibit, Reading, Tables, panels
 from loopmdm.analysis.plots import stopping
 from loopmdm.analysis.plots.style import COLUMN, PAGE
 
@@ -50,8 +53,36 @@ def sampling_savings(loaded: Tables) -> MatplotlibFigure:
     return drawn
 
 
-FIGURES = (
-    Figure(
+# --- answers to claims ---
+
+
+def _verdict_rows(task: str) -> pd.DataFrame:
+    """State-delta of every looped model, in the order of seeds."""
+    return rows_of("stopping-verdicts", task, rule="state-delta").sort_values("seed")
+
+
+def _halves_loops(task: str) -> Answer:
+    rows = _verdict_rows(task)
+    share = np.where(rows["verdict"] == "supported", rows["mean_loops"] / rows["of_loops"], 1.0)
+    errors = rows["mean_loops_se"] / rows["of_loops"]
+    return over_seeds(share, errors.to_numpy(), int(rows["n"].iloc[0]), int(rows["n_units"].iloc[0]))
+
+
+def _knows_where(task: str) -> Answer:
+    rows = _verdict_rows(task)
+    contrasts = rows[[f"against_{name}" for name in ("fixed", "schedule", "shuffled")]].to_numpy()
+    errors = rows[[f"against_{name}_se" for name in ("fixed", "schedule", "shuffled")]].to_numpy()
+    worst = contrasts.argmax(axis=1)  # the control that comes nearest, or wins
+    index = np.arange(len(rows))
+    return over_seeds(
+        contrasts[index, worst], errors[index, worst], int(rows["n"].iloc[0]), int(rows["n_units"].iloc[0])
+    )
+
+
+# --- what is shown ---
+
+EXHIBITS = (
+    Exhibit(
         "stopping-frontier",
         ("stopping-frontier",),
         stopping_frontier,
@@ -61,8 +92,12 @@ FIGURES = (
         one seed of training. A rule that lies on or above the fixed or the scheduled line saves nothing by
         looking at the sequence. The vertical range is that of fixed S. The paper stops on small state changes;
         its threshold and scope are not public, ours are the masked positions of a sequence.""",
+        (
+            Reading("stopping-halves-loops", _halves_loops, ("stopping-verdicts",)),
+            Reading("stopping-knows-where", _knows_where, ("stopping-verdicts",)),
+        ),
     ),
-    Figure(
+    Exhibit(
         "loops-used",
         ("stopping-by-step", "stopping-usage"),
         loops_used,
@@ -72,7 +107,7 @@ FIGURES = (
         sequences stop and where tokens stop. {GRIDS}; {TEXT}; bars: 95%. One seed of training. If a rule spent
         loops on what is hard, high losses would use more of them. Definitions are ours.""",
     ),
-    Figure(
+    Exhibit(
         "sampling-savings",
         ("stopping-in-sampling",),
         sampling_savings,

@@ -4,7 +4,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from loopmdm.analysis.exhibits.figure import SEEDS, Figure, Tables, compared, elsewhere, panels
+from loopmdm.analysis.exhibits import tables
+from loopmdm.analysis.exhibits.answers import Answer, NotRun, between_arms
+from loopmdm.analysis.exhibits.registry import SEEDS, Exhibit, Reading, Tables, compared, elsewhere, panels
 from loopmdm.analysis.plots import quality
 from loopmdm.analysis.plots.style import AMOUNT_STYLE, PAGE, PLACE_STYLE
 
@@ -100,8 +102,39 @@ def amount(loaded: Tables) -> MatplotlibFigure:
     return drawn
 
 
-FIGURES = (
-    Figure(
+# --- answers to claims ---
+
+
+def _fewer_flops(task: str) -> Answer:
+    df = tables.load("flops-to-target")
+    part = df[(df["task"] == task) & (df["arm"] == "loop") & (df["against"] == "base") & (df["share"] == 1)]
+    if part.empty:
+        raise NotRun
+    row = part.iloc[0]
+    if row["n_reached"] == 0 and row["n"] > 1:  # no looped run gets there within the budget
+        return Answer(*[float("nan")] * 3, int(row["n"]), 0, "not supported")
+    return Answer(row["ratio"], row["low"], row["high"], int(row["n"]), 0)
+
+
+PLACES = ("loop-early", "loop-first", "loop-middle", "loop-late", "loop-two", "loop-whole")
+"""Placements of the loop in five layers, the claimed one first."""
+
+
+def _placement(task: str) -> Answer:
+    """Each at its own S_max; the best of the others is chosen by the same numbers, which is hard on the claim."""
+    df = tables.load("nll-by-loops")
+    df = df[(df["task"] == task) & (df["n_loops"] == df["max_loops"])]
+    arms = {arm: df[df["arm"] == arm] for arm in PLACES}
+    if any(part.empty for part in arms.values()):
+        raise NotRun
+    early = arms.pop(PLACES[0])
+    return between_arms(early, min(arms.values(), key=lambda part: part["nll"].mean()), "nll")
+
+
+# --- what is shown ---
+
+EXHIBITS = (
+    Exhibit(
         "learning-curves",
         ("learning-curves",),
         learning_curves,
@@ -110,7 +143,7 @@ FIGURES = (
         sequences, two masks each. {SEEDS} The paper: the looped model reaches the base model's NLL with fewer
         FLOPs; a loop curve that stays above the base curve counts against it.""",
     ),
-    Figure(
+    Exhibit(
         "learning-curves-elsewhere",
         ("learning-curves",),
         other_curves,
@@ -120,7 +153,7 @@ FIGURES = (
         looping pays on every corpus; a loop curve that stays above the base curve counts against it, except on
         the chain, where nothing is to be gained.""",
     ),
-    Figure(
+    Exhibit(
         "flops-to-target",
         ("flops-to-target",),
         flops_to_target,
@@ -131,8 +164,9 @@ FIGURES = (
         or not by all of the second's own. Budgets are equal; at a small share all arms are on the same
         plateau. The paper: up to 3.3 times fewer FLOPs for loop against base at the end of the budget; a ratio
         below 1 at 100% counts against it.""",
+        (Reading("fewer-training-flops", _fewer_flops, ("flops-to-target",)),),
     ),
-    Figure(
+    Exhibit(
         "arms",
         ("nll-by-loops", "sudoku-solve-rate"),
         arms,
@@ -143,7 +177,7 @@ FIGURES = (
         grids. The paper: looped models beat same-size and deeper ones; a higher NELBO, or fewer solved, than
         base or deep counts against it.""",
     ),
-    Figure(
+    Exhibit(
         "placement",
         ("nll-by-loops", "sudoku-solve-rate"),
         placement,
@@ -156,8 +190,9 @@ FIGURES = (
         early-middle. The paper: few layers suffice and early-middle is the best place; another placement that
         ends lower counts against it. Most runs are still falling when the budget ends; of the 1st layer and of
         two layers, seeds lie as far apart as places.""",
+        (Reading("placement", _placement, ("nll-by-loops",)),),
     ),
-    Figure(
+    Exhibit(
         "amount-of-looping",
         ("nll-by-loops", "sudoku-solve-rate"),
         amount,

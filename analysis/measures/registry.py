@@ -107,4 +107,5 @@ def fingerprints(names: Iterable[str]) -> dict[str, str]:
     return {name: MEASURES[name].fingerprint for name in sorted(set(names))}
 
 
-MEASURES: Registry[Measure] = Registry("measure", Measure, "loopmdm.measures", package="loopmdm.analysis.measures")
+FILES = ("loopmdm.analysis.measures", "MEASURES")
+MEASURES: Registry[Measure] = Registry("measure", Measure, "loopmdm.measures", files=FILES)

@@ -8,13 +8,14 @@ import io
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from loopmdm.analysis.exhibits import FIGURES, Figure, tables
+from loopmdm.analysis.exhibits import EXHIBITS, Exhibit, by_theme, tables
 from loopmdm.analysis.exhibits import verdicts as claims
 from loopmdm.analysis.numbers import provenance
 from loopmdm.analysis.plots.style import style
@@ -44,7 +45,7 @@ class Picture:
 def check_tables() -> None:
     """UsageError if a table of a figure is not committed: a report draws, it does not measure."""
     folder = tables.tables_folder()
-    needed = dict.fromkeys(name for figure in FIGURES.values() for name in figure.tables)
+    needed = dict.fromkeys(name for figure in EXHIBITS.values() for name in figure.tables)
     missing = [name for name in needed if not (folder / f"{name}.parquet").is_file()]
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -54,7 +55,7 @@ def check_tables() -> None:
         )
 
 
-def picture(figure: Figure) -> Picture:
+def picture(figure: Exhibit) -> Picture:
     """Draw a figure from its tables, as PNG: a page of SVGs is no smaller, and takes a browser a second more."""
     drawn = figure.draw()
     inches = drawn.get_size_inches()
@@ -105,13 +106,13 @@ def _counts(rows: list[dict[str, str]]) -> str:
     return ", ".join(f"{n} {'are' if n != 1 else 'is'} {kind}" for kind, n in counts if n)
 
 
-def report(progress: Callable[[list[Figure]], Iterable[Figure]] = iter) -> str:
+def report(progress: Callable[[list[Exhibit]], Iterable[Exhibit]] = iter) -> str:
     """The whole page as HTML; `progress` wraps the list of figures."""
     check_tables()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         rows, looked_at = claim_rows(), inputs()
-        pictures = [picture(figure) for figure in progress(list(FIGURES.values()))]
+        pictures = [picture(figure) for figure in progress(list(chain(*by_theme().values())))]
     notes = list(dict.fromkeys(str(item.message) for item in said))
     for note in notes:  # each once, on the page and here
         warnings.warn(note, stacklevel=2)
@@ -119,7 +120,7 @@ def report(progress: Callable[[list[Figure]], Iterable[Figure]] = iter) -> str:
         "page.html",
         claims=rows,
         counts=_counts(rows),
-        names=set(FIGURES),
+        names=set(EXHIBITS),
         data=payload(looked_at),
         models=", ".join(dict.fromkeys(run.model for _, runs in looked_at for run in runs)),
         figures=pictures,
@@ -130,7 +131,7 @@ def report(progress: Callable[[list[Figure]], Iterable[Figure]] = iter) -> str:
     )
 
 
-def write_report(out: Path, progress: Callable[[list[Figure]], Iterable[Figure]] = iter) -> None:
+def write_report(out: Path, progress: Callable[[list[Exhibit]], Iterable[Exhibit]] = iter) -> None:
     """Write the page to `out`, whole or not at all."""
     page = report(progress)
     write_atomic(out, lambda temporary: temporary.write_text(page, encoding="utf-8"))

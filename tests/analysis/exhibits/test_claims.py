@@ -1,16 +1,23 @@
 """Verdicts follow intervals, answers recover planted truths, and every entry can be answered."""
 
+import contextlib
+
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats as distributions
 
 from loopmdm.analysis import exhibits as figures
+from loopmdm.analysis.exhibits import answers, causal, inference, tables
 from loopmdm.analysis.exhibits import verdicts as claims
-from loopmdm.analysis.exhibits.verdicts import answers, load_claims, verdict
-from loopmdm.analysis.exhibits.verdicts.answers import Answer, NotRun, between_arms, over_seeds
+from loopmdm.analysis.exhibits.answers import Answer, NotRun, between_arms, over_seeds
+from loopmdm.analysis.exhibits.verdicts import load_claims, verdict
 from loopmdm.model import stats
 from loopmdm.model.errors import UsageError
+
+
+def answered(claim: str, task: str) -> Answer:
+    return next(item for item in load_claims() if item.name == claim).reading.answer(task)
 
 
 @pytest.mark.parametrize(
@@ -81,8 +88,23 @@ def test_intervals_over_seeds_cover_the_truth():
 def test_every_claim_has_an_answer_and_a_figure():
     listed = load_claims()
     assert len(listed) >= 10 and len({claim.name for claim in listed}) == len(listed)
-    assert {claim.name for claim in listed} == set(answers.ANSWERS)
-    assert {claim.figure for claim in listed} <= set(figures.FIGURES)
+    read = [reading.claim for exhibit in figures.EXHIBITS.values() for reading in exhibit.answers]
+    assert sorted(read) == sorted(claim.name for claim in listed)
+    assert all(claim.reading.claim == claim.name for claim in listed)
+
+
+def test_every_answer_reads_the_tables_that_it_names(monkeypatch):
+    """Each on its own; and the figure of the claims is drawn from all of them."""
+    load, union = tables.load, set()
+    for claim in load_claims():
+        read: set[str] = set()
+        monkeypatch.setattr(tables, "load", lambda name, read=read: read.add(name) or load(name))
+        for task in claim.tasks:
+            with contextlib.suppress(NotRun):
+                claim.reading.answer(task)
+        assert read == set(claim.reading.reads), claim.name
+        union |= read
+    assert union == set(figures.EXHIBITS["claims"].tables)
 
 
 def test_the_table_has_a_line_for_every_claim_and_task():
@@ -97,10 +119,10 @@ def test_the_table_has_a_line_for_every_claim_and_task():
 
 def test_one_text_model_is_judged_by_its_documents():
     """Blocks of one speech are not independent: Student's t has as many units as speeches."""
-    assert answers._units("sotu") == 8 and answers._units("sudoku") == 1000
-    shares = answers._shares("sotu", "stale", False)
+    assert answers.units("sotu") == 8 and answers.units("sudoku") == 1000
+    shares = causal._shares("sotu", "stale", False)
     if len(shares) == 1:
-        found = answers.ANSWERS["update-matters"]("sotu")
+        found = answered("update-matters", "sotu")
         half = distributions.t.ppf(0.975, 7) * shares["share_se"].iloc[0]
         assert found.high - found.estimate == pytest.approx(half)
 
@@ -126,14 +148,14 @@ def test_answers_recover_planted_tables(monkeypatch):
         for arm, levels in (("base", {1: 1.0, 2: 3.0, 4: 3.0}), ("loop", {1: 1.3, 2: 0.5, 4: 0.6}))
         for s, level in levels.items() for seed in (0, 1)
     ]  # fmt: skip
-    monkeypatch.setattr(answers.tables, "load", lambda name: pd.DataFrame(rows))
-    monkeypatch.setattr(answers, "_looped", lambda task: 2)
-    assert answers.ANSWERS["better-at-equal-flops"]("sudoku").estimate == pytest.approx(-0.5)
-    assert answers.ANSWERS["one-loop-is-worse"]("sudoku").estimate == pytest.approx(0.3)
-    assert answers.ANSWERS["more-loops-are-better"]("sudoku").estimate == pytest.approx(-0.8)
-    assert answers.ANSWERS["better-beyond-s-max"]("sudoku").estimate == pytest.approx(0.1)
+    monkeypatch.setattr(tables, "load", lambda name: pd.DataFrame(rows))
+    monkeypatch.setattr(inference, "looped", lambda task: 2)
+    assert answered("better-at-equal-flops", "sudoku").estimate == pytest.approx(-0.5)
+    assert answered("one-loop-is-worse", "sudoku").estimate == pytest.approx(0.3)
+    assert answered("more-loops-are-better", "sudoku").estimate == pytest.approx(-0.8)
+    assert answered("better-beyond-s-max", "sudoku").estimate == pytest.approx(0.1)
     with pytest.raises(NotRun):
-        answers.ANSWERS["better-than-deeper"]("sudoku")
+        answered("better-than-deeper", "sudoku")
 
 
 def test_a_placement_is_compared_with_the_best_of_the_others_at_its_own_s_max(monkeypatch):
@@ -143,9 +165,9 @@ def test_a_placement_is_compared_with_the_best_of_the_others_at_its_own_s_max(mo
          "nll": level + 0.01 * seed + (s != 2)}
         for place, level in levels.items() for seed in (0, 1) for s in (1, 2, 3)
     ]  # fmt: skip
-    monkeypatch.setattr(answers.tables, "load", lambda name: pd.DataFrame(rows))
-    found = answers.ANSWERS["placement"]("sudoku")
+    monkeypatch.setattr(tables, "load", lambda name: pd.DataFrame(rows))
+    found = answered("placement", "sudoku")
     assert found.estimate == pytest.approx(0.1) and found.low < 0.1 < found.high and found.n_seeds == 2
     rows = [row for row in rows if row["arm"] != "loop-late"]
     with pytest.raises(NotRun):
-        answers.ANSWERS["placement"]("sudoku")
+        answered("placement", "sudoku")

@@ -69,13 +69,3 @@ def test_a_readme_without_its_marks_is_named(tmp_path):
     (tmp_path / "README.md").write_text("# nothing\n")
     with pytest.raises(UsageError, match="generated: headline"):
         gallery.stale_pages(tmp_path)
-
-
-def test_claims_read_the_tables_they_name(monkeypatch):
-    from loopmdm.analysis.exhibits.verdicts import answers
-
-    read = set()
-    load = answers.tables.load
-    monkeypatch.setattr(answers.tables, "load", lambda name: read.add(name) or load(name))
-    claims.claims_table()
-    assert read == set(claims.TABLES)

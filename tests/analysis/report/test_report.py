@@ -176,7 +176,7 @@ def test_what_cannot_be_written_is_refused_at_once(tmp_path):
 
 
 def test_a_missing_table_names_the_command_that_makes_it(tmp_path):
-    missing = "from pathlib import Path; from analysis import tables; "
+    missing = "from pathlib import Path; from loopmdm.analysis.exhibits import tables; "
     missing += f"tables.tables_folder = lambda: Path({str(tmp_path)!r})"
     said = report("--out", tmp_path / "report.html", before=missing, code=2)
     assert "loopmdm table" in said and list(tmp_path.iterdir()) == []

@@ -1,4 +1,9 @@
-"""One figure: the tables it is drawn from, its builder, a caption with its claim, and how it is written."""
+"""The registry of exhibits: what the study shows. Batch, notebooks and tests all use it.
+
+An exhibit is a figure with the tables it is drawn from, its builder, a caption that says what would count against
+the claim, and the answers to claims that are read off its tables. To add one: an entry in EXHIBITS of a file in
+this folder; from another package, an entry point of the group "loopmdm.exhibits".
+"""
 
 import base64
 import textwrap
@@ -13,9 +18,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from loopmdm.analysis.exhibits import tables
+from loopmdm.analysis.exhibits.answers import Answer
 from loopmdm.analysis.numbers import provenance
 from loopmdm.analysis.plots.style import FORMATS, PAGE, png_bytes, style
 from loopmdm.model.files import write_atomic, write_json
+from loopmdm.model.registry import Registry
 from loopmdm.model.training.record import commit, versions
 from loopmdm.model.zoo.runs import LOOPED, MAIN_TASKS, Run, Zoo
 
@@ -28,13 +35,28 @@ ARMS = ("base", "deep", "loop")
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One figure: the `tables` it is drawn from, its `builder`, and a caption with its claim."""
+class Reading:
+    """How the claim of that name is answered on a task, and the tables that are read for it."""
+
+    claim: str
+    answer: Callable[[str], Answer]
+    reads: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """One figure: the `tables` it is drawn from, its `builder`, a caption with its claim, `answers` to claims."""
 
     name: str
     tables: tuple[str, ...]
     builder: Callable[[Tables], MatplotlibFigure]
     caption: str
+    answers: tuple[Reading, ...] = ()
+
+    @property
+    def theme(self) -> str:
+        """The word for what it is about: the file of its builder."""
+        return self.builder.__module__.rpartition(".")[2]
 
     def draw(self, out: Path | str | None = None) -> MatplotlibFigure:
         """Draw from the tables; with `out` also write pdf, png, svg and a JSON sidecar there."""
@@ -176,3 +198,27 @@ def of_models(df: pd.DataFrame) -> pd.DataFrame:
     known = {name: zoo[name] for name in df["model"].unique()}
     runs = [known[name] for name in df["model"]]
     return df.assign(**{field: [getattr(run, field) for run in runs] for field in ("task", "arm", "seed")})
+
+
+FILES = ("loopmdm.analysis.exhibits", "EXHIBITS")
+EXHIBITS: Registry[Exhibit] = Registry("figure", Exhibit, "loopmdm.exhibits", files=FILES)
+
+THEMES = {
+    "claims": "Claims",
+    "training": "Training",
+    "inference": "Inference",
+    "stopping": "Adaptive stopping",
+    "attention": "Attention",
+    "representation": "Representation",
+    "causal": "Causal tests",
+    "known": "Known answers",
+}
+"""In the order in which they are shown, with their titles."""
+
+
+def by_theme() -> dict[str, list[Exhibit]]:
+    """All exhibits under the titles of their themes; other packages' come last, under their file's name."""
+    found: dict[str, list[Exhibit]] = {title: [] for title in THEMES.values()}
+    for exhibit in EXHIBITS.values():
+        found.setdefault(THEMES.get(exhibit.theme, exhibit.theme), []).append(exhibit)
+    return found

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from loopmdm.analysis.exhibits.verdicts.answers import ANSWERS, Answer, NotRun
+from loopmdm.analysis.exhibits.answers import Answer, NotRun
+from loopmdm.analysis.exhibits.registry import EXHIBITS, Reading
 from loopmdm.model.errors import UsageError, check_keys
 from loopmdm.model.zoo.runs import MAIN_TASKS, figures_folder
 
@@ -22,13 +23,6 @@ FIELDS = ("name", "tasks", "claim", "where", "estimand", "margin", "direction", 
 COLUMNS = ["claim", "task", "verdict", "estimate", "low", "high", "margin", "direction", "n_seeds", "n", "figure",
            "text"]  # fmt: skip
 
-
-TABLES = (
-    "flops-to-target", "nll-by-loops", "noise-level", "mask-attention", "sudoku-solve-rate", "stopping-verdicts",
-    "mediated-share", "sudoku-orders", "sudoku-boards", "convergence", "zero-shot", "training-free",
-    "best-rounds", "word-problems",
-)  # fmt: skip
-"""What the answers are read off."""
 GROUPS = (("Sudoku", MAIN_TASKS[:1]), ("text, or what is named", (*MAIN_TASKS[1:], "tree", "gsm")))
 """Columns in which verdicts are shown: title and tasks, the main one first."""
 
@@ -47,6 +41,14 @@ class Claim:
     falsifier: str
     figure: str
     seen: str
+
+    @property
+    def reading(self) -> Reading:
+        """How it is answered, beside its figure; UsageError where nothing there says so."""
+        for reading in EXHIBITS[self.figure].answers:
+            if reading.claim == self.name:
+                return reading
+        raise UsageError(f"claims.toml [{self.name}]: the figure {self.figure} has no answer to it")
 
 
 def load_claims(path: Path | None = None) -> list[Claim]:
@@ -84,7 +86,7 @@ def claims_table() -> pd.DataFrame:
     for claim in load_claims():
         for task in claim.tasks:
             try:
-                found = ANSWERS[claim.name](task)
+                found = claim.reading.answer(task)
                 says = found.verdict or verdict(found, claim.margin, claim.direction)
             except NotRun:
                 found, says = Answer(float("nan"), float("nan"), float("nan"), 0, 0), "not run"
