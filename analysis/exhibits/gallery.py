@@ -15,6 +15,7 @@ from PIL import Image
 
 from loopmdm.analysis.exhibits import EXHIBITS, Exhibit, by_theme, tables
 from loopmdm.analysis.exhibits import verdicts as claims
+from loopmdm.analysis.exhibits.registry import asked_of
 from loopmdm.analysis.numbers import provenance
 from loopmdm.analysis.plots.claims import said
 from loopmdm.analysis.plots.style import FORMATS
@@ -193,7 +194,9 @@ def _entry(figure: Exhibit, asked: list[str]) -> str:
     lines = [f"### {figure.name}\n", f"![{first_sentence(figure)}](gallery/{figure.name}.png)\n"]
     if asked:
         lines.append("Claims: " + "; ".join(asked) + ".\n")
-    lines += [f"{figure.text}\n", f"Tables: {rows}. Command: `loopmdm figures {figure.name}`.\n"]
+    asked_for = asked_of(figure.load())
+    told = f" Asked: {asked_for}." if asked_for else ""
+    lines += [f"{figure.text}\n", f"Tables: {rows}.{told} Command: `loopmdm figures {figure.name}`.\n"]
     return "\n".join(lines)
 
 

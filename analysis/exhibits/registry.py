@@ -94,6 +94,7 @@ class Exhibit:
             "figure": self.name,
             "caption": self.text,
             "tables": {name: frame.attrs["values_sha256"] for name, frame in loaded.items()},
+            "options": asked_of(loaded),
             "models": {k: v for frame in loaded.values() for k, v in frame.attrs["models"].items()},
             "commit": commit(),
             "versions": versions(provenance.DRAWING),
@@ -104,6 +105,23 @@ class Exhibit:
     def text(self) -> str:
         """The caption on one line."""
         return " ".join(textwrap.dedent(self.caption).split())
+
+
+def asked_of(loaded: Tables) -> str:
+    """What the measures behind tables were asked: "nll (n_samples 1). settled (mask_ratios 0.25, 0.5; n 256)"."""
+    found: dict[str, None] = {}
+    for frame in loaded.values():
+        for asks in frame.attrs.get("options", {}).values():
+            found |= {f"{name} ({_words(options)})": None for name, options in asks.items()}
+    return ". ".join(found)
+
+
+def _words(options: dict[str, object]) -> str:
+    return "; ".join(
+        f"{key} {', '.join(map(str, value)) if isinstance(value, list | tuple) else value}"
+        for key, value in sorted(options.items())
+        if value
+    )
 
 
 @dataclass(frozen=True)
@@ -145,7 +163,8 @@ class Shown:
         page = (
             f'<figure><img alt="{escape(self.sidecar["figure"])}" src="data:image/png;base64,{picture}">'
             f"<figcaption>{escape(self.sidecar['caption'])}<br><small>{escape(self.sidecar['command'])}; "
-            f"tables by hash: {escape(source)}</small></figcaption></figure>"
+            f"asked: {escape(self.sidecar['options'])}; tables by hash: {escape(source)}</small></figcaption>"
+            "</figure>"
         )
         return {"text/html": page, SIDECAR_TYPE: self.sidecar}
 

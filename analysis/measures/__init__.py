@@ -16,14 +16,24 @@ import pandas as pd
 import torch
 
 from loopmdm.analysis.measures.case import Case
-from loopmdm.analysis.measures.registry import MEASURES, Measure, fingerprints, plain
+from loopmdm.analysis.measures.registry import MEASURES, Measure, fingerprints, options_asked, plain
 from loopmdm.analysis.numbers.store import Question
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.network.checkpoints import RECORD, need, resolve
 from loopmdm.model.sequences import MaskedBatch
 
-__all__ = ["MEASURES", "Case", "Measure", "evaluate", "fingerprints", "measure", "plain", "question"]
+__all__ = [
+    "MEASURES",
+    "Case",
+    "Measure",
+    "evaluate",
+    "fingerprints",
+    "measure",
+    "options_asked",
+    "plain",
+    "question",
+]
 
 Model = str | HookedLoopMDM
 

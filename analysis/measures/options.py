@@ -4,6 +4,7 @@ A measure's own options are the keyword parameters of its function (`options_of`
 read stands before them, by what the measure looks at: `OnTests`, `OnMasks` or `ByLoops`.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from inspect import Parameter, signature
@@ -33,11 +34,11 @@ class Options:
 
     def asked(self) -> dict[str, Any]:
         """All of them in plain JSON."""
-        return asdict(self)
+        return json.loads(json.dumps(asdict(self)))
 
     def __str__(self) -> str:
         usual = {item.name: item.default for item in fields(self)}
-        return ", ".join(f"{name}={value!r}" for name, value in self.asked().items() if value != usual[name])
+        return ", ".join(f"{name}={value!r}" for name, value in asdict(self).items() if value != usual[name])
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ To add one: a file below this folder with the function and `MEASURES = (Measure(
 entry point of the group "loopmdm.measures" that names a `Measure` or a list of them.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -105,6 +105,12 @@ def plain(function: Run, **settings: Any) -> Run:
 def fingerprints(names: Iterable[str]) -> dict[str, str]:
     """Editions of several measures, by name."""
     return {name: MEASURES[name].fingerprint for name in sorted(set(names))}
+
+
+def options_asked(asks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """All options of measures, by name, where `asks` gives what is not usual; how far is read is left out."""
+    found = {name: MEASURES[name].options.of(name, given).asked() for name, given in asks.items()}
+    return {name: {key: options[key] for key in options if key != "n_loops"} for name, options in found.items()}
 
 
 FILES = ("loopmdm.analysis.measures", "MEASURES")

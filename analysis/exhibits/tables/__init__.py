@@ -7,7 +7,7 @@ a query over a `Zoo` that is handed in, by default what is shipped now.
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,18 +28,24 @@ from loopmdm.model.zoo.runs import Select, Zoo, figures_folder, select
 class Table:
     """One table: `compute(zoo)` gives a tidy frame with at least `columns`, from the runs that `models` chooses.
 
-    `measures` are the registered ones that it asks; `version` is raised when what it makes of them changes. It may
-    also read other `tables`, or what was measured for them, and fetched corpora of the role or name `reads`.
+    `asks` are the measures that it asks, with the options that are not their usual ones; `version` is raised when
+    what it makes of them changes. It may also read other `tables`, or what was measured for them, and fetched
+    corpora of the role or name `reads`.
     """
 
     name: str
     models: Select
     columns: tuple[str, ...]
     compute: Callable[[Zoo], pd.DataFrame]
-    measures: tuple[str, ...] = ()
+    asks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tables: tuple[str, ...] = ()
     reads: str = ""
     version: int = 1
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Names of those that it asks."""
+        return tuple(self.asks)
 
     def measure(self, folder: Path, zoo: Zoo | None = None) -> pd.DataFrame:
         """Compute and write it, then read it back as everyone else will."""
@@ -52,13 +58,14 @@ class Table:
         return self.read(folder)
 
     def made_from(self, zoo: Zoo) -> dict[str, dict[str, Any]]:
-        """What its values follow from beside the weights: the tables' versions, the measures', S_max by task."""
-        from loopmdm.analysis.measures import fingerprints  # torch: what is drawn from tables does without
+        """What its values follow from beside the weights: versions of tables, measures, their options, S_max."""
+        from loopmdm.analysis.measures import fingerprints, options_asked  # late: drawing does without torch
 
         parts = self._parts()
         return {
             "tables": {part.name: part.version for part in parts},
             "measures": fingerprints(name for part in parts for name in part.measures),
+            "options": {part.name: options_asked(part.asks) for part in parts if part.asks},
             "axes": zoo.axes(self.models.of(zoo)),
         }
 
@@ -153,6 +160,9 @@ EVERY = select()
 SUDOKU = select(task="sudoku") | select(task="sudoku9")
 KNOWN = select(task="tree") | select(task="markov")
 POOLED = "mask-attention-pooled"
+ONE_MASK = {"n_samples": 1}
+ALONG = science.HALF | {"n": 64, "along_sampling": 16}
+"""Options of measures."""
 
 
 def _contrasts(zoo: Zoo) -> pd.DataFrame:
@@ -162,7 +172,8 @@ def _contrasts(zoo: Zoo) -> pd.DataFrame:
 def _one_measure(name: str, models: Select, columns: tuple[str, ...], options: dict[str, Any]) -> Table:
     """The table of a measure of the same name."""
     compute = partial(science.measured, name, models, **options)
-    return Table(name, models, ("model", *columns), compute, (name,))
+    asked = {key: value for key, value in options.items() if key != "read_to"}
+    return Table(name, models, ("model", *columns), compute, {name: asked})
 
 
 TABLES = {
@@ -173,21 +184,21 @@ TABLES = {
             science.main_tasks("loop"),
             ("model", "loop", "mass", "log_odds"),
             internals.mask_attention_table,
-            ("mask-attention", POOLED),
+            {"mask-attention": science.THREE, POOLED: science.THREE},
         ),
         Table(
             "representation-change",
             science.FIRST,
             ("model", "loop", "metric", "value"),
             internals.representation_table,
-            ("representation-change",),
+            {"representation-change": science.THREE},
         ),
         Table(
             "mask-attention-by-s-max",
             science.AMOUNTS,
             ("model", "loop", "log_odds"),
-            partial(science.measured, POOLED, science.AMOUNTS, read_to=science.READ_TO),
-            (POOLED,),
+            partial(science.measured, POOLED, science.AMOUNTS, read_to=science.READ_TO, **science.HALF),
+            {POOLED: science.HALF},
         ),
         Table(
             "attention-maps", internals.MAPPED, ("loop", "head", "query", "key"), internals.attention_maps_table
@@ -201,14 +212,14 @@ TABLES = {
             EVERY,
             ("model", "arm", "seed", "n_loops", "nll", "nll_se"),
             quality.nll_table,
-            ("nll",),
+            {"nll": ONE_MASK},
         ),
         Table(
             "sudoku-solve-rate",
             SUDOKU,
             ("model", "arm", "seed", "n_clues", "n_loops", "solve_rate"),
             partial(quality.solve_rate_table, SUDOKU),
-            ("solve-rate",),
+            {"solve-rate": {"orders": ("one-shot",), "n": quality.N_PUZZLES}},
         ),
         Table(
             "arm-contrasts",
@@ -223,7 +234,7 @@ TABLES = {
             science.main_tasks("loop"),
             ("model", "n_loops", "gain"),
             partial(quality.noise_level_table, science.main_tasks("loop")),
-            ("nll",),
+            {"nll": ONE_MASK},
             tables=("nll-by-loops",),
         ),
         Table(
@@ -231,7 +242,7 @@ TABLES = {
             quality.TEXT,
             ("model", "corpus", "n_loops", "nelbo"),
             partial(quality.text_table, "zero-shot"),
-            ("zero-shot",),
+            {"zero-shot": {}},
             reads="zero-shot",
         ),
         Table(
@@ -239,7 +250,7 @@ TABLES = {
             quality.TEXT,
             ("model", "n_loops", "steps", "judge_nll", "unigram_entropy"),
             partial(quality.text_table, "generative"),
-            ("generative",),
+            {"generative": {}},
             reads="judge",
         ),
         Table(
@@ -247,7 +258,7 @@ TABLES = {
             quality.GSM,
             ("model", "arm", "seed", "problems", "n_loops", "accuracy", "low", "high", "chance"),
             quality.word_problems_table,
-            ("word-problems",),
+            {"word-problems": quality.WORD_PROBLEMS},
             reads="gsm8k-100",
         ),
         Table(
@@ -255,35 +266,35 @@ TABLES = {
             science.CONTROLS,
             ("model", "arm", "seed", "depth", "log_odds"),
             science.controls_table,
-            ("mask-attention",),
+            {"mask-attention": science.HALF},
         ),
         Table(
             "excess-kl",
             KNOWN,
             ("model", "arm", "seed", "n_loops", "hops", "excess_kl"),
             partial(quality.excess_kl_table, KNOWN),
-            ("excess-kl",),
+            {"excess-kl": {}},
         ),
         Table(
             "training-free",
             science.main_tasks("base") | science.FIRST,
             ("model", "n_loops", "damping", "change"),
             science.training_free_table,
-            ("training-free",),
+            {"training-free": {"n_samples": 1}},
         ),
         Table(
             "stopping-verdicts",
             science.LEARNED,
             ("model", "rule", "verdict", "useful"),
             science.verdicts_table,
-            ("stopping-verdicts",),
+            {"stopping-verdicts": {}},
         ),
         Table(
             "attention-along-sampling",
             science.FIRST,
             ("model", "step", "loop", "log_odds"),
-            partial(science.measured, POOLED, science.FIRST, n=64, along_sampling=16),
-            (POOLED,),
+            partial(science.measured, POOLED, science.FIRST, **ALONG),
+            {POOLED: ALONG},
         ),
         *(_one_measure(*entry) for entry in science.PLAIN),
     )

@@ -4,11 +4,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from loopmdm.analysis.exhibits.tables.science import FIRST, READ_TO, asked, main_tasks, measured
+from loopmdm.analysis.exhibits.tables.science import FIRST, HALF, READ_TO, THREE, asked, main_tasks, measured
 from loopmdm.model.masking import mask_tokens
 from loopmdm.model.zoo.runs import Zoo, select
 
-RATIOS = (0.25, 0.5, 0.75)
 MAPPED = select(task="sotu", arm="loop", seed=0)
 
 
@@ -19,17 +18,17 @@ def mask_attention_table(zoo: Zoo) -> pd.DataFrame:
     """
     rows, first = [], FIRST.of(zoo)
     for run in main_tasks("loop").of(zoo):
-        ratios = RATIOS if run in first else RATIOS[1:2]
+        ratios = THREE if run in first else HALF
         for read_to in (1, READ_TO):
-            rows.append(asked("mask-attention-pooled", run, read_to * run.s_max, mask_ratios=ratios).answer())
+            rows.append(asked("mask-attention-pooled", run, read_to * run.s_max, **ratios).answer())
         if run in first:
-            rows.append(asked("mask-attention", run, run.s_max, mask_ratios=ratios).answer())
+            rows.append(asked("mask-attention", run, run.s_max, **ratios).answer())
     return pd.concat(rows, ignore_index=True)
 
 
 def representation_table(zoo: Zoo) -> pd.DataFrame:
     """Loop-wise change of the looped models to 3 x S_max."""
-    return measured("representation-change", FIRST, zoo, READ_TO, mask_ratios=RATIOS)
+    return measured("representation-change", FIRST, zoo, READ_TO, **THREE)
 
 
 def attention_maps_table(zoo: Zoo) -> pd.DataFrame:

@@ -9,7 +9,9 @@ from loopmdm.model.network.checkpoints import CONFIG, resolve
 from loopmdm.model.network.config import LoopMDMConfig
 from loopmdm.model.zoo.runs import MAIN_TASKS, Run, Select, Zoo, select
 
-HALF = (0.5,)
+HALF = {"mask_ratios": (0.5,)}
+THREE = {"mask_ratios": (0.25, 0.5, 0.75)}
+"""At which shares of masked positions a measure is asked."""
 READ_TO = 3
 AT_CHANCE = "gsm"
 """A task that no shipped model has learned: what goes on inside explains nothing."""
@@ -40,11 +42,10 @@ def measured(measure: str, models: Select, zoo: Zoo, read_to: int = 1, **options
 
 
 def asked(measure: str, run: Run, n_loops: int, **options: Any) -> Question:
-    """One measure of one model, on masks at half masked unless said otherwise."""
-    from loopmdm.analysis.measures import MEASURES, question
+    """One measure of one model."""
+    from loopmdm.analysis.measures import question
 
-    usual = {"mask_ratios": HALF} if MEASURES[measure].on == "masks" else {}
-    return question(run.name, measure, n_loops, **usual | options)
+    return question(run.name, measure, n_loops, **options)
 
 
 def controls_table(zoo: Zoo) -> pd.DataFrame:
@@ -56,7 +57,7 @@ def controls_table(zoo: Zoo) -> pd.DataFrame:
     rows = []
     for run in UNLOOPED.of(zoo):
         for n_loops in (1, zoo.s_max(run)) if run.arm == "base" else (1,):
-            frame = asked("mask-attention", run, n_loops).answer()
+            frame = asked("mask-attention", run, n_loops, **HALF).answer()
             rows.append(frame.assign(arm=run.arm, seed=run.seed))
     for run in FIRST.of(zoo):
         for seed in range(3):
@@ -81,7 +82,7 @@ def _untrained(run: Run, seed: int) -> Question:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             m = HookedLoopMDM(LoopMDM(case.m.cfg).eval())
-        frame = mask_attention(m, case.masked(HALF[0]), case.n_loops, clusters=case.clusters)
+        frame = mask_attention(m, case.masked(0.5), case.n_loops, clusters=case.clusters)
         return frame.assign(model=run.name, task=case.test.task, n_units=case.n_units)
 
     return Question(run.name, MEASURES["mask-attention"].label, ["untrained", seed], compute)
@@ -111,19 +112,19 @@ def verdicts_table(zoo: Zoo) -> pd.DataFrame:
 
 
 PLAIN: tuple[tuple[str, Select, tuple[str, ...], dict], ...] = (
-    ("attention-shape", FIRST, ("loop", "entropy"), {}),
-    ("attention-change", FIRST, ("loop", "metric", "value"), {}),
-    ("attention-sinks", FIRST, ("loop", "factor", "log_odds"), {}),
-    ("attention-toggle", FIRST, ("loop", "toggle"), {}),
-    ("attention-heads", FIRST, ("head", "growth", "p_holm"), {}),
-    ("attention-tests", FIRST, ("head", "growth", "effect"), {}),
-    ("attention-specifications", FIRST, ("measure", "estimate", "verdict"), {"mask_ratios": (0.25, 0.5, 0.75)}),
-    ("convergence", LEARNED, ("metric", "value", "verdict"), {}),
-    ("similarity", FIRST, ("loop", "other_loop", "value"), {"read_to": 2}),
-    ("effective-rank", FIRST, ("loop", "value"), {"read_to": READ_TO}),
-    ("settled", FIRST, ("loop", "metric", "value"), {"mask_ratios": (0.25, 0.5, 0.75)}),
-    ("fixed-points", FIRST, ("metric", "value"), {}),
-    ("state-paths", FIRST, ("loop", "pc1", "pc2"), {}),
+    ("attention-shape", FIRST, ("loop", "entropy"), HALF),
+    ("attention-change", FIRST, ("loop", "metric", "value"), HALF),
+    ("attention-sinks", FIRST, ("loop", "factor", "log_odds"), HALF),
+    ("attention-toggle", FIRST, ("loop", "toggle"), HALF),
+    ("attention-heads", FIRST, ("head", "growth", "p_holm"), HALF),
+    ("attention-tests", FIRST, ("head", "growth", "effect"), HALF),
+    ("attention-specifications", FIRST, ("measure", "estimate", "verdict"), THREE),
+    ("convergence", LEARNED, ("metric", "value", "verdict"), HALF),
+    ("similarity", FIRST, ("loop", "other_loop", "value"), HALF | {"read_to": 2}),
+    ("effective-rank", FIRST, ("loop", "value"), HALF | {"read_to": READ_TO}),
+    ("settled", FIRST, ("loop", "metric", "value"), THREE),
+    ("fixed-points", FIRST, ("metric", "value"), HALF),
+    ("state-paths", FIRST, ("loop", "pc1", "pc2"), HALF),
     ("stopping-frontier", FIRST, ("rule", "threshold", "flops", "nll", "against_fixed"), {"read_to": 2}),
     ("stopping-usage", FIRST, ("rule", "by", "group", "value"), {}),
     ("stopping-by-step", FIRST, ("step", "value"), {"n": 64}),
