@@ -50,7 +50,7 @@ MOVED = {
     "analysis.store": "loopmdm.analysis.numbers.store",
     "analysis.tables": "loopmdm.analysis.exhibits.tables",
     "analysis.training_free": "loopmdm.analysis.measures.interventions.training_free",
-    "loopmdm_model.adaptive": "loopmdm.model.network.halting",
+    "loopmdm_model.adaptive": "loopmdm.model.stopping.halting",
     "loopmdm_model.allocator": "loopmdm.model.training.allocator",
     "loopmdm_model.cache": "loopmdm.model.hooks.cache",
     "loopmdm_model.checkpoints": "loopmdm.model.network.checkpoints",

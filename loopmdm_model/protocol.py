@@ -21,7 +21,7 @@ from loopmdm.model import flops
 from loopmdm.model.context import Context
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.layout import Facts, Layout
-from loopmdm.model.network.halting import OnLoop, iterate
+from loopmdm.model.stopping.halting import OnLoop, iterate
 from loopmdm.model.stopping.rules import StoppingRule, as_rule
 from loopmdm.model.taps import NO_TAP, Tap, TapSource, no_taps
 

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -17,6 +18,81 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
     return found
+
+
+FLOORS = (
+    "folders",
+    "model.errors model.precision",
+    "model.files model.randomness model.registry model.layout model.stats model.context",
+    "model.sites model.flops model.taps model.sequences",
+    "model.masking model.stopping.rules model.corpora model.adapters.cycles",
+    "model.stopping model.adapters.families",
+    "model.protocol",
+    "model.tasks model.network",
+    "model.diffusion",
+    "model.hooks",
+    "model.adapters model.training",
+    "model.zoo",
+    "analysis.numbers analysis.plots",
+    "analysis.watch",
+    "analysis.measures",
+    "analysis.exhibits",
+    "analysis.report",
+    "analysis.cli",
+)
+"""From the ground up: a file imports its own floor's neighbours in its room, and what lies below; late imports count."""
+FACES = {"", "model", "analysis"}
+"""Packages that only hand on names, from everywhere below them."""
+
+
+def files() -> dict[str, Path]:
+    """Every file of the product by its name below `loopmdm`."""
+    found = {}
+    for folder, name in (("loopmdm", ""), ("loopmdm_model", "model"), ("analysis", "analysis")):
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = [name, *path.relative_to(ROOT / folder).with_suffix("").parts]
+            found[".".join(part for part in parts if part not in ("", "__init__"))] = path
+    return found
+
+
+def arrows() -> dict[str, set[str]]:
+    """What each file imports of the others, anywhere in it."""
+    known = files()
+
+    def targets(path: Path) -> set[str]:
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                whole = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= {name if name.removeprefix("loopmdm.") in known else node.module for name in whole}
+        return {name.removeprefix("loopmdm.") for name in found if name.startswith("loopmdm.")}
+
+    return {name: targets(path) - {name} for name, path in known.items()}
+
+
+def room(name: str) -> tuple[int, str]:
+    """Floor and room of a file: the longest entry of FLOORS that it lies in."""
+    rooms = {entry: floor for floor, entries in enumerate(FLOORS) for entry in entries.split()}
+    inside = [entry for entry in rooms if f"{name}.".startswith(f"{entry}.")]
+    assert inside, f"{name} stands on no floor"
+    entry = max(inside, key=len)
+    return rooms[entry], entry
+
+
+def test_no_import_runs_upward():
+    for name, found in arrows().items():
+        if name in FACES:
+            continue
+        floor, entry = room(name)
+        for target in found - FACES:
+            below, other = room(target)
+            assert below < floor or other == entry, f"{name} imports {target}"
+
+
+def test_no_files_import_each_other_in_a_circle():
+    list(TopologicalSorter(arrows()).static_order())  # CycleError names them
 
 
 def test_the_model_does_not_know_the_analysis():

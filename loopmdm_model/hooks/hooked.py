@@ -30,10 +30,10 @@ from loopmdm.model.hooks.unrolled import UnrolledLoopMDM, unroll
 from loopmdm.model.layout import Facts
 from loopmdm.model.network.checkpoints import RECORD, TOKENIZER, resolve
 from loopmdm.model.network.config import LoopMDMConfig
-from loopmdm.model.network.halting import OnLoop
 from loopmdm.model.network.model import LoopMDM
 from loopmdm.model.protocol import Core, LoopOutput
 from loopmdm.model.sites import Site
+from loopmdm.model.stopping.halting import OnLoop
 from loopmdm.model.stopping.rules import StoppingRule, as_rule
 
 Names = str | Site | Iterable[str | Site] | Callable[[str], bool] | None

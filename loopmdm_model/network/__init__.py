@@ -1,1 +1,1 @@
-"""Our LoopMDM, read top to bottom: config, layers, the model, adaptive halting, checkpoints."""
+"""Our LoopMDM, read top to bottom: config, layers, the model, checkpoints."""

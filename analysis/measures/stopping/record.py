@@ -17,9 +17,9 @@ from loopmdm.model import flops
 from loopmdm.model.diffusion.likelihood import Read, draws, row_sums
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.network.config import LoopMDMConfig
-from loopmdm.model.network.halting import spread_change
 from loopmdm.model.protocol import LoopedModel, core_of
 from loopmdm.model.sequences import MaskedBatch, Sequences, as_batch
+from loopmdm.model.stopping.halting import spread_change
 from loopmdm.model.stopping.rules import (
     RULES,
     ArgmaxStable,
