@@ -56,6 +56,13 @@ def check_count(name: str, value: object, least: int = 1) -> int:
     return number
 
 
+def check_number(name: str, value: object, least: int | float, most: int | float = float("inf")) -> None:
+    """UsageError unless `value` is a number (no bool, no NaN) in least..most."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        expected = f"in {least}..{most}" if most < float("inf") else f"of at least {least}"
+        raise UsageError(f"{name} must be a number {expected}, got {value!r}")
+
+
 def check_keys(given: Iterable[str], known: Iterable[str], what: str) -> None:
     """Raise for the first key that `what` does not have, naming the nearest one."""
     known = list(known)

@@ -393,3 +393,10 @@ def position_axis(name: str) -> int:
 
 Names = Callable[[str], bool]
 """A predicate over hook names; a `Filter` is one."""
+
+
+def listing(cfg: Layout, n_loops: int, batch: int, pos: int) -> str:
+    """Every name and its shape on `batch` sequences of `pos` tokens, a line each: a map, weights or none."""
+    names = all_names(cfg, n_loops)
+    width = max(len(name) for name in names)
+    return "\n".join(f"{name:{width}}  {list(shape(cfg, name, batch, pos))}" for name in names)

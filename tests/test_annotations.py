@@ -9,11 +9,12 @@ install_import_hook(["loopmdm"], "beartype.beartype")
 import torch
 from loopmdm.analysis import attention_across_loops, mask_attention, measure, read_loops, representation_change
 from loopmdm.analysis.measures import MEASURES
-from loopmdm.model import HookedLoopMDM, StateDelta, mask_tokens, nelbo
+from loopmdm.model import HookedLoopMDM, StateDelta, mask_tokens, nelbo, sample
 from loopmdm.model.tasks.batches import dataset
 from loopmdm.model.tasks.puzzles import puzzles
 from loopmdm.model.tasks.sudoku import BOARDS
 from loopmdm.model.tasks.test_sets import solve_one_shot
+from loopmdm.model.diffusion.orders import ORDERS
 from loopmdm.model.taps import explicit_taps
 
 m = HookedLoopMDM.from_pretrained("sudoku-loop")
@@ -29,6 +30,9 @@ representation_change(m, b, n_loops=2)
 read_loops(m, b, n_loops=2)
 attention_across_loops(cache, layer=1)
 mask_tokens(grids, 6, t=0.5)
+for order in (*ORDERS, "blocks:6:threshold:0.5"):
+    sample(m, 2, steps=6, order=order, n_loops=1, clues={0: 3}, guidance=0.5, top_k=3)
+sample(m, 2, steps=6, n_loops=1, suppress=[2], end=[4])
 for name in MEASURES:
     model = {"training-free": "sudoku-base"}.get(name, "sudoku-loop")
     if MEASURES[name].on != "tree":

@@ -40,7 +40,7 @@ FLOORS = (
     "analysis.report",
     "analysis.cli",
 )
-"""From the ground up: a file imports its own floor's neighbours in its room, and what lies below; late imports count."""
+"""From the ground up: a file imports what is in its own room, and what lies below; late imports count, too."""
 FACES = {"", "model", "analysis"}
 """Packages that only hand on names, from everywhere below them."""
 

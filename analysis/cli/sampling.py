@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from loopmdm.analysis.cli.shared import app, cell, check_out, err, integer, interruptible, show
+from loopmdm.analysis.cli.shared import app, cell, check_out, err, integer, integers, interruptible, show
 from loopmdm.model.errors import UsageError
 
 
@@ -17,13 +17,19 @@ def sample(
     steps: Annotated[int, typer.Option(help="denoising steps")] = 64,
     n_loops: Annotated[int | None, typer.Option(help="loops, or with --stop the most; default S_max")] = None,
     stop: Annotated[str, typer.Option(help="stopping rule, such as state-delta:0.03")] = "",
-    order: Annotated[str, typer.Option(help="random, confidence, left-to-right, blocks:8, ...")] = "random",
+    order: Annotated[
+        str, typer.Option(help="random, confidence, threshold:0.9, blocks:8, blocks:8:threshold:0.9, ...")
+    ] = "random",
     prompt: Annotated[str, typer.Option(help="text to begin with")] = "",
     clues: Annotated[
         str, typer.Option(help="POSITION:ID,.. that stay; a Sudoku model also takes a board, 0 or . where empty")
     ] = "",
     temperature: Annotated[float, typer.Option(help="0 takes the best token")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="this many most probable tokens; default all")] = None,
     top_p: Annotated[float, typer.Option(help="smallest set of tokens with this probability")] = 1.0,
+    guidance: Annotated[float, typer.Option(help="classifier-free guidance towards prompt and clues")] = 0.0,
+    suppress: Annotated[str, typer.Option(help="ID,.. that are never drawn")] = "",
+    end: Annotated[str, typer.Option(help="ID,.. that end a text: nothing is drawn behind them")] = "",
     seed: Annotated[int, typer.Option(help="same seed, same sample")] = 0,
     first_index: Annotated[int, typer.Option(help="number of the first sequence, to shard a job")] = 0,
     batch_size: Annotated[int, typer.Option(help="sequences at a time")] = 32,
@@ -31,14 +37,14 @@ def sample(
     out: Annotated[Path | None, typer.Option(help="TSV file; default standard output")] = None,
 ) -> None:
     """Sample sequences: text, loops and forwards of each."""
+    from loopmdm.model.adapters import open_model
     from loopmdm.model.diffusion.sampling import sample as run
     from loopmdm.model.files import write_atomic
-    from loopmdm.model.hooks.hooked import HookedLoopMDM
     from loopmdm.model.stopping.rules import parse_rule
     from loopmdm.model.tasks.sudoku import board_of_model
 
     check_out(out)
-    m = HookedLoopMDM.from_pretrained(model)
+    m = open_model(model, "cpu")
     rule = parse_rule(stop, m.cfg.max_loops if n_loops is None else n_loops) if stop else None
     board = board_of_model(m.cfg)
     given = clues if board and ":" not in clues and len(clues) > board.size else _clues(clues)
@@ -46,6 +52,7 @@ def sample(
         r = run(
             m, n, length, steps, None if rule else n_loops, rule, order, prompt or None, given,
             temperature, top_p, seed, first_index, None, batch_size, err.is_terminal, partial,
+            top_k=top_k, guidance=guidance, suppress=_ids(suppress, "--suppress"), end=_ids(end, "--end"),
         )  # fmt: skip
     ran = r.loops_used > 0
     columns = ["sequence", "forwards", "mean_loops", "flops", "text"]
@@ -61,6 +68,10 @@ def sample(
     lines = ["\t".join(cell(value) for value in row) for row in (columns, *rows)]
     write_atomic(out, lambda path: path.write_text("\n".join(lines) + "\n"))
     print(out)
+
+
+def _ids(text: str, option: str) -> list[int]:
+    return integers(text, option, "3,7") if text else []
 
 
 def _clues(text: str) -> dict[int, int] | None:

@@ -155,13 +155,19 @@ def _empty(wanted: Wanted, auto: Any, options: dict[str, Any]) -> nn.Module:
 
 
 def _tokenizer(wanted: Wanted) -> Any:
-    """The tokenizer beside the model; None if there is none to be had."""
+    """The tokenizer beside the model; None if there is none to be had.
+
+    Where there are no files transformers makes one of special tokens alone, whose [MASK] is not the model's.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(wanted.name, revision=wanted.revision, trust_remote_code=wanted.trust)
+        found = AutoTokenizer.from_pretrained(
+            wanted.name, revision=wanted.revision, trust_remote_code=wanted.trust
+        )
     except Exception:  # many kinds again; a model without text is still a model
         return None
+    return found if len(found) > len(found.all_special_ids) else None
 
 
 def _line(error: BaseException) -> str:

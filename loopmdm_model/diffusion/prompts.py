@@ -33,6 +33,11 @@ class Start:
         """Sequences."""
         return len(self.tokens)
 
+    @property
+    def given(self) -> Bool[Tensor, "n pos"]:
+        """Where prompts and clues are."""
+        return ~self.free if self.real is None else ~self.free & self.real.to(self.free.device)
+
     def rows(self, keep: slice) -> "Start":
         """Some of the sequences."""
         return Start(self.tokens[keep], self.free[keep], None if self.real is None else self.real[keep])

@@ -5,7 +5,7 @@ printed is the ratio and its goal, never a time.
 """
 
 from loopmdm.model.errors import unknown_name
-from tests.bench import browser, forward, likelihood, science, training
+from tests.bench import browser, foreign, forward, likelihood, science, training
 from tests.bench.common import Row
 
 BENCHMARKS = {
@@ -13,6 +13,8 @@ BENCHMARKS = {
     "caching": forward.caching,
     "masses": forward.masses,
     "import": forward.importing,
+    "foreign": foreign.listening,
+    "foreign-map": foreign.sites_of_eight_billion,
     "faster-training": training.faster,
     "throughput": training.throughput,
     "loading": training.loading,

@@ -13,6 +13,7 @@ import pytest
 from loopmdm.analysis.cli.data import data_fetch
 from loopmdm.model.corpora import fetch
 from loopmdm.model.network.checkpoints import list_models
+from tests.loopmdm_model.adapters import natives
 
 ROOT = Path(__file__).parents[3]
 
@@ -106,6 +107,27 @@ def test_samples_are_rows_of_a_table_or_a_file(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["samples.tsv"]
 
 
+def test_sampling_takes_what_decoders_of_masked_models_take():
+    arguments = ["sample", "sudoku-loop", "--n", 2, "--steps", 6, "--clues", "0:4", "--n-loops", 2]
+    plain = run(*arguments)[0]
+    options = [["--order", "blocks:12:threshold:0.5"], ["--top-k", 2], ["--guidance", 1.5], ["--suppress", "0,1"]]
+    for option in options:
+        assert run(*arguments, *option)[0] != plain
+    ids = run(*arguments, "--suppress", "0,1,2,3")[0].splitlines()[1].split("\t")[-1].split()
+    assert len(ids) == 36 and set(ids[1:]) <= {"5", "6"}
+    ended = run(*arguments, "--order", "left-to-right", "--steps", 36, "--end", "0,1,2,3,4,5")[0]
+    cells = ended.splitlines()[1].split("\t")
+    assert cells[1] == "1" and len(set(cells[-1].split()[1:])) == 1
+
+
+def test_another_peoples_model_is_sampled(tmp_path):
+    native = natives.native("Bert", vocab_size=30522, hidden_size=16, num_hidden_layers=1)
+    native.save_pretrained(tmp_path)
+    out, _ = run("sample", tmp_path, "--length", 6, "--order", "threshold:0.9", "--steps", 3, "--top-k", 5)
+    ids = [int(token) for token in out.splitlines()[1].split("\t")[-1].split()]
+    assert len(ids) == 6 and 103 not in ids
+
+
 @pytest.mark.parametrize("partial", [False, True])
 def test_an_interrupted_sample_leaves_what_was_asked_for(tmp_path, partial):
     command = [str(Path(sys.executable).parent / "loopmdm"), "sample", "sudoku-loop", "--n", "50000"]
@@ -163,6 +185,11 @@ def test_figures_are_drawn_where_asked(tmp_path):
         (["sample", "sudoku-loop", "--clues", "0:6"], "[MASK]"),
         (["sample", "sudoku-loop", "--clues", "0=6"], "POSITION:ID"),
         (["sample", "sudoku-loop", "--temperature", "-1"], "temperature"),
+        (["sample", "sudoku-loop", "--order", "threshold:2"], "threshold must be a number in 0..1"),
+        (["sample", "sudoku-loop", "--top-k", "0"], "top_k must be at least 1"),
+        (["sample", "sudoku-loop", "--suppress", "a"], "--suppress takes integers such as 3,7"),
+        (["sample", "sudoku-loop", "--end", "99"], "end has id 99"),
+        (["sample", "sudoku-loop", "--end", "2", "--order", "remask"], "keeps what it filled"),
         (["sample", "sotu-loop", "--prompt", "word " * 80], "exceeds the length of 64"),
     ],
 )

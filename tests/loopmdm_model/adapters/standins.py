@@ -33,6 +33,14 @@ def joined(z):
     return z.transpose(1, 2).flatten(-2)
 
 
+def turned(x, base):
+    """Rotary positions of [batch, head, pos, d], halves split."""
+    half = x.shape[-1] // 2
+    angle = torch.arange(x.shape[2])[:, None] * float(base) ** -(torch.arange(half) / half)
+    one, two = x.chunk(2, -1)
+    return torch.cat([one * angle.cos() - two * angle.sin(), two * angle.cos() + one * angle.sin()], -1)
+
+
 class Swiglu(nn.Module):
     def __init__(self, inner=24):
         super().__init__()
@@ -49,17 +57,19 @@ class Swiglu(nn.Module):
 class LLaDABlock(nn.Module):
     """Attention in the block itself; returns the stream and a cache."""
 
-    def __init__(self):
+    def __init__(self, sizes):
         super().__init__()
+        d, inner, self.sizes = sizes.d_model, sizes.mlp_hidden_size, sizes
         for name in ("q_proj", "k_proj", "v_proj", "attn_out"):
-            setattr(self, name, nn.Linear(D, D, bias=False))
-        self.ff_proj, self.up_proj = nn.Linear(D, 24, bias=False), nn.Linear(D, 24, bias=False)
-        self.ff_out = nn.Linear(24, D, bias=False)
-        self.attn_norm, self.ff_norm = nn.RMSNorm(D), nn.RMSNorm(D)
+            setattr(self, name, nn.Linear(d, d, bias=False))
+        self.ff_proj, self.up_proj = nn.Linear(d, inner, bias=False), nn.Linear(d, inner, bias=False)
+        self.ff_out = nn.Linear(inner, d, bias=False)
+        self.attn_norm, self.ff_norm = nn.RMSNorm(d), nn.RMSNorm(d)
 
     def forward(self, x, attention_bias=None, layer_past=None, use_cache=False):
         y = self.attn_norm(x)
-        q, k, v = (heads(part(y)) for part in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (heads(part(y), self.sizes.n_heads) for part in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = (turned(part, self.sizes.rope_theta) if self.sizes.rope else part for part in (q, k))
         x = x + self.attn_out(joined(F.scaled_dot_product_attention(q, k, v, attn_mask=attention_bias)))
         y = self.ff_norm(x)
         return x + self.ff_out(F.silu(self.ff_proj(y)) * self.up_proj(y)), None
@@ -68,11 +78,15 @@ class LLaDABlock(nn.Module):
 class LLaDAModelLM(nn.Module):
     """A vocabulary padded to embedding_size; padding as an additive bias."""
 
-    def __init__(self):
+    def __init__(self, **changes):
         super().__init__()
-        self.config = config(embedding_size=V + 4, mask_token_id=21, max_sequence_length=16)
-        parts = {"wte": nn.Embedding(V + 4, D), "blocks": nn.ModuleList(LLaDABlock() for _ in range(3))}
-        parts |= {"ln_f": nn.RMSNorm(D), "ff_out": nn.Linear(D, V + 4, bias=False)}
+        sizes = {"vocab_size": V, "embedding_size": V + 4, "mask_token_id": 21, "max_sequence_length": 16}
+        sizes |= {"d_model": D, "n_heads": HEADS, "n_layers": 3, "mlp_hidden_size": 24}
+        self.config = SimpleNamespace(**(sizes | {"rope": True, "rope_theta": 500_000.0} | changes))
+        d, rows = self.config.d_model, self.config.embedding_size
+        blocks = nn.ModuleList(LLaDABlock(self.config) for _ in range(self.config.n_layers))
+        parts = {"wte": nn.Embedding(rows, d), "blocks": blocks}
+        parts |= {"ln_f": nn.RMSNorm(d), "ff_out": nn.Linear(d, rows, bias=False)}
         self.model = nn.ModuleDict({"transformer": nn.ModuleDict(parts)})
 
     def forward(self, input_ids, attention_mask=None):
@@ -207,8 +221,19 @@ class Table(nn.Module):
         return self.embedding[x]
 
 
+class Norm(nn.Module):
+    """LayerNorm with a weight and no bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(D, generator=torch.Generator().manual_seed(0)) + 0.5)
+
+    def forward(self, x):
+        return F.layer_norm(x, x.shape[-1:]) * self.weight
+
+
 def modulated(x, shift, scale):
-    return F.layer_norm(x, x.shape[-1:]) * (1 + scale[:, None]) + shift[:, None]
+    return x * (1 + scale[:, None]) + shift[:, None]
 
 
 class DiTBlock(nn.Module):
@@ -217,24 +242,26 @@ class DiTBlock(nn.Module):
     def __init__(self):
         super().__init__()
         self.attn_qkv, self.attn_out = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
-        self.mlp = nn.Sequential(nn.Linear(D, 32), nn.GELU(), nn.Linear(32, D))
-        self.adaLN_modulation = nn.Linear(8, 6 * D)
+        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(approximate="tanh"), nn.Linear(4 * D, D))
+        self.norm1, self.norm2, self.adaLN_modulation = Norm(), Norm(), nn.Linear(8, 6 * D)
 
     def forward(self, x, rotary, c, mask=None):
         shift, scale, gate, shift_2, scale_2, gate_2 = self.adaLN_modulation(c).chunk(6, -1)
-        q, k, v = (heads(part) for part in self.attn_qkv(modulated(x, shift, scale)).chunk(3, -1))
+        q, k, v = (heads(part) for part in self.attn_qkv(modulated(self.norm1(x), shift, scale)).chunk(3, -1))
+        q, k = turned(q, 10_000), turned(k, 10_000)
         out = F.scaled_dot_product_attention(query=q, key=k, value=v, attn_mask=mask, is_causal=False)
         x = x + gate[:, None] * self.attn_out(joined(out))
-        return x + gate_2[:, None] * self.mlp(modulated(x, shift_2, scale_2))
+        return x + gate_2[:, None] * self.mlp(modulated(self.norm2(x), shift_2, scale_2))
 
 
 class DiTHead(nn.Module):
     def __init__(self):
         super().__init__()
+        self.norm_final = Norm()
         self.linear, self.adaLN_modulation = nn.Linear(D, V), nn.Linear(8, 2 * D)
 
     def forward(self, x, c):
-        return self.linear(modulated(x, *self.adaLN_modulation(c).chunk(2, -1)))
+        return self.linear(modulated(self.norm_final(x), *self.adaLN_modulation(c).chunk(2, -1)))
 
 
 class Sigma(nn.Module):
@@ -395,7 +422,8 @@ class TwoStates(nn.Module):
         self.inner.embed_tokens, self.inner.lm_head = nn.Embedding(V, D), nn.Linear(D, V, bias=False)
         self.inner.L_level = nn.Module()
         self.inner.L_level.layers = nn.ModuleList(TwoStateBlock() for _ in range(2))
-        self.inner.H_init, self.inner.L_init = nn.Parameter(torch.randn(D)), nn.Parameter(torch.randn(D))
+        high, low = torch.randn(2, D, generator=torch.Generator().manual_seed(0))
+        self.inner.H_init, self.inner.L_init = nn.Parameter(high), nn.Parameter(low)
 
     def forward(self, input_ids):
         inner = self.inner

@@ -162,6 +162,12 @@ def test_eight_billion_by_a_config_alone(tmp_path):
     assert "blocks.35.attn.hook_pattern" in sites.all_names(m.cfg, 1)
 
 
+def test_no_tokenizer_is_made_up_where_none_was_saved(tmp_path):
+    natives.native("Bert", vocab_size=30522, hidden_size=8, num_hidden_layers=1).save_pretrained(tmp_path)
+    m = open_model(tmp_path)
+    assert m.tokenizer is None and m.cfg.mask_token_id == 103  # an empty tokenizer would say 4
+
+
 def test_the_meta_device_by_name(folder):
     m = open_model(folder, device="meta", mask_token_id=103)
     assert m.model.device.type == "meta" and "meta" in m.record["checks"]["none"]

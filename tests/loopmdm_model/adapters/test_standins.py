@@ -57,6 +57,20 @@ def test_a_masked_model_as_its_record_says(name):
         assert torch.equal(m.readout(state, context), m(ids, loop + 1))
 
 
+def test_the_sites_of_eight_billion_parameters_without_weights():
+    sizes = {"d_model": 4096, "n_heads": 32, "n_layers": 32, "mlp_hidden_size": 12288, "mask_token_id": 126336}
+    sizes |= {"vocab_size": 126464, "embedding_size": 126464, "max_sequence_length": 4096}
+    with torch.device("meta"):
+        native = standins.LLaDAModelLM(**sizes)
+    m = hook_model(native, loop=(12, 8), max_loops=4)
+    assert 8.0e9 < m.model.n_parameters < 8.1e9 and all(weight.is_meta for weight in native.parameters())
+    lines = sites.listing(m.cfg, 4, 1, 100).splitlines()
+    named = dict(line.split(maxsplit=1) for line in lines)
+    assert list(named) == sites.all_names(m.cfg, 4)
+    assert named["loop.3.blocks.19.attn.hook_pattern"] == "[1, 32, 100, 100]"
+    assert named["blocks.31.hook_mlp_out"] == "[1, 100, 4096]" and named["hook_logits"] == "[1, 100, 126464]"
+
+
 def test_a_shifted_model_answers_where_it_predicts():
     m, native = made("DreamModel", loop=(1, 1), max_loops=2)
     ids = tokens(m)
