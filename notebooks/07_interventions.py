@@ -25,6 +25,7 @@ import torch
 
 from loopmdm.analysis import cut, figures, stale
 from loopmdm.analysis.exhibits.verdicts import claims_table
+from loopmdm.analysis.measures import interventions
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.interventions import damp, effect_by_loop, freeze, mediated_share, patch, skip
 from loopmdm.analysis.measures.interventions.training_free import training_free
@@ -98,6 +99,28 @@ figures.FIGURES["cut-effects"].show()
 # %% [markdown]
 # Look along a row: an effect that sits in the first loop alone says that the later loops do not need the
 # edges. Look down a column: at high mask ratios there is little else to attend to.
+#
+# ## In nats, with the first loop intact
+#
+# A cut in all loops also changes S = 1, and a cut moves mass to other keys. So: leave the first loop alone, and
+# beside the cut let keys hand on what they hold in another sequence under the same mask. Pattern, mass and scale
+# stay; only the content is gone. "any->masked" hides masked keys from clean queries too, which could relay them;
+# the control takes edges to masked and to clean keys of equal mass.
+
+# %%
+from_masked, hidden = interventions.EdgeSet("masked->masked"), interventions.EdgeSet("any->masked")
+sets = [from_masked, hidden, *(interventions.EdgeSet(side=side) for side in ("within", "outside"))]
+arms = [interventions.Arm(kind, edges) for edges in sets for kind in ("cut", "resample", "mean")]
+trial = interventions.Trial(s_max, n_bins=2, n_draws=2, seed=seed)
+lost = interventions.causal_effects(m, case.sequences, arms, trial)
+lost[lost["mask_ratio"].isna()].pivot_table("effect", ["edges", "side"], "kind", sort=False).round(3)
+
+# %%
+figures.FIGURES["causal-edges"].show()
+
+# %% [markdown]
+# Read the orange marks first: content that does not matter would leave them at 0. Then compare the two rows of
+# equal mass. The gain of looping is the dashed line: whatever costs more than that also did more than loops add.
 #
 # ## Heads, states, layers
 #

@@ -19,6 +19,13 @@ ARMS_CUT = (
     ("stale", False, "values of first loop\nat masked keys"),
 )
 
+KIND_STYLE = {
+    "cut": {"color": "#1b4f8f", "marker": "o", "label": "cut"},
+    "resample": {"color": "#e08214", "marker": "^", "label": "another sequence's values"},
+    "mean": {"color": "#8c8c8c", "marker": "s", "label": "mean of others' values"},
+}
+"""What is done to edges."""
+
 
 def plot_shares(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Share of the gain of looping that is lost, one mark a model; `df`: edges matched share low high.
@@ -69,6 +76,39 @@ def plot_effects(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_yticks(range(table.shape[0]), [f"{ratio:.0%}" for ratio in table.index])
     ax.grid(False)
     ax.set(xlabel="loop (1 = first)", ylabel="masked (middle of bin)")
+    return ax
+
+
+def plot_arms(df: pd.DataFrame, by: str, labels: dict[str, str], *, ax: Axes | None = None) -> Axes:
+    """Nats that edges cost, a row for each value of the column `by` in `labels`, one mark a model and kind.
+
+    `df`: model kind effect effect_se, and `by`; the dashed line is the mean of the kind "one loop".
+    """
+    ax = ax or plt.gca()
+    for number, (kind, look) in enumerate(KIND_STYLE.items()):
+        part = df[(df["kind"] == kind) & df[by].isin(labels)]
+        row = part[by].map({value: row for row, value in enumerate(labels)})
+        seed = part.groupby(by, sort=False).cumcount() - (part["model"].nunique() - 1) / 2
+        place = row + 0.26 * (number - 1) + 0.045 * seed
+        ax.errorbar(part["effect"], place, xerr=half_width(part, "effect_se"), linestyle="none", markersize=2.6,
+                    linewidth=0.6, **look)  # fmt: skip
+    ax.axvline(0, **NULL)
+    ax.axvline(df.loc[df["kind"] == "one loop", "effect"].mean(), color="black", linewidth=0.9, linestyle="--")
+    ax.set_yticks(range(len(labels)), list(labels.values()))
+    ax.set(xlabel="NELBO lost (nats per token)", ylim=(len(labels) - 0.5, -0.5))
+    return ax
+
+
+def plot_dose(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Nats lost over the share of edges, a line a kind, a thin one a model; `df`: model kind share effect."""
+    ax = ax or plt.gca()
+    for kind, look in KIND_STYLE.items():
+        table = df[df["kind"] == kind].pivot(index="share", columns="model", values="effect")
+        table.loc[0.0] = 0.0
+        table = table.sort_index()
+        ax.plot(table.index, table, color=look["color"], linewidth=0.4, alpha=0.6)
+        ax.plot(table.index, table.mean(axis=1), **look)
+    ax.set(xlabel="share of the edges", ylabel="NELBO lost\n(nats per token)", xlim=(0, 1))
     return ax
 
 

@@ -132,6 +132,7 @@ PLAIN: tuple[tuple[str, Select, tuple[str, ...], dict], ...] = (
     ("gain-predictor", FIRST, ("rule", "flops", "nll"), {"read_to": 2}),
     ("loops-or-steps", FIRST, ("budget", "n_loops", "steps", "quality"), {"n": 64}),
     ("mediated-share", main_tasks("loop"), ("edges", "matched", "share"), {}),
+    ("causal-edges", main_tasks("loop"), ("kind", "edges", "side", "mask_ratio", "effect"), {"n": 64}),
     ("cut-effects", FIRST, ("loop", "mask_ratio", "effect"), {"n": 128}),
     ("stale-effects", FIRST, ("loop", "mask_ratio", "effect"), {"n": 128}),
     ("sudoku-boards", BOARDS, ("loop", "metric", "value"), {"read_to": READ_TO}),

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from loopmdm.analysis.measures.interventions.edges import check_edges, edges, matched_edges
-from loopmdm.analysis.measures.interventions.places import Chosen, Loops, applications, in_loops, several
+from loopmdm.analysis.measures.interventions.places import (
+    Chosen,
+    Loops,
+    applications,
+    in_heads,
+    in_loops,
+    several,
+)
+from loopmdm.analysis.measures.interventions.selections import Choose
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 
@@ -29,7 +37,7 @@ def _check_group(group: str) -> str:
 @contextmanager
 def cut(
     m: HookedLoopMDM,
-    what: str = "masked->masked",
+    what: str | Choose = "masked->masked",
     loops: Loops = None,
     layers: Chosen = None,
     heads: Chosen = None,
@@ -41,24 +49,25 @@ def cut(
     `loops`, `layers`, `heads` choose where (default: every loop, the looped layers, all heads). With `matched`
     random edges are cut instead that carry the same mass at the same distances: the control for having cut
     anything at all. Attention is explicit in all layers, in every arm; "none" cuts nothing: what a cut is
-    compared with.
+    compared with. `what` may also be a choice of edges, as in `choice(m, EdgeSet(relation="row"))`.
     """
     where = applications(m.cfg, loops, layers, "attn_scores")
     chosen = several("head", heads, m.cfg.n_heads)
-    check_edges(what)
+    if isinstance(what, str):
+        check_edges(what)
+    elif matched:
+        raise UsageError("matched goes with named edges; the control of a choice is EdgeSet(side='outside')")
 
     def forbid(scores: Tensor, hook: Any) -> Tensor:
         context = m.context
-        if matched:
+        if not isinstance(what, str):
+            gone = what(scores.float().softmax(-1), context)
+        elif matched:
             step = (hook.loop() or 0) * m.cfg.n_layers + hook.layer()
             gone = matched_edges(scores.float().softmax(-1), context, what, seed, step)
         else:
             gone = edges(context, what)[:, None]
-        if chosen is not None:
-            only = torch.zeros(m.cfg.n_heads, dtype=torch.bool, device=scores.device)
-            only[chosen] = True
-            gone = gone & only[:, None, None]
-        return scores.masked_fill(gone, float("-inf"))
+        return scores.masked_fill(in_heads(gone, chosen, m.cfg.n_heads), float("-inf"))
 
     with m.attention_path("eager"), m.hooks([(where, forbid)]):
         yield m

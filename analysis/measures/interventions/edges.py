@@ -1,4 +1,4 @@
-"""Which edges of attention to cut: between groups of positions, or random ones of equal mass and distance."""
+"""Which edges of attention to act on: between groups of positions, or random ones of equal mass and distance."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -8,7 +8,7 @@ from loopmdm.model.context import Context
 from loopmdm.model.errors import unknown_name
 from loopmdm.model.randomness import row_uniforms
 
-GROUPS = ("masked", "clean")
+GROUPS = ("masked", "clean", "any")
 EDGES = ("none", *(f"{query}->{key}" for query in GROUPS for key in GROUPS))
 
 
@@ -20,11 +20,16 @@ def check_edges(name: str) -> str:
 
 
 def edges(context: Context, name: str) -> Bool[Tensor, "batch query key"]:
-    """Edges from real queries to *other* real keys of the named groups; "none" has none."""
+    """Edges from real queries to *other* real keys of the named groups; "none" has none.
+
+    "masked->masked" leaves relays open, as a clean query may hand on what it reads at masked keys;
+    "any->masked" hides masked keys from all queries.
+    """
     n = context.tokens.shape[1]
     if name == "none":
         return torch.zeros(len(context.tokens), n, n, dtype=torch.bool, device=context.tokens.device)
-    members = {"masked": context.masked & context.real, "clean": ~context.masked & context.real}
+    real = context.real
+    members = {"masked": context.masked & real, "clean": ~context.masked & real, "any": real}
     queries, keys = (members[group] for group in name.split("->"))
     own = torch.eye(n, dtype=torch.bool, device=context.tokens.device)
     return queries[:, :, None] & keys[:, None, :] & ~own

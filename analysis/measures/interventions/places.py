@@ -2,6 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 
+import torch
+from torch import Tensor
+
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.layout import Layout
 from loopmdm.model.sites import Filter, at
@@ -24,6 +27,15 @@ def in_loops(loops: Loops, leaf: str | None = None) -> Filter:
     """Sites of the chosen loops (None: every loop), or one leaf of them."""
     chosen = slice(0, None) if loops is None else loops
     return at(loop=chosen) if leaf is None else at(loop=chosen, layer=None, leaf=leaf)
+
+
+def in_heads(edges: Tensor, heads: list[int] | None, n_heads: int) -> Tensor:
+    """Edges [batch, head or 1, query, key] of the chosen heads only; None: of all."""
+    if heads is None:
+        return edges
+    only = torch.zeros(n_heads, dtype=torch.bool, device=edges.device)
+    only[heads] = True
+    return edges & only[:, None, None]
 
 
 def several(what: str, chosen: Chosen, size: int) -> list[int] | None:

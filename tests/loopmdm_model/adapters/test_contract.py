@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from loopmdm.analysis import cut, mask_attention, read_loops, representation_change
+from loopmdm.analysis.measures.interventions import record_values, replace_values
 from loopmdm.model import FixedLoops, StateDelta, UsageError, nelbo, sample, sites
 from loopmdm.model.adapters import hook_model
 from loopmdm.model.hooks.hooked import HookedLoopMDM
@@ -395,6 +396,16 @@ def test_measures_run(mdm):
     read = read_loops(mdm.m, batch, n_loops=2)
     best = mdm.m(batch.tokens, 2).argmax(-1).flatten()
     assert read[read["loop"] == 1]["top1_id"].tolist() == best.tolist()
+
+
+def test_another_sequences_values_change_the_masked_answers_and_ones_own_nothing(mdm):
+    batch = hidden(mdm)
+    with cut(mdm.m, "none"):
+        plain, own = mdm.m(batch.tokens, 2), record_values(mdm.m, batch.tokens, 2)
+    with replace_values(mdm.m, own):
+        torch.testing.assert_close(mdm.m(batch.tokens, 2), plain, **CLOSE)
+    with replace_values(mdm.m, {place: value.roll(1, 0) for place, value in own.items()}):
+        assert not torch.allclose(mdm.m(batch.tokens, 2)[batch.masked], plain[batch.masked], **CLOSE)
 
 
 def test_cutting_edges_changes_the_masked_answers(mdm):
