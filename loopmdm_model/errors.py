@@ -3,6 +3,7 @@
 import difflib
 import operator
 from collections.abc import Iterable
+from typing import Any
 
 
 class UsageError(ValueError):
@@ -29,6 +30,10 @@ class DivergedError(RuntimeError):
     """Training produced a loss that is not finite; the command line exits with 1."""
 
 
+class NotFiniteError(ArithmeticError):
+    """Weights, states or logits that are not finite where numbers are needed; the command line exits with 1."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str], remedy: str = "") -> UnknownNameError:
     """The error for an unknown `name` of some `kind`, with near matches among `known`."""
     known = list(known)
@@ -43,8 +48,12 @@ def unknown_name(kind: str, name: str, known: Iterable[str], remedy: str = "") -
     return UnknownNameError(f"unknown {kind} {name!r}; {hint}{' ' + remedy if remedy else ''}")
 
 
-def check_count(name: str, value: object, least: int = 1) -> int:
-    """Return `value` if it is an int (not a bool) of at least `least`, else raise UsageError."""
+MOST_COUNT, MOST_SEED = 2**63 - 1, 2**128 - 1
+"""What 64 bits count, and what a generator takes as its key."""
+
+
+def check_count(name: str, value: object, least: int = 1, most: int = MOST_COUNT) -> int:
+    """Return `value` if it is an int (not a bool) in `least` .. `most`, else raise UsageError."""
     try:
         number = operator.index(value)  # pyright: ignore[reportArgumentType]
     except TypeError:
@@ -53,6 +62,8 @@ def check_count(name: str, value: object, least: int = 1) -> int:
         raise UsageError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
     if number < least:
         raise UsageError(f"{name} must be at least {least}, got {number}")
+    if number > most:
+        raise UsageError(f"{name} must be at most {most}, got a number of {number.bit_length()} bits")
     return number
 
 
@@ -61,6 +72,17 @@ def check_number(name: str, value: object, least: int | float, most: int | float
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
         expected = f"in {least}..{most}" if most < float("inf") else f"of at least {least}"
         raise UsageError(f"{name} must be a number {expected}, got {value!r}")
+
+
+def check_seed(seed: object) -> int:
+    """A seed: 0 or more, of 128 bits at most."""
+    return check_count("seed", seed, least=0, most=MOST_SEED)
+
+
+def check_data(what: str, tensor: Any) -> None:
+    """UsageError for a tensor on the device "meta", which has a shape and no values."""
+    if getattr(tensor, "is_meta", False):
+        raise UsageError(f'{what} lie on the device "meta" and have no values; give them on a real device')
 
 
 def check_keys(given: Iterable[str], known: Iterable[str], what: str) -> None:

@@ -113,7 +113,9 @@ class Layout:
 
     def segment(self, layer: int) -> str:
         """The segment that physical `layer` belongs to."""
-        return next(name for name in SEGMENTS if layer in self.layers(name))
+        if layer < self.n_prelude_layers:  # comparisons, not ranges: torch.compile may make layer symbolic
+            return "prelude"
+        return "loop" if layer < self.n_prelude_layers + self.n_loop_layers else "coda"
 
     def depth(self, layer: int, loop: int, n_loops: int) -> int:
         """0-based place of an application in running order; `loop` counts for looped layers only."""

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from loopmdm.model.errors import UsageError
+from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.randomness import row_uniforms
 from loopmdm.model.sequences import MaskedBatch, Sequences
 
@@ -34,6 +34,7 @@ def mask_tokens(
     """
     if (mask_ratio is None) == (t is None):
         raise UsageError("give exactly one of mask_ratio= (an exact share) and t= (a probability)")
+    check_count("mask_token_id", mask_token_id, least=0)
     sequences = Sequences.of(tokens, maskable, attention_mask)
     _check_clean(sequences, mask_token_id)
     for name, value in (("mask_ratio", mask_ratio), ("t", t)):

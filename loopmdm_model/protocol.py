@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from loopmdm.model import flops
 from loopmdm.model.context import Context
-from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.errors import UsageError, check_count, check_data
 from loopmdm.model.layout import Facts, Layout
+from loopmdm.model.precision import check_state
 from loopmdm.model.stopping.halting import OnLoop, iterate
 from loopmdm.model.stopping.rules import StoppingRule, as_rule
 from loopmdm.model.taps import NO_TAP, Tap, TapSource, no_taps
@@ -270,12 +271,22 @@ class Core(nn.Module):
     def states(
         self, tokens: Tensor, n_loops: int, attention_mask: Tensor | None = None, taps: TapSource = no_taps
     ) -> Iterator[tuple[Tensor, Context]]:
-        """Yield H(0), H(1), .. of one trajectory with its context; `readout(H(i), ...)` is S = i + 1."""
+        """Yield H(0), H(1), .. of one trajectory with its context; `readout(H(i), ...)` is S = i + 1.
+
+        NotFiniteError for a state that is not finite.
+        """
         context = self.context(tokens, attention_mask)
         x = self.prelude(tokens, context, taps)
         for loop in range(check_count("n_loops", n_loops)):
             x = self.loop(x, context, loop, taps)
+            check_state(x, context.real, f"H({loop})")
             yield x, context
+
+
+def check_model(model: Any, what: str) -> None:
+    """UsageError for what is no model."""
+    if not (hasattr(model, "cfg") and hasattr(model, "run")):
+        raise UsageError(f"{what} takes a LoopMDM, a HookedLoopMDM or another Core, got {type(model).__name__}")
 
 
 def core_of(model: "LoopedModel | Core") -> Core:
@@ -294,6 +305,7 @@ def check_tokens(cfg: Layout, tokens: Tensor) -> None:
     if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
         kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
         raise UsageError(f"tokens must be an integer tensor (int64 or int32), got {kind}")
+    check_data("tokens", tokens)
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise UsageError(f"tokens must be a non-empty [batch, pos] tensor, got shape {list(tokens.shape)}")
     if tokens.shape[1] > cfg.n_ctx:
@@ -310,6 +322,7 @@ def check_attention_mask(attention_mask: Tensor | None, tokens: Tensor) -> Bool[
         return None
     if not isinstance(attention_mask, Tensor):
         raise UsageError(f"attention_mask must be a tensor, got {type(attention_mask).__name__}")
+    check_data("entries of attention_mask", attention_mask)
     if attention_mask.shape != tokens.shape:
         raise UsageError(
             f"attention_mask has shape {list(attention_mask.shape)}, tokens {list(tokens.shape)}; "

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loopmdm.model.errors import check_count
+from loopmdm.model.errors import check_count, check_seed
 
 STREAMS = {"positions": 1, "counts": 2, "order": 3, "data": 4, "loops": 5, "relabel": 6}
 STREAMS |= {"reveal": 7, "tokens": 8, "times": 9, "remask": 10, "blocks": 11, "grids": 12, "dig": 13, "edges": 14}
@@ -21,7 +21,7 @@ def row_uniforms(
     seed: int, stream: str, n_rows: int, width: int, first_index: int = 0, step: int = 0
 ) -> Float[Tensor, "row width"]:
     """Uniforms in [0, 1), float64; row r belongs to sequence first_index + r."""
-    check_count("seed", seed, least=0)
+    check_seed(seed)
     check_count("first_index", first_index, least=0)
     bits = np.random.Philox(key=seed)
     generator, state = np.random.Generator(bits), bits.state
@@ -35,5 +35,5 @@ def row_uniforms(
 
 def step_generator(seed: int, stream: str, step: int = 0) -> np.random.Generator:
     """A generator for what belongs to a whole step or draw, not to one sequence."""
-    check_count("seed", seed, least=0)
+    check_seed(seed)
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, 2**63, step, STREAMS[stream]]))

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from loopmdm.model import stats
-from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.errors import UsageError, check_count, check_data
 
 R = TypeVar("R", bound="_Rows")
 
@@ -158,11 +158,25 @@ class MaskedBatch(_Rows):
 
     def __post_init__(self):
         """One shape; only maskable positions are hidden; the others show what was there."""
-        assert self.tokens.shape == self.clean.shape == self.masked.shape
-        assert torch.equal(self.tokens[~self.masked], self.clean[~self.masked])
-        assert self.clusters is None or len(self.clusters) == len(self.tokens)
-        if self.maskable is not None:
-            assert not bool((self.masked & ~self.maskable).any())
+        check_ids(self.tokens)
+        for name in ("clean", "masked", "maskable", "attention_mask"):
+            self._check_part(name, getattr(self, name))
+        if not torch.equal(self.tokens[~self.masked], self.clean[~self.masked]):
+            raise UsageError("tokens and clean must be equal wherever nothing is masked; m.mask makes both")
+        check_clusters(self.clusters, len(self.tokens))
+        if self.maskable is not None and bool((self.masked & ~self.maskable).any()):
+            raise UsageError("something is masked that is not maskable; widen maskable or masked &= maskable")
+
+    def _check_part(self, name: str, part: Any) -> None:
+        if part is None and name in ("maskable", "attention_mask"):
+            return
+        shape = list(self.tokens.shape)
+        if not isinstance(part, Tensor) or list(part.shape) != shape:
+            found = list(part.shape) if isinstance(part, Tensor) else type(part).__name__
+            raise UsageError(f"a MaskedBatch has one shape: {name} is {found}, tokens {shape}")
+        check_data(name, part)
+        if name in ("masked", "maskable") and part.dtype != torch.bool:
+            raise UsageError(f"{name} must be boolean, got {part.dtype}; compare ids with [MASK]'s")
 
     @cached_property
     def sequences(self) -> Sequences:
@@ -199,6 +213,7 @@ def check_ids(tokens: Any) -> None:
     """UsageError unless `tokens` are ids [batch, pos]."""
     if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise UsageError("tokens must be an integer tensor [batch, pos]; text goes through to_tokens")
+    check_data("tokens", tokens)
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise UsageError(f"tokens must be a non-empty [batch, pos] tensor, got shape {list(tokens.shape)}")
 
@@ -218,6 +233,7 @@ def _mask(name: str, given: Any, tokens: Tensor) -> Bool[Tensor, "batch pos"]:
     wanted = f"{name} must be a boolean tensor of {tokens.shape[-1]} positions, one row or one a sequence"
     if not isinstance(given, Tensor) or given.is_floating_point():
         raise UsageError(f"{wanted}; got {given.dtype if isinstance(given, Tensor) else type(given).__name__}")
+    check_data(f"entries of {name}", given)
     if given.shape not in (tokens.shape, tokens.shape[-1:], (1, tokens.shape[-1])):
         raise UsageError(f"{wanted}; got shape {list(given.shape)}")
     return (given != 0).expand_as(tokens)

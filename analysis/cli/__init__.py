@@ -17,7 +17,7 @@ from loopmdm.analysis.cli import (  # noqa: F401 - each adds its commands
     training,
 )
 from loopmdm.analysis.cli.shared import Interrupted, Terminated, app, err
-from loopmdm.model.errors import DivergedError, UsageError
+from loopmdm.model.errors import DivergedError, NotFiniteError, UsageError
 from loopmdm.model.training.allocator import keep_freed_memory
 
 
@@ -40,7 +40,7 @@ def main() -> None:
         _run()
     except UsageError as error:
         _fail(f"error: {_describe(error)}", 2)
-    except DivergedError as error:
+    except (DivergedError, NotFiniteError) as error:
         _fail(f"error: {_describe(error)}", 1)
     except BrokenPipeError:
         sys.stdout = None  # nothing more can be written; its flush at the end would fail again

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from loopmdm.analysis.cli.shared import app, cell, check_out, err, integer, integers, interruptible, show
+from loopmdm.analysis.cli.shared import app, check_out, err, integer, integers, interruptible, show, tsv
 from loopmdm.model.errors import UsageError
 
 
@@ -21,6 +21,7 @@ def sample(
         str, typer.Option(help="random, confidence, threshold:0.9, blocks:8, blocks:8:threshold:0.9, ...")
     ] = "random",
     prompt: Annotated[str, typer.Option(help="text to begin with")] = "",
+    infill: Annotated[str, typer.Option(help="a whole text with [MASK] for each token to fill")] = "",
     clues: Annotated[
         str, typer.Option(help="POSITION:ID,.. that stay; a Sudoku model also takes a board, 0 or . where empty")
     ] = "",
@@ -52,7 +53,8 @@ def sample(
         r = run(
             m, n, length, steps, None if rule else n_loops, rule, order, prompt or None, given,
             temperature, top_p, seed, first_index, None, batch_size, err.is_terminal, partial,
-            top_k=top_k, guidance=guidance, suppress=_ids(suppress, "--suppress"), end=_ids(end, "--end"),
+            infill=infill or None, top_k=top_k, guidance=guidance,
+            suppress=_ids(suppress, "--suppress"), end=_ids(end, "--end"),
         )  # fmt: skip
     ran = r.loops_used > 0
     columns = ["sequence", "forwards", "mean_loops", "flops", "text"]
@@ -65,8 +67,7 @@ def sample(
     if out is None:
         show(columns, rows)
         return
-    lines = ["\t".join(cell(value) for value in row) for row in (columns, *rows)]
-    write_atomic(out, lambda path: path.write_text("\n".join(lines) + "\n"))
+    write_atomic(out, lambda path: path.write_text(tsv([columns, *rows]), encoding="utf-8"))
     print(out)
 
 

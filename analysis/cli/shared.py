@@ -1,7 +1,10 @@
 """What the commands share: the app, printing, progress, interruption."""
 
+import csv
+import io
 import math
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
@@ -56,8 +59,7 @@ def show(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print records: aligned on a terminal, TSV in a pipe."""
     cells = [[cell(value) for value in row] for row in rows]
     if not sys.stdout.isatty():
-        for row in [list(columns), *cells]:
-            print("\t".join(row))
+        print(tsv([columns, *cells]), end="")
         return
     table = RichTable(box=None, header_style="bold")
     for column in columns:
@@ -67,11 +69,22 @@ def show(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     Console().print(table)
 
 
+def tsv(rows: Iterable[Sequence[Any]]) -> str:
+    """Records as TSV, one a line; a field that holds quotes is quoted, as pandas and spreadsheets read it."""
+    text = io.StringIO()
+    csv.writer(text, delimiter="\t", lineterminator="\n").writerows(map(cell, row) for row in rows)
+    return text.getvalue()
+
+
 def cell(value: Any) -> str:
     """A value as one field of a line."""
     if isinstance(value, float):
         return "nan" if math.isnan(value) else f"{value:.6g}"
-    return str(value).replace("\t", " ").replace("\n", " ")
+    return CONTROL.sub(" ", str(value))
+
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+"""What breaks lines and fields, or a terminal."""
 
 
 def progress_bar() -> Progress:

@@ -21,6 +21,7 @@ from loopmdm.analysis.exhibits import tables
 from loopmdm.analysis.exhibits.answers import Answer
 from loopmdm.analysis.numbers import provenance
 from loopmdm.analysis.plots.style import FORMATS, PAGE, png_bytes, style
+from loopmdm.model.errors import UsageError
 from loopmdm.model.files import write_atomic, write_json
 from loopmdm.model.registry import Registry
 from loopmdm.model.training.record import commit, versions
@@ -77,7 +78,11 @@ class Exhibit:
 
     def load(self) -> Tables:
         """Its tables, by name."""
-        return {name: tables.load(name) for name in self.tables}
+        found = {name: tables.load(name) for name in self.tables}
+        empty = next((name for name, frame in found.items() if frame.empty), None)
+        if empty is not None:
+            raise UsageError(f"table {empty} has no rows; run `loopmdm table {empty}`")
+        return found
 
     def _write(self, figure: MatplotlibFigure, out: Path, loaded: Tables) -> None:
         dates = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {"Software": None}}

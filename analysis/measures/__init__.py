@@ -17,6 +17,7 @@ import torch
 
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.registry import MEASURES, Measure, fingerprints, options_asked, plain
+from loopmdm.analysis.numbers.parallel import one_thread
 from loopmdm.analysis.numbers.store import Question
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
@@ -39,6 +40,7 @@ Model = str | HookedLoopMDM
 
 
 @torch.no_grad()
+@one_thread()
 def measure(
     name: str,
     models: Model | Sequence[Model],

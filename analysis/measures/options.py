@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
-from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.errors import UsageError, check_count, check_seed
 
 RATIOS = (0.25, 0.5, 0.75)
 Own = TypeVar("Own", bound="Options")
@@ -54,7 +54,7 @@ class OnTests(Options):
         if self.n_loops is not None:
             check_count("n_loops", self.n_loops)
         check_count("n", self.n)
-        check_count("seed", self.seed, least=0)
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)

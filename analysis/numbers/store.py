@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from loopmdm.analysis.numbers import frames
+from loopmdm.analysis.numbers.parallel import one_thread
 from loopmdm.model.corpora.fetch import cache_folder
 from loopmdm.model.errors import UsageError
 from loopmdm.model.network.checkpoints import resolve, weights_hash
@@ -69,7 +70,10 @@ class Store:
         if _believed(path, key) is None:
             found = (_believed(folder / key.file, key) for folder in self.others)
             frame = next((frame for frame in found if frame is not None), None)
-            frames.write_table(compute() if frame is None else frame, path, {"asked": str(key)})
+            if frame is None:
+                with one_thread():
+                    frame = compute()
+            frames.write_table(frame, path, {"asked": str(key)})
         return frames.read_table(path)
 
     def __contains__(self, key: Key) -> bool:

@@ -10,9 +10,20 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from loopmdm.analysis.plots.style import AMOUNT_STYLE, KEY_STYLE, NULL, RATIO_STYLE, error_band, half_width, style
+from loopmdm.analysis.plots.style import (
+    AMOUNT_STYLE,
+    KEY_STYLE,
+    NULL,
+    RATIO_STYLE,
+    error_band,
+    half_width,
+    of_rows,
+    plainly,
+    style,
+)
 
 
+@of_rows
 def plot_mass_by_loop(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Mass of masked queries on masked, clean and own key over `loop`, chance as dotted lines.
 
@@ -28,6 +39,7 @@ def plot_mass_by_loop(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@of_rows
 def plot_log_odds_by_loop(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Log-odds of masked against clean keys over `loop`, a line a mask ratio; 0 = indifferent.
 
@@ -54,6 +66,7 @@ def plot_other_seeds(frames: Sequence[pd.DataFrame], *, ax: Axes) -> Axes:
     return ax
 
 
+@of_rows
 def plot_by_s_max(df: pd.DataFrame, *, axes: Sequence[Axes]) -> None:
     """Log-odds over loops, and their rise since the first loop over loop / S_max; a line an S_max of training.
 
@@ -79,6 +92,7 @@ def plot_by_s_max(df: pd.DataFrame, *, axes: Sequence[Axes]) -> None:
     axes[1].set(xlabel="loop / $S_{max}$", ylabel="log-odds less those of the first loop")
 
 
+@of_rows
 def plot_log_odds_by_layer(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Log-odds of the layers outside the loop, a mark a mask ratio, with 95% intervals."""
     ax = ax or plt.gca()
@@ -99,6 +113,7 @@ def plot_log_odds_by_layer(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 def plot_map(weights: np.ndarray, labels: list[str], masked: np.ndarray, *, ax: Axes, **heat) -> Axes:
     """One attention map [query, key]; labels of masked positions are coloured."""
+    labels = [plainly(label) for label in labels]
     sns.heatmap(weights, ax=ax, square=True, xticklabels=labels, yticklabels=labels, **heat)
     size = max(3.5, min(6.5, 160 / max(len(labels), 1)))
     ax.tick_params(axis="x", length=0, labelsize=size, rotation=90, pad=1)
@@ -156,6 +171,7 @@ def plot_maps(maps: Maps) -> Figure:
     return figure
 
 
+@of_rows
 def plot_content_by_loop(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """What the masked keys' values move into masked queries, over `loop`, a line a mask ratio.
 
@@ -170,6 +186,7 @@ def plot_content_by_loop(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@of_rows
 def plot_by_step(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Log-odds masked : clean as a heat map, denoising step x loop; `df`: step mask_ratio loop log_odds."""
     ax = ax or plt.gca()
@@ -188,6 +205,7 @@ def plot_by_step(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@of_rows
 def plot_specifications(df: pd.DataFrame, axes: Sequence[Axes]) -> None:
     """Every definition of the rise, a column a definition: estimates above in the measure's own units of error,
     choices below.
@@ -224,6 +242,7 @@ def plot_specifications(df: pd.DataFrame, axes: Sequence[Axes]) -> None:
     below.grid(False, axis="x")
 
 
+@of_rows
 def plot_heads(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Growth of each head, as ranked on one half of the sequences (hollow) and measured on the other (full).
 

@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from loopmdm.analysis.plots.quality import band_over_seeds
-from loopmdm.analysis.plots.style import ARM_STYLE, NULL, half_width
+from loopmdm.analysis.plots.style import ARM_STYLE, NULL, half_width, of_rows
 
 DAMPING_STYLE = {
     "none": {"color": "#8c8c8c", "marker": "s", "linestyle": "--", "label": "full steps"},
@@ -27,6 +27,7 @@ KIND_STYLE = {
 """What is done to edges."""
 
 
+@of_rows
 def plot_shares(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Share of the gain of looping that is lost, one mark a model; `df`: edges matched share low high.
 
@@ -57,6 +58,7 @@ def plot_shares(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@of_rows
 def plot_effects(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Heat map loop x mask ratio of an effect, thousandths of a nat; brackets where its 95% interval holds 0."""
     ax = ax or plt.gca()
@@ -79,6 +81,7 @@ def plot_effects(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@of_rows
 def plot_arms(df: pd.DataFrame, by: str, labels: dict[str, str], *, ax: Axes | None = None) -> Axes:
     """Nats that edges cost, a row for each value of the column `by` in `labels`, one mark a model and kind.
 
@@ -99,6 +102,7 @@ def plot_arms(df: pd.DataFrame, by: str, labels: dict[str, str], *, ax: Axes | N
     return ax
 
 
+@of_rows
 def plot_dose(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Nats lost over the share of edges, a line a kind, a thin one a model; `df`: model kind share effect."""
     ax = ax or plt.gca()
@@ -112,6 +116,7 @@ def plot_dose(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@of_rows
 def plot_training_free(df: pd.DataFrame, value: str, *, ax: Axes | None = None) -> Axes:
     """A column of `training-free` over n_loops, naive and damped, mean over seeds; `df`: seed damping n_loops."""
     ax = ax or plt.gca()

@@ -9,6 +9,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
+from loopmdm.analysis.plots.style import of_rows
+
 VERDICT_STYLE = {
     "supported": ("#c6dbef", "✓"),
     "not supported": ("#fdd0a2", "✗"),
@@ -19,6 +21,7 @@ FIRST, WIDTH = 0.5, 0.25
 """Where the first cell begins and how wide one is, in shares of the axes."""
 
 
+@of_rows
 def plot_claims(
     df: pd.DataFrame, columns: Sequence[tuple[str, tuple[str, ...]]], *, ax: Axes | None = None
 ) -> Axes:

@@ -9,6 +9,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullFormatter
 
 from loopmdm.analysis.plots.quality import band_over_seeds
+from loopmdm.analysis.plots.style import of_rows
 
 METRIC_STYLE = {
     "clue_conflicts": {
@@ -37,6 +38,7 @@ CHANGE_STYLE = {
 }
 
 
+@of_rows
 def plot_metrics(df: pd.DataFrame, looks: dict, *, ax: Axes | None = None) -> Axes:
     """Some metrics of boards over loops, means over seeds; `df`: model loop metric value standard_error."""
     ax = ax or plt.gca()
@@ -47,6 +49,7 @@ def plot_metrics(df: pd.DataFrame, looks: dict, *, ax: Axes | None = None) -> Ax
     return ax
 
 
+@of_rows
 def plot_orders(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Solve rates by generation order at the fewest and the most loops; a mark a model, bars its 95%.
 
@@ -84,6 +87,7 @@ NEAR = 1.01
 """Rounds whose divergence is within this factor of the least are not told apart."""
 
 
+@of_rows
 def plot_excess(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Excess KL (thousandths of a nat) as a heat map, hops x loop, after the base model's column.
 
@@ -100,6 +104,7 @@ def plot_excess(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@of_rows
 def plot_rounds(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """KL between the belief after each round and the read-out after each loop; frames mark each loop's nearest.
 

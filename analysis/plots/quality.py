@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from scipy import stats as distributions
 
-from loopmdm.analysis.plots.style import AMOUNT_STYLE, ARM_STYLE, NULL, band, half_width, mark_s_max
+from loopmdm.analysis.plots.style import AMOUNT_STYLE, ARM_STYLE, NULL, band, half_width, mark_s_max, of_rows
 
 
 def over_seeds(df: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
@@ -38,6 +38,7 @@ def band_over_seeds(df: pd.DataFrame, x: str, y: str, ax: Axes, **look) -> None:
     band(ax, summary[x], summary[y], summary["low"], summary["high"], **look)
 
 
+@of_rows
 def plot_by_arm(df: pd.DataFrame, x: str, y: str, *, ax: Axes | None = None, **look) -> Axes:
     """`y` over `x` for each arm: mean over seeds with its interval, and a thin line a seed."""
     ax = ax or plt.gca()
@@ -54,6 +55,7 @@ def plot_by_arm(df: pd.DataFrame, x: str, y: str, *, ax: Axes | None = None, **l
     return ax
 
 
+@of_rows
 def plot_nll_by_loops(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Test NELBO over n_loops; `df`: arm seed n_loops nll nll_se s_max."""
     ax = ax or plt.gca()
@@ -64,6 +66,7 @@ def plot_nll_by_loops(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@of_rows
 def plot_change_by_loops(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """NELBO minus NELBO at S = 1, paired by sequence and mask; below 0 = looping helps."""
     ax = ax or plt.gca()
@@ -74,6 +77,7 @@ def plot_change_by_loops(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@of_rows
 def plot_solve_rate(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Solve rate over n_loops; `df`: arm seed n_loops solve_rate low high s_max."""
     ax = ax or plt.gca()
@@ -89,6 +93,7 @@ def side_by_side(place: int, n: int) -> np.ndarray:
     return place + 0.1 * (np.arange(n) - (n - 1) / 2)
 
 
+@of_rows
 def plot_accuracy(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Share of problems answered rightly over n_loops with its interval, a guess as a dotted line.
 
@@ -106,6 +111,7 @@ def plot_accuracy(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@of_rows
 def plot_learning_curves(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Validation NELBO over training FLOPs, each arm at its S_max; `df`: arm seed point flops nelbo nelbo_se."""
     ax = ax or plt.gca()
@@ -116,6 +122,7 @@ def plot_learning_curves(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@of_rows
 def plot_gain_by_noise(df: pd.DataFrame, s_max: int, *, ax: Axes | None = None) -> Axes:
     """Gain over S = 1 by mask ratio, mean over seeds, a line a loop count; the interval of S_max only.
 
@@ -139,6 +146,7 @@ def plot_gain_by_noise(df: pd.DataFrame, s_max: int, *, ax: Axes | None = None) 
     return ax
 
 
+@of_rows
 def plot_zero_shot(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """NELBO of each corpus by model and loop count, with intervals; `df`: label corpus nelbo standard_error."""
     ax = ax or plt.gca()
@@ -171,6 +179,7 @@ def _base_level(df: pd.DataFrame, column: str, ax: Axes) -> None:
         ax.axhline(base[column].mean(), color=ARM_STYLE["base"]["color"], linewidth=0.8, linestyle="--", zorder=0)
 
 
+@of_rows
 def plot_arms(
     df: pd.DataFrame, value: str, looks: Mapping[str, Mapping] = ARM_STYLE, *, ax: Axes | None = None, **more
 ) -> Axes:
@@ -188,6 +197,7 @@ def plot_arms(
     return ax
 
 
+@of_rows
 def plot_amounts(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Test NELBO over n_loops, a line an S_max of training (its place ringed); `df`: arm n_loops nll s_max."""
     ax, ticks = ax or plt.gca(), [1, 2, 4, 6, 8, 12, 24, 36]
@@ -210,6 +220,7 @@ def plot_amounts(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@of_rows
 def plot_flops_ratio(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """FLOPs of `against` / FLOPs of `arm` for a NELBO, a mark a target; crossed where seeds never get there.
 
@@ -242,6 +253,7 @@ def plot_flops_ratio(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@of_rows
 def plot_generative(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Judge's NLL of samples: n_loops x denoising steps as numbers on a heat map, contours of equal FLOPs.
 
@@ -268,6 +280,7 @@ def plot_generative(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@of_rows
 def plot_loops_or_steps(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Quality of samples against FLOPs of a whole sampling run, a line an n_loops.
 

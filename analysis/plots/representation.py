@@ -6,9 +6,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from loopmdm.analysis.plots.style import NULL, RATIO_STYLE, error_band, style
+from loopmdm.analysis.plots.style import NULL, RATIO_STYLE, error_band, of_rows, plainly, style
 
 
+@of_rows
 def plot_metric_by_loop(df: pd.DataFrame, metric: str, *, ax: Axes | None = None) -> Axes:
     """One metric over loops, a line a mask ratio, 95% intervals.
 
@@ -22,6 +23,7 @@ def plot_metric_by_loop(df: pd.DataFrame, metric: str, *, ax: Axes | None = None
     return ax
 
 
+@of_rows
 def plot_drift_null(df: pd.DataFrame, *, ax: Axes) -> Axes:
     """The 1/i that a constant drift would give, as a dotted line."""
     null = df[df["metric"] == "drift_null"].drop_duplicates("loop").sort_values("loop")
@@ -29,6 +31,7 @@ def plot_drift_null(df: pd.DataFrame, *, ax: Axes) -> Axes:
     return ax
 
 
+@of_rows
 def plot_read_loops(
     df: pd.DataFrame, *, sequence: int = 0, masked_only: bool = True, ax: Axes | None = None
 ) -> Axes:
@@ -46,11 +49,11 @@ def plot_read_loops(
         image = ax.imshow(shade, cmap="Greys", vmin=0, vmax=1, aspect="auto")
         for (row, column), word in np.ndenumerate(words.to_numpy()):
             colour = "white" if shade.iat[row, column] > 0.55 else "black"
-            ax.text(column, row, repr(word)[1:-1], ha="center", va="center", fontsize=6.5, color=colour)
+            ax.text(column, row, plainly(repr(word)[1:-1]), ha="center", va="center", fontsize=6.5, color=colour)
             if flips[row, column]:
                 ax.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#d95f02", lw=1.6))
         ax.set_xticks(range(shade.shape[1]), [str(loop + 1) for loop in shade.columns])
-        ax.set_yticks(range(len(truth)), [f"{position}: {word!r}" for position, word in truth.items()])
+        ax.set_yticks(range(len(truth)), [plainly(f"{position}: {word!r}") for position, word in truth.items()])
         ax.grid(False)
         ax.set(xlabel="loop (1 = first)", ylabel="position: true token")
         ax.figure.colorbar(image, ax=ax, label="p(true token)")
@@ -63,6 +66,7 @@ LENS_STYLE = {
 }
 
 
+@of_rows
 def plot_lenses(df: pd.DataFrame, metric: str, *, ax: Axes | None = None) -> Axes:
     """One metric of the read-outs by both lenses; `df`: loop metric value standard_error at one mask ratio."""
     ax = ax or plt.gca()
@@ -73,6 +77,7 @@ def plot_lenses(df: pd.DataFrame, metric: str, *, ax: Axes | None = None) -> Axe
     return ax
 
 
+@of_rows
 def plot_similarity(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """CKA of the states after every two loops as a heat map; `df`: loop other_loop value; loop -1: prelude."""
     ax = ax or plt.gca()
@@ -91,6 +96,7 @@ def plot_similarity(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@of_rows
 def plot_far_out(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Slopes of log change against log loop, a mark a model; `df`: model metric value low high.
 
@@ -114,6 +120,7 @@ def plot_far_out(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@of_rows
 def plot_state_paths(df: pd.DataFrame, *, n_paths: int = 12, ax: Axes | None = None) -> Axes:
     """Paths of some sequences' mean states in PCA coordinates, from the prelude (hollow) to the last loop (full).
 

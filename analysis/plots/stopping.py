@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from loopmdm.analysis.plots.style import NULL, error_band, half_width
+from loopmdm.analysis.plots.style import NULL, error_band, half_width, of_rows
 
 RULE_STYLE = {
     "fixed": {"color": "#444444", "marker": "s", "linestyle": "--", "label": "fixed S"},
@@ -16,6 +16,7 @@ RULE_STYLE = {
 }
 
 
+@of_rows
 def plot_frontier(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Loss against FLOPs, a line a rule; `df`: rows of one model over all mask ratios: rule flops nll."""
     ax = ax or plt.gca()
@@ -29,6 +30,7 @@ def plot_frontier(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@of_rows
 def plot_loops_by_step(df: pd.DataFrame, most: int, *, ax: Axes | None = None) -> Axes:
     """Loops used before each denoising step, 95% over samples; `df`: step mask_ratio value standard_error."""
     ax = ax or plt.gca()
@@ -41,6 +43,7 @@ def plot_loops_by_step(df: pd.DataFrame, most: int, *, ax: Axes | None = None) -
     return ax
 
 
+@of_rows
 def plot_usage(df: pd.DataFrame, most: int, *, ax: Axes | None = None) -> Axes:
     """Loops used by group, both scopes; `df`: rows of one model: scope by group value standard_error."""
     ax = ax or plt.gca()
@@ -59,6 +62,7 @@ def plot_usage(df: pd.DataFrame, most: int, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@of_rows
 def plot_savings(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """FLOPs and time of whole sampling runs as shares of those at fixed S; `df`: label flops_ratio time_ratio."""
     ax = ax or plt.gca()

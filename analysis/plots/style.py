@@ -1,8 +1,10 @@
 """One palette, one order, one set of sizes; readable in greyscale; byte-stable files."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -13,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
+Plot = TypeVar("Plot", bound=Callable[..., Any])
 COLUMN, PAGE = 3.35, 6.9
 """Widths in inches: one column, full page."""
 
@@ -92,12 +95,30 @@ PARAMETERS = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The suite's look, for the drawing inside; the caller's own settings return afterwards."""
+    """The suite's look, for the drawing inside; the caller's own settings return afterwards, and touch nothing."""
     with mpl.rc_context():
+        mpl.rcdefaults()
         sns.set_theme(style="ticks", rc=PARAMETERS)
         yield
         interactive = mpl.is_interactive()
     mpl.interactive(interactive)  # a notebook's backend may have switched it on inside
+
+
+def of_rows(plot: Plot) -> Plot:
+    """A plot of a frame that says in one line when the frame has no rows, or lacks a column."""
+
+    @wraps(plot)
+    def drawn(df: pd.DataFrame, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return plot(df, *args, **kwargs)
+        except Exception as error:
+            if not len(df):
+                raise ValueError(f"{plot.__name__}: the frame has no rows; give one that was measured") from error
+            if isinstance(error, KeyError) and error.args[0] not in df.columns:
+                raise ValueError(f"{plot.__name__}: the frame has no column {error.args[0]!r}") from error
+            raise
+
+    return cast(Plot, drawn)
 
 
 def band(ax: Axes, x, y, low, high, **line) -> None:
@@ -126,6 +147,11 @@ def mark_s_max(ax: Axes, s_max: int, last: int) -> None:
     ax.axvline(s_max, color="#666666", linewidth=0.8, linestyle="-.", zorder=0)
     ticks = [1, *range(s_max, last + 1, s_max)]
     ax.set_xticks(ticks, [f"{tick}\n$S_{{max}}$" if tick == s_max else str(tick) for tick in ticks])
+
+
+def plainly(text: str) -> str:
+    """Text as matplotlib draws it letter by letter: no dollars as mathematics, control characters as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text).replace("$", r"\$")
 
 
 def png_bytes(figure: Figure) -> bytes:

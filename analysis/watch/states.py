@@ -13,6 +13,7 @@ from loopmdm.model.context import Context
 from loopmdm.model.errors import check_count
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.hooks.scopes import AttnPath
+from loopmdm.model.precision import wide
 from loopmdm.model.sequences import MaskedBatch
 
 TOKEN_GROUPS = ("masked", "clean")
@@ -43,10 +44,10 @@ def row_mean(values: Float[Tensor, " row"], member: Bool[Tensor, "batch pos"]) -
 def walk(
     m: HookedLoopMDM, b: MaskedBatch, n_loops: int, attn_path: AttnPath = "auto"
 ) -> Iterator[tuple[int, Float[Tensor, "batch pos d_model"], Context]]:
-    """(-1, H(-1), context), (0, H(0), context), .. with the model's hooks, states in float32."""
+    """(-1, H(-1), context), (0, H(0), context), .. with the model's hooks, states in float32 or wider."""
     caught: list[Tensor] = []
-    with m.hooks([("loop.0.hook_in", lambda x, hook: caught.append(x.float()))]):  # noqa: ARG005
+    with m.hooks([("loop.0.hook_in", lambda x, hook: caught.append(wide(x).clone()))]):  # noqa: ARG005
         for loop, (state, context) in enumerate(m.states(b.tokens, n_loops, b.attention_mask, attn_path)):
             if loop == 0:
                 yield -1, caught.pop(), context
-            yield loop, state.float(), context
+            yield loop, wide(state), context

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from loopmdm.model.precision import wide
 from loopmdm.model.sites import EXPLICIT_ONLY
 
 LEAVES = ("attn.hook_v", "attn.hook_rot_q", "attn.hook_rot_k", *EXPLICIT_ONLY, "attn.hook_z")
@@ -80,7 +81,7 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, asked: Asked, offer: Offer) -> Te
     scale = q.shape[-1] ** -0.5 if asked.scale is None else asked.scale
     scores = offer("attn.hook_attn_scores", _masked(q @ k.transpose(-1, -2) * scale, asked))
     blind = (scores == float("-inf")).all(-1, keepdim=True)
-    pattern = scores.float().softmax(-1).masked_fill(blind, 0.0).to(v.dtype)
+    pattern = wide(scores).softmax(-1).masked_fill(blind, 0.0).to(v.dtype)
     return offer("attn.hook_pattern", pattern) @ v
 
 

@@ -24,6 +24,7 @@ from loopmdm.model.adapters.detours import Detour
 from loopmdm.model.adapters.families import Family
 from loopmdm.model.adapters.layout import ForeignLayout
 from loopmdm.model.adapters.listening import listening, out_weight
+from loopmdm.model.adapters.loading import check_uncompiled
 from loopmdm.model.context import Context
 from loopmdm.model.errors import UsageError
 from loopmdm.model.protocol import Core, check_attention_mask, check_tokens
@@ -109,6 +110,7 @@ class ForeignCore(Core):
     def context(self, tokens: Tensor, attention_mask: Tensor | None = None) -> ForeignContext:
         """Run the native forward up to its last block."""
         check_tokens(self.cfg, tokens)
+        check_uncompiled(self.native)
         keys = check_attention_mask(attention_mask, tokens)
         first, calls = self.record(tokens, keys)
         return ForeignContext(tokens, self.cfg.mask_token_id, keys, core=self, calls=calls, first=first)

@@ -92,7 +92,7 @@ def _route(cfg: Layout, module: nn.Module, wanted: list[str], offer: Callable, h
             kwargs.pop(next(iter(kwargs))),
         )  # parts take one tensor first, sometimes by its name
         if "hook_resid_mid" in wanted:
-            x = offer("hook_resid_mid", x)
+            x = offer("hook_resid_mid", x.clone())  # its own: the block adds to x itself
         if "attn.hook_result" in wanted:
             out = _summed(module, x, cfg.n_heads, offer)
         else:

@@ -182,14 +182,23 @@ def check_loaded(native: nn.Module) -> None:
     quantised = getattr(native, "is_quantized", False) or getattr(native, "quantization_method", None)
     if quantised:
         raise UsageError(f"{type(native).__name__} is quantised; load it without a quantization_config")
-    if hasattr(native, "_orig_mod"):
-        raise UsageError("a compiled model hears nobody; give the model as it was before torch.compile")
+    check_uncompiled(native)
     chosen = getattr(getattr(native, "config", None), "_attn_implementation", None)
     if chosen not in (None, "sdpa"):
         raise UsageError(
             f"{type(native).__name__} was loaded with attn_implementation={chosen!r}, which nobody can listen to; "
             "load it with attn_implementation='sdpa'"
         )
+
+
+def check_uncompiled(native: nn.Module) -> None:
+    """UsageError for a model of which anything was compiled: detours over its modules would not be noticed."""
+    for name, module in native.named_modules():
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise UsageError(
+                f"{name or type(native).__name__} is compiled and hears nobody; give the model as it was before "
+                "torch.compile (the hooked model can be compiled)"
+            )
 
 
 def provenance(native: nn.Module) -> dict[str, Any]:

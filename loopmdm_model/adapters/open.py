@@ -17,7 +17,7 @@ from loopmdm.model.adapters.layout import read_layout
 from loopmdm.model.errors import UsageError, check_keys
 from loopmdm.model.files import read_json
 from loopmdm.model.hooks.hooked import HookedLoopMDM
-from loopmdm.model.network.checkpoints import CONFIG, list_runs
+from loopmdm.model.network.checkpoints import CONFIG, check_device, list_runs
 
 HUB = "hf:"
 
@@ -37,6 +37,7 @@ def open_model(
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device)
     wanted = loading.Wanted(str(name).removeprefix(HUB), torch.device(device), dtype, revision, trust_remote_code)
     config = {} if _is_ours(name) else loading.config_of(wanted)
     if looks_like(config) is None and "family" not in changes:

@@ -6,8 +6,8 @@ of its text: copies of one text stand on one side.
 """
 
 import hashlib
-import json
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from loopmdm.model.corpora.fetch import cache_folder
 from loopmdm.model.corpora.tokenizer import EOS
 from loopmdm.model.errors import UsageError
-from loopmdm.model.files import read_json, write_atomic, write_json
+from loopmdm.model.files import read_json, sha256, write_atomic, write_json
 
 HUB = {
     "lm1b": ("billion-word-benchmark/lm1b", None),
@@ -66,15 +66,42 @@ def prepare(name: str, tokenizer: Tokenizer, limit: int) -> Prepared:
     """The first `limit` training tokens of a hub corpus, from the cache if they are there."""
     key = hashlib.sha256(f"{name}\0{limit}\0{tokenizer.to_str()}".encode()).hexdigest()[:16]
     folder = cache_folder() / "prepared" / key
-    if not (folder / "about.json").is_file():  # written last
-        _write(name, tokenizer, limit, folder)
+    if (folder / "about.json").is_file():  # written last
+        try:
+            return _read(folder)
+        except (OSError, ValueError, KeyError, TypeError):
+            warnings.warn(f"{folder} is damaged; {name} is prepared again", stacklevel=2)
+    _write(name, tokenizer, limit, folder)
+    return _read(folder)
+
+
+def _read(folder: Path) -> Prepared:
+    """What was prepared; ValueError if it is not what was written."""
     about = read_json(folder / "about.json")
-    ids = np.memmap(folder / "train.bin", dtype=about["dtype"], mode="r")
+    if sha256(folder / "train.bin") != about["sha256"]:
+        raise ValueError("other training tokens")
     held_out: dict[str, list[np.ndarray]] = {}
     for split in ("validation", "test"):
-        rows = json.loads((folder / f"{split}.json").read_text())
-        held_out[split] = [np.array(row) for row in rows]
-    return Prepared(ids, held_out, about["sha256"])
+        path = folder / f"{split}.json"
+        if about.get(split, sha256(path)) != sha256(path):
+            raise ValueError("other held-out documents")
+        held_out[split] = [np.array(row) for row in read_json(path)]
+    return Prepared(np.memmap(folder / "train.bin", dtype=about["dtype"], mode="r"), held_out, about["sha256"])
+
+
+def texts(name: str) -> Iterator[str]:
+    """The texts of a hub data set, line ends plain; UsageError for rows that hold none.
+
+    Empty rows are left out, and what no text file could hold: NUL characters, halves of surrogate pairs.
+    """
+    for number, row in enumerate(stream(name)):
+        text = row.get("text", 0) or ("" if "text" in row else 0)
+        if not isinstance(text, str):
+            have = f"columns {', '.join(map(str, row))}"
+            raise UsageError(f"{name}: row {number} ({have}) holds no text under 'text'; name one that does")
+        text = text.encode(errors="ignore").decode().replace("\0", "").replace("\r\n", "\n").replace("\r", "\n")
+        if text.strip():
+            yield text
 
 
 def split_of(text: str) -> str | None:
@@ -102,15 +129,15 @@ def _write(name: str, tokenizer: Tokenizer, limit: int, folder: Path) -> None:
                     written += len(ids)
                 batch.clear()
 
-            for row in stream(name):
-                split = split_of(row["text"])
+            for text in texts(name):
+                split = split_of(text)
                 if split:  # beyond the most that are kept, left out: a copy of it may be held out
                     if len(held_out[split]) < MOST_HELD_OUT:
-                        held_out[split].append([*tokenizer.encode(row["text"]).ids, int(end or 0)])
+                        held_out[split].append([*tokenizer.encode(text).ids, int(end or 0)])
                     continue
                 if written >= limit and all(held_out.values()):
                     break
-                batch.append(row["text"])
+                batch.append(text)
                 if len(batch) == BATCH:
                     flush()
             flush()
@@ -120,5 +147,6 @@ def _write(name: str, tokenizer: Tokenizer, limit: int, folder: Path) -> None:
         if not rows:
             raise UsageError(f"{name} has too few documents to hold any out for {split}")
         write_json(folder / f"{split}.json", rows)
+    kept = {split: sha256(folder / f"{split}.json") for split in held_out}
     write_json(folder / "about.json", {"corpus": name, "tokens": written, "dtype": np.dtype(kind).name,
-                                       "sha256": digest.hexdigest()})  # fmt: skip
+                                       "sha256": digest.hexdigest()} | kept)  # fmt: skip

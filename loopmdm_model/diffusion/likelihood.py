@@ -26,8 +26,8 @@ from loopmdm.model import flops, stats
 from loopmdm.model.corpora.windows import sliding_windows
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.masking import hide, pick_positions
-from loopmdm.model.precision import wide
-from loopmdm.model.protocol import LoopedModel
+from loopmdm.model.precision import check_logits, wide
+from loopmdm.model.protocol import LoopedModel, check_model
 from loopmdm.model.randomness import row_uniforms, step_generator
 from loopmdm.model.sequences import MaskedBatch, Sequences
 from loopmdm.model.stopping.rules import StoppingRule, as_rule
@@ -161,7 +161,11 @@ def masked_cross_entropy(logits: Tensor, batch: MaskedBatch) -> Float[Tensor, " 
 
 
 def row_cross_entropy(logits: Float[Tensor, "row d_vocab"], batch: MaskedBatch) -> Float[Tensor, " row"]:
-    """Cross-entropies at the masked positions of a batch, in reading order, float64."""
+    """Cross-entropies at the masked positions of a batch, in reading order, float64.
+
+    NotFiniteError if the logits say nothing.
+    """
+    check_logits(logits)
     return F.cross_entropy(wide(logits), batch.clean[batch.masked].long(), reduction="none").double()
 
 
@@ -194,6 +198,7 @@ def nelbo(
     `estimator` "stratified-t" and "independent-t" draw a time t in [1e-3, 1], mask each position with
     probability t and weigh by 1 / t, as usual elsewhere: for comparison, as they scatter more.
     """
+    check_model(model, "nelbo")
     sequences = Sequences.of(tokens, maskable, attention_mask, clusters).clean_for(model)
     return estimate(model, sequences, Read(n_loops, stop, n_samples, seed, batch_size), estimator)
 

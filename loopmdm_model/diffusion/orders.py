@@ -612,7 +612,8 @@ def parse_order(text: str) -> Order:
         size, _, inner = rest.partition(":")
         if not (size.isascii() and size.isdigit()):
             raise UsageError(f"{kind} needs a size, such as {kind}:8, got {text!r}")
-        return Blocks(int(size), parse_order(inner) if inner else Confidence(), shuffled=kind == "random-blocks")
+        size = check_count("the size of blocks", int(size[:99]))
+        return Blocks(size, parse_order(inner) if inner else Confidence(), shuffled=kind == "random-blocks")
     dialled = ORDERS[kind].dial if kind in ORDERS else ""
     if kind not in ORDERS or (":" in text and not dialled):
         raise unknown_name("order", text, [*ORDERS, *(f"{kind}:SIZE" for kind in BLOCKS)])

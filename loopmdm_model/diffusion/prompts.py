@@ -4,15 +4,17 @@ A prompt is what a sequence begins with: a text, ids, or one of these for each s
 it. What neither gives is free, and to be filled.
 """
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.errors import UsageError, check_count, check_data
 from loopmdm.model.protocol import LoopedModel
 from loopmdm.model.sequences import MaskedBatch
 from loopmdm.model.tasks.sudoku import board_of_model
@@ -70,6 +72,21 @@ class Start:
         return cls(known.masked_fill(known < 0, cfg.mask_token_id), free, real)
 
 
+def gaps(model: LoopedModel, infill: Any, prompt: Any, clues: Any, length: Any) -> Any:
+    """The clues that `infill` gives, or those that were given; UsageError for it beside others."""
+    if infill is None:
+        return clues
+    given = [
+        name for name, value in (("prompt", prompt), ("clues", clues), ("length", length)) if value is not None
+    ]
+    if given:
+        raise UsageError(f"infill is a whole text; leave {given[0]} out")
+    with_gaps = getattr(model, "with_gaps", None)
+    if with_gaps is None:
+        raise UsageError("infill needs a tokenizer: use HookedLoopMDM, or give clues= by id")
+    return with_gaps(infill)
+
+
 def _device(model: LoopedModel) -> torch.device:
     return next(model.parameters()).device if isinstance(model, torch.nn.Module) else torch.device("cpu")
 
@@ -122,8 +139,11 @@ def _prompts(model: LoopedModel, prompt: Any) -> list[list[int]] | None:
     """The ids of each prompt, without padding: a sequence goes on where its own text ends."""
     if prompt is None:
         return None
-    if isinstance(prompt, Tensor):
+    check_data("prompts", prompt)
+    if isinstance(prompt, Tensor | np.ndarray):
         prompt = prompt.tolist()
+    if isinstance(prompt, list | tuple):
+        prompt = [part.tolist() if isinstance(part, Tensor | np.ndarray) else part for part in prompt]
     if isinstance(prompt, str) or (
         isinstance(prompt, Sequence) and prompt and not isinstance(prompt[0], Sequence)
     ):
@@ -135,10 +155,19 @@ def _prompts(model: LoopedModel, prompt: Any) -> list[list[int]] | None:
             if to_tokens is None:
                 raise UsageError("a text prompt needs a tokenizer: use HookedLoopMDM, or give token ids")
             item = to_tokens(item)[0].tolist() if item else []
-        if not isinstance(item, Sequence) or not all(isinstance(token, int) and token >= 0 for token in item):
-            raise UsageError(f"a prompt must be a text or token ids, got {item!r}")
-        rows.append(_unpadded(model, list(item)))
+        if not isinstance(item, Sequence) or not all(map(_is_id, item)):
+            raise UsageError(f"a prompt must be a text or token ids, got {item!r:.80}")
+        rows.append(_unpadded(model, [int(token) for token in item]))
     return rows or None
+
+
+def _is_id(token: Any) -> bool:
+    if isinstance(token, bool):
+        return False
+    try:
+        return operator.index(token) >= 0
+    except TypeError:
+        return False
 
 
 def _unpadded(model: LoopedModel, ids: list[int]) -> list[int]:
@@ -149,6 +178,7 @@ def _unpadded(model: LoopedModel, ids: list[int]) -> list[int]:
 
 def _clues(model: LoopedModel, clues: Any) -> dict[int, int] | Tensor | None:
     """Clues by position, or ids [n, pos] with -1 where free."""
+    check_data("clues", clues)
     if clues is None:
         return None
     if isinstance(clues, MaskedBatch):

@@ -19,10 +19,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loopmdm.model.diffusion.orders import Order, StepView, as_order
-from loopmdm.model.diffusion.prompts import Start
-from loopmdm.model.errors import UsageError, check_count
-from loopmdm.model.precision import wide
-from loopmdm.model.protocol import LoopedModel, LoopOutput
+from loopmdm.model.diffusion.prompts import Start, gaps
+from loopmdm.model.errors import UsageError, check_count, check_seed
+from loopmdm.model.precision import check_logits, wide
+from loopmdm.model.protocol import LoopedModel, LoopOutput, check_model
 from loopmdm.model.randomness import row_uniforms
 from loopmdm.model.stopping.halting import OnLoop
 from loopmdm.model.stopping.rules import LoopView, StoppingRule, as_rule
@@ -110,13 +110,15 @@ def sample(
     suppress: int | Iterable[int] = (),
     guidance: float = 0.0,
     end: int | Iterable[int] = (),
+    infill: str | Sequence[str] | None = None,
 ) -> SampleResult:
     """Fill `n` sequences of `length` tokens (default n_ctx) in `steps` denoising steps.
 
     `prompt` is a text (a HookedLoopMDM has the tokenizer), ids, or one of these for each sequence;
     `clues` stay where they are: {position: id}, ids [pos] or [n, pos] with -1 where free, a
     MaskedBatch, whose clean positions are the clues, or a Sudoku board as people write it (`Board.read`) for a
-    model of that size. [PAD] in a prompt is no part of it. `n` defaults to what they hold, else 1. `order` is
+    model of that size. `infill` is a whole text, or several, with [MASK] for each token to fill; in a prompt these
+    letters are text. [PAD] in a prompt is no part of it. `n` defaults to what they hold, else 1. `order` is
     a name of `orders.ORDERS`, with its number as in "threshold:0.9" or alone, "blocks:SIZE",
     "blocks:SIZE:NAME", a permutation or an Order.
 
@@ -130,21 +132,24 @@ def sample(
     that are finished; callbacks have then seen part of the next one, too. `callback` sees every (step, loop);
     what it reads costs no counted FLOPs.
     """
+    check_model(model, "sample")
     as_rule(n_loops, stop, model.cfg.max_loops)
     for name, value in (("steps", steps), ("batch_size", batch_size)):
         check_count(name, value)
     check_count("first_index", first_index, least=0)
     ends = _listed(end, "end")
     drawing = Drawing(temperature, top_p, top_k, _listed(suppress, "suppress"), guidance, ends)
-    start = Start.of(model, prompt, clues, n, length)
     drawing.check(model.cfg.d_vocab)
+    check_seed(seed)
+    callbacks = _callbacks(callback)
+    start = Start.of(model, prompt, gaps(model, infill, prompt, clues, length), n, length)
     plan = as_order(order, start.tokens.shape[1])
     if ends and plan.hides:
         raise UsageError(f"end= needs an order that keeps what it filled, got {plan!r}; give another order")
     most = int(start.free.sum(-1).max())
     sampler = _Sampler(
         model, plan, plan.n_steps(steps, most) if most else 0, n_loops, stop, drawing, seed,
-        [] if callback is None else [callback] if callable(callback) else list(callback),
+        callbacks,
     )  # fmt: skip
     parts: list[SampleResult] = []
     bar = tqdm(total=len(start) * sampler.steps, disable=not progress, unit="step", leave=False)
@@ -302,13 +307,14 @@ class _Sampler:
             without = self._run(blind, rows, active, now)
             now.cost[active] += without.flops
             logits = self.drawing.guided(logits, without.logits)
-        return self.drawing.allowed(logits)
+        never = torch.tensor([self.model.cfg.mask_token_id], device=logits.device)
+        return self.drawing.allowed(logits.index_fill(-1, never, float("-inf")))  # whatever a hook said of [MASK]
 
     def _run(
         self, tokens: Tensor, rows: Tensor, active: Tensor, now: "_Step", on_loop: OnLoop | None = None
     ) -> LoopOutput:
         real = now.start.real
-        return self.model.run(
+        run = self.model.run(
             tokens[active],
             n_loops=self.n_loops,
             stop=self.stop,
@@ -316,6 +322,8 @@ class _Sampler:
             rows=rows[active],
             on_loop=on_loop,
         )
+        check_logits(run.logits)
+        return run
 
 
 @dataclass(frozen=True)
@@ -368,6 +376,13 @@ def _most_probable(probabilities: Tensor, top_p: float, top_k: int | None) -> Te
         goal = top_p if top_k is None else top_p * ordered.sum(-1, keepdim=True)
         ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= goal, 0.0)
     return torch.zeros_like(ordered).scatter(-1, index, ordered)
+
+
+def _callbacks(callback: Callback | Sequence[Callback] | None) -> list[Callback]:
+    found = [] if callback is None else [callback] if callable(callback) else callback
+    if not isinstance(found, Sequence) or not all(map(callable, found)):
+        raise UsageError(f"callback must be a function of a SampleLoop, or several, got {callback!r:.60}")
+    return list(found)
 
 
 def _join(parts: list[SampleResult], start: Tensor) -> SampleResult:

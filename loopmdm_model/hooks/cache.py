@@ -1,7 +1,7 @@
 """What a run left behind: activations by name, by (name, "loop", i, layer), stacked over loops."""
 
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -57,7 +57,7 @@ class LoopCache(Mapping[str, Tensor]):
     ):
         self._activations, self.owner, self.cfg = activations, owner, owner.cfg
         self.token_loops = token_loops
-        self.loops_used, self.tokens = loops_used, tokens
+        self.loops_used, self.tokens = loops_used, tokens.clone()
         self.n_loops = int(loops_used.max())
         self.has_batch_dim = has_batch_dim
 
@@ -139,8 +139,9 @@ class LoopCache(Mapping[str, Tensor]):
         return full
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "LoopCache":
-        """A copy on another device or in another dtype."""
-        moved = {name: value.to(device, dtype) for name, value in self.items()}
+        """A copy on another device or in another floating dtype."""
+        check_kept(dtype)
+        moved = {name: value.to(device, dtype, copy=True) for name, value in self.items()}
         return LoopCache(moved, self.owner, self.loops_used, self.tokens, self.has_batch_dim, self.token_loops)
 
     def unrolled(self) -> "ActivationCache":
@@ -151,11 +152,19 @@ class LoopCache(Mapping[str, Tensor]):
         return self.owner.unroll(self)
 
 
+def check_kept(dtype: torch.dtype | None) -> None:
+    """UsageError for a dtype that activations cannot be kept in."""
+    if dtype is not None and not (
+        isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
+    ):
+        raise UsageError(f"activations are kept in a floating dtype of 16 bits or more, got dtype={dtype}")
+
+
 @dataclass(frozen=True)
 class Keeper:
     """A hook that puts a copy of what it sees into a cache, as slice, place and dtype want it."""
 
-    store: dict[str, Tensor]
+    store: dict[str, Tensor] = field(repr=False)  # TransformerLens names a backward hook by its repr
     suffix: str
     piece: "Slice"
     remove_batch_dim: bool

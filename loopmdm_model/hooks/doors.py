@@ -19,10 +19,10 @@ from loopmdm.model.hooks.cache import LoopCache
 from loopmdm.model.hooks.depth import depth_of, stream_at
 from loopmdm.model.hooks.folded import FoldedWeights
 from loopmdm.model.hooks.points import LoopHooks
-from loopmdm.model.hooks.scopes import AttnPath, Call, check_path
+from loopmdm.model.hooks.scopes import AttnPath, Call, check_path, untraced
 from loopmdm.model.hooks.text import TextEntries
 from loopmdm.model.masking import MaskedBatch
-from loopmdm.model.network.checkpoints import RECORD, TOKENIZER
+from loopmdm.model.network.checkpoints import RECORD, TOKENIZER, with_hash
 from loopmdm.model.network.model import LoopMDM
 from loopmdm.model.sites import Site, applications
 from loopmdm.model.stopping.rules import StoppingRule
@@ -113,10 +113,10 @@ class Doors(FoldedWeights, TextEntries, LoopHooks):
 
     def _plain(self, tokens: Given, mask: Tensor | None) -> tuple[Any, Tensor | None]:
         """Ids [batch, pos] or text, and the mask that came with them."""
-        boards = self._boards(tokens)
-        tokens = tokens if boards is None else boards
         if isinstance(tokens, MaskedBatch):
             tokens, mask = tokens.tokens, tokens.attention_mask if mask is None else mask
+        boards = self._boards(tokens)
+        tokens = tokens if boards is None else boards
         if isinstance(tokens, np.ndarray | list | tuple) and len(tokens) and not isinstance(tokens[0], str):
             tokens = _ids(tokens, self.device)
         if isinstance(tokens, Tensor) and tokens.ndim == 1:
@@ -128,7 +128,7 @@ class Doors(FoldedWeights, TextEntries, LoopHooks):
         if prepend_bos:
             raise UsageError("there is no BOS token here; leave prepend_bos out")
         try:
-            "".join([text] if isinstance(text, str) else map(str, text)).encode()
+            str(text).encode()
         except UnicodeEncodeError as error:
             raise UsageError(f"the text holds half a surrogate pair ({error}); decode it again") from error
         return super().to_tokens(text)
@@ -144,13 +144,16 @@ class Doors(FoldedWeights, TextEntries, LoopHooks):
 
     def to_single_str_token(self, token: int) -> str:
         """The piece that an id stands for."""
-        return self.to_str_tokens(torch.tensor([token]))[0]
+        return self.to_str_tokens([check_count("token", token, least=0)])[0]
 
     def get_token_position(self, single_token: str | int | Tensor, input: Given, mode: str = "first") -> int:
         """Where a token is in one sequence; `mode` "first" or "last" of several."""
         if mode not in ("first", "last"):
             raise UsageError(f'mode must be "first" or "last", got {mode!r}')
-        wanted = self.to_single_token(single_token) if isinstance(single_token, str) else int(single_token)
+        named = isinstance(single_token, str)
+        wanted = (
+            self.to_single_token(single_token) if named else check_count("single_token", single_token, least=0)
+        )
         tokens, _ = self._inputs(input, None)
         if len(tokens) != 1:
             raise UsageError(f"get_token_position takes one sequence, got {len(tokens)}; pick a row")
@@ -161,7 +164,7 @@ class Doors(FoldedWeights, TextEntries, LoopHooks):
 
     def to_string(self, tokens: Tensor | list[int]) -> str | list[str]:
         """Text of ids [pos], or a list of texts of ids [batch, pos]."""
-        ids = _ids(tokens, None)
+        ids = self._readable(tokens)
         if ids.ndim not in (1, 2):
             raise UsageError(f"to_string takes ids [pos] or [batch, pos], got {list(ids.shape)}; pick one step")
         return super().to_string(ids)
@@ -213,6 +216,7 @@ class LoopDoors(Doors):
     def _loops(self, n_loops: int | None) -> int:
         return check_count("n_loops", self.model.cfg.max_loops if n_loops is None else n_loops)
 
+    @untraced
     def forward(
         self,
         tokens: Given,
@@ -252,6 +256,7 @@ class LoopDoors(Doors):
         taps = Call(self, check_path(attn_path)).taps
         return stream_at(depth, self.model, (tokens, loops, attention_mask), taps)
 
+    @untraced
     def run_with_cache(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         tokens: Given,
@@ -298,11 +303,11 @@ class LoopDoors(Doors):
         if self.tokenizer is not None:
             write_atomic(Path(folder) / TOKENIZER, lambda path: self.tokenizer.save(str(path)))
         if self.record:
-            write_json(Path(folder) / RECORD, self.record)
+            write_json(Path(folder) / RECORD, with_hash(Path(folder), self.record))
 
 
 def _ids(tokens: Any, device: torch.device | None) -> Tensor:
     try:
         return torch.as_tensor(tokens, device=device)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise UsageError(f"ids must be integers in rows of one length; got {str(tokens)[:60]}") from error

@@ -21,14 +21,14 @@ from loopmdm.model.context import Context
 from loopmdm.model.corpora.tokenizer import load_tokenizer
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.files import read_json
-from loopmdm.model.hooks.cache import Keeper, LoopCache
+from loopmdm.model.hooks.cache import Keeper, LoopCache, check_kept
 from loopmdm.model.hooks.doors import LoopDoors, in_dtype
 from loopmdm.model.hooks.points import LoopHooks
-from loopmdm.model.hooks.scopes import AttnPath, Call, Scope, check_path, warn_unfired
+from loopmdm.model.hooks.scopes import AttnPath, Call, Scope, check_path, untraced, warn_unfired
 from loopmdm.model.hooks.text import TextEntries
 from loopmdm.model.hooks.unrolled import UnrolledLoopMDM, unroll
 from loopmdm.model.layout import Facts
-from loopmdm.model.network.checkpoints import RECORD, TOKENIZER, resolve
+from loopmdm.model.network.checkpoints import RECORD, TOKENIZER, check_device, resolve
 from loopmdm.model.network.config import LoopMDMConfig
 from loopmdm.model.network.model import LoopMDM
 from loopmdm.model.protocol import Core, LoopOutput
@@ -91,6 +91,7 @@ class LoopRuns(TextEntries, LoopHooks):
         """What kind of model it is."""
         return self.model.facts
 
+    @untraced
     def forward(
         self,
         tokens: Tensor | str | list[str],
@@ -109,6 +110,7 @@ class LoopRuns(TextEntries, LoopHooks):
         call.ran(n_loops)
         return logits
 
+    @untraced
     def run(
         self,
         tokens: Tensor | str | list[str],
@@ -136,6 +138,7 @@ class LoopRuns(TextEntries, LoopHooks):
         call.ran(int(output.loops_used.max()))
         return output
 
+    @untraced
     def states(
         self,
         tokens: Tensor,
@@ -149,10 +152,12 @@ class LoopRuns(TextEntries, LoopHooks):
         found = self.model.states(tokens, n_loops, attention_mask, Call(self, check_path(attn_path)).taps)
         return ((state.clone(), context) for state, context in found)  # the trajectory goes on with its own
 
+    @untraced
     def loop(self, x: Tensor, context: Context, loop: int, attn_path: AttnPath = "auto") -> Tensor:
         """One loop on a state with hooks, as `Core.loop`."""
         return self.model.loop(x, context, loop, Call(self, check_path(attn_path)).taps)
 
+    @untraced
     def readout(self, state: Tensor, context: Context, *, rows: Tensor | None = None) -> Tensor:
         """Coda and unembedding with hooks, as `Core.readout`."""
         return self.model.readout(state, context, Call(self).taps, rows=rows)
@@ -170,6 +175,8 @@ class LoopRuns(TextEntries, LoopHooks):
         dtype: torch.dtype | None = None,
     ) -> tuple[dict, list, list]:
         """One predicate pair that caches what `names_filter` chooses, also in loops born later."""
+        check_kept(dtype)
+        check_device(device)
         store: dict[str, Tensor] = {} if cache is None else cache
         chosen, piece = self._filter(names_filter), Slice.unwrap(pos_slice)
         kept = [Keeper(store, suffix, piece, remove_batch_dim, (device, dtype)) for suffix in ("", "_grad")]
@@ -189,12 +196,14 @@ class LoopRuns(TextEntries, LoopHooks):
         self, batch: int, pos: int, n_loops: int | None = None, names_filter: Names = None, dtype: Any = None
     ) -> int:
         """Bytes that caching a run of `batch` sequences of `pos` tokens will hold."""
+        check_kept(dtype)
         chosen = self._filter(names_filter)
         size = (dtype or self.model.dtype).itemsize
         every = sites.all_names(self.cfg, n_loops or self.cfg.max_loops)
         shapes = [sites.shape(self.cfg, name, batch, pos) for name in every if chosen(name)]
         return size * sum(torch.Size(shape).numel() for shape in shapes)
 
+    @untraced
     def run_with_cache(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         tokens: Tensor | str | list[str],
@@ -220,7 +229,7 @@ class LoopRuns(TextEntries, LoopHooks):
         tokens, attention_mask = self._inputs(tokens, attention_mask)
         if remove_batch_dim and len(tokens) != 1:
             raise UsageError(f"remove_batch_dim needs one sequence, got {len(tokens)}")
-        if incl_bwd and loss_fn is None:
+        if incl_bwd and not callable(loss_fn):
             raise UsageError("incl_bwd needs loss_fn=, a function from logits to a scalar")
         if incl_bwd and not torch.is_grad_enabled():
             raise UsageError("incl_bwd needs gradients; wrap the call in `with torch.enable_grad():`")
@@ -249,6 +258,10 @@ class LoopRuns(TextEntries, LoopHooks):
         return unroll(self.model, cache)
 
     def _backward(self, loss: Tensor) -> None:
+        if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
+            found = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            detached = " without gradient" if isinstance(loss, Tensor) and not loss.requires_grad else ""
+            raise UsageError(f"loss_fn must give one number that depends on the logits, got {found}{detached}")
         kept = [parameter.grad for parameter in self.parameters()]
         self.zero_grad(set_to_none=True)
         try:

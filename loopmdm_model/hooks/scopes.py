@@ -10,9 +10,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import wraps
 from types import FrameType
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
+import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
@@ -38,6 +40,21 @@ class PointOwner(Protocol):
     def hears(self, prefix: str) -> bool:
         """Whether one of them has hooks of its own."""
         ...
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def untraced(method: Method) -> Method:
+    """`method`, run as it is where torch.compile traces its caller: compiled code would not notice later hooks."""
+
+    @wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return torch.compiler.disable(method)(*args, **kwargs)
+        return method(*args, **kwargs)
+
+    return cast(Method, run)
 
 
 class SitePoint(HookPoint):
@@ -117,6 +134,8 @@ class Scope:
         self.owner, self.path, self.closed = owner, path, False
         self.rules = [(_matching(name), hook, "fwd") for name, hook in forward or ()]
         self.rules += [(_matching(name), hook, "bwd") for name, hook in backward or ()]
+        if backward:
+            self.rules.insert(0, (_matching("hook_embed"), _from_here, "fwd"))
         self.fired: set[str] = set()
         self.loops_run: int | None = None
         self.frame: FrameType | None = None
@@ -155,6 +174,11 @@ class Scope:
                     stacklevel=2,
                 )
             OPEN.set(tuple(scope for scope in OPEN.get() if not scope.closed))
+
+
+def _from_here(x: Tensor, hook: HookPoint) -> Tensor | None:  # noqa: ARG001
+    """Let gradients reach the first activation, also where the weights before it are frozen."""
+    return x.detach().requires_grad_() if torch.is_grad_enabled() and not x.requires_grad else None
 
 
 def _matching(name: "str | Names | Site") -> Names:
@@ -212,6 +236,7 @@ class Call:
 
     context: Context | None
 
+    @untraced
     def taps(self, prefix: str) -> Tap:
         """The tap of a layer application (a tap source for a core); a silent one where nobody listens."""
         heard = [(scope, found) for scope in self.scopes if (found := scope.listeners(prefix))]
@@ -238,6 +263,7 @@ class HookTap(Tap):
         """Whether the caller pinned the explicit attention path."""
         return self.call.path == "eager"
 
+    @untraced
     def __call__(self, name: str, x: Tensor) -> Tensor:
         """Run the hooks at a leaf, if there are any."""
         point = self.points[name]
@@ -255,6 +281,12 @@ class HookTap(Tap):
             out = hooks(x)
         finally:
             RUNNING.reset(token)
+        if not isinstance(out, Tensor) or out.dtype != x.dtype:
+            found = out.dtype if isinstance(out, Tensor) else f"a {type(out).__name__}"
+            raise UsageError(
+                f"a hook at {point.name} returned {found}, expected a tensor of {x.dtype}; "
+                "return one of the same shape and dtype, or None"
+            )
         if out.shape != x.shape:
             raise UsageError(
                 f"a hook at {point.name} returned shape {list(out.shape)}, expected {list(x.shape)}; "
@@ -262,10 +294,12 @@ class HookTap(Tap):
             )
         return out
 
+    @untraced
     def enter(self, context: Context) -> None:
         """Keep the context for the hooks of this application."""
         self.call.context = context
 
+    @untraced
     def wants(self, *leaf_names: str) -> bool:
         """Whether a hook listens to one of these leaves."""
         for leaf in leaf_names:

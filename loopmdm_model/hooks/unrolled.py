@@ -20,7 +20,7 @@ from loopmdm.model.hooks.cache import Keeper, LoopCache
 from loopmdm.model.hooks.depth import Relay, depth_of, stream_at
 from loopmdm.model.hooks.doors import Doors, Given, refuse
 from loopmdm.model.hooks.folded import BlockWeights, plain, weighted
-from loopmdm.model.hooks.scopes import AttnPath, Call, HookTap, check_path
+from loopmdm.model.hooks.scopes import AttnPath, Call, HookTap, check_path, untraced
 from loopmdm.model.network.config import FORBIDDEN, LoopMDMConfig
 from loopmdm.model.network.layers import Norm
 from loopmdm.model.network.model import LoopMDM
@@ -186,6 +186,7 @@ class UnrolledLoopMDM(Doors):
 
     # --- running ---
 
+    @untraced
     def forward(
         self,
         tokens: Given,
@@ -210,6 +211,7 @@ class UnrolledLoopMDM(Doors):
         logits = self.model(*run, taps)[..., : self.d_vocab_out]
         return self._answer(logits, tokens, return_type)
 
+    @untraced
     def run_with_cache(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, tokens: Given, *args: Any, remove_batch_dim: bool = False, **kwargs: Any
     ) -> tuple[Any, ActivationCache]:
@@ -219,6 +221,10 @@ class UnrolledLoopMDM(Doors):
         """
         if remove_batch_dim and len(self._inputs(tokens, None)[0]) != 1:
             raise UsageError("remove_batch_dim needs one sequence; pick a row")
+        if kwargs.get("incl_bwd") and kwargs.get("return_type") != "loss":
+            raise UsageError('incl_bwd needs a number to start from: return_type="loss" and a MaskedBatch')
+        if kwargs.get("incl_bwd") and not torch.is_grad_enabled():
+            raise UsageError("incl_bwd needs gradients; wrap the call in `with torch.enable_grad():`")
         out, found = super().run_with_cache(tokens, *args, remove_batch_dim=remove_batch_dim, **kwargs)
         return out, ActivationCache(found, self, has_batch_dim=not remove_batch_dim)  # pyright: ignore[reportArgumentType]
 

@@ -3,14 +3,15 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loopmdm.model.errors import UsageError, unknown_name
-from loopmdm.model.files import read_json, sha256, write_atomic
+from loopmdm.model.errors import NotFiniteError, UsageError, unknown_name
+from loopmdm.model.files import read_json, sha256, write_atomic, write_json
 from loopmdm.model.network.config import LoopMDMConfig
 
 ZOO = Path(__file__).parents[1] / "zoo"
@@ -21,6 +22,8 @@ WEIGHTS, CONFIG, TOKENIZER, RECORD, METRICS = (
     "train.json",
     "metrics.jsonl",
 )
+WEIGHTS_HASH = "weights_sha256"
+"""What the record calls the hash of the weights."""
 
 
 def list_models() -> list[str]:
@@ -75,16 +78,42 @@ def weights_hash(folder: Path) -> str:
     """sha256 of a model's weights; of a run kept without them, what it was."""
     if (folder / WEIGHTS).is_file() or folder.parent != ZOO:
         return sha256(need(folder, WEIGHTS))
-    return read_json(need(folder, RECORD))["weights_sha256"]
+    return read_json(need(folder, RECORD))[WEIGHTS_HASH]
+
+
+def with_hash(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record that holds the hash of the weights in `folder`."""
+    return {**record, WEIGHTS_HASH: sha256(need(folder, WEIGHTS))}
+
+
+def check_hash(folder: Path) -> None:
+    """UsageError if the record beside the weights holds another hash than theirs."""
+    record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    known = record.get(WEIGHTS_HASH) if isinstance(record, dict) else None
+    if known is not None and known != weights_hash(folder):
+        raise UsageError(
+            f"{folder / WEIGHTS} is not what {RECORD} beside it was written for (its sha256 is another): damaged "
+            f"or replaced; copy or train it again, or take {WEIGHTS_HASH} out of {RECORD}"
+        )
+
+
+def check_device(device: Any) -> None:
+    """UsageError for a device that is none, or is not here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        why = " ".join(str(error).split())
+        raise UsageError(f"device {str(device)!r} cannot be used here ({why:.80}); take cpu") from error
 
 
 def load_weights(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Read `model.safetensors`, strict on names and shapes; converted to the expected dtypes."""
+    """Read `model.safetensors`, strict on hash, names, shapes and kinds; converted to the expected dtypes."""
     path = need(folder, WEIGHTS)
     try:
         found = load_file(path)
     except SafetensorError as error:
         raise UsageError(f"{path} is damaged or truncated ({error}); copy or train it again") from error
+    check_hash(folder)
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or extra:
         what = [f"lacks {missing[0]} (and {len(missing) - 1} more)"] if missing else []
@@ -95,7 +124,16 @@ def load_weights(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tens
             raise UsageError(
                 f"{path}: {name} has shape {list(found[name].shape)}, {CONFIG} asks for {list(tensor.shape)}"
             )
+        check_weight(f"{path}: {name}", found[name])
     return {name: found[name].to(expected[name].dtype) for name in expected}
+
+
+def check_weight(what: str, tensor: Tensor) -> None:
+    """UsageError unless a stored weight is a floating one, NotFiniteError unless it is finite."""
+    if not tensor.is_floating_point():
+        raise UsageError(f"{what} is {tensor.dtype}, not a floating dtype; store weights as they were trained")
+    if not bool(tensor.isfinite().all()):
+        raise NotFiniteError(f"{what} holds NaN or infinite weights; train it again or take an earlier checkpoint")
 
 
 def save_weights(
@@ -107,10 +145,14 @@ def save_weights(
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
         whole = tensor.detach().to("cpu", dtype).contiguous()
+        if dtype is not None and bool((whole.isinf() & tensor.detach().to("cpu").isfinite()).any()):
+            raise NotFiniteError(f"{name} is beyond the range of {dtype}; save in torch.bfloat16 or torch.float32")
         tied = any(whole.data_ptr() == other.data_ptr() for other in tensors.values())
         tensors[name] = whole.clone() if tied else whole
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     write_atomic(folder / CONFIG, cfg.save)
+    if (folder / RECORD).is_file():  # of other weights until now
+        write_json(folder / RECORD, with_hash(folder, read_json(folder / RECORD)))
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -154,6 +154,7 @@ class LoopMDM(Core):
     @classmethod
     def from_pretrained(cls, name: Path | str, device: str | torch.device = "cpu") -> "LoopMDM":
         """Load a shipped name, a run folder or a hub id; strict on names and shapes; float32, eval mode."""
+        checkpoints.check_device(device)
         folder = checkpoints.resolve(name)
         cfg = LoopMDMConfig.load(checkpoints.need(folder, "config.json"))
         model = cls(cfg)

@@ -6,7 +6,7 @@ token that the rule looks at has stopped.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 from loopmdm.model.context import Context
 from loopmdm.model.errors import UsageError
 from loopmdm.model.layout import Layout
-from loopmdm.model.stopping.rules import Lens, LensRule, LoopView, StoppingRule
+from loopmdm.model.precision import check_state, wide
+from loopmdm.model.stopping.rules import FixedLoops, Lens, LensRule, LoopView, StoppingRule
 from loopmdm.model.taps import TapSource, no_taps
 
 OnLoop = Callable[[LoopView], None]
@@ -98,7 +99,7 @@ class _Run:
         self.final, self.after_coda = state, state if through_coda else None
         self.loops_used = torch.full((batch,), rule.max_loops, device=device)
         self.token_loops = torch.zeros(shape, dtype=torch.long, device=device) if self.by_token else None
-        self.criterion = torch.full((rule.max_loops, *shape), float("nan"), device=device)
+        self.criterion = wide(state[:0]).new_full((rule.max_loops, *shape), float("nan"))
         self.cost = torch.zeros(batch, dtype=torch.float64, device=device)
 
     def step(self, loop: int, taps: TapSource, on_loop: OnLoop | None) -> Tensor | None:
@@ -111,6 +112,8 @@ class _Run:
             self.token_loops[self.running] += 1 if free is None else free.long()
         earlier, self.previous = self.previous, self.x
         self.x = model.loop(self.x, context, loop, taps)
+        if on_loop is not None or type(self.rule) is not FixedLoops:
+            check_state(self.x, context.real, f"H({loop})")
         reader = _Reader(model, self.x, context)
         view = LoopView(
             loop,
@@ -124,7 +127,7 @@ class _Run:
             reader.read,
         )
         if on_loop is not None:
-            on_loop(view)
+            on_loop(_own(view))
         rows = self.group if free is None else self.group & free
         value = self._lens(reader, rows) if isinstance(self.rule, LensRule) else self.rule.criterion(view)
         if self.rule.reads is not None:
@@ -201,10 +204,16 @@ def spread_change(
     rule: LensRule, reading: Tensor, before: Tensor | None, rows: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos"]:
     """A lens rule's numbers at `rows` from this loop's reading and the one before; NaN elsewhere."""
-    values = torch.full(rows.shape, float("nan"), device=rows.device)
-    if before is not None:
-        values[rows] = rule.change(reading, before)
-    return values
+    if before is None:
+        return torch.full(rows.shape, float("nan"), device=rows.device)
+    change = rule.change(reading, before)
+    return change.new_full(rows.shape, float("nan")).masked_scatter(rows, change)
+
+
+def _own(view: LoopView) -> LoopView:
+    """The view with states of its own: what is done to them does not reach the run."""
+    earlier = None if view.earlier is None else view.earlier.clone()
+    return replace(view, state=view.state.clone(), previous=view.previous.clone(), earlier=earlier)
 
 
 def _put(whole: Tensor, index: Tensor, part: Tensor) -> Tensor:

@@ -228,8 +228,7 @@ def make_tokenizer(kind: str, corpus: str, d_vocab: int) -> Tokenizer:
     if kind == "gpt2":
         return gpt2_tokenizer()
     if hub.is_hub(corpus):
-        rows = islice(hub.stream(corpus), HUB_BPE_DOCUMENTS)
-        return train_bpe((row["text"] for row in rows), d_vocab)
+        return train_bpe(islice(hub.texts(corpus), HUB_BPE_DOCUMENTS), d_vocab)
     return train_bpe((document.text for document in corpora.load(corpus, "train")), d_vocab)
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from loopmdm.model.corpora.documents import SPLITS, Split
 from loopmdm.model.corpora.tokenizer import EOS, train_bpe
-from loopmdm.model.errors import UsageError, check_count, unknown_name
+from loopmdm.model.errors import UsageError, check_count, check_seed, unknown_name
 from loopmdm.model.randomness import step_generator
 
 NAME = "gsm-symbolic"
@@ -92,7 +92,7 @@ def problems(split: Split, n: int, seed: int = 0) -> list[Problem]:
     A template whose draw is unsound or repeats a question misses that round.
     """
     check_count("n", n)
-    check_count("seed", seed, least=0)
+    check_seed(seed)
     found: dict[str, Problem] = {}
     index = last = 0
     while len(found) < n:

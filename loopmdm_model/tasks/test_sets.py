@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loopmdm.model.corpora import documents as corpora
 from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.precision import check_logits
 from loopmdm.model.protocol import LoopedModel
 from loopmdm.model.sequences import MaskedBatch, Sequences
 from loopmdm.model.tasks import gsm
@@ -92,7 +93,9 @@ def solve_one_shot(
         part = b.rows(slice(start, start + batch_size))
         for outcomes, (state, context) in zip(solved, model.states(part.tokens, n_loops), strict=True):
             guess = part.tokens.clone()
-            guess[part.masked] = model.readout(state, context, rows=part.masked).argmax(-1)
+            logits = model.readout(state, context, rows=part.masked)
+            check_logits(logits)
+            guess[part.masked] = logits.argmax(-1)
             outcomes.append(board.is_valid(guess))
     return [torch.cat(outcomes) for outcomes in solved]
 

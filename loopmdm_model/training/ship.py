@@ -11,8 +11,8 @@ import torch
 from loopmdm.model import stats
 from loopmdm.model.corpora.tokenizer import load_tokenizer
 from loopmdm.model.diffusion.likelihood import nelbo
-from loopmdm.model.files import read_json, sha256, write_json
-from loopmdm.model.network.checkpoints import METRICS, RECORD, TOKENIZER, WEIGHTS, ZOO, need
+from loopmdm.model.files import read_json, write_json
+from loopmdm.model.network.checkpoints import METRICS, RECORD, TOKENIZER, WEIGHTS, ZOO, need, with_hash
 from loopmdm.model.network.model import LoopMDM
 from loopmdm.model.tasks.test_sets import NGrams, load_test_set, task_of
 
@@ -25,14 +25,14 @@ def ship(run: Path, target: Path | None = None) -> Path:
     model.save_pretrained(home, dtype=torch.float16)
     for name in (TOKENIZER, METRICS):
         shutil.copyfile(need(run, name), home / name)
-    write_json(home / RECORD, record | {"evaluation": evaluate(home, record)})
+    write_json(home / RECORD, with_hash(home, record) | {"evaluation": evaluate(home, record)})
     return home
 
 
 def forget_weights(folder: Path) -> None:
     """Keep a shipped run as a record only: its weights go, their hash stays."""
     record = read_json(need(folder, RECORD))
-    write_json(folder / RECORD, record | {"weights_sha256": sha256(need(folder, WEIGHTS))})
+    write_json(folder / RECORD, with_hash(folder, record))
     (folder / WEIGHTS).unlink()
 
 

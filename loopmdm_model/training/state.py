@@ -1,7 +1,7 @@
 """A run's resumable state in one safetensors file: tensors, with counters as JSON in its header."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,7 @@ def scatter(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim
     def part(prefix: str) -> dict[str, Any]:
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
+    _check_tensors(tensors, model, optimizer)
     with ema.swapped():
         set_model_state_dict(model, part("ema."), options=WHOLE)
     set_model_state_dict(model, part("model."), options=WHOLE)
@@ -82,6 +83,21 @@ def scatter(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim
         parameter, _, key = name.rpartition(".")
         moments["state"].setdefault(parameter, {})[key] = value
     set_optimizer_state_dict(model, optimizer, moments, options=WHOLE)
+
+
+def _check_tensors(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """UsageError for a tensor that the run needs and the state lacks, or has in another shape or too many."""
+    weights = get_model_state_dict(model)
+    expected: dict[str, Any] = {f"{kind}.{name}": w for kind in ("model", "ema") for name, w in weights.items()}
+    moments: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer))
+    for name, kept in moments.get("state", {}).items():
+        expected |= _named(f"optimizer.{name}.", kept)
+    odd = sorted(expected.keys() ^ tensors.keys())
+    odd += [name for name, value in expected.items() if name in tensors and value.shape != tensors[name].shape]
+    if odd:
+        found = f"has shape {list(tensors[odd[0]].shape)}" if odd[0] in tensors else "is missing"
+        what = f"{odd[0]} {found if odd[0] in expected else 'does not belong to this run'}"
+        raise UsageError(f"{STATE_FILE} is damaged: {what}; delete its folder to start again")
 
 
 def save(folder: Path, tensors: dict[str, Tensor], progress: Progress, identity: dict[str, Any]) -> None:
@@ -97,11 +113,12 @@ def load(folder: Path, identity: dict[str, Any]) -> tuple[dict[str, Tensor], Pro
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata()
+            header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+        before, progress = json.loads(header["identity"]), Progress(**json.loads(header["progress"]))
+        _check_progress(progress)
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} is damaged ({error}); delete {path.parent} to start again") from error
-    before = json.loads(header["identity"])
     changed = [name for name in identity if json.loads(json.dumps(identity[name])) != before.get(name)]
     if changed:
         name = changed[0]
@@ -109,4 +126,13 @@ def load(folder: Path, identity: dict[str, Any]) -> tuple[dict[str, Tensor], Pro
             f"{folder} belongs to another run: {name} was {before.get(name)!r}, is {identity[name]!r}; "
             "give another --out or restore it"
         )
-    return tensors, Progress(**json.loads(header["progress"]))
+    return tensors, progress
+
+
+def _check_progress(progress: Progress) -> None:
+    """TypeError for counters that are none."""
+    for entry in fields(Progress):
+        value, default = getattr(progress, entry.name), getattr(Progress(), entry.name)
+        known = int | float if isinstance(default, float) else type(default)
+        if not isinstance(value, known) or isinstance(value, bool) != isinstance(default, bool):
+            raise TypeError(f"its {entry.name} is {value!r:.40}")

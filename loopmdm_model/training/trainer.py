@@ -276,7 +276,7 @@ class Trainer:
             if self._first:
                 checkpoints.save_weights(self.folder, self.spec.config, averages)
                 record = run_record(self.spec, self.progress, self.data)
-                write_json(self.folder / checkpoints.RECORD, record)
+                write_json(self.folder / checkpoints.RECORD, checkpoints.with_hash(self.folder, record))
         if self._first:
             state.save(self.folder, tensors, self.progress, self.identity)
         self._write_metrics()

@@ -16,7 +16,7 @@ import pandas as pd
 
 from loopmdm.analysis.exhibits.tables import internals, quality, science, training
 from loopmdm.analysis.numbers import frames, provenance
-from loopmdm.analysis.numbers.parallel import in_processes
+from loopmdm.analysis.numbers.parallel import in_processes, one_thread
 from loopmdm.model.corpora.fetch import cached_archive, serving
 from loopmdm.model.errors import UsageError, unknown_name
 from loopmdm.model.network.checkpoints import list_runs
@@ -54,7 +54,9 @@ class Table:
         if not names:
             raise UsageError(f"table {self.name} is of {self.models}; no such run is here, see figures/zoo.toml")
         told = provenance.of_table(self.name, names, **self.made_from(zoo))
-        frames.write_table(self.compute(zoo), folder / f"{self.name}.parquet", told)
+        with one_thread():
+            frame = self.compute(zoo)
+        frames.write_table(frame, folder / f"{self.name}.parquet", told)
         return self.read(folder)
 
     def made_from(self, zoo: Zoo) -> dict[str, dict[str, Any]]:

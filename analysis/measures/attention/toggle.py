@@ -27,7 +27,7 @@ from loopmdm.analysis.measures.registry import Measure, plain
 from loopmdm.analysis.numbers.moments import Moments
 from loopmdm.analysis.watch.groups import Seen, States
 from loopmdm.analysis.watch.walk import EVERYWHERE, PlaceSums, walk
-from loopmdm.model.errors import check_count
+from loopmdm.model.errors import check_count, check_seed
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.randomness import row_uniforms
 from loopmdm.model.sequences import MaskedBatch, as_batch
@@ -115,7 +115,7 @@ class ToggleSums(PlaceSums):
         self, m: HookedLoopMDM, n_loops: int | None = None, n_keys: int = 4, by_head: bool = True, seed: int = 0
     ):  # fmt: skip
         super().__init__(m, n_loops, by_head)
-        self.n_keys, self.seed, self.seen = check_count("n_keys", n_keys), check_count("seed", seed, least=0), 0
+        self.n_keys, self.seed, self.seen = check_count("n_keys", n_keys), check_seed(seed), 0
 
     def add(
         self, b: MaskedBatch, clusters: np.ndarray | None = None, first_index: int | None = None

@@ -89,7 +89,7 @@ def stale(
     def replace(value: Tensor, hook: Any) -> Tensor | None:
         kept = m.call.notes.setdefault(replace, {})
         if hook.loop() == 0:
-            kept[hook.layer()] = value
+            kept[hook.layer()] = value.clone()  # a later hook may write into it
         if not places(hook.name):
             return None
         if len(kept[hook.layer()]) != len(value):

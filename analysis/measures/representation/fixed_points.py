@@ -27,7 +27,7 @@ from loopmdm.analysis.measures.registry import Measure
 from loopmdm.analysis.watch.states import check_loops, token_groups, walk
 from loopmdm.model import stats
 from loopmdm.model.context import Context
-from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.errors import UsageError, check_count, check_seed
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.sequences import MaskedBatch, as_batch
 
@@ -208,7 +208,7 @@ def fixed_points(
     """
     b, n_loops = as_batch("fixed_points", b), check_loops(m, n_loops)
     check_count("horizon", horizon)
-    check_count("seed", seed, least=0)
+    check_seed(seed)
     if not isinstance(tol, int | float) or not 0 < tol < 1:
         raise UsageError(f"tol must be a relative residual between 0 and 1, such as 1e-4, got {tol!r}")
     rows = []

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from loopmdm.analysis.measures.representation.lenses import check_lens, read, readout_metrics
 from loopmdm.analysis.watch.states import check_loops
+from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.sequences import MaskedBatch, as_batch
 from loopmdm.model.stopping.rules import Lens
@@ -18,6 +19,8 @@ class LoopReadout(pd.DataFrame):
         """Positions x loops, coloured by p(true), flips of the best token outlined; returns Axes."""
         from loopmdm.analysis.plots.representation import plot_read_loops
 
+        if not (self["sequence"] == sequence).any():
+            raise UsageError(f"sequence {sequence} is not among the {self['sequence'].nunique()} that were read")
         return plot_read_loops(self, sequence=sequence, masked_only=masked_only, ax=ax)
 
 

@@ -1,15 +1,17 @@
 import copy
+import hashlib
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from loopmdm.model.errors import UsageError
-from loopmdm.model.files import write_atomic
+from loopmdm.model.files import read_json, write_atomic
 from loopmdm.model.hooks.hooked import HookedLoopMDM
-from loopmdm.model.network.checkpoints import list_models
+from loopmdm.model.network.checkpoints import ZOO, list_models
 from loopmdm.model.network.model import LoopMDM
 from tests.conftest import toy_model
 
@@ -62,6 +64,37 @@ def test_wrong_tensors_are_named(folder, change, says):
     save_file(weights, folder / "model.safetensors")
     with pytest.raises(UsageError, match=says):
         LoopMDM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kept", list_models())
+def test_records_of_shipped_models_hold_the_hash_of_their_weights(kept):
+    record = read_json(ZOO / kept / "train.json")
+    assert record["weights_sha256"] == hashlib.sha256((ZOO / kept / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_flipped_bit_in_shipped_weights_is_refused(tmp_path, seed):
+    folder = tmp_path / "copy"
+    shutil.copytree(ZOO / "markov-loop", folder)
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1 - seed * (len(data) // 20)] ^= 1 << seed
+    path.write_bytes(data)
+    for kind in (LoopMDM, HookedLoopMDM):
+        with pytest.raises(UsageError, match=r"is not what train\.json beside it was written for"):
+            kind.from_pretrained(folder)
+
+
+def test_what_is_saved_beside_a_record_is_believed_again(tmp_path):
+    """Changed weights get a hash of their own, by either door, also over an older record."""
+    m = HookedLoopMDM.from_pretrained("markov-loop")
+    shipped = m.record["weights_sha256"]
+    m.model.embed.weight.mul_(2)
+    m.save_pretrained(tmp_path)
+    assert HookedLoopMDM.from_pretrained(tmp_path).record["weights_sha256"] != shipped
+    m.model.embed.weight.mul_(2)
+    m.model.save_pretrained(tmp_path)
+    assert torch.equal(LoopMDM.from_pretrained(tmp_path).embed.weight, m.model.embed.weight)
 
 
 def test_truncated_weights_and_damaged_configs_are_refused(folder):

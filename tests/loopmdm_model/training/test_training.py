@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from loopmdm.model.errors import DivergedError, UsageError
 from loopmdm.model.files import LOCK, PARTIAL
@@ -373,6 +375,48 @@ def test_a_corrupted_state_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UsageError, match="damaged"):
         trainer.Trainer(spec, folder, resume=True)
+
+
+def _header(**changes):
+    return lambda tensors, header: (tensors, {**header, **changes})
+
+
+def _tensors(change):
+    def damage(tensors, header):
+        name = next(name for name in tensors if name.startswith("optimizer.") and name.endswith("exp_avg"))
+        return change(tensors, name) or tensors, header
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _tensors(lambda tensors, name: tensors.pop(name) is None),
+        _tensors(lambda tensors, name: tensors.update({name: tensors[name].flatten()[:-1].clone()})),
+        _tensors(lambda tensors, name: tensors.update({"optimizer.nobody.exp_avg": tensors[name].clone()})),
+        lambda tensors, header: (tensors, None),
+        lambda tensors, header: (tensors, {"identity": header["identity"]}),
+        lambda tensors, header: (tensors, {"progress": header["progress"]}),
+        _header(progress="["),
+        _header(progress="{}" + "["),
+        _header(progress='{"step": "many"}'),
+        _header(progress='{"of another version": 1}'),
+        _header(identity="[" * 100_000),
+    ],
+)
+def test_a_state_that_lacks_or_bends_anything_is_refused_in_one_line(tmp_path, damage):
+    spec = RunSpec.from_dict(_values(flops=1e9))
+    with torch.enable_grad():
+        trainer.Trainer(spec, tmp_path).train()
+    path = tmp_path / "state" / "state.safetensors"
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    tensors, header = damage(load_file(path), header)
+    save_file(tensors, path, header)
+    with pytest.raises(UsageError, match=r"is damaged.*to start again") as told:
+        trainer.Trainer(spec, tmp_path, resume=True)
+    assert "\n" not in str(told.value)
 
 
 @pytest.mark.parametrize(

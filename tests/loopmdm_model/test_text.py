@@ -1,0 +1,173 @@
+"""Special tokens spelled out are text, but where a gap is asked for; prompts, puzzles and hub rows."""
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from loopmdm.model.corpora import hub
+from loopmdm.model.diffusion.sampling import sample
+from loopmdm.model.errors import UsageError
+from loopmdm.model.hooks.hooked import HookedLoopMDM
+
+
+@pytest.fixture(scope="module")
+def sotu():
+    return HookedLoopMDM.from_pretrained("sotu-loop")
+
+
+@pytest.fixture(scope="module")
+def sudoku():
+    return HookedLoopMDM.from_pretrained("sudoku-loop")
+
+
+def unpickled(m):
+    return pickle.loads(pickle.dumps(m))
+
+
+def reloaded(m):
+    file = io.BytesIO()
+    torch.save(m, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def saved(m, tmp_path):
+    m.save_pretrained(tmp_path)
+    return HookedLoopMDM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("word", ["[MASK]", "[PAD]", "[EOS]"])
+def test_special_tokens_spelled_out_are_text_also_in_copies_of_a_model(sotu, tmp_path, word):
+    text = f"the {word} state"
+    for m in (sotu, unpickled(sotu), copy.deepcopy(sotu), reloaded(sotu), saved(sotu, tmp_path)):
+        ids = m.to_tokens(text)
+        assert int(ids.max()) < m.cfg.d_vocab - 3
+        assert m.to_string(ids[0]) == text and "".join(m.to_str_tokens(text)) == text
+        assert m.padding_mask(ids) is None
+        assert m.mask(text, 0.5).allowed.all()
+        begun = sample(m, prompt=text, steps=1, n_loops=1, length=16).tokens
+        assert torch.equal(begun[0, : ids.shape[1]], ids[0])
+
+
+def test_an_unknown_symbol_is_not_mask():
+    m = HookedLoopMDM.from_pretrained("tree-loop")
+    assert m.to_tokens("1234").tolist() == [[0, 1, 2, 3]]
+    for text, wrong in (("12[MASK]", r"'\['"), ("1x", "'x'"), ("15", "'5'")):
+        with pytest.raises(UsageError, match=f"{wrong} is no symbol of this model: 1 2 3 4"):
+            m.to_tokens(text)
+
+
+def test_gaps_are_filled_and_the_rest_stays(sotu):
+    texts = ["The state of our [MASK][MASK] is strong.", "[MASK] Union"]
+    b = sotu.with_gaps(texts)
+    assert b.masked.sum(-1).tolist() == [2, 1]
+    r = sample(sotu, infill=texts, steps=3, n_loops=1)
+    assert torch.equal(r.tokens[~b.masked], b.tokens[~b.masked])
+    assert not (r.tokens == sotu.cfg.mask_token_id).any()
+    alone = sample(sotu, infill=texts[0], steps=3, n_loops=1)
+    assert torch.equal(alone.tokens[0], r.tokens[0, : alone.tokens.shape[1]])
+    by_ids = sample(sotu, clues=sotu.with_gaps(texts[0]), steps=3, n_loops=1)
+    assert torch.equal(by_ids.tokens, alone.tokens)
+    told = sotu.to_string(alone.tokens[0])
+    assert told.startswith("The state of our") and told.endswith(" is strong.")
+
+
+def test_gaps_of_a_framed_tokenizer_stand_inside_the_frame(sotu):
+    from tokenizers.processors import TemplateProcessing
+
+    m = copy.deepcopy(sotu)
+    ends = [(name, m.tokenizer.token_to_id(name)) for name in ("[EOS]", "[PAD]")]
+    m.tokenizer.post_processor = TemplateProcessing(single="[EOS] $A [PAD]", special_tokens=ends)
+    tokens, plain = m.with_gaps("the [MASK] state").tokens[0], sotu.with_gaps("the [MASK] state").tokens[0]
+    assert tokens.tolist() == [ends[0][1], *plain.tolist(), ends[1][1]]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"infill": "no gap"}, "has no gap"),
+        ({"infill": 3}, "a text or a list of texts"),
+        ({"infill": []}, "a text or a list of texts"),
+        ({"infill": "a [MASK]", "prompt": "x"}, "leave prompt out"),
+        ({"infill": "a [MASK]", "length": 9}, "leave length out"),
+    ],
+)
+def test_infill_says_what_it_takes(sotu, given, says):
+    with pytest.raises(UsageError, match=says):
+        sample(sotu, steps=1, n_loops=1, **given)
+
+
+def test_infill_needs_a_tokenizer(model):
+    with pytest.raises(UsageError, match="infill needs a tokenizer"):
+        sample(model, infill="a [MASK]", steps=1)
+
+
+def test_a_padded_prompt_goes_on_where_its_own_text_ends(sotu):
+    ids = sotu.to_tokens(["The state of the union", "The"])
+    whole = sample(sotu, prompt=ids, steps=3, n_loops=1, length=16).tokens
+    for row, text in enumerate(["The state of the union", "The"]):
+        alone = sample(sotu, prompt=text, steps=3, n_loops=1, length=16, first_index=row).tokens
+        assert torch.equal(whole[row], alone[0])
+    for given in (ids.tolist(), ids.numpy(), ids.int(), list(ids), [np.int64(3), 4], (3, 4)):
+        assert sample(sotu, prompt=given, steps=1, n_loops=1, length=16).tokens.shape[1] == 16
+    for given in ([True], [1.5], np.array([0.5]), [[-1]], 7):
+        with pytest.raises(UsageError, match="a prompt must be a text or token ids"):
+            sample(sotu, prompt=given, steps=1, n_loops=1)
+
+
+PUZZLE = "..3456456123231564564231312645645312"
+ROWS = [[0 if sign == "." else int(sign) for sign in PUZZLE[start : start + 6]] for start in range(0, 36, 6)]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        PUZZLE,
+        "\r\n".join(PUZZLE[start : start + 6] for start in range(0, 36, 6)),
+        ROWS,
+        [cell for row in ROWS for cell in row],
+        *(np.array(ROWS, dtype=kind) for kind in ("int8", "uint8", "int16", "uint16", "uint32", "uint64", object)),
+        np.where(np.array(ROWS) == 0, -1, ROWS),
+    ],
+)
+def test_a_puzzle_without_solution_is_read_alike_by_all(sudoku, given):
+    b = sudoku.mask(given)
+    assert b.masked[0].nonzero().flatten().tolist() == [0, 1]
+    assert b.clean[0, 2:8].tolist() == [2, 3, 4, 5, 3, 4]
+    for clues in (given, b):
+        assert torch.equal(sample(sudoku, clues=clues, steps=2, n_loops=1).start, b.tokens)
+    assert torch.equal(sudoku(given, n_loops=1), sudoku(b, n_loops=1))
+    shown = sudoku.to_string(b.tokens[0])
+    assert torch.equal(sudoku.to_tokens(shown), b.tokens) and torch.equal(sudoku.with_gaps(shown).tokens, b.tokens)
+
+
+def test_hub_rows_are_text_or_refused(sotu, monkeypatch):
+    def texts(*rows):
+        monkeypatch.setattr(hub, "stream", lambda name: iter(rows))
+        return list(hub.texts("hub:a/b"))
+
+    rows = [{"text": text} for text in ("a\r\nb\rc", "", None, " \n", "x\0y", "\ud800z")]
+    assert texts(*rows) == ["a\nb\nc", "xy", "z"]
+    with pytest.raises(UsageError, match=r"row 1 \(columns content\) holds no text under 'text'"):
+        texts({"text": "a"}, {"content": "b"})
+    with pytest.raises(UsageError, match="row 0"):
+        texts({"text": 3})
+
+
+@pytest.mark.parametrize("file", ["train.bin", "validation.json", "test.json", "about.json"])
+@pytest.mark.parametrize("damage", [lambda raw: raw[:-3], lambda raw: b"\1" + raw[1:], lambda raw: b"{}"])
+def test_a_damaged_preparation_is_made_again_with_a_line(sotu, monkeypatch, tmp_path, file, damage):
+    monkeypatch.setenv("LOOPMDM_CACHE", str(tmp_path))
+    rows = [{"text": f"document number {number} says something of its own"} for number in range(5000)]
+    monkeypatch.setattr(hub, "stream", lambda name: iter(rows))
+    whole = hub.prepare("hub:a/b", sotu.tokenizer, 500)
+    tokens, (path,) = whole.train.copy(), tmp_path.glob(f"prepared/*/{file}")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.warns(UserWarning, match="is damaged; hub:a/b is prepared again"):
+        again = hub.prepare("hub:a/b", sotu.tokenizer, 500)
+    assert np.array_equal(again.train, tokens) and again.fingerprint == whole.fingerprint
+    assert [row.tolist() for row in again.held_out["test"]] == [row.tolist() for row in whole.held_out["test"]]
