@@ -21,9 +21,8 @@ def imported(path: Path) -> set[str]:
 
 
 FLOORS = (
-    "folders",
-    "model.errors model.precision",
-    "model.files model.randomness model.registry model.layout model.stats model.context",
+    "folders model.errors",
+    "model.precision model.files model.randomness model.registry model.layout model.stats model.context",
     "model.sites model.flops model.taps model.sequences",
     "model.masking model.stopping.rules model.corpora model.adapters.cycles",
     "model.stopping model.adapters.families",
