@@ -37,7 +37,7 @@ class NotFiniteError(ArithmeticError):
 def unknown_name(kind: str, name: str, known: Iterable[str], remedy: str = "") -> UnknownNameError:
     """The error for an unknown `name` of some `kind`, with near matches among `known`."""
     known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.45)
+    near = difflib.get_close_matches(str(name)[:200], known, n=3, cutoff=0.45)
     near = near or [full for full in known if name and str(name) in full][:3]
     if near:
         hint = f"did you mean {' or '.join(near)}?"
@@ -45,15 +45,21 @@ def unknown_name(kind: str, name: str, known: Iterable[str], remedy: str = "") -
         hint = f"known: {', '.join(known)}"
     else:
         hint = f"known: {', '.join(known[:5])}, ... ({len(known)} in all)"
-    return UnknownNameError(f"unknown {kind} {name!r}; {hint}{' ' + remedy if remedy else ''}")
+    return UnknownNameError(f"unknown {kind} {name!r:.80}; {hint}{' ' + remedy if remedy else ''}")
 
 
-MOST_COUNT, MOST_SEED = 2**63 - 1, 2**128 - 1
-"""What 64 bits count, and what a generator takes as its key."""
+MOST = 2**31 - 1
+"""Largest count of anything that has no bound of its own."""
+LARGEST = {"n_loops": 10_000, "max_loops": 10_000, "loops": 10_000, "min_loops": 10_000}
+LARGEST |= {"tokens": 2**63 - 1, "seed": 2**63 - 1, "first_index": 2**63 - 1}  # a seed is a column of tables
+"""Bounds by the last word of a count's name."""
 
 
-def check_count(name: str, value: object, least: int = 1, most: int = MOST_COUNT) -> int:
-    """Return `value` if it is an int (not a bool) in `least` .. `most`, else raise UsageError."""
+def check_count(name: str, value: object, least: int = 1, most: int | None = None) -> int:
+    """Return `value` if it is an int (not a bool) in `least`..`most`, else raise UsageError.
+
+    `most` defaults to what `LARGEST` has for the name, else to `MOST`: beyond it nothing can be held or ends.
+    """
     try:
         number = operator.index(value)  # pyright: ignore[reportArgumentType]
     except TypeError:
@@ -61,9 +67,10 @@ def check_count(name: str, value: object, least: int = 1, most: int = MOST_COUNT
     if number is None or isinstance(value, bool):
         raise UsageError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
     if number < least:
-        raise UsageError(f"{name} must be at least {least}, got {number}")
+        raise UsageError(f"{name} must be at least {least}, got {shown(number)}")
+    most = LARGEST.get(name.rpartition(".")[2], MOST) if most is None else most
     if number > most:
-        raise UsageError(f"{name} must be at most {most}, got a number of {number.bit_length()} bits")
+        raise UsageError(f"{name} must be at most {most}, got {shown(number)}")
     return number
 
 
@@ -75,14 +82,21 @@ def check_number(name: str, value: object, least: int | float, most: int | float
 
 
 def check_seed(seed: object) -> int:
-    """A seed: 0 or more, of 128 bits at most."""
-    return check_count("seed", seed, least=0, most=MOST_SEED)
+    """A seed: 0 or more, of 63 bits at most."""
+    return check_count("seed", seed, least=0)
 
 
 def check_data(what: str, tensor: Any) -> None:
     """UsageError for a tensor on the device "meta", which has a shape and no values."""
     if getattr(tensor, "is_meta", False):
         raise UsageError(f'{what} lie on the device "meta" and have no values; give them on a real device')
+
+
+def shown(number: int) -> str:
+    """An integer as a message shows it: whole, or what it begins with and how long it is."""
+    if number.bit_length() <= 128:
+        return str(number)
+    return f"a number of {int(number.bit_length() * 0.30103) + 1} digits"
 
 
 def check_keys(given: Iterable[str], known: Iterable[str], what: str) -> None:

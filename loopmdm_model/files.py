@@ -7,6 +7,7 @@ import re
 import secrets
 import socket
 import stat
+import tomllib
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -50,8 +51,14 @@ def _partial(path: Path) -> Path:
 
 def check_target(path: Path) -> Path:
     """The path, if a file can be written there; UsageError for devices, FIFOs and folders, OSError otherwise."""
-    found = path.resolve()
-    if found.is_dir():
+    try:
+        found = path.resolve()
+        folder = found.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
+        if isinstance(error, PermissionError):
+            raise
+        raise UsageError(f"{str(path)!r:.80} cannot be a file ({_why(error)}); give another --out") from None
+    if folder:
         raise UsageError(f"{path} is a folder; give the name of a file")
     if found.exists() and not found.is_file():
         raise UsageError(f"{path} is no regular file; give the name of one, or of a new one")
@@ -59,6 +66,11 @@ def check_target(path: Path) -> Path:
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise PermissionError(f"cannot write into {above}; give another --out")
     return path
+
+
+def _why(error: Exception) -> str:
+    """What went wrong, without the path that the error may repeat."""
+    return (error.strerror or "") if isinstance(error, OSError) else f"{error!s:.80}"
 
 
 def clear_partial(*folders: Path) -> None:
@@ -114,9 +126,70 @@ def _sha256(path: Path, *state: int) -> str:  # noqa: ARG001
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; what cannot be a path (too long, NUL inside) is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder; what cannot be a path is none."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def read_json(path: Path) -> Any:
     """Read JSON; UsageError names a damaged file."""
     try:
         return json.loads(path.read_text())
-    except ValueError as error:  # not UTF-8, or not JSON
+    except ValueError as error:  # not UTF-8, not JSON, or a number of thousands of digits
         raise UsageError(f"{path} is not JSON ({error}); restore the file") from error
+    except RecursionError:
+        raise UsageError(f"{path} is nested too deeply; restore the file") from None
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file with a JSON object a line; UsageError names a damaged line."""
+    records = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict):
+            raise UsageError(f"{path} line {number} is no JSON object; restore the file")
+        records.append(record)
+    return records
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read TOML; UsageError names a damaged file."""
+    try:
+        text = path.read_text()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not TOML: {error}") from error
+    return parse_toml(text, str(path))
+
+
+def parse_toml(text: str, what: str) -> dict[str, Any]:
+    """The values of a TOML text; UsageError names `what` if it is none, or nested beyond reason."""
+    try:
+        return tomllib.loads(text)
+    except ValueError as error:  # not TOML, or a number of thousands of digits
+        raise UsageError(f"{what} is not TOML: {error}") from error
+    except RecursionError:
+        raise UsageError(f"{what} is nested too deeply; a spec has tables of plain values") from None
+
+
+def toml_value(text: str) -> Any:
+    """The TOML value that a word of the command line is, or the word itself; UsageError beyond reason."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    except (ValueError, RecursionError):  # thousands of digits, or of brackets
+        raise UsageError(f"{text:.40}... is no value that a spec can hold; shorten it") from None

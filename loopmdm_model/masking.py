@@ -63,9 +63,9 @@ def _check_clean(sequences: Sequences, mask_token_id: int) -> None:
 def _check_share(name: str, value: float | Tensor | None, n: int) -> None:
     if value is None:
         return
-    if not isinstance(value, int | float | Tensor):
+    if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
         raise UsageError(f"{name} must be a number, got {value!r}")
-    shares = torch.as_tensor(value)
+    shares = torch.as_tensor(value, dtype=torch.float64)  # in float32 a tiny negative number would be 0
     if shares.numel() not in (1, n) or not bool(((shares >= 0) & (shares <= 1)).all()):
         raise UsageError(f"{name} must lie in 0..1 (one number, or t= one a sequence), got {value}")
 

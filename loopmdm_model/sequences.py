@@ -211,7 +211,8 @@ def as_batch(name: str, b: Any, clusters: Any = None) -> MaskedBatch:
 
 def check_ids(tokens: Any) -> None:
     """UsageError unless `tokens` are ids [batch, pos]."""
-    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
+    wrong = not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.is_complex()
+    if wrong or tokens.dtype == torch.bool:
         raise UsageError("tokens must be an integer tensor [batch, pos]; text goes through to_tokens")
     check_data("tokens", tokens)
     if tokens.ndim != 2 or 0 in tokens.shape:

@@ -20,10 +20,15 @@ from loopmdm.analysis.cli.shared import Interrupted, Terminated, app, err
 from loopmdm.model.errors import DivergedError, NotFiniteError, UsageError
 from loopmdm.model.training.allocator import keep_freed_memory
 
+LONGEST = 1000
+"""Characters of a message: it may repeat what somebody gave."""
+NO_ROOM = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed", "out of memory")
+"""How torch says that memory ran out."""
+
 
 def _describe(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    return text or type(error).__name__
+    return (text if len(text) <= LONGEST else f"{text[:LONGEST]} ...") or type(error).__name__
 
 
 def main() -> None:
@@ -42,6 +47,8 @@ def main() -> None:
         _fail(f"error: {_describe(error)}", 2)
     except (DivergedError, NotFiniteError) as error:
         _fail(f"error: {_describe(error)}", 1)
+    except MemoryError as error:
+        _fail(f"error: not enough memory ({_describe(error)}); ask for fewer or shorter sequences at a time", 1)
     except BrokenPipeError:
         sys.stdout = None  # nothing more can be written; its flush at the end would fail again
         _fail("error: whoever read the output went away", 141)
@@ -54,6 +61,12 @@ def main() -> None:
         _fail("interrupted", 130)
     except Terminated:
         _fail("interrupted: told to end", 143)
+    except RuntimeError as error:
+        if not any(words in str(error) for words in NO_ROOM):
+            raise
+        _fail(
+            f"error: not enough memory ({_describe(error):.120}); ask for fewer or shorter sequences at a time", 1
+        )
 
 
 def _run() -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from loopmdm.analysis.cli.shared import app, err, integers, interruptible, show
+from loopmdm.analysis.cli.shared import app, err, integer, integers, interruptible, show
 
 
 @app.command()
@@ -57,7 +57,7 @@ def evaluate(
     options |= {"steps": integers(steps, "--steps", "8,16") if steps else None}
     options |= {"orders": orders.split(",") if orders else None, "tasks": tasks.split(",") if tasks else None}
     if measure == "word-problems" and steps:
-        options["steps"] = options["steps"][0]
+        options["steps"] = integer(steps, "--steps of word-problems", "64")
     most = LoopMDMConfig.load(need(resolve(model), CONFIG)).max_loops
     counts = integers(n_loops, "--n-loops", "1,2,4") if n_loops else sorted({1, most})
     status = err.status(f"{measure} of {model}") if err.is_terminal else nullcontext()

@@ -78,5 +78,9 @@ def _ids(text: str, option: str) -> list[int]:
 def _clues(text: str) -> dict[int, int] | None:
     pairs = [pair.split(":") for pair in text.split(",") if pair]
     if any(len(pair) != 2 for pair in pairs):
-        raise UsageError(f"--clues takes POSITION:ID pairs such as 0:3,7:1; got {text!r}")
-    return {integer(a, "--clues", "0:3"): integer(b, "--clues", "0:3") for a, b in pairs} or None
+        raise UsageError(f"--clues takes POSITION:ID pairs such as 0:3,7:1; got {text!r:.80}")
+    found: dict[int, int] = {}
+    for place, token in ((integer(a, "--clues", "0:3"), integer(b, "--clues", "0:3")) for a, b in pairs):
+        if found.setdefault(place, token) != token:
+            raise UsageError(f"--clues gives position {place} both {found[place]} and {token}; give it one id")
+    return found or None

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from loopmdm.analysis.cli.shared import app, check_out, err, integers, interruptible, show, values
-from loopmdm.model.errors import UsageError
+from loopmdm.analysis.cli.shared import app, check_out, err, integer, integers, interruptible, show, values
+from loopmdm.model.errors import UsageError, check_count
 
 
 @app.command()
@@ -70,7 +70,7 @@ def _share(word: str) -> float:
     try:
         return float(word)
     except ValueError:
-        raise UsageError(f"--mask-ratios takes shares such as 0.25,0.5; got {word!r}") from None
+        raise UsageError(f"--mask-ratios takes shares such as 0.25,0.5; got {word!r:.80}") from None
 
 
 @app.command()
@@ -80,9 +80,10 @@ def claims(
     """The paper's claims: what was asked, what was measured, and the verdict; one line each in a pipe."""
     from loopmdm.analysis.exhibits.verdicts import claims_table
 
+    least = check_count("--seeds", integer(seeds, "--seeds", "5"), least=0) if seeds else 0
     frame = claims_table()
     if seeds:
-        frame = frame[frame["n_seeds"] >= integers(seeds, "--seeds", "5")[0]]
+        frame = frame[frame["n_seeds"] >= least]
     columns = ["claim", "task", "verdict", "estimate", "low", "high", "margin", "direction", "n_seeds", "figure",
                "text"]  # fmt: skip
     show(columns, frame[columns].itertuples(index=False))

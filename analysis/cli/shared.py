@@ -6,7 +6,6 @@ import math
 import os
 import re
 import sys
-import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as RichTable
 
 from loopmdm.model.errors import Stopped, UsageError
-from loopmdm.model.files import check_target
+from loopmdm.model.files import check_target, toml_value
 
 app = typer.Typer(
     help="See inside looped masked-diffusion language models.",
@@ -98,7 +97,7 @@ def integer(word: str, option: str = "--n-loops", example: str = "1,2,4") -> int
     try:
         return int(word)
     except ValueError:
-        raise UsageError(f"{option} takes integers such as {example}; got {word!r}") from None
+        raise UsageError(f"{option} takes integers such as {example}; got {word!r:.80}") from None
 
 
 def integers(text: str, option: str, example: str) -> list[int]:
@@ -111,12 +110,9 @@ def values(pairs: list[str]) -> dict[str, Any]:
     found = {}
     for pair in pairs:
         key, mark, value = pair.partition("=")
-        try:
-            found[key] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            found[key] = value  # a bare word
         if not key or not mark:
-            raise UsageError(f"--set takes KEY=VALUE such as training.learning_rate=5e-4, got {pair!r}")
+            raise UsageError(f"--set takes KEY=VALUE such as training.learning_rate=5e-4, got {pair!r:.80}")
+        found[key] = toml_value(value)
     return found
 
 

@@ -65,13 +65,11 @@ def ship(
 def _as_record(run: Path) -> Path:
     """Ship a run of the roster, measure what the tables ask of it, and let its weights go."""
     from loopmdm.analysis.exhibits.tables import quality
-    from loopmdm.model.files import read_json
-    from loopmdm.model.network.checkpoints import RECORD, need
-    from loopmdm.model.training.ship import forget_weights, ship
+    from loopmdm.model.training.ship import forget_weights, name_of, ship
     from loopmdm.model.zoo.runs import Zoo
 
     zoo = Zoo.roster()
-    listed = zoo[read_json(need(run, RECORD))["spec"]["name"]]  # before anything is written
+    listed = zoo[name_of(run)]  # before anything is written
     home = ship(run)
     quality.keep(listed, zoo)
     forget_weights(home)
@@ -83,8 +81,9 @@ def _dry_run(spec: Any) -> None:
 
     from loopmdm.model.flops import applied_parameters, flops_per_token
     from loopmdm.model.network.model import LoopMDM
-    from loopmdm.model.training.budget import plan, product_rate, training_memory
+    from loopmdm.model.training.budget import check_threads, plan, product_rate, training_memory
 
+    check_threads(spec.training.threads)
     cfg, planned = spec.config, plan(spec)
     rate = product_rate(spec.training.threads)
     with torch.device("meta"):

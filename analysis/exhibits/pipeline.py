@@ -26,7 +26,7 @@ from loopmdm.analysis.exhibits import EXHIBITS, tables
 from loopmdm.analysis.exhibits.tables import Table, quality
 from loopmdm.model.corpora.fetch import cache_folder, serving, sources
 from loopmdm.model.errors import UsageError
-from loopmdm.model.files import read_json
+from loopmdm.model.files import read_json, toml_value
 from loopmdm.model.network import checkpoints
 from loopmdm.model.training.spec import RunSpec
 from loopmdm.model.zoo.runs import Run, Zoo, figures_folder
@@ -103,9 +103,15 @@ def _add_run(items: Items, run: Run) -> None:
     folder, own = _run_folder(run.spec), run.spec.to_dict()
     command = ("train", f"figures/specs/{run.file}.toml", "--seed", str(run.seed), "--resume")
     for key, value in run.changes:
-        command += ("--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}")
+        command += ("--set", f"{key}={_toml(value)}")
     command += ("--out", str(folder)) if folder.name != run.name else ()
     _add(items, "run", run.name, own, command, _recorded_spec(folder) == own, after=_corpora(run.spec))
+
+
+def _toml(value: Any) -> str:
+    """A value as `--set` reads it: a bare word, or TOML where a word would be read as something else."""
+    bare = isinstance(value, str) and toml_value(value) == value
+    return value if bare else json.dumps(value, ensure_ascii=False)
 
 
 def _run_folder(spec: RunSpec) -> Path:
@@ -131,7 +137,7 @@ def _saved_identity(folder: Path) -> dict[str, Any] | None:
     try:
         with safe_open(path, framework="pt") as file:
             found = json.loads(file.metadata()["identity"])
-    except SafetensorError:
+    except (SafetensorError, KeyError, TypeError, ValueError):
         return None  # training says what to do about a damaged state
     return {name: value for name, value in found.items() if name != "corpus sha256"}
 

@@ -316,12 +316,13 @@ def family_named(name: str) -> Family:
 def name_of_class(*classes: str) -> str | None:
     """The family of the first of these model classes that has one."""
     families = {each: name for name, family in FAMILIES.items() for each in family.classes}
-    return next((families[each] for each in classes if each in families), None)
+    return next((families[each] for each in classes if isinstance(each, str) and each in families), None)
 
 
 def looks_like(config: Mapping[str, Any]) -> str | None:
     """What a config.json of somebody else's says it is, for messages: a family, or its class; None: it is ours."""
     classes = config.get("architectures") or ()
+    classes = classes if isinstance(classes, list | tuple) else [classes]
     if not classes and not config.get("model_type"):
         return None
     return name_of_class(*classes) or (classes[0] if classes else config["model_type"])

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from loopmdm.model.errors import UsageError
+from loopmdm.model.files import is_file, is_folder
 
 FILES = "files:"
 MARKS = {  # longest first: UTF-32's mark begins with UTF-16's
@@ -57,9 +58,9 @@ def find(pattern: str) -> list[Path]:
         whole = Path(pattern).expanduser()
     except RuntimeError as error:
         raise UsageError(f"{FILES}{pattern}: {error}") from None
-    if whole.is_file():
+    if is_file(whole):
         return [whole]
-    if whole.is_dir():
+    if is_folder(whole):
         return _files(whole.rglob("*.txt"))
     folder, rest = _split(whole)
     try:
@@ -78,7 +79,7 @@ def _split(path: Path) -> tuple[Path, Path]:
     """The longest part of a path that is a folder as it is written, and the pattern that is left."""
     folder, parts = Path(path.anchor or "."), path.parts[1:] if path.anchor else path.parts
     for number, part in enumerate(parts):
-        if part != ".." and not (folder / part).is_dir():
+        if part != ".." and not is_folder(folder / part):
             return folder, Path(*parts[number:])
         folder = folder / part
     return folder, Path("*")

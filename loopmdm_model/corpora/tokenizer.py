@@ -24,6 +24,16 @@ def reading_text(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
+def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Ids of each text; UsageError where the tokenizer's own pattern gives up."""
+    try:
+        return [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # the library's, of no class that can be imported
+            raise
+        raise UsageError(f"the tokenizer fails on this text ({error!s:.80}); mend its tokenizer.json") from None
+
+
 def train_bpe(texts: Iterable[str], d_vocab: int) -> Tokenizer:
     """Byte-level BPE with `d_vocab` ids in all: merges first, then [EOS], [PAD] and, last, [MASK]."""
     specials = [EOS, PAD, MASK]

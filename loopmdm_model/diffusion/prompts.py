@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from loopmdm.model.errors import UsageError, check_count, check_data
+from loopmdm.model.errors import UsageError, check_count, check_data, shown
 from loopmdm.model.protocol import LoopedModel
 from loopmdm.model.sequences import MaskedBatch
 from loopmdm.model.tasks.sudoku import board_of_model
@@ -111,11 +111,11 @@ def _begin(known: Tensor, prompts: list[list[int]], n_ctx: int) -> None:
 
 def _place(known: Tensor, clues: dict[int, int] | Tensor | None) -> Tensor:
     """`known` [n, pos] with the clues where they belong."""
-    length = known.shape[1]
+    prompts, length = known.clone(), known.shape[1]
     if isinstance(clues, dict):
         for position, token in clues.items():
             if not 0 <= position < length:
-                raise UsageError(f"clue at position {position} lies outside 0..{length - 1}")
+                raise UsageError(f"clue at position {shown(position)} lies outside 0..{length - 1}")
             known[:, position] = token
     elif clues is not None:
         if clues.shape[1] != length:
@@ -123,7 +123,19 @@ def _place(known: Tensor, clues: dict[int, int] | Tensor | None) -> Tensor:
                 f"clues have {clues.shape[1]} positions, the sequence {length}; mark free ones with -1"
             )
         known = torch.where(clues.to(known) >= 0, clues.to(known), known)
+    _check_apart(prompts, known)
     return known
+
+
+def _check_apart(known: Tensor, placed: Tensor) -> None:
+    """UsageError where a clue would replace an id of the prompt."""
+    clash = ((known >= 0) & (placed != known)).nonzero()
+    if len(clash):
+        row, position = clash[0].tolist()
+        token, given = int(placed[row, position]), int(known[row, position])
+        raise UsageError(
+            f"the clue {token} stands at position {position}, where the prompt has {given}; leave one out"
+        )
 
 
 def _check_known(known: Tensor, d_vocab: int, mask_token_id: int) -> None:
@@ -184,14 +196,14 @@ def _clues(model: LoopedModel, clues: Any) -> dict[int, int] | Tensor | None:
     if isinstance(clues, MaskedBatch):
         clues = clues.clean.masked_fill(clues.masked, -1)
     if isinstance(clues, Mapping):
-        return _by_position(dict(clues), model.cfg.mask_token_id)
+        return _by_position(dict(clues), model.cfg.mask_token_id, model.cfg.d_vocab)
     board = board_of_model(model.cfg)
     if board is not None and board.is_written(clues):
         return board.read(clues)
     wanted = "clues must be {position: id}, or integer ids [pos] or [n, pos] with -1 where free"
     try:
         clues = torch.as_tensor(clues)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise UsageError(f"{wanted}; got {clues!r:.60}") from None
     wrong_kind = clues.is_floating_point() or clues.dtype == torch.bool
     if clues.ndim not in (1, 2) or 0 in clues.shape or wrong_kind or bool((clues < -1).any()):
@@ -199,12 +211,16 @@ def _clues(model: LoopedModel, clues: Any) -> dict[int, int] | Tensor | None:
     return clues.reshape(-1, clues.shape[-1])
 
 
-def _by_position(pairs: dict[Any, Any], mask_token_id: int) -> dict[int, int]:
-    if not all(isinstance(word, int) for pair in pairs.items() for word in pair):
+def _by_position(pairs: dict[Any, Any], mask_token_id: int, d_vocab: int) -> dict[int, int]:
+    words = [word for pair in pairs.items() for word in pair]
+    if not all(isinstance(word, int) and not isinstance(word, bool) for word in words):
         raise UsageError(f"clues must be {{position: id}} with integers, got {pairs!r:.80}")
     wrong = [token for token in pairs.values() if token < 0]
     if wrong:
         raise UsageError(f"clue {wrong[0]} is no token id; leave free positions out")
+    wrong = [token for token in pairs.values() if token >= d_vocab]
+    if wrong:
+        raise UsageError(f"the clue {shown(wrong[0])} is outside 0..{d_vocab - 1}; give an id of this model")
     if mask_token_id in pairs.values():
         raise UsageError("a clue is [MASK]; leave free positions out")
     return pairs

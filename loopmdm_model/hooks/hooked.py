@@ -20,7 +20,6 @@ from loopmdm.model import sites
 from loopmdm.model.context import Context
 from loopmdm.model.corpora.tokenizer import load_tokenizer
 from loopmdm.model.errors import UsageError, check_count
-from loopmdm.model.files import read_json
 from loopmdm.model.hooks.cache import Keeper, LoopCache, check_kept
 from loopmdm.model.hooks.doors import LoopDoors, in_dtype
 from loopmdm.model.hooks.points import LoopHooks
@@ -28,7 +27,7 @@ from loopmdm.model.hooks.scopes import AttnPath, Call, Scope, check_path, untrac
 from loopmdm.model.hooks.text import TextEntries
 from loopmdm.model.hooks.unrolled import UnrolledLoopMDM, unroll
 from loopmdm.model.layout import Facts
-from loopmdm.model.network.checkpoints import RECORD, TOKENIZER, check_device, resolve
+from loopmdm.model.network.checkpoints import RECORD, TOKENIZER, check_device, read_record, resolve
 from loopmdm.model.network.config import LoopMDMConfig
 from loopmdm.model.network.model import LoopMDM
 from loopmdm.model.protocol import Core, LoopOutput
@@ -68,7 +67,7 @@ class LoopRuns(TextEntries, LoopHooks):
         hooked = cls(model, load_tokenizer(path, model.cfg.d_vocab) if path.is_file() else None)
         hooked.model_name = folder.name
         if (folder / RECORD).is_file():
-            hooked.record = read_json(folder / RECORD)
+            hooked.record = read_record(folder)
         return hooked
 
     def __repr__(self) -> str:

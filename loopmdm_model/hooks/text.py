@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from loopmdm.model.corpora.tokenizer import MASK, PAD, reading_text
+from loopmdm.model.corpora.tokenizer import MASK, PAD, encode_texts, reading_text
 from loopmdm.model.errors import UsageError, check_data
 from loopmdm.model.layout import Layout
 from loopmdm.model.masking import mask_tokens
@@ -65,7 +65,7 @@ class TextEntries:
         texts = list(texts)
         board = board_of_model(self.cfg)
         if board is None:
-            rows = [encoding.ids for encoding in self._text().encode_batch(texts)]
+            rows = encode_texts(self._text(), texts)
             self._check_symbols(texts, rows)
         else:  # its tokenizer takes whatever is no symbol for [MASK]
             hidden = self.cfg.mask_token_id

@@ -1,17 +1,17 @@
 """Weights on disk: where a name leads, strict reading. No pickle is ever loaded."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loopmdm.model.errors import NotFiniteError, UsageError, unknown_name
-from loopmdm.model.files import read_json, sha256, write_atomic, write_json
+from loopmdm.model.files import is_folder, read_json, sha256, write_atomic, write_json
 from loopmdm.model.network.config import LoopMDMConfig
 
 ZOO = Path(__file__).parents[1] / "zoo"
@@ -41,7 +41,7 @@ def resolve(name: Path | str) -> Path:
     if isinstance(name, str) and name in list_runs():
         return ZOO / name
     folder = Path(name)
-    if folder.is_dir():
+    if is_folder(folder):
         return folder
     if isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return _from_hub(name)
@@ -67,6 +67,14 @@ def need(folder: Path, file: str) -> Path:
     return path
 
 
+def read_record(folder: Path) -> dict[str, Any]:
+    """A folder's train.json; UsageError if it is missing, damaged or no table."""
+    record = read_json(need(folder, RECORD))
+    if not isinstance(record, dict):
+        raise UsageError(f"{folder / RECORD} is no record that names its corpus; restore the file")
+    return record
+
+
 def _again(name: str) -> str:
     """How to have the weights of a run of which the record is kept."""
     spec = read_json(ZOO / name / RECORD)["spec"]
@@ -78,7 +86,7 @@ def weights_hash(folder: Path) -> str:
     """sha256 of a model's weights; of a run kept without them, what it was."""
     if (folder / WEIGHTS).is_file() or folder.parent != ZOO:
         return sha256(need(folder, WEIGHTS))
-    return read_json(need(folder, RECORD))[WEIGHTS_HASH]
+    return read_record(folder)[WEIGHTS_HASH]
 
 
 def with_hash(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,6 +114,31 @@ def check_device(device: Any) -> None:
         raise UsageError(f"device {str(device)!r} cannot be used here ({why:.80}); take cpu") from error
 
 
+def check_sizes(folder: Path, expected: Mapping[str, Tensor]) -> None:
+    """UsageError if the header of the weights is not that of `expected`, which may lie on the meta device.
+
+    Reads names and shapes only: a config that asks for too much is refused before anything is allocated.
+    """
+    path = need(folder, WEIGHTS)
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UsageError(f"{path} is damaged or truncated ({error}); copy or train it again") from error
+    _check_names(path, expected, shapes)
+    for name, tensor in expected.items():
+        if list(tensor.shape) != shapes[name]:
+            raise UsageError(f"{path}: {name} has shape {shapes[name]}, {CONFIG} asks for {list(tensor.shape)}")
+
+
+def _check_names(path: Path, expected: Collection[str], found: Collection[str]) -> None:
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or extra:
+        what = [f"lacks {missing[0]} (and {len(missing) - 1} more)"] if missing else []
+        what += [f"has unexpected {extra[0]} (and {len(extra) - 1} more)"] if extra else []
+        raise UsageError(f"{path} {', '.join(what)}; it does not belong to the {CONFIG} beside it")
+
+
 def load_weights(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Read `model.safetensors`, strict on hash, names, shapes and kinds; converted to the expected dtypes."""
     path = need(folder, WEIGHTS)
@@ -114,11 +147,7 @@ def load_weights(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tens
     except SafetensorError as error:
         raise UsageError(f"{path} is damaged or truncated ({error}); copy or train it again") from error
     check_hash(folder)
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing or extra:
-        what = [f"lacks {missing[0]} (and {len(missing) - 1} more)"] if missing else []
-        what += [f"has unexpected {extra[0]} (and {len(extra) - 1} more)"] if extra else []
-        raise UsageError(f"{path} {', '.join(what)}; it does not belong to the {CONFIG} beside it")
+    _check_names(path, expected, found)
     for name, tensor in expected.items():
         if found[name].shape != tensor.shape:
             raise UsageError(

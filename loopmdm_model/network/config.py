@@ -7,6 +7,7 @@ attention without biases, untied embeddings); all of it can be changed here.
 
 import dataclasses
 import json
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,11 @@ from loopmdm.model.layout import SEGMENTS, Layout
 from loopmdm.model.sites import LEAVES, OUTER
 
 FORBIDDEN = ("forbid_mask_to_mask", "forbid_masked_keys")
+LARGEST = {"d_vocab": 2**26, "n_ctx": 2**24, "d_model": 2**20, "n_heads": 2**16, "d_head": 2**16, "d_mlp": 2**24}
+LARGEST |= {"n_prelude_layers": 1000, "n_loop_layers": 1000, "n_coda_layers": 1000}
+"""What no model exceeds; a damaged config is refused before anything of its size is made."""
+LARGEST_TABLE = 2**26
+"""Numbers in a table of rotary angles, n_ctx x d_head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +90,18 @@ class LoopMDMConfig(Layout):
                 raise UsageError(f"{field.name} must be true or false, got {value!r}")
             elif field.type is float and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise UsageError(f"{field.name} must be a number, got {value!r}")
-            elif field.type is float and not value > 0:
-                raise UsageError(f"{field.name} must be positive, got {value!r}")
+            elif field.type is float and not 0 < value <= sys.float_info.max:
+                raise UsageError(f"{field.name} must be positive and finite, got {value!r}")
 
     def _check_sizes(self) -> None:
         least = {"d_vocab": 2, "n_ctx": 1, "d_model": 1, "n_heads": 1, "d_head": 2, "d_mlp": 1}
         least |= {"n_prelude_layers": 0, "n_loop_layers": 0, "n_coda_layers": 0, "max_loops": 1}
         for field, low in least.items():
-            check_count(field, getattr(self, field), least=low)
+            check_count(field, getattr(self, field), least=low, most=LARGEST.get(field))
+        if self.n_ctx * self.d_head > LARGEST_TABLE:
+            raise UsageError(
+                f"n_ctx {self.n_ctx} x d_head {self.d_head} exceeds {LARGEST_TABLE}; lower one of them"
+            )
         if self.d_head % 2:
             raise UsageError(f"d_head must be even for rotary embeddings, got {self.d_head}")
         if self.mask_token_id != self.d_vocab - 1:
@@ -109,6 +119,8 @@ class LoopMDMConfig(Layout):
             if getattr(self, field) not in allowed:
                 raise UsageError(f"{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
         for field in FORBIDDEN:
+            if not isinstance(getattr(self, field), tuple):
+                raise UsageError(f"{field} must be a tuple of segments, got {getattr(self, field)!r:.80}")
             for segment in getattr(self, field):
                 if segment not in SEGMENTS:
                     raise UsageError(f"{field} takes segments of {SEGMENTS}, got {segment!r}")
@@ -150,6 +162,9 @@ class LoopMDMConfig(Layout):
         missing = [key for key in ("d_vocab", "n_ctx", "d_model", "n_heads") if key not in values]
         if missing:
             raise UsageError(f"config: missing {', '.join(missing)}")
+        for field in FORBIDDEN:
+            if not isinstance(values.get(field, ()), list | tuple):
+                raise UsageError(f"{field} must be a list of segments, got {values[field]!r:.80}")
         complete: dict[str, Any] = values | {field: tuple(values.get(field, ())) for field in FORBIDDEN}
         return cls(**complete)
 

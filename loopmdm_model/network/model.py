@@ -157,6 +157,8 @@ class LoopMDM(Core):
         checkpoints.check_device(device)
         folder = checkpoints.resolve(name)
         cfg = LoopMDMConfig.load(checkpoints.need(folder, "config.json"))
+        with torch.device("meta"):
+            checkpoints.check_sizes(folder, cls(cfg).state_dict())
         model = cls(cfg)
         model.load_state_dict(checkpoints.load_weights(folder, model.state_dict()))
         return model.to(device).eval()

@@ -60,7 +60,7 @@ class StoppingRule:
 
     def __post_init__(self):
         """Refuse counts and thresholds that make no sense."""
-        if self.max_loops == 0 and not isinstance(self.max_loops, bool):
+        if type(self.max_loops) is int and self.max_loops == 0:
             raise UsageError(f"{type(self).__name__} needs max_loops=, the most loops it may run")
         for name in ("max_loops", "min_loops", "patience"):
             check_count(name, getattr(self, name))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loopmdm.model.corpora import documents as corpora
 from loopmdm.model.corpora import hub
-from loopmdm.model.corpora.tokenizer import EOS, digit_tokenizer, gpt2_tokenizer, train_bpe
+from loopmdm.model.corpora.tokenizer import EOS, digit_tokenizer, encode_texts, gpt2_tokenizer, train_bpe
 from loopmdm.model.errors import UsageError, unknown_name
 from loopmdm.model.randomness import step_generator
 from loopmdm.model.tasks import gsm
@@ -53,8 +53,11 @@ class Dataset(Protocol):
 def encode(tokenizer: Tokenizer, documents: list[corpora.Document]) -> list[Int[np.ndarray, " token"]]:
     """Token ids of each document, [EOS] at its end."""
     end = tokenizer.token_to_id(EOS)
-    encodings = tokenizer.encode_batch([document.text for document in documents])
-    return [np.array([*encoding.ids, end]) for encoding in encodings]
+    if end is None:
+        raise UsageError(
+            f"this tokenizer has no {EOS}: it is none of a text corpus; use the corpus it was made for"
+        )
+    return [np.array([*ids, end]) for ids in encode_texts(tokenizer, [document.text for document in documents])]
 
 
 def evaluation_blocks(

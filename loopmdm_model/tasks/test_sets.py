@@ -53,9 +53,12 @@ class TestSet:
 def task_of(record: dict) -> str:
     """The corpus or task a model was trained on, from its train.json."""
     try:
-        return record["spec"]["data"]["corpus"]
-    except (KeyError, TypeError) as error:
-        raise UsageError("this model has no train.json that names its corpus; evaluate it from Python") from error
+        corpus = record["spec"]["data"]["corpus"]
+    except (KeyError, TypeError):
+        corpus = None
+    if not isinstance(corpus, str):
+        raise UsageError("this model has no train.json that names its corpus; evaluate it from Python")
+    return corpus
 
 
 def load_test_set(task: str, length: int, tokenizer: Tokenizer | None, split: corpora.Split = "test") -> TestSet:

@@ -5,16 +5,67 @@ walking through the budget once with E[S] (planned) or with the drawn S (realise
 """
 
 import math
+import os
 import time
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from loopmdm.model.errors import UsageError
 from loopmdm.model.flops import training_flops
 from loopmdm.model.network.config import LoopMDMConfig
 from loopmdm.model.randomness import step_generator
-from loopmdm.model.training.spec import LoopSchedule, RunSpec
+
+MOST_STEPS = 10**7
+
+
+class Schedule(Protocol):
+    """How S is drawn, by the share of the budget that is spent (`spec.LoopSchedule`)."""
+
+    @property
+    def distribution(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def widen_until(self) -> float:
+        """From which share on the cap is S_max."""
+        ...
+
+    def cap(self, progress: float, max_loops: int) -> int:
+        """The largest S that is drawn."""
+        ...
+
+
+class Planned(Protocol):
+    """What a plan needs of a run's spec (`spec.RunSpec`)."""
+
+    @property
+    def config(self) -> LoopMDMConfig:
+        """The model's."""
+        ...
+
+    @property
+    def data(self) -> Any:
+        """Its `length` in tokens."""
+        ...
+
+    @property
+    def training(self) -> Any:
+        """Budget, batch size, precision, threads."""
+        ...
+
+    @property
+    def loops(self) -> Schedule:
+        """How S is drawn."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Of the draws of S."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -27,12 +78,12 @@ class Plan:
     flops: float
 
 
-def step_cost(spec: RunSpec, n_loops: float) -> float:
+def step_cost(spec: Planned, n_loops: float) -> float:
     """Training FLOPs of one step at `n_loops`."""
     return training_flops(spec.config, spec.data.length, n_loops, spec.training.batch_size)
 
 
-def share_spent(spec: RunSpec, steps: int, flops: float) -> float:
+def share_spent(spec: Planned, steps: int, flops: float) -> float:
     """Share of the budget that `steps` steps of `flops` in all have used; 1 or more: done."""
     training = spec.training
     if training.flops:
@@ -42,14 +93,16 @@ def share_spent(spec: RunSpec, steps: int, flops: float) -> float:
     return steps / training.steps
 
 
-def plan(spec: RunSpec) -> Plan:
-    """Walk through the budget with the expected cost of each step."""
+def plan(spec: Planned) -> Plan:
+    """Walk through the budget with the expected cost of each step; UsageError if it never ends."""
     base = step_cost(spec, 1)
+    _check_steps(spec)
     extra = step_cost(spec, 2) - base
-    spent, steps, loops = 0.0, 0, 0.0
+    cfg, spent, steps, loops = spec.config, 0.0, 0, 0.0
+    known: dict[int, float] = {}  # E[S] below each cap
     while (share := share_spent(spec, steps, spent)) < 1:
-        cap = spec.loops.cap(share, spec.config.max_loops)
-        mean = mean_loops(spec.config, spec.loops, cap, spec.data.length)
+        cap = spec.loops.cap(share, cfg.max_loops)
+        mean = known[cap] = known.get(cap) or mean_loops(cfg, spec.loops, cap, spec.data.length)
         cost = base + (mean - 1) * extra
         # with the cap at its end all further steps are alike
         count = _steps_left(spec, steps, spent, cost) if share >= spec.loops.widen_until else 1
@@ -57,7 +110,25 @@ def plan(spec: RunSpec) -> Plan:
     return Plan(steps, loops / steps, steps * spec.training.batch_size * spec.data.length, spent)
 
 
-def _steps_left(spec: RunSpec, steps: int, spent: float, cost: float) -> int:
+def _check_steps(spec: Planned) -> None:
+    least = 1 / share_spent(spec, 1, step_cost(spec, spec.config.max_loops))
+    if least > MOST_STEPS:
+        raise UsageError(
+            f"the budget of {spec.name} is more than {MOST_STEPS:.0e} steps; "
+            "lower training.flops, tokens or steps, or raise batch_size"
+        )
+
+
+def check_threads(threads: int) -> None:
+    """UsageError where the machine has fewer cores; the specs of a cluster can be read anywhere."""
+    cores = os.cpu_count() or 1
+    if threads > cores:
+        raise UsageError(
+            f"training.threads is {threads}, this machine has {cores} cores; --set training.threads={cores}"
+        )
+
+
+def _steps_left(spec: Planned, steps: int, spent: float, cost: float) -> int:
     training = spec.training
     if training.flops:
         return max(1, math.ceil((training.flops - spent) / cost))
@@ -65,7 +136,7 @@ def _steps_left(spec: RunSpec, steps: int, spent: float, cost: float) -> int:
     return total - steps
 
 
-def loop_chances(cfg: LoopMDMConfig, loops: LoopSchedule, cap: int, length: int) -> np.ndarray:
+def loop_chances(cfg: LoopMDMConfig, loops: Schedule, cap: int, length: int) -> np.ndarray:
     """Probabilities of S = 1..cap."""
     if loops.distribution == "fixed":
         return np.eye(cap)[cap - 1]
@@ -76,12 +147,12 @@ def loop_chances(cfg: LoopMDMConfig, loops: LoopSchedule, cap: int, length: int)
     return weights / weights.sum()
 
 
-def mean_loops(cfg: LoopMDMConfig, loops: LoopSchedule, cap: int, length: int) -> float:
+def mean_loops(cfg: LoopMDMConfig, loops: Schedule, cap: int, length: int) -> float:
     """E[S] below `cap`."""
     return float(loop_chances(cfg, loops, cap, length) @ np.arange(1, cap + 1))
 
 
-def draw_loops(spec: RunSpec, step: int, progress: float) -> int:
+def draw_loops(spec: Planned, step: int, progress: float) -> int:
     """S of one step: a function of seed, step and the share of the budget spent."""
     cap = spec.loops.cap(progress, spec.config.max_loops)
     generator = step_generator(spec.seed, "loops", step)
@@ -91,7 +162,7 @@ def draw_loops(spec: RunSpec, step: int, progress: float) -> int:
     return 1 + min(int(np.searchsorted(edges, generator.random(), side="right")), cap - 1)
 
 
-def training_memory(spec: RunSpec, n_parameters: int) -> float:
+def training_memory(spec: Planned, n_parameters: int) -> float:
     """Bytes of one process, about: weights, gradients, two moments and the average in float32; activations.
 
     A layer application keeps some 20 d_model (with the MLP's width) floats a token, the logits 3 d_vocab.

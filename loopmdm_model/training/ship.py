@@ -1,6 +1,5 @@
 """Ship a finished run: fp16 weights into the zoo, evaluated as shipped."""
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -11,17 +10,28 @@ import torch
 from loopmdm.model import stats
 from loopmdm.model.corpora.tokenizer import load_tokenizer
 from loopmdm.model.diffusion.likelihood import nelbo
-from loopmdm.model.files import read_json, write_json
-from loopmdm.model.network.checkpoints import METRICS, RECORD, TOKENIZER, WEIGHTS, ZOO, need, with_hash
+from loopmdm.model.files import read_json_lines, write_json
+from loopmdm.model.network.checkpoints import (
+    METRICS,
+    RECORD,
+    TOKENIZER,
+    WEIGHTS,
+    ZOO,
+    need,
+    read_record,
+    with_hash,
+)
 from loopmdm.model.network.model import LoopMDM
 from loopmdm.model.tasks.test_sets import NGrams, load_test_set, task_of
+from loopmdm.model.training.spec import RunSpec
 
 
 def ship(run: Path, target: Path | None = None) -> Path:
     """Copy a finished run as fp16 with its record; the record gains `evaluation` on the test split."""
-    record = json.loads(need(run, RECORD).read_text())
+    record, home = read_record(run), target or ZOO / name_of(run)
+    need(run, TOKENIZER)  # before anything is written
+    read_json_lines(need(run, METRICS))
     model = LoopMDM.from_pretrained(run)
-    home = target or ZOO / str(record["spec"]["name"])
     model.save_pretrained(home, dtype=torch.float16)
     for name in (TOKENIZER, METRICS):
         shutil.copyfile(need(run, name), home / name)
@@ -29,9 +39,16 @@ def ship(run: Path, target: Path | None = None) -> Path:
     return home
 
 
+def name_of(run: Path) -> str:
+    """The name that a run's record gives it, a plain word; UsageError if it gives none."""
+    record = read_record(run)
+    task_of(record)  # there is a spec
+    return RunSpec.from_dict(record["spec"], f"{run / RECORD} [spec]").name
+
+
 def forget_weights(folder: Path) -> None:
     """Keep a shipped run as a record only: its weights go, their hash stays."""
-    record = read_json(need(folder, RECORD))
+    record = read_record(folder)
     write_json(folder / RECORD, with_hash(folder, record))
     (folder / WEIGHTS).unlink()
 

@@ -2,17 +2,20 @@
 
 import dataclasses
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loopmdm.model.corpora.tokenizer import GPT2_IDS
-from loopmdm.model.errors import UsageError, check_count, check_keys, unknown_name
+from loopmdm.model.errors import UsageError, check_count, check_keys, shown, unknown_name
+from loopmdm.model.files import is_file, read_toml
 from loopmdm.model.network.config import LoopMDMConfig
 from loopmdm.model.tasks.batches import TASK_SIZES, check_name
+from loopmdm.model.training.budget import plan
 
+LAST_SEED = 2**32 - 1
+"""The largest that NumPy takes, whose generator accelerate seeds, too."""
 DISTRIBUTIONS = ("uniform", "fixed", "flop-proportional", "flop-balanced")
 
 
@@ -175,11 +178,13 @@ class RunSpec:
         for name, kind in parts.items():
             built[name] = kind(**_build(kind, values.get(name, {}), f"{origin} [{name}]"))
         spec = cls(**built)
-        check_count("seed", spec.seed, least=0)
+        if not isinstance(spec.model, dict):
+            raise UsageError(f"{origin} [model] must be a table, got {spec.model!r:.80}")
+        check_count("seed", spec.seed, least=0, most=LAST_SEED)
         if spec.init_seed is not None:
-            check_count("init_seed", spec.init_seed, least=0)
+            check_count("init_seed", spec.init_seed, least=0, most=LAST_SEED)
         if not re.fullmatch(r"[\w.-]+", spec.name) or spec.name.startswith("."):
-            raise UsageError(f"{origin}: name must be letters, digits, '-', '_' or '.', got {spec.name!r}")
+            raise UsageError(f"{origin}: name must be letters, digits, '-', '_' or '.', got {spec.name!r:.80}")
         reserved = {"d_vocab", "n_ctx", "mask_token_id"} & spec.model.keys()
         if reserved:
             raise UsageError(f"{origin} [model]: {', '.join(sorted(reserved))} follow from [data]; remove them")
@@ -187,15 +192,17 @@ class RunSpec:
         return spec
 
     @classmethod
-    def load(cls, path: Path | str, changes: Mapping[str, Any] | None = None) -> "RunSpec":
-        """Read a TOML spec; `changes` maps dotted keys such as "training.learning_rate" to other values."""
+    def load(
+        cls, path: Path | str, changes: Mapping[str, Any] | None = None, above: tuple[Path, ...] = ()
+    ) -> "RunSpec":
+        """Read a TOML spec; `changes` maps dotted keys such as "training.learning_rate" to other values.
+
+        `above` are the specs whose budget this one is to match.
+        """
         path = Path(path)
-        if not path.is_file():
+        if not is_file(path):
             raise UsageError(f"no spec at {path}; see figures/specs for examples")
-        try:
-            values = tomllib.loads(path.read_text())
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path} is not TOML: {error}") from error
+        values = read_toml(path)
         for key, value in (changes or {}).items():
             *tables, last = key.split(".")
             place = values
@@ -206,24 +213,26 @@ class RunSpec:
             place[last] = value
         training = values.get("training")
         if isinstance(training, dict) and "match" in training:
-            training["flops"] = matched_flops(path, training.pop("match"), training)
+            training["flops"] = matched_flops(path, training.pop("match"), training, above)
         return cls.from_dict(values, path.name)
 
 
-def matched_flops(path: Path, other: Any, training: dict[str, Any]) -> float:
+def matched_flops(path: Path, other: Any, training: dict[str, Any], above: tuple[Path, ...] = ()) -> float:
     """Training FLOPs of the whole run that another spec (a file beside this one) describes."""
-    from loopmdm.model.training.budget import plan
-
     if {"flops", "tokens", "steps"} & training.keys():
         raise UsageError(f"{path.name}: match takes the place of flops, tokens and steps; remove them")
     if not isinstance(other, str) or Path(other).name == path.name:
-        raise UsageError(f"{path.name}: match must name another spec beside it, got {other!r}")
-    return plan(RunSpec.load(path.parent / other)).flops
+        raise UsageError(f"{path.name}: match must name another spec beside it, got {other!r:.80}")
+    chain = (*above, path.resolve())
+    if (path.parent / other).resolve() in chain:
+        names = " -> ".join([*(spec.name for spec in chain), Path(other).name])
+        raise UsageError(f"{path.name}: match goes in a circle ({names}); give one of them flops, tokens or steps")
+    return plan(RunSpec.load(path.parent / other, above=chain)).flops
 
 
 def _build(kind: type, values: Any, origin: str, skip: Any = ()) -> dict[str, Any]:
     if not isinstance(values, dict):
-        raise UsageError(f"{origin} must be a table, got {values!r}")
+        raise UsageError(f"{origin} must be a table, got {values!r:.80}")
     fields = {item.name: item for item in dataclasses.fields(kind)}
     check_keys(values, fields, origin)
     for name, item in fields.items():
@@ -238,4 +247,6 @@ def _build(kind: type, values: Any, origin: str, skip: Any = ()) -> dict[str, An
 def _check_type(name: str, value: Any, kind: Any) -> None:
     allowed = (int, float) if kind is float else kind
     if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
-        raise UsageError(f"{name} must be {kind.__name__}, got {value!r}")
+        raise UsageError(f"{name} must be {kind.__name__}, got {value!r:.80}")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise UsageError(f"{name} is {shown(value)}, beyond 64 bits; give a smaller number")

@@ -106,6 +106,19 @@ def save(folder: Path, tensors: dict[str, Tensor], progress: Progress, identity:
     write_tensors(folder / STATE_FILE, tensors, header)
 
 
+def _differences(before: dict[str, Any], now: dict[str, Any], changed: list[str]) -> str:
+    """Each key that differs, with both values; of tables the keys inside."""
+    told = []
+    for name in changed:
+        was, is_now = before.get(name), json.loads(json.dumps(now[name]))
+        if isinstance(was, dict) and isinstance(is_now, dict):
+            inner = [key for key in {**was, **is_now} if was.get(key) != is_now.get(key)]
+            told += [f"{name}.{key} was {was.get(key)!r:.60}, is {is_now.get(key)!r:.60}" for key in inner]
+        else:
+            told.append(f"{name} was {was!r:.60}, is {is_now!r:.60}")
+    return ", ".join(told[:3]) + (f" and {len(told) - 3} more" if len(told) > 3 else "")
+
+
 def load(folder: Path, identity: dict[str, Any]) -> tuple[dict[str, Tensor], Progress] | None:
     """The last state, None if there is none; UsageError if it is damaged or of another run."""
     path = folder / STATE_FILE
@@ -121,11 +134,8 @@ def load(folder: Path, identity: dict[str, Any]) -> tuple[dict[str, Tensor], Pro
         raise UsageError(f"{path} is damaged ({error}); delete {path.parent} to start again") from error
     changed = [name for name in identity if json.loads(json.dumps(identity[name])) != before.get(name)]
     if changed:
-        name = changed[0]
-        raise UsageError(
-            f"{folder} belongs to another run: {name} was {before.get(name)!r}, is {identity[name]!r}; "
-            "give another --out or restore it"
-        )
+        raise UsageError(f"{folder} belongs to another run: {_differences(before, identity, changed)}; "
+                         "give another --out or restore it")  # fmt: skip
     return tensors, progress
 
 

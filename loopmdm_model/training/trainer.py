@@ -14,10 +14,11 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -56,8 +57,21 @@ class Trainer:
     def __init__(self, spec: RunSpec, folder: Path, resume: bool = False, checkpoint_seconds: float = 600.0):
         self.spec, self.folder, self.checkpoint_seconds = spec, folder, checkpoint_seconds
         self.told_to_stop, self._saved = False, time.monotonic()
+        budget.check_threads(spec.training.threads)
         self.accelerator = Accelerator(mixed_precision=spec.training.precision or None)
         self._check_shares()
+        self._check_memory()
+        self._new = [path for path in (folder, *folder.parents) if not path.exists()]
+        self._kept = set() if self._new else set(folder.iterdir())
+        try:
+            self._start(resume)
+        except BaseException:
+            self._leave()
+            raise
+
+    def _start(self, resume: bool) -> None:
+        """The folder, the data, the model, and where an earlier run of it stood."""
+        spec, folder = self.spec, self.folder
         with self.accelerator.main_process_first():
             if self._first:
                 self.lock = self._take_folder(resume)
@@ -72,6 +86,19 @@ class Trainer:
             state.scatter(found[0], self.model, self._optimizer(), self.ema)
             self.ema.n = self.progress.step
             self._write_metrics()
+
+    def _leave(self) -> None:
+        """Take out of the folder what a start that failed has put there."""
+        lock = getattr(self, "lock", None)
+        if lock is None:  # another process's, or not taken
+            return
+        for path in (self.folder / checkpoints.TOKENIZER, self.folder / LOCK):
+            if path not in self._kept:
+                path.unlink(missing_ok=True)
+        lock.release()
+        with suppress(OSError):  # somebody else's files are there
+            for folder in self._new:
+                folder.rmdir()
 
     @property
     def _first(self) -> bool:
@@ -92,6 +119,17 @@ class Trainer:
             raise UsageError(
                 f"training.batch_size {training.batch_size} does not divide into {training.accumulate} parts on "
                 f"each of {processes} processes; change accumulate or the number of processes"
+            )
+
+    def _check_memory(self) -> None:
+        """UsageError if one process needs several times what the machine has, as on a CPU it would."""
+        training, there = self.spec.training, psutil.virtual_memory().total
+        with torch.device("meta"):
+            needed = budget.training_memory(self.spec, LoopMDM(self.spec.config).n_parameters)
+        if self.accelerator.device.type == "cpu" and needed > 4 * there:
+            raise UsageError(
+                f"training needs about {needed / 2**30:.0f} GiB of memory, this machine has {there / 2**30:.0f}; "
+                f"lower training.batch_size {training.batch_size}, raise accumulate, or shrink the model"
             )
 
     def _dataset(self) -> Dataset:

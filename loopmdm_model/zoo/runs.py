@@ -7,7 +7,6 @@ by queries, values that are resolved against a zoo:
 """
 
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from loopmdm.model.errors import UsageError, check_count, check_keys, unknown_name
-from loopmdm.model.files import read_json
+from loopmdm.model.files import read_json, read_toml
 from loopmdm.model.network.checkpoints import RECORD, list_models, list_runs, need, resolve
 from loopmdm.model.training.spec import RunSpec
 
@@ -236,10 +235,7 @@ def _several(value: Any) -> tuple:
 @lru_cache(maxsize=8)
 def _read(figures: Path, state: tuple) -> Zoo:  # noqa: ARG001 - what the files are now
     path = figures / "zoo.toml"
-    try:
-        values = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not TOML: {error}") from error
+    values = read_toml(path)
     check_keys(values, ("run",), path.name)
     entries = [_checked(part, path.name) for part in values.get("run", [])]
     if not entries:

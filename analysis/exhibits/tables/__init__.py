@@ -77,15 +77,20 @@ class Table:
 
     def fits(self, told: Mapping[str, Any], zoo: Zoo) -> bool:
         """Whether a stored one that records `told` is what would be measured now."""
-        names = self.models.names(zoo)
-        if told.get("models", {}).keys() != set(names) or not set(names) <= set(list_runs()):
+        names, models = self.models.names(zoo), told.get("models")
+        if not isinstance(models, dict) or models.keys() != set(names) or not set(names) <= set(list_runs()):
             return False
         now = {"models": provenance.model_hashes(names)} | self.made_from(zoo)
         return all(told.get(name) == value for name, value in now.items())
 
     def read(self, folder: Path) -> pd.DataFrame:
-        """The stored table."""
-        return frames.read_table(folder / f"{self.name}.parquet", self.columns)
+        """The stored table; UsageError if it is damaged, empty, or does not say of which models it is."""
+        path = folder / f"{self.name}.parquet"
+        frame = frames.read_table(path, self.columns)
+        if frame.empty or not isinstance(frame.attrs.get("models"), dict):
+            what = "has no rows" if frame.empty else "does not say of which models it is"
+            raise UsageError(f"{path} {what}; delete it and run `loopmdm table {self.name}`")
+        return frame
 
 
 def tables_folder() -> Path:

@@ -3,17 +3,23 @@
 The harness has no plug-in mechanism for models, so ours is handed to it as an object. A masked diffusion model has
 no left-to-right likelihood: log-likelihoods are minus the NELBO of the continuation given its context, estimated
 with `n_samples` masks, hence lower bounds.
+
+A task file comes from anywhere: its templates are rendered in Jinja's sandbox, and what would load code (metrics
+that lm-eval does not have, data sets with scripts) is refused.
 """
 
-import contextlib
 import io
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.quality.questions import fitted
@@ -21,8 +27,10 @@ from loopmdm.model.corpora.windows import sliding_windows
 from loopmdm.model.diffusion.likelihood import continuation_nelbo, nelbo
 from loopmdm.model.diffusion.sampling import sample
 from loopmdm.model.errors import UsageError
+from loopmdm.model.files import is_file
 
 try:
+    from lm_eval import utils
     from lm_eval.api.model import LM
 except ImportError as error:
     raise UsageError("the harness needs lm-eval; run pip install 'loopmdm[lm-eval]'") from error
@@ -92,21 +100,60 @@ def read_task(path: Path) -> dict[str, Any]:
     """A task of the harness (YAML); its data files are looked for beside it."""
     import yaml
 
-    if not path.is_file():
+    if not is_file(path):
         raise UsageError(f"no task file at {path}; give a YAML task of the harness")
     try:
         task = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"{path} is not YAML of plain values: {error!s:.200}") from error
     if not isinstance(task, dict) or "task" not in task:
         raise UsageError(f"{path} describes no task (a key `task` is expected)")
-    files = task.get("dataset_kwargs", {}).get("data_files", {})
+    options = task.get("dataset_kwargs") or {}
+    if not isinstance(options, dict):
+        raise UsageError(f"{path}: dataset_kwargs must be a table, got {options!r:.80}")
+    _check_no_code(task, options, path.name)
+    files = options.get("data_files", {})
     for split, name in files.items() if isinstance(files, dict) else ():
-        beside = path.parent / name
+        beside = path.parent / str(name)
         if not beside.is_file():
             raise UsageError(f"{path.name}: no data file {beside}; put it beside the task")
         files[split] = str(beside.resolve())
     return task
+
+
+def _check_no_code(task: dict[str, Any], options: dict[str, Any], name: str) -> None:
+    """UsageError where a task asks for code: a metric that is fetched, a data set with a script."""
+    import lm_eval.api.metrics  # noqa: F401 - registers the metrics
+    from lm_eval.api.registry import metric_registry
+
+    listed = task.get("metric_list") or []
+    entries = [
+        entry if isinstance(entry, dict) else {} for entry in (listed if isinstance(listed, list) else [{}])
+    ]
+    for entry in entries:
+        metric = entry.get("metric")
+        if entry.get("hf_evaluate") or not isinstance(metric, str) or metric not in metric_registry:
+            raise UsageError(
+                f"{name}: metric {metric!r:.80} is none of lm-eval's own; others are code and not loaded"
+            )
+    if options.get("trust_remote_code"):
+        raise UsageError(f"{name}: trust_remote_code runs a data set's script; give data files beside the task")
+
+
+@contextmanager
+def sandboxed(name: str) -> Iterator[None]:
+    """Templates of the task file `name` run in Jinja's sandbox inside; UsageError if one fails or reaches out."""
+    inside = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    inside.filters |= utils.env.filters
+    before, utils.env = utils.env, inside
+    try:
+        yield
+    except SecurityError as error:
+        raise UsageError(f"{name}: a template reaches for Python itself ({error}); take that out") from error
+    except TemplateError as error:
+        raise UsageError(f"{name}: a template fails ({error}); mend it") from error
+    finally:
+        utils.env = before
 
 
 def run_harness(
@@ -124,7 +171,7 @@ def run_harness(
     task, case = read_task(path), Case.of(name)
     model = HarnessModel(case, n_loops or case.m.cfg.max_loops, n_samples, steps)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()):  # results are ours to print
+    with sandboxed(path.name), redirect_stdout(io.StringIO()):  # results are ours to print
         found: Any = simple_evaluate(
             model, tasks=[task], limit=limit, bootstrap_iters=1000, log_samples=False,
             task_manager=TaskManager(include_defaults=False),

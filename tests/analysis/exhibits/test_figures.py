@@ -100,6 +100,17 @@ def test_a_missing_table_is_measured_again(tmp_path, monkeypatch):
     assert (tmp_path / "learning-curves.parquet").exists()
 
 
+@pytest.mark.parametrize(("models", "rows", "says"), [(None, 2, "which models"), (["x"], 2, "which models"),
+                                                      ({}, 0, "no rows")])  # fmt: skip
+def test_a_table_that_says_too_little_is_refused(models, rows, says, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "tables_folder", lambda: tmp_path)
+    whole = frames.read_table(tables.figures_folder() / "tables" / "learning-curves.parquet")
+    told = {} if models is None else {"models": models}
+    frames.write_table(whole.head(rows), tmp_path / "learning-curves.parquet", told)
+    with pytest.raises(UsageError, match=f"{says}.*loopmdm table learning-curves"):
+        tables.load("learning-curves")
+
+
 def test_damaged_and_outdated_tables_are_refused(tmp_path):
     path = tmp_path / "x.parquet"
     frames.write_table(pd.DataFrame({"a": [1.0, 2.0]}), path, {"models": {}})

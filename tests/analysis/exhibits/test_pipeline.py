@@ -258,3 +258,23 @@ def test_misuse_is_one_line(world):
     said = snakemake(world, "-n", code=2).splitlines()
     (world / "figures/gone.toml").rename(world / "figures/zoo.toml")
     assert len(said) == 2 and "zoo.toml is missing" in said[1]
+
+
+def test_values_of_a_roster_reach_the_command_as_they_are(world):
+    """Blanks, patterns, quotes and braces are words of the command, and nothing in them runs."""
+    corpus = "files:texts of 'mine'/$(touch${IFS}PWNED) `touch PWNED`/{a}*.txt; touch PWNED #"
+    roster = world / "figures/zoo.toml"
+    before = roster.read_text()
+    entry = '[[run]]\ntask = "own"\narm = "base"\nspec = "smoke"\nseeds = [0]\n'
+    changes = f'set = {{ "name" = "0.5", "data.corpus" = {json.dumps(corpus)} }}\n'
+    roster.write_text(before + entry + changes)
+    try:
+        (world / "words.py").write_text("import json, sys; print(json.dumps(sys.argv[1:]))")
+        snakemake(world, "--config", f"loopmdm={sys.executable} words.py", "only=run/0.5")
+        (log,) = (world / ".snakemake/loopmdm/records/log").glob("train-0.5.*.log")
+        command = json.loads(log.read_text().splitlines()[-1])
+    finally:
+        roster.write_text(before)
+    given = [after for word, after in itertools.pairwise(command) if word == "--set"]
+    assert _changes(given) == {"name": "0.5", "data.corpus": corpus}
+    assert not list(world.rglob("PWNED"))

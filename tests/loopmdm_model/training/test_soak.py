@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from loopmdm.model.files import LOCK
+
 pytestmark = pytest.mark.soak
 SPEC = """
 name = "soak"
@@ -71,4 +73,7 @@ def test_twenty_kills_at_random_moments(launch, tmp_path):
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
     assert rows(whole) == rows(broken) and len(rows(whole)) == 100
-    assert not [path for path in broken.rglob(".*") if path.is_file()]
+    left = [path for path in broken.rglob(".*") if path.is_file() and path.name != LOCK]
+    assert not left
+    told = "two processes" if launch else "one process"
+    print(f"\n20 kills of {told}: 100 of 100 rows and all weights as without, {len(left)} files left over")

@@ -98,7 +98,7 @@ def test_killed_and_resumed_equals_uninterrupted(spec_file, tmp_path):
     other = spec_file.with_name("other.toml")
     other.write_text(TINY.replace("batch_size = 8", "batch_size = 4"))
     _, err = finished(loopmdm("train", other, "--out", broken, "--resume"), code=2)
-    assert "training was" in err and err.count("\n") == 1
+    assert "training.batch_size was 8, is 4" in err and err.count("\n") == 1
     _, err = finished(loopmdm("train", spec_file, "--out", broken), code=2)
     assert "--resume" in err
 

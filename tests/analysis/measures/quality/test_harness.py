@@ -104,6 +104,30 @@ def test_wrong_tasks_are_refused(task):
         read_task(task)
 
 
+ESCAPE = "{{ cycler.__init__.__globals__.os.system('touch PWNED') }}"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("{{context}}", ESCAPE, "reaches for Python itself"),
+        ("{{context}}", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "reaches for Python itself"),
+        ("{{context}}", "{{ nowhere }}", "'nowhere' is undefined"),
+        ("{{context}}", "{{ context", "a template fails"),
+        ("metric: acc", "metric: ./evil", "none of lm-eval's own"),
+        ("metric: acc", "metric: acc, hf_evaluate: true", "none of lm-eval's own"),
+        ("{data_files", "{trust_remote_code: true, data_files", "data set's script"),
+        ("task: mini", "task: " + "[" * 50_000, "not YAML"),
+    ],
+)
+def test_a_task_file_runs_no_code(task, old, new, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    task.write_text(task.read_text().replace(old, new))
+    with pytest.raises(UsageError, match=says):
+        run_harness("sotu-loop", task, n_loops=1, n_samples=1)
+    assert not (tmp_path / "PWNED").exists()
+
+
 def test_the_command(task):
     out, _ = run("lm-eval", "--model", "sotu-loop", "--tasks", task, "--n-loops", 1, "--n-samples", 1)
     assert out.splitlines()[1].split("\t")[:5] == ["sotu-loop", "mini", "1", "1", "acc"]

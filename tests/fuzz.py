@@ -1,0 +1,381 @@
+"""Bad inputs by the thousand, drawn by Hypothesis: of the command line, of files, and of the Python API.
+
+Each input is wrong by construction, or may be wrong. What is wrong must end in exit code 2 and one line (of the
+Python API: in a UsageError), with nothing written; what is fine must end in 0.
+"""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from loopmdm.analysis import cut, mask_attention, representation_change
+from loopmdm.analysis.cli import main
+from loopmdm.model import NoiseSchedule, Sequences, StateDelta, UsageError, mask_tokens, nelbo, sample
+from loopmdm.model.hooks.hooked import HookedLoopMDM
+from tests.conftest import toy_config, toy_model
+
+ROOT = Path(__file__).parents[1]
+SMOKE = str(ROOT / "figures/specs/smoke.toml")
+MODEL = "markov-loop"
+HUGE = 2**63
+WORDS = st.sampled_from(["x", "1.5", "nan", "-", "1e9", "0x1g", "one", "[1]", "1,", "None", "1 2", "½", "💥"])
+NAMES = st.text(st.characters(exclude_characters="\0/\\", exclude_categories=["Cs"]), min_size=1, max_size=40)
+NAMES = NAMES.filter(lambda name: not name.startswith("-") and name.strip() not in ("list", ".", ".."))
+BRACKETS = st.sampled_from(["[" * 50_000, "{a=" * 3_000 + "1" + "}" * 3_000, "9" * 5_000])
+
+
+Call = Callable[[Any], Any]
+
+
+@dataclass
+class Outcome:
+    """How one run of the command line ended."""
+
+    code: Any
+    out: str
+    err: str
+    trace: str = ""
+
+    @property
+    def clear(self) -> bool:
+        """One line of ours, or the lines of the parser."""
+        said = self.err.strip().splitlines()
+        return len(said) == 1 or (bool(said) and said[0].startswith("Usage:") and len(said) <= 5)
+
+
+def run(arguments: list[str]) -> Outcome:
+    """The entry point in this process, as `loopmdm ARGUMENTS` would run it in its own."""
+    out, err, trace = io.StringIO(), io.StringIO(), ""
+    before = sys.argv, signal.getsignal(signal.SIGTERM), warnings.showwarning
+    sys.argv = ["loopmdm", *arguments]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+        code: Any = "no exit"
+    except SystemExit as error:
+        code = error.code
+    except BaseException:
+        code, trace = "traceback", traceback.format_exc()
+    finally:
+        sys.argv, handler, warnings.showwarning = before
+        signal.signal(signal.SIGTERM, handler)
+    return Outcome(code, out.getvalue(), err.getvalue(), trace)
+
+
+def contents(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every path below a folder with size and time."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        status = path.lstat()
+        found[str(path.relative_to(folder))] = (status.st_size, status.st_mtime_ns)
+    return found
+
+
+# --- the command line: one wrong word in a command that is fine without it ---
+
+
+def counts(least: int = 1, most: int = 2**31 - 1) -> st.SearchStrategy[str]:
+    """What is no count in `least`..`most`."""
+    return st.one_of(st.integers(max_value=least - 1).map(str), st.integers(min_value=most + 1).map(str), WORDS)
+
+
+def lists(words: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    """A wrong word in a comma-separated list of good ones."""
+    return words.map(lambda word: f"1,{word}" if word not in ("1,",) else "1,,2")
+
+
+def numbers(*good: tuple[float, float]) -> st.SearchStrategy[str]:
+    """Numbers outside all of these closed ranges, and what is none."""
+    wrong = st.floats().filter(lambda value: not any(low <= value <= high for low, high in good))
+    return st.one_of(wrong.map(repr), st.sampled_from(["x", "", "1,5", "one"]))
+
+
+SEEDS = counts(0, HUGE - 1)
+SAMPLE = {
+    "--n": counts(), "--steps": counts(), "--batch-size": counts(), "--n-loops": counts(most=10_000),
+    "--length": counts(most=32), "--first-index": SEEDS, "--seed": SEEDS,
+    "--temperature": numbers((0.0, 0.0), (1e-4, sys.float_info.max)), "--top-p": numbers((5e-324, 1.0)),
+    "--stop": st.one_of(NAMES, numbers((0.0, float("inf"))).filter(bool).map(lambda word: f"state-delta:{word}")),
+    "--order": st.one_of(NAMES, counts().map(lambda word: f"blocks:{word}"), st.just("")),
+    "--clues": st.one_of(
+        counts(0, 31).map(lambda word: f"{word}:0"),
+        counts(0, 5).filter(lambda word: word != "1,").map(lambda word: f"0:{word}"),
+        st.sampled_from(["0:0,0:1", "0=1", ":", "::", "0:1:2", "1:"]),
+        NAMES.filter(lambda name: name.strip(",") and ":" not in name),
+    ),
+    "--out": st.sampled_from([".", "/", "a" * 300, "made/fifo", "made/folder"]),
+}  # fmt: skip
+EVALUATE = {
+    "--n-loops": lists(counts(most=10_000)), "--n-samples": counts(), "--n": counts(), "--measure": NAMES,
+    "--n-clues": lists(counts(0)), "--steps": lists(counts()),
+}  # fmt: skip
+SHARES = numbers((0.0, 1.0)).filter(lambda word: word != "1,5")
+MEASURE = {
+    "--n": counts(), "--n-loops": counts(most=10_000), "--seed": SEEDS, "--along-sampling": counts(0),
+    "--mask-ratios": SHARES, "--out": st.sampled_from([".", "x.tsv", "a" * 300 + ".parquet", "made/folder"]),
+}  # fmt: skip
+RATES = numbers((5e-324, sys.float_info.max)).map(lambda word: word or '""')
+SETTINGS = {
+    "training.batch_size": counts(), "training.steps": counts(), "training.tokens": counts(0, HUGE - 1),
+    "training.threads": counts(most=os.cpu_count() or 1), "training.accumulate": counts(),
+    "training.warmup_steps": counts(0), "training.curve_points": counts(), "training.curve_sequences": counts(),
+    "training.learning_rate": RATES, "training.clip": RATES, "training.ema": numbers((0.0, 0.9999999999999999)),
+    "training.flops": st.sampled_from(["1e300", "inf", "nan", "-1", "0", "true", "1e30", str(10**400)]),
+    "model.d_model": counts(most=2**20), "model.d_mlp": counts(most=2**24), "model.n_heads": counts(most=2**16),
+    "model.max_loops": counts(most=10_000), "model.n_loop_layers": counts(0, 1000), "model.eps": RATES,
+    "model.initializer_range": RATES, "model.rotary_base": RATES, "model.act_fn": NAMES,
+    "seed": counts(0, 2**32 - 1),
+    "data.d_vocab": counts(2, 2**26), "data.length": counts(2, 2**24), "data.corpus": NAMES, "name": BRACKETS,
+    "model": NAMES, "training.match": NAMES, "loops.distribution": NAMES, "nowhere.at.all": NAMES,
+}  # fmt: skip
+
+
+def _options(command: list[str], options: dict[str, st.SearchStrategy[str]]) -> st.SearchStrategy[list[str]]:
+    """The command with one of its options given wrongly."""
+    drawn = [
+        strategy.map(lambda word, name=name: [*command, f"{name}={word}"]) for name, strategy in options.items()
+    ]
+    return st.one_of(drawn)
+
+
+def _words(*command: str) -> st.SearchStrategy[list[str]]:
+    """The command with a name that does not exist."""
+    return NAMES.map(lambda name: [*command, f"{name}?"])
+
+
+NAMED = (
+    "",
+    "train",
+    "sample",
+    "evaluate",
+    "measure",
+    "measure effective-rank",
+    "table",
+    "figures",
+    "data fetch",
+    "ship",
+    "bench",
+)
+COMMANDS = st.one_of(
+    _options(["sample", MODEL, "--steps=1"], SAMPLE),
+    _options(["evaluate", MODEL], EVALUATE),
+    _options(["measure", "effective-rank", MODEL, "--n=2"], MEASURE),
+    st.one_of([
+        strategy.map(lambda word, key=key: ["train", SMOKE, "--dry-run", f"--set={key}={word}"])
+        for key, strategy in SETTINGS.items()
+    ]),
+    counts(0, 2**32 - 1).map(lambda word: ["train", SMOKE, "--dry-run", f"--seed={word}"]),
+    *(_words(*words.split()) for words in NAMED),
+    counts(0).map(lambda word: ["claims", f"--seeds={word}"]),
+    NAMES.map(lambda name: ["report", f"--out={name}.txt"]),
+    NAMES.map(lambda name: ["lm-eval", f"--model={MODEL}", f"--tasks={name}?.yaml"]),
+)  # fmt: skip
+
+
+# --- files: a model's folder, a spec ---
+
+PLAIN = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20),
+    st.sampled_from([10**400, -(2**63), 2**31, [], {}, [[]], "loop", ["loop"], [3], 1e308]),
+)  # fmt: skip
+JSON = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner))
+TEXT = st.one_of(
+    st.binary(max_size=200), JSON.map(lambda value: json.dumps(value).encode()),
+    st.sampled_from([b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5_000, b"\xff\xfe", b"", b"a = " + b"[" * 50_000]),
+)  # fmt: skip
+PARTS = ("config.json", "train.json", "tokenizer.json", "model.safetensors")
+KEYS = tuple(json.loads((ROOT / f"loopmdm_model/zoo/{MODEL}/config.json").read_text()))
+FILES = st.one_of(
+    st.tuples(st.sampled_from(PARTS), TEXT),
+    st.tuples(st.sampled_from(KEYS), JSON),
+    st.tuples(st.just("spec.toml"), TEXT),
+)
+
+
+def write_case(folder: Path, name: str, value: Any) -> list[str]:
+    """Put a damaged file into a folder; the command that meets it."""
+    if name == "spec.toml":
+        (folder / name).write_bytes(value)
+        return ["train", str(folder / name), "--dry-run"]
+    model = folder / "model"
+    shutil.copytree(ROOT / f"loopmdm_model/zoo/{MODEL}", model, ignore=shutil.ignore_patterns("evaluations"))
+    if name in PARTS:
+        (model / name).write_bytes(value)
+    else:
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {name: value}))
+    return ["sample", str(model), "--steps=1", "--n-loops=1"]
+
+
+# --- counting ---
+
+
+@dataclass
+class Tally:
+    """What was tried and how it ended, for the line that `make soak` prints."""
+
+    inputs: int = 0
+    ends: Counter = field(default_factory=Counter)
+
+    def note(self, end: Any) -> None:
+        """One more."""
+        self.inputs += 1
+        self.ends[str(end)] += 1
+
+    def __str__(self) -> str:
+        ends = ", ".join(f"{count} x {end}" for end, count in sorted(self.ends.items()))
+        return f"{self.inputs} inputs: {ends}"
+
+
+# --- the Python API: one wrong argument, or ids and masks of any kind that are right ---
+
+ODD = st.one_of(
+    st.text(max_size=10), st.binary(max_size=4), st.just(float("nan")), st.just(1.5), st.booleans(), st.just([]),
+    st.just({}), st.just([1, "x"]), st.builds(object), st.just(torch.zeros(2)), st.just(len),
+)  # fmt: skip
+
+
+def integers(least: int = 1, most: int = 2**31 - 1) -> st.SearchStrategy[Any]:
+    """What is no integer in `least`..`most`."""
+    return st.one_of(st.integers(max_value=least - 1), st.integers(min_value=most + 1), ODD)
+
+
+def reals(*good: tuple[float, float]) -> st.SearchStrategy[Any]:
+    """What is no number in any of these closed ranges."""
+    plain = ODD.filter(lambda value: not isinstance(value, float))
+    return st.one_of(st.floats().filter(lambda x: not any(low <= x <= high for low, high in good)), plain)
+
+
+TOY = HookedLoopMDM(toy_model())
+CLEAN = torch.randint(0, 22, (3, 10), generator=torch.Generator().manual_seed(1))
+BATCH = mask_tokens(CLEAN, 22, mask_ratio=0.5, seed=0)
+_, CACHE = TOY.run_with_cache(BATCH.tokens, n_loops=2)
+LOOPS, SEED, TEXT_NAMES = integers(most=10_000), integers(0, HUGE - 1), NAMES.map(lambda name: f"{name}?")
+SHAPES = st.sampled_from([(), (0,), (1, 0), (0, 4), (1, 17), (1, 2, 3)])
+TOKENS = st.one_of(
+    st.sampled_from([-1, -(2**40), 23, 2**40]).map(lambda low: torch.full((1, 4), low)),
+    SHAPES.map(lambda shape: torch.zeros(shape, dtype=torch.int64)),
+    st.sampled_from([torch.float32, torch.bool, torch.complex64]).map(lambda dtype: torch.zeros(1, 4).to(dtype)),
+)
+NO_TENSOR = lambda value: not isinstance(value, torch.Tensor)  # noqa: E731 - one number a sequence is right
+FIELDS = (
+    "d_vocab",
+    "n_ctx",
+    "d_model",
+    "n_heads",
+    "n_loop_layers",
+    "max_loops",
+    "eps",
+    "act_fn",
+    "forbid_mask_to_mask",
+)
+NO_FIELD = st.one_of(st.integers(max_value=-2), st.just(2**40), ODD.filter(lambda v: not isinstance(v, float)))
+
+
+def _entered(change: Any) -> None:
+    with change:
+        TOY(BATCH.tokens, n_loops=2)
+
+
+WRONG: dict[str, tuple[Call, st.SearchStrategy[Any]]] = {
+    "forward tokens": (TOY, TOKENS),
+    "forward n_loops": (lambda v: TOY(CLEAN, n_loops=v), LOOPS),
+    "forward attn_path": (lambda v: TOY(CLEAN, attn_path=v), TEXT_NAMES),
+    "run stop": (lambda v: TOY.run(CLEAN, stop=v), ODD),
+    "rule threshold": (lambda v: StateDelta(v, max_loops=3), reals((0.0, float("inf")))),
+    "rule max_loops": (lambda v: StateDelta(0.1, max_loops=v), LOOPS),
+    "rule patience": (lambda v: StateDelta(0.1, max_loops=3, patience=v), integers()),
+    "schedule": (lambda v: NoiseSchedule((2, v)), LOOPS),
+    "mask_ratio": (lambda v: mask_tokens(CLEAN, 22, mask_ratio=v), reals((0.0, 1.0))),
+    "t": (lambda v: mask_tokens(CLEAN, 22, t=v), reals((0.0, 1.0)).filter(NO_TENSOR)),
+    "mask seed": (lambda v: mask_tokens(CLEAN, 22, t=0.5, seed=v), SEED),
+    "mask first_index": (lambda v: mask_tokens(CLEAN, 22, t=0.5, first_index=v), SEED),
+    "mask tokens": (lambda v: mask_tokens(v, 22, t=0.5), TOKENS.filter(lambda v: v.ndim != 2 or v.numel() == 0)),
+    "nelbo n_loops": (lambda v: nelbo(TOY, CLEAN, n_loops=v), LOOPS),
+    "nelbo n_samples": (lambda v: nelbo(TOY, CLEAN, n_samples=v), integers()),
+    "nelbo seed": (lambda v: nelbo(TOY, CLEAN, n_samples=1, seed=v), SEED),
+    "nelbo tokens": (lambda v: nelbo(TOY, v, n_samples=1), TOKENS),
+    **{
+        f"sample {name}": (lambda v, name=name: sample(TOY, **{"steps": 2, "length": 4, name: v}), strategy)
+        for name, strategy in {
+            "n": integers(), "steps": integers(), "length": integers(most=16), "batch_size": integers(),
+            "first_index": SEED, "seed": SEED, "n_loops": LOOPS, "order": TEXT_NAMES, "stop": ODD,
+            "temperature": reals((0.0, 0.0), (1e-4, sys.float_info.max)), "top_p": reals((5e-324, 1.0)),
+            "clues": st.builds(lambda at, token: {at: token}, st.integers(0, 3), integers(0, 21)),
+        }.items()
+    },
+    "cache key": (CACHE.__getitem__, st.one_of(TEXT_NAMES, st.tuples(TEXT_NAMES, integers(0)))),
+    "cache names": (lambda v: TOY.run_with_cache(CLEAN, names_filter=v), TEXT_NAMES),
+    "hook name": (lambda v: TOY.run_with_hooks(CLEAN, fwd_hooks=[(v, lambda x, hook: x)]), TEXT_NAMES),
+    "cut edges": (lambda v: _entered(cut(TOY, v)), TEXT_NAMES),
+    "cut loops": (lambda v: _entered(cut(TOY, loops=v)), st.one_of(TEXT_NAMES, st.just(1.5), st.just([1, "x"]))),
+    "config": (lambda v: toy_config(**v), st.builds(lambda key, v: {key: v}, st.sampled_from(FIELDS), NO_FIELD)),
+    "measure n_loops": (lambda v: mask_attention(TOY, BATCH, n_loops=v), LOOPS),
+    "change n_loops": (lambda v: representation_change(TOY, BATCH, n_loops=v), LOOPS),
+}  # fmt: skip
+RUNS = st.tuples(st.integers(1, 3), st.integers(1, 16), st.integers(0, 2**32), st.integers(1, 3))
+CALLS = st.one_of(
+    *(strategy.map(lambda value, name=name: (name, value)) for name, (_, strategy) in WRONG.items()),
+    *(
+        RUNS.map(lambda shape, name=name: (name, shape))
+        for name in ("finite nelbo", "finite masses")
+        for _ in "ab"
+    ),
+)
+
+
+def _sequences(batch: int, length: int, seed: int) -> Sequences:
+    """Any ids, any part of them real, any part maskable."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 22, (batch, length), generator=generator)
+    real = torch.arange(length) < torch.randint(1, length + 1, (batch, 1), generator=generator)
+    maskable = torch.rand(batch, length, generator=generator) < 0.7
+    return Sequences.of(tokens, maskable, real)
+
+
+def _finite(name: str, shape: tuple[int, int, int, int]) -> str:
+    """No NaN beside n > 0."""
+    batch, length, seed, n_loops = shape
+    s = _sequences(batch, length, seed)
+    if name == "finite nelbo":
+        r = nelbo(TOY, s, n_loops=n_loops, n_samples=1, seed=seed)
+        good = bool(r.per_sequence.isfinite()[s.lengths > 0].all()) and r.mean == r.mean
+        return "fine" if good or not bool((s.lengths > 0).any()) else f"NaN: {r}"
+    b = mask_tokens(s, 22, mask_ratio=0.5, seed=seed)
+    for frame, column in (
+        (mask_attention(TOY, b, n_loops), "mass"),
+        (representation_change(TOY, b, n_loops), "value"),
+    ):
+        wrong = frame[(frame["n"] > 0) & frame[column].isna()]
+        if len(wrong):
+            return f"NaN beside n > 0: {wrong.head(3).to_dict('records')}"
+    return "fine"
+
+
+def end_of(name: str, value: Any) -> str:
+    """ "UsageError", "fine" where the input may be right, or what else came of a call."""
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if name.startswith("finite"):
+                return _finite(name, value)
+            WRONG[name][0](value)
+    except UsageError:
+        return "UsageError"
+    except Exception:
+        return traceback.format_exc()
+    return "accepted"
