@@ -22,6 +22,7 @@ from loopmdm.model.sites import Site, at
 from loopmdm.model.stopping.rules import (
     ArgmaxStable,
     EntropyDelta,
+    ExitGate,
     FixedLoops,
     KLDelta,
     NoiseSchedule,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ArgmaxStable",
     "EntropyDelta",
+    "ExitGate",
     "FixedLoops",
     "HookedLoopMDM",
     "KLDelta",

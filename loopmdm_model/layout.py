@@ -1,7 +1,11 @@
 """Where a model's layers stand and what they cost (`Layout`), and what kind of model it is (`Facts`)."""
 
+import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
 
 from loopmdm.model.errors import UsageError
 
@@ -15,8 +19,9 @@ class Facts:
     `mask_token_id` is the id of [MASK], wherever it stands, None if the model has none; `causal`: a position
     sees earlier ones only; `shifted`: logits for a position are read one position before it; `additive`: every
     layer adds to the residual stream and nothing else touches it; `random_start`: the first state is drawn;
-    `nested`: loop i's states do not depend on how many loops follow; `trained_to`: the largest mask ratio of
-    training. `remarks` are sentences that captions repeat.
+    `nested`: loop i's states do not depend on how many loops follow; `gated`: it has an
+    exit gate of its own; `trained_to`: the largest mask ratio of training. `remarks` are sentences that captions
+    repeat.
     """
 
     mask_token_id: int | None = None
@@ -25,8 +30,23 @@ class Facts:
     additive: bool = True
     random_start: bool = False
     nested: bool = True
+    gated: bool = False
     trained_to: float = 1.0
     remarks: tuple[str, ...] = field(default=())
+
+    @property
+    def grouped(self) -> bool:
+        """Whether masked and clean positions are groups of it: it has a [MASK], and sees both sides."""
+        return self.mask_token_id is not None and not self.causal
+
+    def warn_beyond(self, mask_ratio: float, by: str) -> None:
+        """Warn where `by` looks at more masks than the model was trained with."""
+        if mask_ratio > self.trained_to:
+            warnings.warn(
+                f"{by}: this model was trained with {self.trained_to:.0%} of tokens masked; what is said of more, "
+                f"here up to {mask_ratio:.0%}, is extrapolation",
+                stacklevel=3,
+            )
 
     def need(self, *wanted: str, by: str) -> None:
         """UsageError in one line that names the missing fact, for the first of `wanted` that does not hold.
@@ -37,6 +57,29 @@ class Facts:
             holds, says = NEEDS[name]
             if not holds(self):
                 raise UsageError(f"{by} needs {says} ({_as_written(self, name)})")
+
+
+By = Literal["holds", "predicts"]
+"""What puts a position into a group: the token that it holds, or the one that its state predicts."""
+
+
+def check_by(facts: Facts, by: str, who: str) -> None:
+    """UsageError for a `by` that is none, or says nothing of a model."""
+    if by not in get_args(By):
+        raise UsageError(f'by must be "holds" or "predicts", got {by!r}')
+    if by == "predicts" and not facts.shifted:
+        raise UsageError(f'{who}: this model predicts a token where it stands; leave by="holds"')
+
+
+def asked(masked: Tensor, real: Tensor, by: str) -> tuple[Tensor, Tensor]:
+    """Which positions count as masked and which are real, [batch, pos], by what they hold or predict.
+
+    By what a shifted model predicts a position goes by the next one, and the last one predicts nothing.
+    """
+    if by == "holds":
+        return masked, real
+    nothing = torch.zeros_like(real[:, :1])
+    return torch.cat([masked[:, 1:], nothing], 1), real & torch.cat([real[:, 1:], nothing], 1)
 
 
 NEEDS: dict[str, tuple[Any, str]] = {

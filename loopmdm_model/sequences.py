@@ -119,6 +119,18 @@ class Sequences(_Rows):
         """What a model is told of padding: None without any, which is another attention kernel than all ones."""
         return self.real
 
+    def to(self, device: torch.device) -> "Sequences":
+        """The same there."""
+        if self.tokens.device == device:
+            return self
+        maskable, real = (part if part is None else part.to(device) for part in (self.maskable, self.real))
+        return Sequences(self.tokens.to(device), maskable, real, self.clusters)
+
+    def columns(self, keep: Tensor) -> "Sequences":
+        """The positions `keep` [pos] of all."""
+        maskable, real = (part if part is None else part[:, keep] for part in (self.maskable, self.real))
+        return Sequences(self.tokens[:, keep], maskable, real, self.clusters)
+
     def spread(self, n: int | None) -> "Sequences":
         """At most `n` of them, evenly spread."""
         if n is None or n >= len(self):
@@ -130,7 +142,10 @@ class Sequences(_Rows):
         model.cfg.facts.need("masks", by="the likelihood")
         infer = getattr(model, "padding_mask", None)
         real = infer(self.tokens) if self.real is None and infer is not None else self.real
-        known = self if real is self.real else Sequences.of(self.tokens, self.maskable, real, self.clusters)
+        words = getattr(model, "words", lambda tokens: None)(self.tokens) if self.maskable is None else None  # noqa: ARG005
+        maskable = self.maskable if words is None else words
+        unchanged = real is self.real and words is None
+        known = self if unchanged else Sequences.of(self.tokens, maskable, real, self.clusters)
         cfg: Vocabulary = model.cfg
         ids = self.tokens if known.real is None else self.tokens[known.real]
         if bool((ids == cfg.mask_token_id).any()):

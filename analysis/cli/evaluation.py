@@ -6,12 +6,28 @@ from typing import Annotated, Any
 
 import typer
 
-from loopmdm.analysis.cli.shared import app, err, integer, integers, interruptible, show
+from loopmdm.analysis.cli.shared import (
+    MODEL,
+    Changes,
+    Device,
+    Dtype,
+    Revision,
+    Text,
+    Trust,
+    access,
+    app,
+    err,
+    integer,
+    integers,
+    interruptible,
+    show,
+)
 
 
 @app.command()
 def models() -> None:
-    """List the shipped models."""
+    """List the shipped models, and other people's that can be fetched."""
+    from loopmdm.model.adapters.specimens import SPECIMENS
     from loopmdm.model.files import read_json
     from loopmdm.model.network.checkpoints import RECORD, ZOO, list_models
     from loopmdm.model.network.config import LoopMDMConfig
@@ -24,13 +40,20 @@ def models() -> None:
         flops = record["training_flops"]["realised"]
         corpus = record["spec"]["data"]["corpus"]
         test = (reached["test_nelbo"], reached["test_nelbo_se"])
-        rows.append((name, corpus, layers, cfg.max_loops, cfg.d_model, flops, *test))
-    show(["model", "trained_on", "layers", "S_max", "d_model", "training_flops", "test_nelbo", "se"], rows)
+        rows.append((name, corpus, layers, cfg.max_loops, cfg.d_model, flops, *test, "this package", "MIT"))
+    unknown = float("nan")
+    for name, item in SPECIMENS.items():
+        source = f"{item.source.package}=={item.source.version}"
+        source += "" if item.fetched else f" (loopmdm data fetch {item.archive})"
+        rows.append((name, "antibodies", f"{item.layers}+0xS+0", 1, item.d_model, *[unknown] * 3, source,
+                     item.source.licence))  # fmt: skip
+    columns = ["model", "trained_on", "layers", "S_max", "d_model", "training_flops", "test_nelbo", "se"]
+    show([*columns, "source", "licence"], rows)
 
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="shipped name, run folder or hub id")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     measure: Annotated[
         str,
         typer.Option(
@@ -46,9 +69,18 @@ def evaluate(
     orders: Annotated[str, typer.Option(help="solve-rate: generation orders, comma-separated")] = "",
     steps: Annotated[str, typer.Option(help="generative: denoising steps, such as 8,16,32")] = "",
     tasks: Annotated[str, typer.Option(help="multiple-choice: benchmarks, comma-separated")] = "",
+    text: Text = None,
+    device: Device = "cpu",
+    dtype: Dtype = "",
+    revision: Revision = "",
+    trust_remote_code: Trust = False,
+    changes: Changes = None,
 ) -> None:
     """Evaluate a model by number of loops, with standard errors; results are cached by content."""
+    from loopmdm.analysis.measures import Access
     from loopmdm.analysis.measures import evaluate as run
+    from loopmdm.analysis.measures import measure as anew
+    from loopmdm.model.adapters.open import is_ours
     from loopmdm.model.network.checkpoints import CONFIG, need, resolve
     from loopmdm.model.network.config import LoopMDMConfig
 
@@ -58,11 +90,16 @@ def evaluate(
     options |= {"orders": orders.split(",") if orders else None, "tasks": tasks.split(",") if tasks else None}
     if measure == "word-problems" and steps:
         options["steps"] = integer(steps, "--steps of word-problems", "64")
-    most = LoopMDMConfig.load(need(resolve(model), CONFIG)).max_loops
-    counts = integers(n_loops, "--n-loops", "1,2,4") if n_loops else sorted({1, most})
+    options = {key: value for key, value in options.items() if value is not None}
+    counts = integers(n_loops, "--n-loops", "1,2,4") if n_loops else None
+    how = access(device, dtype, revision, trust_remote_code, changes, text)
     status = err.status(f"{measure} of {model}") if err.is_terminal else nullcontext()
     with interruptible("nothing was written"), status:
-        frame = run(model, measure, counts, **{key: value for key, value in options.items() if value is not None})
+        if how != Access() or not is_ours(model):
+            frame = anew(measure, model, counts, access=how, **options)
+        else:
+            most = LoopMDMConfig.load(need(resolve(model), CONFIG)).max_loops
+            frame = run(model, measure, counts or sorted({1, most}), **options)
     show(list(frame.columns), frame.itertuples(index=False))
 
 

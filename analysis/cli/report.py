@@ -5,20 +5,50 @@ from typing import Annotated
 
 import typer
 
-from loopmdm.analysis.cli.shared import app, check_out, interruptible, progress_bar
+from loopmdm.analysis.cli.shared import (
+    MODEL,
+    Changes,
+    Device,
+    Dtype,
+    Revision,
+    Text,
+    Trust,
+    access,
+    app,
+    check_out,
+    interruptible,
+    progress_bar,
+)
 
 
 @app.command()
 def report(
-    out: Annotated[Path, typer.Option(help="the file, .html")] = Path("report.html"),
+    model: Annotated[str, typer.Argument(help=f"an explorer of one model alone: {MODEL}")] = "",
+    out: Annotated[Path | None, typer.Option(help="the file, .html; default report.html")] = None,
+    text: Text = None,
+    device: Device = "cpu",
+    dtype: Dtype = "",
+    revision: Revision = "",
+    trust_remote_code: Trust = False,
+    changes: Changes = None,
 ) -> None:
-    """Write claims, figures and an attention explorer into one file that opens offline."""
+    """Write claims, figures and an attention explorer, or one model's explorer, into one file that opens offline.
+
+    Without a model `--out report.html` is meant, and the shipped models are shown.
+    """
+    out = out or Path("report.html")
     check_out(out, ".html", ".htm")
+    how = access(device, dtype, revision, trust_remote_code, changes, text)
     import matplotlib as mpl
 
     mpl.use("Agg")
-    from loopmdm.analysis.report.page import write_report
+    from loopmdm.analysis.report.page import write_model_report, write_report
 
-    with interruptible(f"{out} is as it was"), progress_bar() as bar:
-        write_report(out, lambda figures: bar.track(figures, description="figures"))
+    if model:
+        with interruptible(f"{out} is as it was"):
+            m = how.open(model)
+            write_model_report(out, m, how.test_set(m))
+    else:
+        with interruptible(f"{out} is as it was"), progress_bar() as bar:
+            write_report(out, lambda figures: bar.track(figures, description="figures"))
     print(out)

@@ -5,13 +5,29 @@ from typing import Annotated
 
 import typer
 
-from loopmdm.analysis.cli.shared import app, check_out, err, integer, integers, interruptible, show, tsv
+from loopmdm.analysis.cli.shared import (
+    MODEL,
+    Changes,
+    Device,
+    Dtype,
+    Revision,
+    Trust,
+    access,
+    app,
+    check_out,
+    err,
+    integer,
+    integers,
+    interruptible,
+    show,
+    tsv,
+)
 from loopmdm.model.errors import UsageError
 
 
 @app.command()
 def sample(
-    model: Annotated[str, typer.Argument(help="shipped name, run folder or hub id")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     n: Annotated[int, typer.Option(help="sequences")] = 1,
     length: Annotated[int | None, typer.Option(help="tokens a sequence; default the model's n_ctx")] = None,
     steps: Annotated[int, typer.Option(help="denoising steps")] = 64,
@@ -20,8 +36,10 @@ def sample(
     order: Annotated[
         str, typer.Option(help="random, confidence, threshold:0.9, blocks:8, blocks:8:threshold:0.9, ...")
     ] = "random",
-    prompt: Annotated[str, typer.Option(help="text to begin with")] = "",
     infill: Annotated[str, typer.Option(help="a whole text with [MASK] for each token to fill")] = "",
+    prompt: Annotated[
+        str, typer.Option(help="text to begin with; of a model of whole texts (BERT's kind), a text with [MASK]s")
+    ] = "",
     clues: Annotated[
         str, typer.Option(help="POSITION:ID,.. that stay; a Sudoku model also takes a board, 0 or . where empty")
     ] = "",
@@ -36,20 +54,27 @@ def sample(
     batch_size: Annotated[int, typer.Option(help="sequences at a time")] = 32,
     partial: Annotated[bool, typer.Option(help="on Ctrl-C give the finished batches")] = False,
     out: Annotated[Path | None, typer.Option(help="TSV file; default standard output")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "",
+    revision: Revision = "",
+    trust_remote_code: Trust = False,
+    changes: Changes = None,
 ) -> None:
     """Sample sequences: text, loops and forwards of each."""
-    from loopmdm.model.adapters import open_model
     from loopmdm.model.diffusion.sampling import sample as run
     from loopmdm.model.files import write_atomic
     from loopmdm.model.stopping.rules import parse_rule
     from loopmdm.model.tasks.sudoku import board_of_model
 
     check_out(out)
-    m = open_model(model, "cpu")
+    m = access(device, dtype, revision, trust_remote_code, changes).open(model)
+    m.facts.need("masks", "bidirectional", by="sample")
     rule = parse_rule(stop, m.cfg.max_loops if n_loops is None else n_loops) if stop else None
     board = board_of_model(m.cfg)
     given = clues if board and ":" not in clues and len(clues) > board.size else _clues(clues)
-    with interruptible("nothing was written; --partial keeps the finished batches"):
+    if m.special and not given:  # its texts begin and end with tokens of their own
+        given, prompt, length = m.gaps(prompt, n) if prompt else m.blank(length, n), "", None
+    with interruptible("nothing was written; --partial keeps the finished batches"), m.words_only():
         r = run(
             m, n, length, steps, None if rule else n_loops, rule, order, prompt or None, given,
             temperature, top_p, seed, first_index, None, batch_size, err.is_terminal, partial,

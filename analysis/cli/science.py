@@ -6,14 +6,31 @@ from typing import Annotated, Any
 
 import typer
 
-from loopmdm.analysis.cli.shared import app, check_out, err, integer, integers, interruptible, show, values
+from loopmdm.analysis.cli.shared import (
+    MODEL,
+    Changes,
+    Device,
+    Dtype,
+    Revision,
+    Text,
+    Trust,
+    access,
+    app,
+    check_out,
+    err,
+    integer,
+    integers,
+    interruptible,
+    show,
+    values,
+)
 from loopmdm.model.errors import UsageError, check_count
 
 
 @app.command()
 def measure(
     name: Annotated[str, typer.Argument(help="measure; `loopmdm measure list` shows all, with their options")],
-    model: Annotated[str, typer.Argument(help="shipped name, run folder or hub id")] = "",
+    model: Annotated[str, typer.Argument(help=MODEL)] = "",
     n_loops: Annotated[
         str, typer.Option(help="loops to read; loop counts, comma-separated, where it takes several")
     ] = "",
@@ -23,16 +40,22 @@ def measure(
         int | None, typer.Option(help="instead of masks: steps of the model's own samples")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="of masks and samples")] = None,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", help="an option of the measure's own, such as n_thresholds=10")
-    ] = None,
     out: Annotated[Path | None, typer.Option(help="also write a parquet file")] = None,
+    text: Text = None,
+    device: Device = "cpu",
+    dtype: Dtype = "",
+    revision: Revision = "",
+    trust_remote_code: Trust = False,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="the measure's own option, or one of somebody else's model; n_thresholds=10"),
+    ] = None,
 ) -> None:
-    """Run one measure on a model's test set, or along its own samples, and print the table."""
+    """Run one measure on a model's test set, own texts, or along its own samples, and print the table."""
     from loopmdm.analysis.measures import MEASURES, fingerprints
     from loopmdm.analysis.measures import measure as run
     from loopmdm.analysis.numbers import frames, provenance
-    from loopmdm.model.network.checkpoints import ZOO, resolve
+    from loopmdm.model.network.checkpoints import list_runs
 
     if name == "list":
         rows = [(item.name, item.on, item.options(), item.what) for item in MEASURES.values()]
@@ -43,15 +66,20 @@ def measure(
     asked: dict[str, Any] = {"n": n, "seed": seed, "along_sampling": along_sampling}
     asked |= {"n_loops": _counts(n_loops)} if n_loops else {}
     asked |= {"mask_ratios": [_share(word) for word in mask_ratios.split(",")]} if mask_ratios else {}
-    given = {key: value for key, value in asked.items() if value is not None} | values(changes or [])
+    own = MEASURES[name].own
+    pairs = [pair for pair in changes or [] if pair.partition("=")[0] in own]
+    rest = [pair for pair in changes or [] if pair not in pairs]
+    given = {key: value for key, value in asked.items() if value is not None} | values(pairs)
     check_out(out, ".parquet")
+    how = access(device, dtype, revision, trust_remote_code, rest, text)
     status = err.status(f"{name} of {model}") if err.is_terminal else nullcontext()
     with interruptible("nothing was written"), status:
-        frame = run(name, model, **given)
+        frame = run(name, model, access=how, **given)
     if out is not None:
-        known = (model,) if resolve(model).parent == ZOO else ()
+        known = (model,) if model in list_runs() else ()
         options = {name: str(MEASURES[name].options.of(name, given))}
         told = provenance.of_table(name, known, measures=fingerprints([name]), options=options)
+        told |= {"remarks": list(frame.attrs["remarks"])} if frame.attrs.get("remarks") else {}
         frames.write_table(frame, out, told)
     show(list(frame.columns), frame.itertuples(index=False))
 
@@ -71,6 +99,49 @@ def _share(word: str) -> float:
         return float(word)
     except ValueError:
         raise UsageError(f"--mask-ratios takes shares such as 0.25,0.5; got {word!r:.80}") from None
+
+
+@app.command("training-free")
+def training_free(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    blocks: Annotated[str, typer.Option(help="FIRST:NUMBER of layers to repeat, with commas; default all")] = "",
+    n_loops: Annotated[str, typer.Option(help="loop counts, comma-separated")] = "1,2,4,8",
+    n_samples: Annotated[int, typer.Option(help="masks a sequence")] = 2,
+    n: Annotated[int, typer.Option(help="test sequences")] = 256,
+    seed: Annotated[int, typer.Option(help="of masks")] = 0,
+    out: Annotated[Path | None, typer.Option(help="also write a parquet file")] = None,
+    text: Text = None,
+    device: Device = "cpu",
+    dtype: Dtype = "",
+    revision: Revision = "",
+    trust_remote_code: Trust = False,
+    changes: Changes = None,
+) -> None:
+    """Loop layers of a model that never looped: its NELBO and its attention to masked keys, naive and damped.
+
+    At one loop it is the model as it is. `change` below 0 means that looping helps; a `rise` of the log-odds here
+    is what looping gives without any training for it.
+    """
+    from loopmdm.analysis.measures import measure as run
+    from loopmdm.analysis.numbers import frames, provenance
+    from loopmdm.model.network.checkpoints import list_runs
+
+    check_out(out, ".parquet")
+    counts, places = integers(n_loops, "--n-loops", "1,2,4"), [_block(word) for word in blocks.split(",") if word]
+    how = access(device, dtype, revision, trust_remote_code, changes, text)
+    status = err.status(f"training-free looping of {model}") if err.is_terminal else nullcontext()
+    with interruptible("nothing was written"), status:
+        own = {"blocks": places or None, "n_samples": n_samples, "counts": counts}
+        frame = run("training-free", model, 1, access=how, n=n, seed=seed, **own)
+    if out is not None:
+        known = (model,) if model in list_runs() else ()
+        frames.write_table(frame, out, provenance.of_table("training-free", known))
+    show(list(frame.columns), frame.itertuples(index=False))
+
+
+def _block(word: str) -> tuple[int, int]:
+    first, _, size = word.partition(":")
+    return integer(first, "--blocks", "1:2"), integer(size, "--blocks", "1:2")
 
 
 @app.command()

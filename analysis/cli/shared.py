@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,6 +19,9 @@ from rich.table import Table as RichTable
 from loopmdm.model.errors import Stopped, UsageError
 from loopmdm.model.files import check_target, toml_value
 
+if TYPE_CHECKING:
+    from loopmdm.analysis.measures.access import Access
+
 app = typer.Typer(
     help="See inside looped masked-diffusion language models.",
     no_args_is_help=True,
@@ -27,6 +30,19 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 err = Console(stderr=True)
+
+MODEL = "shipped name, run folder or hub id; somebody else's: hf:owner/name, a folder, a name of `loopmdm models`"
+Device = Annotated[str, typer.Option(help="where the model runs, such as cuda")]
+Dtype = Annotated[str, typer.Option(help="of the weights, such as bfloat16; default as stored")]
+Revision = Annotated[str, typer.Option(help="of a model of the hub")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="let code run that lies beside the weights")]
+Text = Annotated[
+    Path | None, typer.Option(help="measure on these instead of a test set: UTF-8, a text or sequence a line")
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="about somebody else's model, such as mask_token_id=103, bidirectional=true"),
+]
 
 
 class Interrupted(RuntimeError):
@@ -105,13 +121,13 @@ def integers(text: str, option: str, example: str) -> list[int]:
     return [integer(word, option, example) for word in text.split(",")]
 
 
-def values(pairs: list[str]) -> dict[str, Any]:
+def values(pairs: list[str], example: str = "training.learning_rate=5e-4") -> dict[str, Any]:
     """KEY=VALUE pairs of --set; a value is TOML or a bare word."""
     found = {}
     for pair in pairs:
         key, mark, value = pair.partition("=")
         if not key or not mark:
-            raise UsageError(f"--set takes KEY=VALUE such as training.learning_rate=5e-4, got {pair!r:.80}")
+            raise UsageError(f"--set takes KEY=VALUE such as {example}, got {pair!r:.80}")
         found[key] = toml_value(value)
     return found
 
@@ -130,3 +146,12 @@ def check_out(out: Path | None, *suffixes: str) -> None:
     check_target(out)
     if suffixes and out.suffix.lower() not in suffixes:
         raise UsageError(f"--out takes a {suffixes[0]} file, got {out}")
+
+
+def access(
+    device: str, dtype: str, revision: str, trust: bool, changes: list[str] | None, text: Path | None = None
+) -> "Access":
+    """The options of a model as one thing."""
+    from loopmdm.analysis.measures.access import Access
+
+    return Access(device, dtype or None, revision or None, trust, text, values(changes or [], "mask_token_id=103"))

@@ -15,7 +15,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from loopmdm.analysis.measures.case import Case
+from loopmdm.analysis.measures.access import Access
+from loopmdm.analysis.measures.case import DEFAULT, Case
 from loopmdm.analysis.measures.registry import MEASURES, Measure, fingerprints, options_asked, plain
 from loopmdm.analysis.numbers.parallel import one_thread
 from loopmdm.analysis.numbers.store import Question
@@ -26,6 +27,7 @@ from loopmdm.model.sequences import MaskedBatch
 
 __all__ = [
     "MEASURES",
+    "Access",
     "Case",
     "Measure",
     "evaluate",
@@ -47,9 +49,13 @@ def measure(
     n_loops: int | Sequence[int] | None = None,
     *,
     batch: MaskedBatch | None = None,
+    access: Access = DEFAULT,
     **options: Any,
 ) -> pd.DataFrame:
     """One measure of one model or several, on their test sets or on `batch`.
+
+    Models are any that `open_model` knows, or loaded ones; `access` says how they are opened, and which texts
+    stand for a test set.
 
     Columns `model` and `task` come first. Measures on masks have `nominal_mask_ratio`, or with `along_sampling`
     `step`. `n_units` independent sequences, or documents where they share one, are what errors are over;
@@ -59,25 +65,26 @@ def measure(
     if not given:
         raise UsageError(f"{name} needs a model; `loopmdm models` lists the shipped ones")
     asked = options if n_loops is None else {"n_loops": n_loops} | options
-    frames = [_measured(MEASURES[name], model, batch, asked) for model in given]
+    frames = [_measured(MEASURES[name], model, batch, access, asked) for model in given]
     return frames[0] if len(frames) == 1 else pd.concat(frames, ignore_index=True)
 
 
-def _measured(item: Measure, model: Model, batch: MaskedBatch | None, asked: dict[str, Any]) -> pd.DataFrame:
+def _measured(
+    item: Measure, model: Model, batch: MaskedBatch | None, access: Access, asked: dict[str, Any]
+) -> pd.DataFrame:
     options = item.options.of(item.name, asked)
     if batch is not None:
-        return _on_batch(item, model, batch, options)
-    case = Case.of(model, options=options)
+        return _on_batch(item, access.open(model) if isinstance(model, str) else model, batch, options)
+    case = Case.of(model, options=options, access=access)
     frame = item.of(case)
     return _labelled(frame, item, case, _name(model))
 
 
-def _on_batch(item: Measure, model: Model, batch: MaskedBatch, options: Any) -> pd.DataFrame:
+def _on_batch(item: Measure, m: HookedLoopMDM, batch: MaskedBatch, options: Any) -> pd.DataFrame:
     if item.on != "masks":
         raise UsageError(f"{item.name} draws its own masks; leave batch= out")
-    m = HookedLoopMDM.from_pretrained(model) if isinstance(model, str) else model
     case = Case.given(m, batch, options)
-    return _labelled(item.of(case, batch), item, case, _name(model))
+    return _labelled(item.of(case, batch), item, case, m.model_name)
 
 
 def _name(model: Model) -> str:
@@ -87,10 +94,12 @@ def _name(model: Model) -> str:
 def _labelled(frame: pd.DataFrame, item: Measure, case: Case, name: str) -> pd.DataFrame:
     if item.on == "loops":  # has columns of its own for what it is of
         frame.insert(0, "model", name)
+        frame.attrs["remarks"] = case.m.facts.remarks
         return frame
     frame = frame.drop(columns=["model", "task"], errors="ignore")
     frame.insert(0, "model", name)
     frame.insert(1, "task", case.test.task)
+    frame.attrs["remarks"] = case.m.facts.remarks
     over_samples = item.samples or getattr(case.options, "along_sampling", 0)
     if "n_units" not in frame and not over_samples:
         frame["n_units"] = case.n_units

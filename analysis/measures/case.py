@@ -11,17 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from loopmdm.analysis.measures.access import Access
 from loopmdm.analysis.measures.options import ByLoops, OnMasks, OnTests, Options
 from loopmdm.model.corpora.tokenizer import MASK
 from loopmdm.model.diffusion.sampling import sample
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.masking import mask_tokens
+from loopmdm.model.network.model import LoopMDM
 from loopmdm.model.sequences import MaskedBatch, Sequences
-from loopmdm.model.tasks.test_sets import TestSet, load_test_set, task_of
+from loopmdm.model.tasks.test_sets import TestSet
+
+DEFAULT = Access()
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Case:
     m: HookedLoopMDM
     test: TestSet
     options: Options = field(default_factory=OnTests)
+    access: Access = DEFAULT
 
     @classmethod
     def of(
@@ -40,11 +46,16 @@ class Case:
         n: int = 256,
         seed: int = 0,
         options: Options | None = None,
+        access: Access = DEFAULT,
     ) -> "Case":
-        """A shipped name, run folder or hub id with a train.json, or such a model once loaded."""
-        m = HookedLoopMDM.from_pretrained(model) if isinstance(model, str | Path) else model
-        test = load_test_set(task_of(m.record), m.cfg.n_ctx, m.tokenizer)
-        return cls(m, test, options or OnTests(n_loops, n, seed))
+        """Any model that `open_model` knows, or one once loaded, with its test set or the texts of `access`."""
+        m = access.open(model) if isinstance(model, str | Path) else model
+        return cls(m, access.test_set(m), options or OnTests(n_loops, n, seed), access)
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is a LoopMDM on its own test set."""
+        return isinstance(self.m.model, LoopMDM) and self.access.text is None
 
     @property
     def n_loops(self) -> int:
@@ -113,11 +124,17 @@ class Case:
     @cached_property
     def validation(self) -> TestSet:
         """Sequences to choose thresholds and fit predictors on."""
-        return load_test_set(self.test.task, self.m.cfg.n_ctx, self.m.tokenizer, "validation")
+        return self.access.test_set(self.m, "validation")
 
     def masked(self, mask_ratio: float) -> MaskedBatch:
         """The test sequences with an exact share of what may be masked hidden."""
         return mask_tokens(self.sequences, self.m.cfg.mask_token_id, mask_ratio=mask_ratio, seed=self.seed)
+
+    @property
+    def most_masked(self) -> float:
+        """The largest share of masked positions that it is read at."""
+        asked = self.options if isinstance(self.options, OnMasks) else OnMasks()
+        return 1.0 if asked.along_sampling else max(asked.mask_ratios)
 
     def batches(self) -> Iterator[tuple[str, float, MaskedBatch]]:
         """What `OnMasks` asks for: column and value that tell the batches apart, and each batch."""
@@ -126,6 +143,11 @@ class Case:
             yield from (("step", step, b) for step, b in self.along_sampling(asked.along_sampling))
         else:
             yield from (("nominal_mask_ratio", ratio, self.masked(ratio)) for ratio in asked.mask_ratios)
+
+    def unmasked(self) -> MaskedBatch:
+        """The test sequences as they are."""
+        s = self.sequences
+        return MaskedBatch(s.tokens, s.tokens, torch.zeros_like(s.allowed), s.maskable, s.real, s.clusters)
 
     def along_sampling(
         self, steps: int, at: Sequence[int] | None = None, order: str = "random"
@@ -136,7 +158,8 @@ class Case:
         """
         check_count("steps", steps)
         start = self.masked(1.0)
-        result = sample(self.m, clues=start, steps=steps, n_loops=self.n_loops, order=order, seed=self.seed)
+        with self.m.words_only():
+            result = sample(self.m, clues=start, steps=steps, n_loops=self.n_loops, order=order, seed=self.seed)
         history, last = result.history, result.tokens
         chosen = sorted({int(step) for step in np.linspace(0, len(history) - 2, 5)}) if at is None else at
         for step in chosen:

@@ -84,7 +84,7 @@ class ByLoops(Options):
 
 def options_of(name: str, base: type[Options], run: Callable[..., pd.DataFrame], skip: int) -> type[Options]:
     """`base` with the parameters of `run` after the first `skip`, each of which must have a default."""
-    own = list(signature(run).parameters.values())[skip:]
+    own = [item for item in list(signature(run).parameters.values())[skip:] if item.kind != Parameter.VAR_KEYWORD]
     lacking = [item.name for item in own if item.default is Parameter.empty]
     if lacking:
         raise UsageError(f"the measure {name} gives no default for {lacking[0]}; its options need one")

@@ -10,17 +10,20 @@ To add one: a file below this folder with the function and `MEASURES = (Measure(
 entry point of the group "loopmdm.measures" that names a `Measure` or a list of them.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.options import ByLoops, OnMasks, OnTests, Options, options_of
+from loopmdm.analysis.measures.starts import over_starts
 from loopmdm.analysis.numbers.editions import Edition
 from loopmdm.model.errors import UsageError
+from loopmdm.model.layout import By
 from loopmdm.model.registry import Registry
 from loopmdm.model.sequences import MaskedBatch
 from loopmdm.model.tasks.sudoku import BOARDS
@@ -37,7 +40,9 @@ class Measure(Edition):
     """`run`, of the form that `on` says; its keyword parameters are the measure's own options.
 
     `samples`: its errors are over samples that the model draws, not over test sequences. `needs`: facts that a
-    model must have (`layout.NEEDS`). `loops`: the fewest that it can compare.
+    model must have (`layout.NEEDS`). `loops`: the fewest that it can compare. `groupless`: how it is run on models
+    without masked positions (case, b), if it says something of them. `both_ways`: `run` takes `by`, what puts a
+    position into a group (`layout.By`). `others`: other people's models, and own texts, can be asked, too.
     """
 
     name: str
@@ -47,6 +52,9 @@ class Measure(Edition):
     samples: bool = False
     needs: tuple[str, ...] = ("masks", "bidirectional")
     loops: int = 1
+    groupless: Run | None = None
+    both_ways: bool = False
+    others: bool = True
 
     @cached_property
     def options(self) -> type[Options]:
@@ -72,6 +80,11 @@ class Measure(Edition):
 
     def check(self, case: Case) -> None:
         """UsageError where the task has no such answer, the model lacks a fact, or too few loops are read."""
+        if not self.others and not case.ours:
+            raise UsageError(
+                f"{self.name} is asked of shipped models and run folders only; of other models, and on --text: "
+                "nll and noise-level"
+            )
         case.m.facts.need(*self.needs, by=self.name)
         if not self.answers(case.test.task):
             wanted = ", ".join(ANSWERED[self.on])
@@ -80,24 +93,45 @@ class Measure(Edition):
             raise UsageError(f"{self.name} compares loops; give n_loops of at least {self.loops}")
 
     def of(self, case: Case, b: MaskedBatch | None = None) -> pd.DataFrame:
-        """Its frame of a case: on `b`, if given, else as the case's options say."""
+        """Its frame of a case: on `b`, if given, else as its options say; a mean over random first states."""
+        if b is None and self.groupless is not None and not case.m.facts.grouped:
+            return self._groupless(case, self.groupless)
         self.check(case)
         own = {name: getattr(case.options, name) for name in self.own}
-        if self.on == "loops":
-            return self.run(case, case.counts, **own)
-        if self.on != "masks":
-            return self.run(case, **own)
         if b is not None:
-            return self.run(case, b, **own)
-        parts = [self.run(case, b, **own).assign(**{name: value}) for name, value, b in case.batches()]
+            return over_starts(case.m, lambda: self.run(case, b, **own))
+        case.m.facts.warn_beyond(case.most_masked if self.on == "masks" else 1.0, self.name)
+        if self.on == "masks":
+            return over_starts(case.m, lambda: self._on_masks(case, own))
+        given = (case, case.counts) if self.on == "loops" else (case,)
+        return over_starts(case.m, lambda: self.run(*given, **own))
+
+    def _on_masks(self, case: Case, own: dict[str, Any]) -> pd.DataFrame:
+        """On every batch; in shifted models by what positions hold and by what they predict."""
+        both = [{"by": by} for by in get_args(By)] if self.both_ways and case.m.facts.shifted else [{}]
+        parts = [
+            self.run(case, b, **own, **by).assign(**{name: value}, **by)
+            for name, value, b in case.batches()
+            for by in both
+        ]
         return pd.concat(parts, ignore_index=True)
+
+    def _groupless(self, case: Case, run: Run) -> pd.DataFrame:
+        """Of a model without masked positions: everything is clean, masked rows are NaN with n = 0."""
+        lacks = "is causal" if case.m.facts.causal else "has no [MASK]"
+        warnings.warn(
+            f"{self.name}: this model {lacks}, so masked and clean positions are no groups of it; their rows are "
+            "NaN with n = 0, and what is defined is measured on the sequences as they are",
+            stacklevel=4,
+        )
+        return over_starts(case.m, lambda: run(case, case.unmasked())).assign(nominal_mask_ratio=0.0)
 
 
 def plain(function: Run, **settings: Any) -> Run:
     """A measure of the usual signature (m, b, n_loops)."""
 
-    def run(case: Case, b: MaskedBatch) -> pd.DataFrame:
-        return function(case.m, b, case.n_loops, **settings)
+    def run(case: Case, b: MaskedBatch, **more: Any) -> pd.DataFrame:
+        return function(case.m, b, case.n_loops, **settings, **more)
 
     return run
 

@@ -4,7 +4,8 @@ import torch
 
 from loopmdm.analysis.report.data import Run, run_of
 from loopmdm.model.hooks.hooked import HookedLoopMDM
-from loopmdm.model.sequences import MaskedBatch
+from loopmdm.model.masking import mask_tokens
+from loopmdm.model.sequences import MaskedBatch, Sequences
 from loopmdm.model.tasks.puzzles import puzzles
 from loopmdm.model.tasks.sudoku import BOARDS
 from loopmdm.model.tasks.test_sets import load_test_set, task_of
@@ -23,6 +24,19 @@ def run_model(m: HookedLoopMDM, b: MaskedBatch) -> Run:
     """One run for the explorer; a model that was trained at S = 1 is run at S = 1."""
     n_loops = LONGER * m.cfg.max_loops if m.cfg.max_loops > 1 else 1
     return run_of(m.run_with_cache(b.tokens, n_loops, names_filter=_needed)[1], b)
+
+
+@torch.no_grad()
+def inputs_of(m: HookedLoopMDM, sequences: Sequences, n: int = 3) -> list[tuple[str, list[Run]]]:
+    """Titles and runs of a model on `n` of these sequences, half masked."""
+    found = []
+    for number, (_, row) in enumerate(sequences.spread(n).batches(1)):
+        if row.real is not None:  # without what only fills up
+            row = row.columns(row.real[0])
+        b = mask_tokens(row, m.cfg.mask_token_id, mask_ratio=0.5)
+        title = f"sequence {number}: {int(b.masked.sum())} of {b.tokens.shape[1]} tokens masked"
+        found.append((title, [run_model(m, b)]))
+    return found
 
 
 def _needed(name: str) -> bool:

@@ -20,9 +20,11 @@ from loopmdm.analysis.exhibits import verdicts as claims
 from loopmdm.analysis.numbers import provenance
 from loopmdm.analysis.plots.style import style
 from loopmdm.analysis.report.explorer import payload, render
-from loopmdm.analysis.report.inputs import MODELS, inputs
+from loopmdm.analysis.report.inputs import MODELS, inputs, inputs_of
 from loopmdm.model.errors import UsageError
 from loopmdm.model.files import write_atomic
+from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.tasks.test_sets import TestSet
 from loopmdm.model.training.record import commit, versions
 from loopmdm.model.zoo.runs import Zoo
 
@@ -129,6 +131,16 @@ def report(progress: Callable[[list[Exhibit]], Iterable[Exhibit]] = iter) -> str
         versions=", ".join(f"{name} {number}" for name, number in versions(provenance.PACKAGES).items()),
         hashes=provenance.model_hashes(MODELS.names(Zoo.shipped())),
     )
+
+
+def write_model_report(out: Path, m: HookedLoopMDM, test: TestSet) -> None:
+    """Write an attention explorer of one model on three of its sequences, or one's own; whole or not at all."""
+    m.facts.need("masks", by="the report")
+    m.facts.warn_beyond(0.5, "the report")
+    source = ", ".join(m.record[key] for key in ("source", "licence") if m.record.get(key))
+    title = f"{m.model_name} ({source})" if source else m.model_name
+    page = render("alone.html", title=title, data=payload(inputs_of(m, test.sequences)))
+    write_atomic(out, lambda temporary: temporary.write_text(page, encoding="utf-8"))
 
 
 def write_report(out: Path, progress: Callable[[list[Exhibit]], Iterable[Exhibit]] = iter) -> None:

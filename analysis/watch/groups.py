@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.layout import By, asked
 from loopmdm.model.sequences import MaskedBatch
 
 QUERY_GROUPS = ("masked", "clean")
@@ -28,7 +29,8 @@ QUERY_GROUPS = ("masked", "clean")
 class States:
     """Which positions of a batch hold [MASK] and which are real, [batch, pos]; `clusters` [batch] or None.
 
-    `hidden` and `could` count masked and maskable positions (their ratio is the mask ratio).
+    `hidden` and `could` count masked and maskable positions (their ratio is the mask ratio). `by` says how queries
+    are grouped (`layout.By`); keys go by what they hold.
     """
 
     masked: Bool[Tensor, "batch pos"]
@@ -36,12 +38,13 @@ class States:
     clusters: np.ndarray | None = None
     hidden: int = 0
     could: int = 0
+    by: By = "holds"
 
     @classmethod
-    def of(cls, m: HookedLoopMDM, b: MaskedBatch) -> "States":
+    def of(cls, m: HookedLoopMDM, b: MaskedBatch, by: By = "holds") -> "States":
         """Of a batch that `m` is to read."""
         holds = m.cfg.hidden(b.tokens)
-        return cls(holds, b.real, b.clusters, int(b.masked.sum()), int(b.allowed.sum()))
+        return cls(holds, b.real, b.clusters, int(b.masked.sum()), int(b.allowed.sum()), by)
 
     @cached_property
     def members(self) -> Float[Tensor, "batch pos 2"]:
@@ -49,14 +52,22 @@ class States:
         return torch.stack([self.masked & self.real, ~self.masked & self.real], dim=-1).float()
 
     @cached_property
+    def asking(self) -> Float[Tensor, "batch pos 2"]:
+        """1 where a position asks as masked or clean."""
+        if self.by == "holds":
+            return self.members
+        masked, real = asked(self.masked, self.real, self.by)
+        return torch.stack([masked & real, ~masked & real], dim=-1).float()
+
+    @cached_property
     def queries(self) -> Float[Tensor, "batch pos 2"]:
         """Weights w(q, Q), which average over the queries of a group."""
-        return self.members / self.members.sum(dim=1, keepdim=True).clamp(min=1)
+        return self.asking / self.asking.sum(dim=1, keepdim=True).clamp(min=1)
 
     @cached_property
     def empty(self) -> Bool[Tensor, "batch 2"]:
         """Where a sequence has no query of a group."""
-        return self.members.sum(dim=1) == 0
+        return self.asking.sum(dim=1) == 0
 
     def mean(self, per_query: Float[Tensor, "batch head pos"]) -> Float[Tensor, "batch head 2"]:
         """Mean over each group's queries; NaN where there are none."""

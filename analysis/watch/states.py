@@ -13,6 +13,7 @@ from loopmdm.model.context import Context
 from loopmdm.model.errors import check_count
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.hooks.scopes import AttnPath
+from loopmdm.model.layout import By, asked
 from loopmdm.model.precision import wide
 from loopmdm.model.sequences import MaskedBatch
 
@@ -24,9 +25,9 @@ def check_loops(m: HookedLoopMDM, n_loops: int | None) -> int:
     return check_count("n_loops", m.cfg.max_loops if n_loops is None else n_loops)
 
 
-def token_groups(m: HookedLoopMDM, b: MaskedBatch) -> dict[str, Bool[Tensor, "batch pos"]]:
-    """Real positions that hold [MASK] and those that hold a token."""
-    masked, real = m.cfg.hidden(b.tokens), b.real
+def token_groups(m: HookedLoopMDM, b: MaskedBatch, by: By = "holds") -> dict[str, Bool[Tensor, "batch pos"]]:
+    """Real positions that hold (or predict) [MASK] and those that hold (or predict) a token."""
+    masked, real = asked(m.cfg.hidden(b.tokens), b.real, by)
     return {"masked": masked & real, "clean": ~masked & real}
 
 

@@ -17,6 +17,7 @@ from loopmdm.analysis.numbers.moments import Moments
 from loopmdm.analysis.watch.groups import Seen, States
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.layout import By
 from loopmdm.model.sequences import MaskedBatch, as_batch
 from loopmdm.model.sites import Filter, Site, at
 
@@ -48,12 +49,13 @@ def walk(
     n_loops: int,
     reducers: Sequence[Reducer],
     where: Filter = EVERYWHERE,
+    by: By = "holds",
 ) -> None:
-    """One forward of a batch; each application in `where` is shown to every reducer.
+    """One forward of a batch; each application in `where` is shown to every reducer, queries grouped `by`.
 
     Where no coda layer is, coda and unembedding are not run.
     """
-    states, values = States.of(m, b), {}
+    states, values = States.of(m, b, by), {}
     for reducer in reducers:
         reducer.begin(states)
 
@@ -90,6 +92,7 @@ class PlaceSums:
     """
 
     needs_values = False
+    by: By = "holds"
 
     def __init__(self, m: HookedLoopMDM, n_loops: int | None = None, by_head: bool = True):
         self.m, self.by_head = m, by_head
@@ -99,7 +102,7 @@ class PlaceSums:
 
     def add(self: Sums, b: MaskedBatch, clusters: np.ndarray | None = None) -> Sums:
         """Run the model on a batch and take it in; `clusters` [batch] names the documents."""
-        walk(self.m, as_batch(type(self).__name__, b, clusters), self.n_loops, [self])
+        walk(self.m, as_batch(type(self).__name__, b, clusters), self.n_loops, [self], by=self.by)
         return self
 
     def begin(self, states: States) -> None:
@@ -125,7 +128,7 @@ class PlaceSums:
 
     def merge(self: Sums, other: Sums) -> Sums:
         """Take in another shard of the same measure."""
-        for what in ("n_loops", "by_head"):
+        for what in ("n_loops", "by_head", "by"):
             if getattr(self, what) != getattr(other, what):
                 raise UsageError(f"shards differ in {what}: {getattr(self, what)} and {getattr(other, what)}")
         if type(self) is not type(other) or self.m.cfg != other.m.cfg:
@@ -151,7 +154,8 @@ class PlaceSums:
             name: np.concatenate([np.broadcast_to(part[name], shape).reshape(-1) for part in parts])
             for name in parts[0]
         }
-        return pd.DataFrame(self._places(shape) | {"mask_ratio": self.mask_ratio} | values)
+        frame = pd.DataFrame(self._places(shape) | {"mask_ratio": self.mask_ratio} | values)
+        return frame if self.by == "holds" else frame.assign(by=self.by)
 
     def columns(self, moments: Moments) -> dict[str, np.ndarray]:
         """Columns [head, *groups] of one application."""

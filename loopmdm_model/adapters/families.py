@@ -267,7 +267,7 @@ RETROFITTED = replace(RAVEN, classes=(), cycle=Injected, home="smcleish")  # by 
 OURO = replace(
     LLAMA, classes=("OuroForCausalLM",), head=("lm_head",),
     loop=(0, None), sizes={"native_loops": "total_ut_steps"}, cycle=NormedGated,
-    additive=False, home="ByteDance/Ouro-1.4B",
+    additive=False, gated=True, home="ByteDance/Ouro-1.4B",
     remarks=("the final norm follows every loop; sublayers are normed once more before they are added",),
 )
 TRM = Family(

@@ -4,6 +4,7 @@ transformers is imported here only, and only when a name asks for it.
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -122,6 +123,8 @@ def _own_code(wanted: Wanted, name: str, config: Mapping[str, Any]) -> bool:
 def _model(wanted: Wanted, record: Family | None, own_code: bool) -> nn.Module:
     auto = getattr(import_module("transformers"), "AutoModelForMaskedLM" if record is None else record.auto)
     options: dict[str, Any] = {"attn_implementation": "sdpa"} | ({"trust_remote_code": True} if own_code else {})
+    if not sys.stderr.isatty():
+        import_module("transformers.utils.logging").disable_progress_bar()
     with shims.old_code(own_code):
         if wanted.device.type == "meta":
             return _empty(wanted, auto, options)
@@ -167,7 +170,7 @@ def _tokenizer(wanted: Wanted) -> Any:
         )
     except Exception:  # many kinds again; a model without text is still a model
         return None
-    return found if len(found) > len(found.all_special_ids) else None
+    return found if len(found) > len(found.all_special_ids) else None  # without files it is made up, of specials
 
 
 def _line(error: BaseException) -> str:
@@ -263,3 +266,18 @@ def plain_tokenizer(tokenizer: Any) -> Tokenizer | None:
             f"{type(tokenizer).__name__} holds no fast tokenizer; load it with use_fast=True, or give none"
         )
     return inside
+
+
+def pad_of(tokenizer: Any) -> str | None:
+    """The token that fills short texts up, by what the tokenizer says or has."""
+    if not isinstance(tokenizer, Tokenizer):
+        return getattr(tokenizer, "pad_token", None)
+    return next((word for word in ("[PAD]", "<pad>") if tokenizer.token_to_id(word) is not None), None)
+
+
+def special_of(tokenizer: Tokenizer | None) -> frozenset[int]:
+    """Special ids but [MASK]'s, if the tokenizer puts some around every text (as encoders' do); else none."""
+    if tokenizer is None or not tokenizer.num_special_tokens_to_add(False):
+        return frozenset()
+    added = tokenizer.get_added_tokens_decoder().items()
+    return frozenset(number for number, token in added if token.special and "mask" not in token.content.lower())

@@ -14,10 +14,11 @@ from loopmdm.model.adapters.core import ForeignCore
 from loopmdm.model.adapters.families import PATHS, Family, family_named, looks_like, name_of_class
 from loopmdm.model.adapters.infer import from_paths, guesses
 from loopmdm.model.adapters.layout import read_layout
-from loopmdm.model.errors import UsageError, check_keys
+from loopmdm.model.adapters.specimens import SPECIMENS, Specimen
+from loopmdm.model.errors import UsageError, check_keys, unknown_name
 from loopmdm.model.files import read_json
 from loopmdm.model.hooks.hooked import HookedLoopMDM
-from loopmdm.model.network.checkpoints import CONFIG, check_device, list_runs
+from loopmdm.model.network.checkpoints import CONFIG, check_device, list_models, list_runs
 
 HUB = "hf:"
 
@@ -30,7 +31,9 @@ def open_model(
     trust_remote_code: bool = False,
     **changes: Any,
 ) -> HookedLoopMDM:
-    """A shipped name, a run folder, a folder of somebody else's model, or "hf:owner/name" from the hub.
+    """A shipped name, a run folder, a folder of somebody else's model, "hf:owner/name" from the hub, a specimen.
+
+    Specimens are pretrained models that `loopmdm data fetch` brings: sapiens-heavy, sapiens-light, antiberty.
 
     `dtype` None: as stored; `device` "auto": a GPU if there is one, "meta": sizes and sites without weights.
     `trust_remote_code` lets code run that lies beside the weights; `revision` pins it. `changes`: as `hook_model`.
@@ -38,12 +41,17 @@ def open_model(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     check_device(device)
+    if name in SPECIMENS:
+        return _specimen(SPECIMENS[str(name)], torch.device(device), dtype, changes)
     wanted = loading.Wanted(str(name).removeprefix(HUB), torch.device(device), dtype, revision, trust_remote_code)
-    config = {} if _is_ours(name) else loading.config_of(wanted)
+    config = {} if is_ours(name) else loading.config_of(wanted)
     if looks_like(config) is None and "family" not in changes:
         if changes or revision or trust_remote_code:
             raise UsageError(f"{name} is a LoopMDM; it takes device and dtype only")
-        return HookedLoopMDM.from_pretrained(name if _is_ours(name) else wanted.name, device, dtype)
+        if "/" not in str(name) and not Path(name).exists() and name not in list_runs():
+            known = [*list_models(), *SPECIMENS]
+            raise unknown_name("model", str(name), known, "A run folder or a hub id owner/name works too.")
+        return HookedLoopMDM.from_pretrained(name if is_ours(name) else wanted.name, device, dtype)
     native, tokenizer, record = loading.load(wanted, config, changes.get("family"))
     m = hook_model(native, tokenizer=tokenizer, **changes)
     m.model_name = wanted.name.rstrip("/").rpartition("/")[2]
@@ -51,8 +59,21 @@ def open_model(
     return m
 
 
-def _is_ours(name: Path | str) -> bool:
-    """Whether that can be told without asking the hub."""
+def _specimen(
+    specimen: Specimen, device: torch.device, dtype: torch.dtype | None, changes: Mapping[str, Any]
+) -> HookedLoopMDM:
+    loading.check_transformers()
+    native, tokenizer, record = specimen.load()
+    m = hook_model(native.to(device, dtype), tokenizer=tokenizer, **changes)
+    m.model_name = specimen.name
+    m.record |= record
+    return m
+
+
+def is_ours(name: Path | str) -> bool:
+    """Whether a name is no specimen's and leads to nobody else's model, as far as can be told without the hub."""
+    if name in SPECIMENS:
+        return False
     if isinstance(name, str) and (name.startswith(HUB) or name in list_runs()):
         return not name.startswith(HUB)
     path = Path(name) / CONFIG
@@ -80,7 +101,8 @@ def hook_model(
     native.eval()
     name, core, found = _first_that_fits(native, family, (loop, max_loops, tokenizer), changes)
     m = HookedLoopMDM(core, loading.plain_tokenizer(tokenizer))
-    m.model_name, m.pad = type(native).__name__, getattr(tokenizer, "pad_token", None) or m.pad
+    m.model_name, m.pad = type(native).__name__, loading.pad_of(tokenizer) or m.pad
+    m.special = loading.special_of(m.tokenizer)
     m.record = {"family": name, "torch": torch.__version__, "checks": found}
     m.record |= loading.provenance(native)
     return m

@@ -78,12 +78,18 @@ def in_dtype(model: LoopMDM, dtype: torch.dtype | str | None) -> LoopMDM:
     """The model with its parameters in `dtype`, a torch dtype or its name; rotary tables stay float32."""
     if dtype is None:
         return model
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise UsageError(f'dtype must be a floating torch dtype or its name, as "bfloat16"; got {dtype!r}')
+    found = floating(dtype)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(found)
     return model
+
+
+def floating(dtype: torch.dtype | str) -> torch.dtype:
+    """A floating torch dtype, itself or by its name."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise UsageError(f'dtype must be a floating torch dtype or its name, as "bfloat16"; got {dtype!r}')
+    return found
 
 
 class Doors(FoldedWeights, TextEntries, LoopHooks):

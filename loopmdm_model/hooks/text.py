@@ -1,5 +1,7 @@
 """Text in and out of a hooked model: tokens, pieces, padding masks, masked batches."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -7,7 +9,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from loopmdm.model.corpora.tokenizer import MASK, PAD, encode_texts, reading_text
-from loopmdm.model.errors import UsageError, check_data
+from loopmdm.model.errors import UsageError, check_count, check_data
 from loopmdm.model.layout import Layout
 from loopmdm.model.masking import mask_tokens
 from loopmdm.model.protocol import Core
@@ -23,6 +25,9 @@ class TextEntries:
     model: Core
     pad: str = PAD
     """The token that fills short texts up."""
+    special: frozenset[int] = frozenset()
+    """Ids that are neither hidden nor drawn, where a tokenizer puts such tokens around every text."""
+    hooks: Any
 
     def _inputs(self, tokens: Tensor | str | list[str], mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Token ids of text or ids, and the padding mask that [PAD] implies unless one is given."""
@@ -171,6 +176,7 @@ class TextEntries:
         hidden = tokens == self.cfg.mask_token_id
         if ratio is None and t is None and maskable is None and bool(hidden.any()):
             return MaskedBatch(tokens, tokens, hidden, attention_mask=attention_mask)
+        maskable = self.words(tokens) if maskable is None else maskable
         return mask_tokens(
             tokens,
             self.cfg.mask_token_id,
@@ -180,3 +186,44 @@ class TextEntries:
             attention_mask=attention_mask,
             seed=seed,
         )
+
+    def words(self, tokens: Tensor) -> Tensor | None:
+        """Where `tokens` are none of `special`, [batch, pos]; None if the model has none."""
+        if not self.special:
+            return None
+        return torch.isin(tokens, torch.tensor(sorted(self.special), device=tokens.device), invert=True)
+
+    def blank(self, length: int | None = None, n: int = 1) -> MaskedBatch:
+        """`n` sequences of `length` [MASK]s (default: as fit) between what the tokenizer puts around texts."""
+        begin, end = self._around()
+        length = self.cfg.n_ctx - len(begin) - len(end) if length is None else check_count("length", length)
+        return self._template([*begin, *[self.cfg.mask_token_id] * length, *end], n)
+
+    def gaps(self, text: str, n: int = 1) -> MaskedBatch:
+        """`n` times a text with [MASK]s in it, as `sample` takes them for clues."""
+        b = self._template(self.to_tokens(text)[0].tolist(), n)
+        if not bool(b.masked.any()):
+            raise UsageError(f"{text[:30]!r} has no [MASK] to fill; write some where the model shall")
+        return b
+
+    def _template(self, row: list[int], n: int) -> MaskedBatch:
+        tokens = torch.tensor(row, device=self.model.device).expand(check_count("n", n), -1)
+        return MaskedBatch(tokens, tokens, tokens == self.cfg.mask_token_id)
+
+    def _around(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before and after a text."""
+        if not self.special:
+            return [], []
+        found = self._text().encode("a")
+        inside = [at for at, added in enumerate(found.special_tokens_mask) if not added]
+        return found.ids[: inside[0]], found.ids[inside[-1] + 1 :]
+
+    @contextmanager
+    def words_only(self) -> Iterator[None]:
+        """No token of `special` is drawn or counted inside: their logits are -inf."""
+
+        def closed(logits: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+            return logits.index_fill(-1, torch.tensor(sorted(self.special), device=logits.device), float("-inf"))
+
+        with self.hooks([("hook_logits", closed)] if self.special else []):
+            yield

@@ -40,6 +40,10 @@ class Looping(Protocol):
         """The layers after the loop."""
         ...
 
+    def exit_gate(self, state: Tensor) -> Tensor | None:
+        """Its own chance to stop here, if it has a gate."""
+        ...
+
     def unembedding(self, x: Tensor, *, rows: Tensor | None = None) -> Tensor:
         """Logits of states, or of `rows` of them."""
         ...
@@ -94,6 +98,7 @@ class _Run:
         self.running, self.x = torch.arange(batch, device=device), state
         self.previous: Tensor | None = None
         self.before: Tensor | None = None
+        self.staying: Tensor | None = None
         self.streak = torch.zeros(shape, dtype=torch.long, device=device)
         through_coda = isinstance(rule, LensRule) and rule.lens == "coda"
         self.final, self.after_coda = state, state if through_coda else None
@@ -115,6 +120,9 @@ class _Run:
         if on_loop is not None or type(self.rule) is not FixedLoops:
             check_state(self.x, context.real, f"H({loop})")
         reader = _Reader(model, self.x, context)
+        gate = model.exit_gate(self.x)
+        if gate is not None:
+            self.staying = 1 - gate if self.staying is None else self.staying * (1 - gate)
         view = LoopView(
             loop,
             self.x,
@@ -125,6 +133,7 @@ class _Run:
             context.held,
             self.running,
             reader.read,
+            self.staying,
         )
         if on_loop is not None:
             on_loop(_own(view))
@@ -165,6 +174,7 @@ class _Run:
             stay = ~gone
             assert self.previous is not None
             self.running, self.x, self.previous = self.running[stay], self.x[stay], self.previous[stay]
+            self.staying = None if self.staying is None else self.staying[stay]
             self.context, self.group, self.streak = self.context.rows(stay), self.group[stay], self.streak[stay]
         return bool(len(self.running))
 

@@ -33,7 +33,8 @@ class LoopView:
     is the prelude's output and `earlier` is None at loop 0. `masked`, `real` and `held` (stopped tokens)
     are [batch, pos]; `running` [batch] numbers the sequences within the batch that came in.
     `read(lens, rows)` gives logits [row, d_vocab] at the positions `rows` [batch, pos] by unembedding
-    the state directly or after the coda.
+    the state directly or after the coda. `staying` [batch, pos]: the chance that the model's own gate has let a
+    position go on after every loop so far, this one included; None if it has none.
     """
 
     loop: int
@@ -45,6 +46,7 @@ class LoopView:
     held: Bool[Tensor, "batch pos"] | None = None
     running: Int[Tensor, " batch"] | None = None
     read: Callable[[Lens, Tensor], Tensor] | None = None
+    staying: Float[Tensor, "batch pos"] | None = None
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,23 @@ class SecondDifference(StoppingRule):
             return unknown(view)
         state, previous, earlier = wide(view.state), wide(view.previous), wide(view.earlier)
         return (state - 2 * previous + earlier).norm(dim=-1) / state.norm(dim=-1)
+
+
+@dataclass(frozen=True)
+class ExitGate(StoppingRule):
+    """The model's own gate: how likely it is that it would still go on, prod over loops so far of (1 - p).
+
+    p is the gate's chance to stop after a loop (Ouro's, arXiv 2510.25741): stopping below 1 - q is its exit at
+    quantile q of the exit distribution. What the gate costs is not counted: a product with one vector.
+    """
+
+    threshold: float = 0.5
+
+    def values(self, view: LoopView) -> Tensor:
+        """Per position; UsageError for a model without a gate."""
+        if view.staying is None:
+            raise UsageError("ExitGate needs a model with an exit gate of its own; this one has none")
+        return view.staying
 
 
 @dataclass(frozen=True)
@@ -281,6 +300,7 @@ RULES: dict[str, type[StoppingRule]] = {
     "kl-delta": KLDelta,
     "entropy-delta": EntropyDelta,
     "argmax-stable": ArgmaxStable,
+    "exit-gate": ExitGate,
 }
 
 

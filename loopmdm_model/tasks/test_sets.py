@@ -1,6 +1,8 @@
-"""Test sets of the shipped tasks, test NLL, Sudoku solve rate, and n-gram reference points."""
+"""Test sets of the shipped tasks and of a user's own texts, Sudoku solve rate, and n-gram reference points."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -44,6 +46,10 @@ class TestSet:
         """Which of them share a document or template."""
         return self.sequences.clusters
 
+    def to(self, device: torch.device) -> "TestSet":
+        """The same there."""
+        return replace(self, sequences=self.sequences.to(device))
+
     @property
     def n_maskable(self) -> Int[Tensor, " batch"]:
         """How many positions of each sequence are predicted."""
@@ -78,6 +84,53 @@ def load_test_set(task: str, length: int, tokenizer: Tokenizer | None, split: co
     tokens, owners = evaluation_blocks(tokenizer, documents, length)
     n_bytes = sum(len(tokenizer.decode(row).encode()) for row in tokens.tolist())
     return TestSet(task, Sequences.of(tokens, clusters=owners), n_bytes / tokens.numel())
+
+
+HELD_OUT_EVERY = 4
+"""Of a user's own texts every fourth is there to choose thresholds on, and is not measured on."""
+
+
+class Reader(Protocol):
+    """The model that reads texts: `pad` is the word that fills up, `words` tells tokens of the text from others."""
+
+    cfg: Any
+    tokenizer: Any
+    pad: Any
+    model: Any
+
+    def words(self, tokens: Tensor) -> Tensor | None:
+        """What may be masked [batch, pos], if not everything."""
+        ...
+
+
+def text_set(
+    name: str, texts: Sequence[str], m: Reader, split: corpora.Split = "test", every: int = HELD_OUT_EVERY
+) -> TestSet:
+    """Texts as sequences of their own, cut to n_ctx; every `every`th is validation's, the others are the test's.
+
+    What the tokenizer puts around a text is not predicted. Without a tokenizer a text is ids with spaces between.
+    """
+    held_out = [index % every == every - 1 for index in range(len(texts))]
+    chosen = [text for text, held in zip(texts, held_out, strict=True) if held == (split == "validation")]
+    if not chosen:
+        raise UsageError(f"{name} has {len(texts)} texts, none for {split}; give at least {every}")
+    rows = [_ids(m, text)[: m.cfg.n_ctx] for text in chosen]
+    longest = max(map(len, rows))
+    pad = next((token for token in (m.tokenizer and m.tokenizer.token_to_id(m.pad),) if token is not None), 0)
+    tokens = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+    real = torch.tensor([[at < len(row) for at in range(longest)] for row in rows])
+    padded = None if bool(real.all()) else real
+    sequences = Sequences.of(tokens.to(m.model.device), m.words(tokens), padded)
+    return TestSet(name, sequences)
+
+
+def _ids(m: Reader, text: str) -> list[int]:
+    if m.tokenizer is not None:
+        return m.tokenizer.encode(text).ids
+    try:
+        return [int(word) for word in text.split()]
+    except ValueError:
+        raise UsageError(f"this model has no tokenizer, and {text[:20]!r} is no list of token ids") from None
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from loopmdm.analysis.exhibits.tables import internals, quality, science, training
+from loopmdm.analysis.exhibits.tables import internals, others, quality, science, training
 from loopmdm.analysis.numbers import frames, provenance
 from loopmdm.analysis.numbers.parallel import in_processes, one_thread
 from loopmdm.model.corpora.fetch import cached_archive, serving
@@ -176,6 +176,10 @@ def _contrasts(zoo: Zoo) -> pd.DataFrame:
     return training.contrasts_table(load("nll-by-loops", zoo), load("sudoku-solve-rate", zoo))
 
 
+def _training_free_of_others(zoo: Zoo) -> pd.DataFrame:
+    return others.training_free_table(load("training-free", zoo), zoo)
+
+
 def _one_measure(name: str, models: Select, columns: tuple[str, ...], options: dict[str, Any]) -> Table:
     """The table of a measure of the same name."""
     compute = partial(science.measured, name, models, **options)
@@ -288,6 +292,23 @@ TABLES = {
             ("model", "n_loops", "damping", "change"),
             science.training_free_table,
             {"training-free": {"n_samples": 1}},
+        ),
+        Table(
+            "attention-of-others",
+            others.BESIDE,
+            ("model", "layer", "loop", "query_group", "key_group", "mass", "log_odds", "nominal_mask_ratio"),
+            others.attention_table,
+            {others.POOLED: others.ASKED},
+            reads="specimen",
+        ),
+        Table(
+            "training-free-of-others",
+            others.BESIDE,
+            ("model", "first_layer", "n_layers", "n_loops", "damping", "change", "rise"),
+            _training_free_of_others,
+            {"training-free": {"n_samples": 1, "counts": others.COUNTS}},
+            ("training-free",),
+            reads="specimen",
         ),
         Table(
             "stopping-verdicts",

@@ -9,7 +9,7 @@ under every definition · `attention_survey` several in one forward · `attentio
 from loopmdm.analysis.measures.attention.change import ChangeSums, attention_change
 from loopmdm.analysis.measures.attention.heads import effect_tests, head_growth
 from loopmdm.analysis.measures.attention.maps import attention_across_loops
-from loopmdm.analysis.measures.attention.masses import LOG_ODDS_CAP, AttentionSums, mask_attention
+from loopmdm.analysis.measures.attention.masses import LOG_ODDS_CAP, AttentionSums, mask_attention, no_groups
 from loopmdm.analysis.measures.attention.shape import ShapeSums, attention_shape
 from loopmdm.analysis.measures.attention.sinks import received_attention, sink_attention
 from loopmdm.analysis.measures.attention.specification import specification_curve
@@ -30,6 +30,7 @@ __all__ = [
     "effect_tests",
     "head_growth",
     "mask_attention",
+    "no_groups",
     "received_attention",
     "sink_attention",
     "specification_curve",

@@ -142,5 +142,6 @@ MEASURES = (
         "distance and rank correlation of maps between successive loops",
         plain(attention_change),
         loops=2,
+        groupless=plain(attention_change),
     ),
 )

@@ -36,6 +36,7 @@ from loopmdm.analysis.watch.groups import (
 from loopmdm.analysis.watch.walk import PlaceSums, summed
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.layout import By, check_by
 from loopmdm.model.sequences import MaskedBatch, as_batch
 
 LOG_ODDS_CAP = math.log(1e6)
@@ -57,10 +58,14 @@ class AttentionSums(PlaceSums):
         by_head: bool = True,
         keys: KeyGroups = MASKED_OR_CLEAN,
     ):
-        m.facts.need("masks", "bidirectional", by="attention between masked and clean positions")
+        self.check(m)
         super().__init__(m, n_loops, by_head)
         self.keys, self.needs_values = keys, content
         self._gram: dict[int, Tensor] = {}
+
+    def check(self, m: HookedLoopMDM) -> None:
+        """UsageError for a model in which there are no such groups."""
+        m.facts.need("masks", "bidirectional", by="attention between masked and clean positions")
 
     def vectors(self, seen: Seen) -> Tensor:
         """[sequence, head, query group, mass | chance | content of each key group]."""
@@ -95,6 +100,8 @@ class AttentionSums(PlaceSums):
         columns |= {"content": table.mean("content"), "content_se": table.error("content")}
         columns |= {"log_odds_capped": capped, "mass_with_self_se": with_self_se}
         columns |= {"lift_se": table.lift_error(lift), "lift_with_self": lift_with_self}
+        if self.by != "holds":  # a query's own key may be of the other group
+            columns |= {name: np.full_like(mass, np.nan) for name in columns if "with_self" in name}
         missing, whole = ~(chance > 0), ("log_odds", "log_odds_se", "log_odds_capped")
         columns = {k: v if k in whole else np.where(missing, np.nan, v) for k, v in columns.items()}
         return columns | {"n": np.where(missing, 0, moments.n[..., None])}
@@ -181,6 +188,7 @@ def mask_attention(
     by_head: bool = True,
     clusters: np.ndarray | None = None,
     batch_size: int = 32,
+    by: By = "holds",
 ) -> pd.DataFrame:
     """Masses, chance, lift, log-odds and content by application, head, query and key group.
 
@@ -191,15 +199,45 @@ def mask_attention(
     the query group and stands on each of its rows, and is NaN where a mass vanishes: log_odds_capped is then
     +-LOG_ODDS_CAP, to which it is also clipped. Empty groups are NaN with n = 0. Without `by_head` heads are
     averaged first and `head` is missing. Queries and keys of group "masked" are positions that hold [MASK];
-    padding is left out.
+    padding is left out. In a shifted model `by="predicts"` groups queries by the token that they predict, the
+    next one; what is counted with self is then NaN, and a column `by` says so.
     """
+    check_by(m.facts, by, "mask_attention")
     sums = AttentionSums(m, n_loops, content, by_head)
+    sums.by = by
     return summed(sums, as_batch("mask_attention", b, clusters), batch_size)
+
+
+class NoGroups(AttentionSums):
+    """The same rows for a model in which masked and clean positions are no groups: every number NaN, n = 0."""
+
+    def check(self, m: HookedLoopMDM) -> None:
+        """Any model will do."""
+
+    def vectors(self, seen: Seen) -> Tensor:
+        """Nothing counts."""
+        shape = *seen.own.shape[:2], len(QUERY_GROUPS), 2 * len(self.keys.all_names)
+        return torch.full(shape, torch.nan)
+
+
+def no_groups(m: HookedLoopMDM, b: MaskedBatch, n_loops: int | None = None, by_head: bool = True) -> pd.DataFrame:
+    """As `mask_attention` of a causal model, or one without [MASK], in a table beside others."""
+    return summed(NoGroups(m, n_loops, content=False, by_head=by_head), b.rows(slice(1)), 1)
 
 
 MEASURES = (
     Measure(
-        "mask-attention", "masses, chance, lift, log-odds, content by loop, layer, head", plain(mask_attention)
+        "mask-attention",
+        "masses, chance, lift, log-odds, content by loop, layer, head",
+        plain(mask_attention),
+        groupless=plain(no_groups),
+        both_ways=True,
     ),
-    Measure("mask-attention-pooled", "the same, heads averaged", plain(mask_attention, by_head=False)),
+    Measure(
+        "mask-attention-pooled",
+        "the same, heads averaged",
+        plain(mask_attention, by_head=False),
+        groupless=plain(no_groups, by_head=False),
+        both_ways=True,
+    ),
 )

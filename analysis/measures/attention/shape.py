@@ -22,6 +22,7 @@ from loopmdm.analysis.numbers.moments import Moments
 from loopmdm.analysis.watch.groups import QUERY_GROUPS, Seen
 from loopmdm.analysis.watch.walk import PlaceSums, summed
 from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.layout import By, check_by
 from loopmdm.model.sequences import MaskedBatch, as_batch
 
 METRICS = ("entropy", "distance", "concentration")
@@ -83,14 +84,26 @@ def attention_shape(
     by_head: bool = True,
     clusters: np.ndarray | None = None,
     batch_size: int = 32,
+    by: By = "holds",
 ) -> pd.DataFrame:
     """Entropy (nats), distance (positions) and concentration (share) by application, head and query group.
 
     Columns: n_loops segment loop layer depth head query_group mask_ratio entropy entropy_se distance distance_se
     concentration concentration_se entropy_uniform distance_uniform n; the last two are what uniform rows give.
+    `by="predicts"`: as in `mask_attention`.
     """
+    check_by(m.facts, by, "attention_shape")
     sums = ShapeSums(m, n_loops, by_head)
+    sums.by = by
     return summed(sums, as_batch("attention_shape", b, clusters), batch_size)
 
 
-MEASURES = (Measure("attention-shape", "row entropy, distance, concentration", plain(attention_shape)),)
+MEASURES = (
+    Measure(
+        "attention-shape",
+        "row entropy, distance, concentration",
+        plain(attention_shape),
+        groupless=plain(attention_shape),
+        both_ways=True,
+    ),
+)

@@ -30,7 +30,7 @@ from loopmdm.model.diffusion.likelihood import NelboResult, Read, estimate, esti
 from loopmdm.model.errors import UsageError, check_count, unknown_name
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.masking import mask_tokens
-from loopmdm.model.network.model import LoopMDM
+from loopmdm.model.protocol import Core, core_of
 from loopmdm.model.sequences import MaskedBatch, Sequences
 
 Damping = Literal["none", "1/n_loops"]
@@ -41,7 +41,7 @@ COLUMNS = ["first_layer", "n_layers", "damping", "n_loops", "nelbo", "change", "
 
 @torch.no_grad()
 def training_free(
-    m: HookedLoopMDM | LoopMDM,
+    m: HookedLoopMDM | Core,
     tokens: Int[Tensor, "batch pos"] | Sequences,
     maskable: Tensor | None = None,
     n_loops: Sequence[int] = (1, 2, 4, 8),
@@ -64,12 +64,11 @@ def training_free(
     `rise` is it less that of the first loop. Their errors are between n_groups (ten) groups of sequences, of whole
     `clusters`, each measured by itself; NaN for fewer than two. n counts the sequences of `change`.
     """
-    plain = m.model if isinstance(m, HookedLoopMDM) else m
+    plain = core_of(m)
+    plain.facts.need("masks", "bidirectional", by="training-free looping")
     tokenizer = m.tokenizer if isinstance(m, HookedLoopMDM) else None
     if plain.cfg.max_loops > 1:
-        raise UsageError(
-            f"this model was trained with loops (S_max = {plain.cfg.max_loops}); give a non-looped one"
-        )
+        raise UsageError(f"this model loops by itself (S_max = {plain.cfg.max_loops}); give a non-looped one")
     counts = sorted({1, *(check_count("n_loops", count) for count in n_loops)})
     for damping in dampings:
         if damping not in get_args(Damping):
@@ -158,9 +157,16 @@ def _row(results: list[NelboResult], odds: np.ndarray, index: int, clusters: np.
     return (often.mean, *map(float, (change, change_se, level, level_se, rise, rise_se)), int(n_groups), int(n))
 
 
-def on_tests(case: Case, blocks: tuple[tuple[int, int], ...] | None = None, n_samples: int = 2) -> pd.DataFrame:
-    """Looping the middle of a non-looped stack: `blocks` as `training_free` takes them, or every one."""
-    return training_free(case.m, case.sequences, blocks=blocks, n_samples=n_samples, seed=case.seed)
+def on_tests(
+    case: Case,
+    blocks: tuple[tuple[int, int], ...] | None = None,
+    n_samples: int = 2,
+    counts: tuple[int, ...] = (1, 2, 4, 8),
+) -> pd.DataFrame:
+    """Looping the middle of a non-looped stack at `counts`: `blocks` as in `training_free`, or every one."""
+    return training_free(
+        case.m, case.sequences, n_loops=counts, blocks=blocks, n_samples=n_samples, seed=case.seed
+    )
 
 
 MEASURES = (Measure("training-free", "a stack looped without training for it", on_tests, "test set"),)

@@ -75,6 +75,11 @@ def distinct_pairs(tokens: Int[Tensor, "n pos"]) -> float:
 
 MEASURES = (
     Measure(
-        "generative", "perplexity of samples under a judge, by denoising steps", generative, "loops", samples=True
+        "generative",
+        "perplexity of samples under a judge, by denoising steps",
+        generative,
+        "loops",
+        others=False,
+        samples=True,
     ),
 )

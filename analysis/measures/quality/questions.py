@@ -129,6 +129,8 @@ def _answer(case: Case, tokens: torch.Tensor, clue: torch.Tensor) -> str:
 
 
 MEASURES = (
-    Measure("multiple-choice", "accuracy of the likeliest answer on benchmarks", multiple_choice, "loops"),
-    Measure("word-problems", "share of word problems answered right", word_problems, "loops"),
+    Measure(
+        "multiple-choice", "accuracy of the likeliest answer on benchmarks", multiple_choice, "loops", others=False
+    ),
+    Measure("word-problems", "share of word problems answered right", word_problems, "loops", others=False),
 )

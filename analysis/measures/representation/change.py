@@ -27,6 +27,7 @@ from loopmdm.analysis.measures.representation.lenses import LENSES, kl, read, re
 from loopmdm.analysis.watch.states import TOKEN_GROUPS, check_loops, group_mean, row_mean, token_groups, walk
 from loopmdm.model import stats
 from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.layout import By, check_by
 from loopmdm.model.sequences import MaskedBatch, as_batch
 from loopmdm.model.stopping.rules import relative_change
 
@@ -59,11 +60,10 @@ def _last_readouts(m: HookedLoopMDM, b: MaskedBatch, n_loops: int, masked: Tenso
     raise AssertionError("a trajectory ends with its last loop")
 
 
-def _batch_metrics(m: HookedLoopMDM, b: MaskedBatch, n_loops: int) -> Rows:
+def _batch_metrics(m: HookedLoopMDM, b: MaskedBatch, n_loops: int, by: By) -> Rows:
     """Per-sequence means [batch] by (loop, token group, metric, lens); NaN where a group is empty."""
-    groups = token_groups(m, b)
-    masked, rows = groups["masked"], {}
-    clean, last = b.clean[masked], _last_readouts(m, b, n_loops, groups["masked"])
+    groups, masked, rows = token_groups(m, b, by), token_groups(m, b)["masked"], {}
+    clean, last = b.clean[masked], _last_readouts(m, b, n_loops, masked)
     before = previous = None
     reads: dict[str, Tensor] = {}
     for loop, state, context in walk(m, b, n_loops):
@@ -88,26 +88,34 @@ def representation_change(
     n_loops: int | None = None,
     clusters: np.ndarray | None = None,
     batch_size: int = 32,
+    by: By = "holds",
 ) -> pd.DataFrame:
     """Columns: n_loops loop token_group mask_ratio metric lens value standard_error n.
 
     `n_loops` may lie far beyond S_max: three states and four read-outs of one batch are held, whatever it is.
     Read-out metrics exist for masked positions only; `lens` is "coda", "direct" (metric "direct_..") or "" for
     metrics of the state. Errors are over sequences, or over `clusters` [batch] of them. A group without members
-    is NaN with n = 0.
+    is NaN with n = 0. In a shifted model `by="predicts"` groups states by the token that they predict; read-outs
+    are those of masked tokens either way.
     """
+    check_by(m.facts, by, "representation_change")
     b, n_loops = as_batch("representation_change", b, clusters), check_loops(m, n_loops)
-    parts = [_batch_metrics(m, part, n_loops) for _, part in b.batches(batch_size)]
+    parts = [_batch_metrics(m, part, n_loops, by) for _, part in b.batches(batch_size)]
     rows = []
     for loop, group, metric, lens in parts[0]:
         values = torch.cat([part[loop, group, metric, lens] for part in parts]).double().cpu().numpy()
         mean, error, n = stats.mean_and_error(values, b.clusters)
         rows.append((n_loops, loop, group, b.mask_ratio, metric, lens, float(mean), float(error), int(n)))
-    return pd.DataFrame(rows, columns=COLUMNS)
+    frame = pd.DataFrame(rows, columns=COLUMNS)
+    return frame if by == "holds" else frame.assign(by=by)
 
 
 MEASURES = (
     Measure(
-        "representation-change", "change of the state, read-outs by both lenses", plain(representation_change)
+        "representation-change",
+        "change of the state, read-outs by both lenses",
+        plain(representation_change),
+        groupless=plain(representation_change),
+        both_ways=True,
     ),
 )

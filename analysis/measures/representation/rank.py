@@ -95,4 +95,11 @@ def effective_rank(
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-MEASURES = (Measure("effective-rank", "effective rank of the states by loop", plain(effective_rank)),)
+MEASURES = (
+    Measure(
+        "effective-rank",
+        "effective rank of the states by loop",
+        plain(effective_rank),
+        groupless=plain(effective_rank),
+    ),
+)

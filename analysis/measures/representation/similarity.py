@@ -145,4 +145,8 @@ def loop_similarity(
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-MEASURES = (Measure("similarity", "debiased linear CKA between loops", plain(loop_similarity)),)
+MEASURES = (
+    Measure(
+        "similarity", "debiased linear CKA between loops", plain(loop_similarity), groupless=plain(loop_similarity)
+    ),
+)

@@ -16,6 +16,7 @@ from loopmdm.analysis.measures.stopping.steps import loops_against_steps
 from loopmdm.analysis.measures.stopping.usage import loop_usage
 from loopmdm.analysis.measures.stopping.verdicts import calibration, noninferiority, usefulness
 from loopmdm.model.flops import forward_flops
+from loopmdm.model.sequences import MaskedBatch
 from loopmdm.model.stopping.rules import StateDelta, StoppingRule
 from loopmdm.model.tasks.puzzles import puzzles
 from loopmdm.model.tasks.sudoku import BOARDS
@@ -35,6 +36,14 @@ def records(case: Case, rules: list | None = None) -> tuple[LoopRecord, LoopReco
 def frontier(case: Case, n_thresholds: int = 20) -> pd.DataFrame:
     """All rules by replay, the fitted schedule, the oracle and fixed S."""
     return frontiers.frontier(*records(case), n_thresholds)
+
+
+def causal_frontier(case: Case, _: MaskedBatch) -> pd.DataFrame:
+    """The same of a causal model, on its next tokens; there are no mask ratios to tell apart."""
+    if not case.m.facts.causal:
+        case.m.facts.need("masks", by="stopping-frontier")
+    frame = frontier(case)
+    return frame[frame["mask_ratio"].isna()].reset_index(drop=True)
 
 
 def verdicts(case: Case, n_thresholds: int = 20) -> pd.DataFrame:
@@ -141,6 +150,7 @@ MEASURES = (
         frontier,
         "test set",
         loops=2,
+        groupless=causal_frontier,
         goes_by=_rules,
     ),
     Measure(

@@ -5,7 +5,7 @@ replayed exactly from one record within one forward. Scope "token" and sampling 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 from loopmdm.model import flops
 from loopmdm.model.diffusion.likelihood import Read, draws, row_sums
 from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.layout import Facts, asked
 from loopmdm.model.network.config import LoopMDMConfig
 from loopmdm.model.protocol import LoopedModel, core_of
 from loopmdm.model.sequences import MaskedBatch, Sequences, as_batch
@@ -24,6 +25,7 @@ from loopmdm.model.stopping.rules import (
     RULES,
     ArgmaxStable,
     EntropyDelta,
+    ExitGate,
     FixedLoops,
     KLDelta,
     LensRule,
@@ -47,6 +49,16 @@ def default_rules(max_loops: int) -> list[StoppingRule]:
     return [*state, *coda, *direct]
 
 
+def rules_for(m: LoopedModel, max_loops: int) -> list[StoppingRule]:
+    """The default rules as they fit a model: at all positions where none is masked, its own gate if it has one."""
+    rules = default_rules(max_loops)
+    if not m.facts.grouped:
+        rules = [replace(rule, positions="all") for rule in rules]
+    if m.facts.gated:
+        rules.append(ExitGate(max_loops=max_loops, positions="masked" if m.facts.grouped else "all"))
+    return rules
+
+
 def rule_name(rule: StoppingRule) -> str:
     """Its name on the command line, with what differs from the usual: "kl-delta direct", "state-delta token"."""
     known = RULES | {"fixed": FixedLoops, "noise-schedule": NoiseSchedule}
@@ -59,10 +71,11 @@ def rule_name(rule: StoppingRule) -> str:
 class LoopRecord:
     """What happened after every loop: row r is one sequence under one mask.
 
-    `losses` and `correct` [loop, row]: mean cross-entropy (nats) and share right over the row's masked positions;
-    `criteria` by rule name, each [loop, row]; `n_masked` [row]; `mask_ratio` [row], the share of maskable
-    positions that are masked, and `noise` [row], the share of real ones, which is what `NoiseSchedule` looks at
-    (they differ where a prompt is condition); `clusters` [row].
+    `losses` and `correct` [loop, row]: mean cross-entropy (nats) and share right over the row's masked positions,
+    or of a causal model's next tokens, where mask ratio and noise are 0; `criteria` by rule, each [loop, row];
+    `n_masked` [row]; `mask_ratio` [row], the share of maskable positions that are masked, and `noise` [row], the
+    share of real ones, which is what `NoiseSchedule` looks at (they differ where a prompt is condition);
+    `clusters` [row].
     """
 
     losses: Float[Tensor, "loop row"]
@@ -124,19 +137,19 @@ def as_data(
     """Sequences that `m` can read, or the MaskedBatch that `data` is."""
     if isinstance(data, MaskedBatch):
         return as_batch("a record", data, clusters)
-    return Sequences.of(data, maskable, clusters=clusters).clean_for(m)
+    sequences = Sequences.of(data, maskable, clusters=clusters)
+    return sequences if m.facts.causal else sequences.clean_for(m)
 
 
-def named_rules(rules: Sequence[StoppingRule] | None, most: int) -> dict[str, StoppingRule]:
-    """Rules (default: all) by name; UsageError for those that a record of `most` loops cannot replay."""
-    asked = default_rules(most) if rules is None else list(rules)
-    named = {rule_name(rule): rule for rule in asked}
+def named_rules(rules: Sequence[StoppingRule], most: int) -> dict[str, StoppingRule]:
+    """Rules by name; UsageError for those that a record of `most` loops cannot replay."""
+    named = {rule_name(rule): rule for rule in rules}
     for name, rule in named.items():
         if rule.scope == "token":
             raise UsageError(f'{name}: scope "token" changes the trajectory; run it with m.run(stop=...)')
         if rule.max_loops > most:
             raise UsageError(f"{name} may run {rule.max_loops} loops, the record has {most}; raise max_loops")
-    if len(named) < len(asked):
+    if len(named) < len(rules):
         raise UsageError("two rules have one name; give each kind once, thresholds are swept")
     return named
 
@@ -145,20 +158,22 @@ def named_rules(rules: Sequence[StoppingRule] | None, most: int) -> dict[str, St
 def record(m: LoopedModel, data: Data, rules: Sequence[StoppingRule] | None, read: Read) -> LoopRecord:
     """`record_loops` of what `as_data` gives, to `read.n_loops` loops."""
     most = check_count("max_loops", m.cfg.max_loops if read.n_loops is None else read.n_loops)
-    named, batches = named_rules(rules, most), masked_draws(m, data, read)
+    named = named_rules(rules_for(m, most) if rules is None else rules, most)
+    batches = masked_draws(m, data, read)
     losses, correct, counts, ratios, noise = [], [], [], [], []
     criteria: dict[str, list[Tensor]] = {name: [] for name in named}
     for batch in batches:
         for _, part in batch.batches(read.batch_size):
-            seen, nobody = _Recorder(named, part, _reader(m, part)), torch.zeros_like(part.masked)
+            seen, nobody = _Recorder(named, part, _reader(m, part), m.facts), torch.zeros_like(part.masked)
             m.run(part.tokens, most, attention_mask=part.attention_mask, rows=nobody, on_loop=seen)
             losses.append(torch.stack(seen.losses).cpu())
             correct.append(torch.stack(seen.correct).cpu())
             for name in named:
                 criteria[name].append(torch.stack(seen.criteria[name]).cpu())
             counts.append(part.masked.sum(-1).cpu())
-            ratios.append(counts[-1].double() / part.sequences.lengths.cpu())
-            noise.append(counts[-1].double() / part.real.sum(-1).cpu())
+            hidden = counts[-1].double() * (not m.facts.causal)
+            ratios.append(hidden / part.sequences.lengths.cpu())
+            noise.append(hidden / part.real.sum(-1).cpu())
     joined = {name: torch.cat(values, dim=1) for name, values in criteria.items()}
     return LoopRecord(
         torch.cat(losses, 1), torch.cat(correct, 1), joined, named, torch.cat(counts), torch.cat(ratios),
@@ -167,7 +182,12 @@ def record(m: LoopedModel, data: Data, rules: Sequence[StoppingRule] | None, rea
 
 
 def masked_draws(m: LoopedModel, data: Data, read: Read) -> list[MaskedBatch]:
-    """`data` masked as in the NELBO, a batch a draw, or as it is; every sequence has something to predict."""
+    """`data` masked as in the NELBO, a batch a draw, or as it is; every sequence has something to predict.
+
+    Of a causal model: every token that has a next one counts as masked, and that one is what is predicted.
+    """
+    if m.facts.causal:
+        return [_before_next(data)]
     if isinstance(data, MaskedBatch):
         if not bool(data.masked.any(-1).all()):
             raise UsageError("a sequence has no masked position: nothing to read; leave it out")
@@ -175,6 +195,15 @@ def masked_draws(m: LoopedModel, data: Data, read: Read) -> list[MaskedBatch]:
     if not bool(data.allowed.any(-1).all()):
         raise UsageError("a sequence has nothing maskable; leave it out")
     return [batch for batch, _ in draws(m, data, read)]
+
+
+def _before_next(data: Data) -> MaskedBatch:
+    s = data.sequences if isinstance(data, MaskedBatch) else data
+    real = torch.ones_like(s.allowed) if s.real is None else s.real
+    _, next_real = asked(real, real, "predicts")
+    if not bool(next_real.any(-1).all()):
+        raise UsageError("a sequence has one token only: nothing to predict; leave it out")
+    return MaskedBatch(s.tokens, s.tokens, next_real, None, s.real, s.clusters)
 
 
 def _reader(m: LoopedModel, part: MaskedBatch) -> Callable[[Tensor], Tensor]:
@@ -187,8 +216,12 @@ def _reader(m: LoopedModel, part: MaskedBatch) -> Callable[[Tensor], Tensor]:
 class _Recorder:
     """Called after every loop; a read-out's probabilities are computed once for all who look at them."""
 
-    def __init__(self, rules: dict[str, StoppingRule], part: MaskedBatch, read: Callable[[Tensor], Tensor]):
+    def __init__(
+        self, rules: dict[str, StoppingRule], part: MaskedBatch, read: Callable[[Tensor], Tensor], facts: Facts
+    ):
         self.rules, self.part, self.read = rules, part, read
+        clean = part.clean.roll(-1, 1) if facts.causal else part.clean
+        self.truth = clean[part.masked]
         self.losses: list[Tensor] = []
         self.correct: list[Tensor] = []
         self.criteria: dict[str, list[Tensor]] = {name: [] for name in rules}
@@ -197,7 +230,7 @@ class _Recorder:
 
     def __call__(self, view: LoopView) -> None:
         assert view.read is not None
-        masked, truth = self.part.masked, self.part.clean[self.part.masked]
+        masked, truth = self.part.masked, self.truth
         last, self.answers = self.answers, {}
         lenses = {"coda"} | {rule.lens for rule in self.rules.values() if isinstance(rule, LensRule)}
         for lens in sorted(lenses):

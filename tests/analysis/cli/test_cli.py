@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from loopmdm.analysis.cli.data import data_fetch
+from loopmdm.model.adapters.specimens import SPECIMENS
 from loopmdm.model.corpora import fetch
 from loopmdm.model.network.checkpoints import list_models
 from tests.loopmdm_model.adapters import natives
@@ -49,7 +50,8 @@ def test_tables_into_a_pipe_are_tsv():
     out, _ = run("models")
     lines = [line.split("\t") for line in out.splitlines()]
     assert len({len(line) for line in lines}) == 1 and lines[0][0] == "model"
-    assert [line[0] for line in lines[1:]] == list_models()
+    assert [line[0] for line in lines[1:]] == [*list_models(), *SPECIMENS]
+    assert {line[-1] for line in lines[1:]} == {"MIT"} and lines[-1][-2].startswith("antiberty==0.1.3")
     assert {"sotu-base", "sotu-loop", "sudoku-base", "sudoku-loop"} <= set(list_models())
 
 
@@ -88,7 +90,7 @@ def test_evaluate_prints_the_nelbo_that_the_record_holds():
     row = dict(zip(*(line.split("\t") for line in out.splitlines()), strict=True))
     models, _ = run("models")
     shipped = {line.split("\t")[0]: line.split("\t") for line in models.splitlines()}
-    assert float(row["nelbo"]) == pytest.approx(float(shipped["sudoku-loop"][-2]), abs=1e-4)
+    assert float(row["nelbo"]) == pytest.approx(float(shipped["sudoku-loop"][6]), abs=1e-4)
 
 
 def test_samples_are_rows_of_a_table_or_a_file(tmp_path):

@@ -1,0 +1,123 @@
+"""The commands on other people's models: folders, the hub, specimens; and one line for what is wrong."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from loopmdm.analysis import mask_attention
+from loopmdm.analysis.cli import app
+from loopmdm.analysis.numbers import frames
+from loopmdm.model import UsageError, mask_tokens, open_model
+from loopmdm.model.adapters.specimens import SPECIMENS
+from tests.loopmdm_model.adapters import natives
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*extrapolation")
+SET = ["--set", "mask_token_id=103"]
+ROWS = [[40 + (7 * row + 3 * at) % 60 for at in range(9)] for row in range(8)]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    natives.native("Bert").save_pretrained(root / "bert")
+    natives.native("Llama").save_pretrained(root / "llama")
+    (root / "own.txt").write_text("\n".join(" ".join(map(str, row)) for row in ROWS))
+    return root
+
+
+def run(*arguments) -> list[dict[str, str]]:
+    """The records that a command prints."""
+    outcome = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if outcome.exception is not None:
+        raise outcome.exception
+    head, *rows = [line.split("\t") for line in outcome.stdout.splitlines()]
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def test_measure_prints_and_keeps_what_the_function_gives(places, tmp_path):
+    out = tmp_path / "kept.parquet"
+    how = [*SET, "--set", "loop=[1, 2]", "--set", "max_loops=2", "--dtype", "float64"]
+    where = ["--text", places / "own.txt", "--mask-ratios", "0.5", "--out", out]
+    rows = run("measure", "mask-attention", places / "bert", *how, *where)
+    m = open_model(places / "bert", dtype=torch.float64, mask_token_id=103, loop=(1, 2), max_loops=2)
+    test = torch.tensor([row for index, row in enumerate(ROWS) if index % 4 != 3])
+    expected = mask_attention(m, mask_tokens(test, 103, mask_ratio=0.5), 2)
+    assert [row["mass"] for row in rows] == ["nan" if pd.isna(v) else f"{v:.6g}" for v in expected["mass"]]
+    pd.testing.assert_series_equal(pd.read_parquet(out)["mass"], expected["mass"], rtol=1e-12)
+    assert "trained with 15% of tokens masked" in frames.read_table(out, ()).attrs["remarks"][0]
+
+
+def test_evaluate_sample_and_report(places, tmp_path):
+    (row,) = run("evaluate", places / "bert", *SET, "--text", places / "own.txt", "--n-samples", 1)
+    assert float(row["nelbo"]) > 0 and row["n"] == "6"
+    (sampled,) = run("sample", places / "bert", *SET, "--length", 6, "--steps", 3, "--clues", "0:50")
+    ids = [int(word) for word in sampled["text"].split()]
+    assert len(ids) == 6 and ids[0] == 50 and 103 not in ids
+    out = tmp_path / "page.html"
+    run("report", places / "bert", *SET, "--text", places / "own.txt", "--out", out)
+    page = out.read_text()
+    assert page.count('"tokens":') == 3 and "Attention explorer: bert" in page
+
+
+def test_training_free_at_its_blocks_and_counts(places):
+    rows = run("training-free", places / "bert", *SET, "--text", places / "own.txt", "--blocks", "1:1,1:2",
+               "--n-loops", "1,2", "--n-samples", 1)  # fmt: skip
+    found = [(row["first_layer"], row["n_layers"], row["damping"], row["n_loops"]) for row in rows]
+    assert found == [("1", n, d, s) for n in "12" for d in ("none", "1/n_loops") for s in "12"]
+    assert all(row["change"] == "0" for row in rows if row["n_loops"] == "1")
+
+
+def test_specimens_are_listed_with_source_and_licence():
+    listed = {row["model"]: row for row in run("models")}
+    assert listed["sapiens-heavy"]["source"].startswith("sapiens==1.0.5")
+    assert {listed[name]["licence"] for name in SPECIMENS} == {"MIT"}
+    assert listed["sotu-loop"]["source"] == "this package"
+
+
+BERT, LLAMA, OWN = "{places}/bert", "{places}/llama", "{places}/own.txt"
+WRONG = {
+    "no test set": (["measure", "mask-attention", BERT, *SET], UsageError, "give --text FILE, a sequence a line"),
+    "no mask": (
+        ["measure", "mask-attention", BERT, "--text", OWN],
+        UsageError,
+        "give mask_token_id=",
+    ),
+    "mask outside": (["measure", "mask-attention", BERT, "--set", "mask_token_id=999"], UsageError, "0..119"),
+    "causal sampling": (["sample", LLAMA], UsageError, r"sample needs a model with a \[MASK\]"),
+    "causal likelihood": (
+        ["evaluate", LLAMA, "--text", OWN],
+        UsageError,
+        "nll needs a model",
+    ),
+    "causal looping": (["training-free", LLAMA, "--text", OWN], UsageError, "needs a model with a"),
+    "no device": (["sample", BERT, "--device", "moon"], UsageError, "no device 'moon' here"),
+    "no dtype": (["report", BERT, "--dtype", "float3"], UsageError, 'as "bfloat16"'),
+    "bad set": (["sample", BERT, "--set", "mask_token_id"], UsageError, "KEY=VALUE such as mask_token"),
+    "unknown key": (["sample", BERT, "--set", "maks_token_id=3"], UsageError, "did you mean mask_token_id"),
+    "ours with a key": (
+        ["sample", "sotu-loop", "--set", "loop=[1, 2]"],
+        UsageError,
+        "takes device and dtype",
+    ),
+    "a near name": (["measure", "settled", "sapiens-hevy"], UsageError, "did you mean sapiens-heavy"),
+    "not fetched": (["measure", "settled", "antiberty"], UsageError, "run `loopmdm data fetch antiberty`"),
+    "blocks": (["training-free", BERT, "--blocks", "1"], UsageError, "--blocks takes integers such as 1:2"),
+    "no hub": (["measure", "settled", "hf:nobody/nothing"], OSError, "check the name and the network"),
+    "own code": (["sample", "{places}/own-code"], UsageError, "read it, then pass trust_remote_code=True"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_one_line(places, case, monkeypatch, tmp_path):
+    monkeypatch.setenv("LOOPMDM_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (places / "own-code").mkdir(exist_ok=True)
+    config = {"model_type": "llada", "architectures": ["LLaDAModelLM"], "auto_map": {"AutoModel": "m.LLaDA"}}
+    (places / "own-code/config.json").write_text(json.dumps(config))
+    words, kind, said = WRONG[case]
+    with pytest.raises(kind, match=said) as error:
+        run(*[word.format(places=places) for word in words])
+    assert "\n" not in str(error.value).strip()

@@ -1,0 +1,198 @@
+"""Pretrained models out of package archives: how they are read, and what their authors print of them."""
+
+import io
+import json
+import os
+import pickle
+import zipfile
+from argparse import Namespace
+
+import pytest
+import torch
+import transformers
+
+from loopmdm.model import UsageError, mask_tokens, nelbo, open_model, sample
+from loopmdm.model.adapters import specimens
+from loopmdm.model.adapters.specimens import ENCODER, PARTS, SPECIMENS
+from loopmdm.model.corpora import antibodies
+from tests.loopmdm_model.adapters import natives
+
+RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
+SIZES = natives.SIZES | {"vocab_size": 25, "num_hidden_layers": 2, "num_attention_heads": 2}
+README = (
+    "**QLV*SGVEVKKPGASVKVSCKASGYTFTNYYMYWVRQAPGQGLEWMGGINPSNGGTNFNEKFKNRVTLTTDSSTTTAYMELKSLQFDDTAVYYC"
+    "ARRDYRFDMGFDYWGQGTTVTVSS"
+)
+SCORES = [
+    [0.003272, 0.004147, 0.004011, 0.004590],
+    [0.012038, 0.003854, 0.006803, 0.008174],
+    [0.003384, 0.003895, 0.003726, 0.004068],
+    [0.004612, 0.005325, 0.004443, 0.004641],
+    [0.005519, 0.003664, 0.003555, 0.005269],
+]
+"""What sapiens' own page prints for A, C, D, E at the first five positions of that chain."""
+
+
+def fairseq(native: transformers.RobertaForMaskedLM, told: Namespace) -> bytes:
+    """A model's weights as fairseq stores them."""
+    names = {ours: theirs for theirs, ours in PARTS.items()}
+    stored = {}
+    for name, tensor in native.state_dict().items():
+        part, _, kind = name.rpartition(".")
+        if part.startswith("roberta.encoder.layer."):
+            number, part = part.removeprefix("roberta.encoder.layer.").split(".", 1)
+            stored[f"{ENCODER}layers.{number}.{names[part]}.{kind}"] = tensor
+        elif part in names:
+            head = part.startswith("lm_head")
+            stored[f"{'decoder.' if head else ENCODER}{names[part]}.{kind}"] = tensor
+    out = io.BytesIO()
+    torch.save({"args": told, "model": stored}, out)
+    return out.getvalue()
+
+
+def zipped(path, files: dict[str, bytes]):
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in files.items():
+            file.writestr(name, content)
+    return path
+
+
+@pytest.fixture
+def sapiens(tmp_path, monkeypatch):
+    """A tiny random model stored as sapiens is."""
+    native = natives.native("Roberta", **SIZES, pad_token_id=1, type_vocab_size=1, layer_norm_eps=1e-5)
+    with torch.no_grad():
+        native.roberta.embeddings.token_type_embeddings.weight.zero_()
+    told = Namespace(
+        encoder_embed_dim=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_embed_dim=48,
+        max_positions=38,
+    )  # fmt: skip
+    folder = "sapiens/models/v1/"
+    files = {folder + "checkpoint_vh.pt": fairseq(native, told), folder + "dict.txt": "\n".join(
+        f"{letter} 1" for letter in RESIDUES).encode()}  # fmt: skip
+    path = zipped(tmp_path / "archive.whl", files)
+    monkeypatch.setattr(specimens, "cached_archive", lambda item: path)
+    return native
+
+
+def test_fairseqs_weights_are_the_same_model_under_other_names(sapiens):
+    m = open_model("sapiens-heavy")
+    tokens = torch.randint(4, 24, (2, 12), generator=torch.Generator().manual_seed(0))
+    wanted = sapiens(tokens).logits
+    wanted[..., 24] = float("-inf")
+    assert torch.equal(m(tokens), wanted)
+    assert (m.model_name, m.pad, m.cfg.mask_token_id, m.cfg.n_ctx) == ("sapiens-heavy", "<pad>", 24, 38)
+    assert m.record["source"] == "sapiens==1.0.5" and m.record["licence"] == "MIT"
+    assert len(m.record["revision"]) == 64 and m.facts.trained_to == 0.15
+
+
+def test_a_bert_beside_its_config(tmp_path, monkeypatch):
+    native = natives.native("Bert", **SIZES)
+    out, words = io.BytesIO(), ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *RESIDUES]
+    torch.save(native.state_dict() | {"cls.species.weight": torch.zeros(6, 32)}, out)
+    above = "antiberty/trained_models/"
+    folder = above + "AntiBERTy_md_smooth/"
+    config = native.config.to_dict() | {"architectures": ["AntiBERTy"]}
+    files = {folder + "pytorch_model.bin": out.getvalue(), folder + "config.json": json.dumps(config).encode()}
+    path = zipped(tmp_path / "archive.whl", files | {above + "vocab.txt": "\n".join(words).encode()})
+    monkeypatch.setattr(specimens, "cached_archive", lambda item: path)
+    m = open_model("antiberty", dtype=torch.float64)
+    assert m.model.dtype == torch.float64 and m.cfg.mask_token_id == 4
+    tokens = m.to_tokens(["QV_L", "A_"])
+    assert tokens.tolist() == [[2, 18, 22, 4, 14, 3], [2, 5, 4, 3, 0, 0]]
+    wanted = native.double()(tokens, attention_mask=(tokens != 0).long()).logits
+    wanted[..., 4] = float("-inf")
+    torch.testing.assert_close(m(tokens), wanted, rtol=0.0, atol=1e-12)
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def test_code_in_the_weights_is_refused(tmp_path, monkeypatch):
+    folder, out = "sapiens/models/v1/", io.BytesIO()
+    torch.save(Payload(), out)
+    files = {folder + "checkpoint_vh.pt": out.getvalue(), folder + "dict.txt": b"A 1"}
+    path = zipped(tmp_path / "evil.whl", files)
+    monkeypatch.setattr(specimens, "cached_archive", lambda item: path)
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        open_model("sapiens-heavy")
+
+
+def test_what_is_not_fetched_says_how(monkeypatch, tmp_path):
+    monkeypatch.setenv("LOOPMDM_CACHE", str(tmp_path))
+    with pytest.raises(UsageError, match=r"^antiberty is not here yet; run `loopmdm data fetch antiberty`$"):
+        open_model("antiberty")
+    assert not SPECIMENS["antiberty"].fetched
+
+
+# --- texts that begin and end with tokens of their own ---
+
+
+def test_special_tokens_are_neither_hidden_nor_scored_nor_drawn(sapiens):
+    m = open_model("sapiens-heavy")
+    assert m.special == {0, 1, 2, 3}
+    tokens = m.to_tokens(["QVQLVQSG", "QVQ"])
+    b = m.mask(["QVQLVQSG", "QVQ"], 1.0)
+    assert torch.equal(b.masked, tokens > 3) and m.to_string(b.tokens[1]).startswith("<s><mask><mask><mask></s>")
+    found = nelbo(m, tokens, n_samples=2)
+    assert found.lengths.tolist() == [8, 3]
+    inner = nelbo(m, tokens, n_samples=2, maskable=tokens > 3, attention_mask=tokens != 1)
+    assert torch.equal(found.per_sequence, inner.per_sequence)
+    with m.words_only():
+        drawn = sample(m, clues=m.blank(30, 4), steps=5, seed=1).tokens
+    assert drawn.shape == (4, 32) and bool((drawn[:, 1:-1] > 3).all()) and bool((drawn[:, 1:-1] < 24).all())
+    assert drawn[:, 0].tolist() == [0] * 4 and drawn[:, -1].tolist() == [2] * 4
+    assert not bool((sample(m, clues=m.blank(30, 4), steps=5, seed=1).tokens == drawn).all())
+    assert m.blank().tokens.shape == (1, m.cfg.n_ctx)
+
+
+def test_gaps_in_a_text_are_filled(sapiens):
+    m = open_model("sapiens-heavy")
+    b = m.gaps("QV*L", 2)
+    assert b.tokens.tolist() == [[0, 17, 21, 24, 13, 2]] * 2 and b.masked.sum() == 2
+    with pytest.raises(UsageError, match=r"'QVQL' has no \[MASK\] to fill"):
+        m.gaps("QVQL")
+
+
+# --- the real ones ---
+
+
+def real(name: str):
+    if not SPECIMENS[name].fetched:
+        pytest.skip(f"`loopmdm data fetch {SPECIMENS[name].archive}` was not run on this machine")
+    return open_model(name)
+
+
+def test_sapiens_gives_the_scores_that_its_authors_print():
+    m = real("sapiens-heavy")
+    tokens = m.to_tokens(README)
+    others = 1 - m.model.native_logits(tokens).softmax(-1)[..., 24:]  # theirs count [MASK] as a token
+    scores = (m(tokens).softmax(-1) * others)[0, 1:6, 4:8]
+    assert [[round(float(value), 6) for value in row] for row in scores] == SCORES
+    best = torch.where(tokens == 24, m(tokens)[..., 4:24].argmax(-1) + 4, tokens)
+    assert m.tokenizer.decode(best[0].tolist()) == README.replace("**QLV*SG", "QVQLVQSG")
+
+
+@pytest.mark.parametrize("name", SPECIMENS)
+def test_each_specimen_knows_chains_of_its_kind(name):
+    """Against 20 residues drawn evenly: ln 20 nats; at few masks, as in training."""
+    m = real(name)
+    tokens = m.to_tokens(antibodies.chains(SPECIMENS[name].corpus)[:4])
+    b = mask_tokens(tokens, m.cfg.mask_token_id, mask_ratio=0.15, maskable=m.words(tokens))
+    truth = b.clean[b.masked]
+    nats = -m(b.tokens)[b.masked].log_softmax(-1)[torch.arange(len(truth)), truth]
+    assert float(nats.mean()) < 2.0 < torch.tensor(20.0).log()
+
+
+def test_the_chains_are_what_antiberty_samples():
+    m = real("antiberty")
+    assert specimens.sampled(m, "antibody-light", 3, 1) == [antibodies.chains("antibody-light")[3]]
+
+
+def test_chains_are_residues_of_their_length():
+    for task, length in antibodies.LENGTHS.items():
+        found = antibodies.chains(task)
+        assert len(set(found)) == len(found) >= 16
+        assert {len(chain) for chain in found} == {length} and set("".join(found)) <= set(RESIDUES)
