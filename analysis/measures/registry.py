@@ -80,12 +80,12 @@ class Measure(Edition):
 
     def check(self, case: Case) -> None:
         """UsageError where the task has no such answer, the model lacks a fact, or too few loops are read."""
+        case.m.facts.need(*self.needs, by=self.name)
         if not self.others and not case.ours:
             raise UsageError(
                 f"{self.name} is asked of shipped models and run folders only; of other models, and on --text: "
                 "nll and noise-level"
             )
-        case.m.facts.need(*self.needs, by=self.name)
         if not self.answers(case.test.task):
             wanted = ", ".join(ANSWERED[self.on])
             raise UsageError(f"{self.name} needs a model of {wanted}; this one is of {case.test.task}")

@@ -91,7 +91,7 @@ HELD_OUT_EVERY = 4
 
 
 class Reader(Protocol):
-    """The model that reads texts: `pad` is the word that fills up, `words` tells tokens of the text from others."""
+    """The model that reads texts: `pad` is the word that fills up, `words` tells a text's own tokens."""
 
     cfg: Any
     tokenizer: Any
