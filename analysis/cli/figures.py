@@ -18,14 +18,16 @@ def table(
 ) -> None:
     """Measure a table again from the shipped models and print it."""
     from loopmdm.analysis.exhibits import tables
+    from loopmdm.analysis.exhibits.measuring import all_tables
+    from loopmdm.analysis.exhibits.measuring import table as find
 
     if name == "list":
         show(
             ["table", "models", "measures", "columns"],
-            [(t.name, t.models, ",".join(t.measures), ",".join(t.columns)) for t in tables.TABLES.values()],
+            [(t.name, t.models, ",".join(t.measures), ",".join(t.columns)) for t in all_tables().values()],
         )
         return
-    item = tables.table(name)
+    item = find(name)
     check_folder(out or tables.tables_folder())
     status = err.status(f"measuring {name}") if err.is_terminal else nullcontext()
     with interruptible("the old table is intact"), status:
@@ -49,7 +51,7 @@ def figures(
 
     mpl.use("Agg")
     from loopmdm.analysis import exhibits as registry
-    from loopmdm.analysis.exhibits import tables
+    from loopmdm.analysis.exhibits.measuring import measure_all
 
     if source not in ("tables", "checkpoints"):
         raise UsageError(f"--from takes tables or checkpoints, got {source!r}")
@@ -63,7 +65,7 @@ def figures(
     with interruptible("pictures that were finished are whole, the others as they were"), progress_bar() as bar:
         if source == "checkpoints":
             needed = dict.fromkeys(name for figure in chosen for name in figure.tables)
-            for _ in bar.track(tables.measure_all(needed), total=len(needed), description="tables"):
+            for _ in bar.track(measure_all(needed), total=len(needed), description="tables"):
                 pass
         drawn = registry.draw_all([figure.name for figure in chosen], out)
         for _ in bar.track(drawn, total=len(chosen), description="figures"):

@@ -15,6 +15,7 @@ from PIL import Image
 
 from loopmdm.analysis.exhibits import EXHIBITS, Exhibit, by_theme, tables
 from loopmdm.analysis.exhibits import verdicts as claims
+from loopmdm.analysis.exhibits.measuring import table
 from loopmdm.analysis.exhibits.registry import asked_of
 from loopmdm.analysis.numbers import provenance
 from loopmdm.analysis.plots.claims import said
@@ -53,8 +54,8 @@ def changed(names: Iterable[str], out: Path, gallery: Path) -> list[str]:
 
 def outdated(names: Iterable[str]) -> list[str]:
     """Tables of these figures that are of other weights or measures than those here."""
-    used = dict.fromkeys(table for name in names for table in EXHIBITS[name].tables)
-    return [tables.outdated(name) for name in used if not tables.is_current(name)]
+    used = dict.fromkeys(used for name in names for used in EXHIBITS[name].tables)
+    return [tables.outdated(name) for name in used if not tables.is_current(table(name))]
 
 
 def _differences(name: str, fresh: Path, out: Path) -> list[str]:

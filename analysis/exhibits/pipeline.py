@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from loopmdm.analysis.exhibits import EXHIBITS, tables
+from loopmdm.analysis.exhibits.measuring import all_tables
 from loopmdm.analysis.exhibits.tables import Table, quality
 from loopmdm.model.corpora.fetch import cache_folder, serving, sources
 from loopmdm.model.errors import UsageError
@@ -70,8 +71,9 @@ def plan(zoo: Zoo | None = None) -> Items:
     for run in zoo:
         _add_run(items, run)
         _add_model(items, run, zoo)
-    for name in TopologicalSorter({table.name: table.tables for table in tables.TABLES.values()}).static_order():
-        _add_table(items, tables.table(name), zoo)
+    known = all_tables()
+    for name in TopologicalSorter({name: table.tables for name, table in known.items()}).static_order():
+        _add_table(items, known[name], zoo)
     for figure in EXHIBITS.values():
         needs = tuple(f"table/{name}" for name in figure.tables)
         drawn = _drawn(figure.name, figure.tables, tables.tables_folder())

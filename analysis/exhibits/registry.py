@@ -46,13 +46,18 @@ class Reading:
 
 @dataclass(frozen=True)
 class Exhibit:
-    """One figure: the `tables` it is drawn from, its `builder`, a caption with its claim, `answers` to claims."""
+    """One figure: the `tables` it is drawn from, its `builder`, a caption with its claim, `answers` to claims.
+
+    Tables that exhibits share have their names in `tables.TABLES`; those that it brings along itself stand in
+    `own`, too.
+    """
 
     name: str
     tables: tuple[str, ...]
     builder: Callable[[Tables], MatplotlibFigure]
     caption: str
     answers: tuple[Reading, ...] = ()
+    own: tuple[tables.Table, ...] = ()
 
     @property
     def theme(self) -> str:
@@ -78,7 +83,8 @@ class Exhibit:
 
     def load(self) -> Tables:
         """Its tables, by name."""
-        found = {name: tables.load(name) for name in self.tables}
+        own = {item.name: item for item in self.own}
+        found = {name: tables.load(own.get(name, name)) for name in self.tables}
         empty = next((name for name, frame in found.items() if frame.empty), None)
         if empty is not None:
             raise UsageError(f"table {empty} has no rows; run `loopmdm table {empty}`")

@@ -65,6 +65,8 @@ bert = plugin_of_a_test:family
 """
 ASKED = """
 import warnings
+from pathlib import Path
+import torch
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     {first}
@@ -94,7 +96,7 @@ def package(tmp_path):
 def test_another_package_joins_whatever_is_imported_first(package, first):
     environment = os.environ | {"PYTHONPATH": f"{package}{os.pathsep}{ROOT}"}
     done = subprocess.run(
-        [sys.executable, "-c", ASKED.format(first=first)],
+        [sys.executable, "-c", ASKED.format(first=first, folder=package)],
         env=environment,
         capture_output=True,
         text=True,

@@ -6,7 +6,7 @@ a query over a `Zoo` that is handed in, by default what is shipped now.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,9 @@ import pandas as pd
 
 from loopmdm.analysis.exhibits.tables import internals, others, quality, science, training
 from loopmdm.analysis.numbers import frames, provenance
-from loopmdm.analysis.numbers.parallel import in_processes, one_thread
-from loopmdm.model.corpora.fetch import cached_archive, serving
+from loopmdm.analysis.numbers.parallel import one_thread
 from loopmdm.model.errors import UsageError, unknown_name
 from loopmdm.model.network.checkpoints import list_runs
-from loopmdm.model.training.allocator import keep_freed_memory
 from loopmdm.model.zoo.runs import Select, Zoo, figures_folder, select
 
 
@@ -105,62 +103,26 @@ def table(name: str) -> Table:
     return TABLES[name]
 
 
-def load(name: str, zoo: Zoo | None = None) -> pd.DataFrame:
-    """The committed table, measured from the shipped models if it is missing."""
-    item, folder = table(name), tables_folder()
-    if not (folder / f"{name}.parquet").exists():
+def load(given: str | Table, zoo: Zoo | None = None) -> pd.DataFrame:
+    """The committed table, by name or itself, measured from the shipped models if it is missing."""
+    item, folder = table(given) if isinstance(given, str) else given, tables_folder()
+    if not (folder / f"{item.name}.parquet").exists():
         return item.measure(folder, zoo)
     frame = item.read(folder)
     if not item.fits(frame.attrs, Zoo.shipped() if zoo is None else zoo):
-        warnings.warn(outdated(name), stacklevel=2)
+        warnings.warn(outdated(item.name), stacklevel=2)
     return frame
 
 
-def is_current(name: str, zoo: Zoo | None = None) -> bool:
+def is_current(given: str | Table, zoo: Zoo | None = None) -> bool:
     """Whether a stored table is of the weights that are shipped, and of the measures as they are."""
-    item = table(name)
+    item = table(given) if isinstance(given, str) else given
     return item.fits(item.read(tables_folder()).attrs, Zoo.shipped() if zoo is None else zoo)
 
 
 def outdated(name: str) -> str:
     """What to say of a stored table that is not current."""
     return f"table {name} is of other weights or measures than those here; run `loopmdm table {name}`"
-
-
-def measure_all(names: Iterable[str], workers: int = 0) -> Iterator[str]:
-    """Measure tables in processes of one thread each (default: one a core); yields names as they are done.
-
-    A table that reads others waits for them. UsageError, before anything is measured, where archives are missing.
-    """
-    names = list(names)
-    _need_archives(names)
-    after = {name: set(table(name).tables) for name in names}
-    return in_processes(_measure, after, tables_folder(), workers, _prepare)
-
-
-def _need_archives(names: list[str]) -> None:
-    wanted = {name: table(name).reads for name in names if table(name).reads}
-    missing = {
-        name: reads
-        for name, reads in wanted.items()
-        if any(cached_archive(item) is None for item in serving(reads))
-    }
-    if missing:
-        raise UsageError(
-            f"what the tables {', '.join(missing)} read is not here yet; "
-            f"run `loopmdm data fetch {' '.join(dict.fromkeys(missing.values()))}`"
-        )
-
-
-def _prepare() -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    keep_freed_memory()
-
-
-def _measure(name: str, folder: Path) -> None:
-    table(name).measure(folder)
 
 
 EVERY = select()

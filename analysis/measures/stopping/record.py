@@ -22,11 +22,9 @@ from loopmdm.model.protocol import LoopedModel, core_of
 from loopmdm.model.sequences import MaskedBatch, Sequences, as_batch
 from loopmdm.model.stopping.halting import spread_change
 from loopmdm.model.stopping.rules import (
-    RULES,
     ArgmaxStable,
     EntropyDelta,
     ExitGate,
-    FixedLoops,
     KLDelta,
     LensRule,
     LoopView,
@@ -61,8 +59,7 @@ def rules_for(m: LoopedModel, max_loops: int) -> list[StoppingRule]:
 
 def rule_name(rule: StoppingRule) -> str:
     """Its name on the command line, with what differs from the usual: "kl-delta direct", "state-delta token"."""
-    known = RULES | {"fixed": FixedLoops, "noise-schedule": NoiseSchedule}
-    name = next((name for name, kind in known.items() if type(rule) is kind), type(rule).__name__)
+    name = vars(type(rule)).get("name") or type(rule).__name__  # its own: a rule made from another is another
     name += " direct" if isinstance(rule, LensRule) and rule.lens == "direct" else ""
     return f"{name} token" if rule.scope == "token" else name
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy import stats as distributions
 
-from loopmdm.analysis.exhibits import tables
+from loopmdm.analysis.exhibits import measuring, tables
 from loopmdm.analysis.exhibits.tables import quality, training
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.quality.decomposition import nelbo_decomposition
@@ -105,7 +105,7 @@ def test_contrasts_recover_planted_differences():
 def test_tables_measured_in_parallel_are_the_committed_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "tables_folder", lambda: tmp_path)
     names = ["references", "learning-curves"]
-    assert sorted(tables.measure_all(names, workers=2)) == sorted(names)
+    assert sorted(measuring.measure_all(names, workers=2)) == sorted(names)
     for name in names:
         committed = tables.figures_folder() / "tables" / f"{name}.parquet"
         pd.testing.assert_frame_equal(tables.load(name), frames.read_table(committed))
@@ -115,7 +115,7 @@ def test_a_failing_table_ends_the_others_and_leaves_nothing_half_written(tmp_pat
     monkeypatch.setattr(tables, "tables_folder", lambda: tmp_path / "file")
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="file"):
-        list(tables.measure_all(["references"], workers=1))
+        list(measuring.measure_all(["references"], workers=1))
     deadline = time.monotonic() + 10  # the pool's own thread strikes off the list whom it saw end
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -126,7 +126,7 @@ def test_missing_archives_are_named_before_anything_is_measured(tmp_path, monkey
     monkeypatch.setenv("LOOPMDM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tables, "tables_folder", lambda: tmp_path / "tables")
     with pytest.raises(UsageError, match=r"zero-shot, generative .* `loopmdm data fetch zero-shot judge`"):
-        list(tables.measure_all(["learning-curves", "zero-shot", "generative"], workers=1))
+        list(measuring.measure_all(["learning-curves", "zero-shot", "generative"], workers=1))
     assert not (tmp_path / "tables").exists()
 
 

@@ -1,0 +1,66 @@
+"""All tables, those of the study and those that exhibits bring along, and measuring several at once."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from loopmdm.analysis.exhibits import tables
+from loopmdm.analysis.exhibits.registry import EXHIBITS
+from loopmdm.analysis.exhibits.tables import Table
+from loopmdm.analysis.numbers.parallel import in_processes
+from loopmdm.model.corpora.fetch import cached_archive, serving
+from loopmdm.model.errors import UsageError, unknown_name
+from loopmdm.model.training.allocator import keep_freed_memory
+
+
+def all_tables() -> dict[str, Table]:
+    """By name; UsageError if an exhibit's own has a name that is taken."""
+    found = dict(tables.TABLES)
+    for exhibit in EXHIBITS.values():
+        for item in exhibit.own:
+            if found.setdefault(item.name, item) is not item:
+                raise UsageError(f"the table {item.name!r} of {exhibit.name} has a name that is taken; rename it")
+    return found
+
+
+def table(name: str) -> Table:
+    """One of them; UnknownNameError with near matches."""
+    found = all_tables()
+    if name not in found:
+        raise unknown_name("table", name, found)
+    return found[name]
+
+
+def measure_all(names: Iterable[str], workers: int = 0) -> Iterator[str]:
+    """Measure tables in processes of one thread each (default: one a core); yields names as they are done.
+
+    A table that reads others waits for them. UsageError, before anything is measured, where archives are missing.
+    """
+    names = list(names)
+    _need_archives(names)
+    after = {name: set(table(name).tables) for name in names}
+    return in_processes(_measure, after, tables.tables_folder(), workers, _prepare)
+
+
+def _need_archives(names: list[str]) -> None:
+    wanted = {name: table(name).reads for name in names if table(name).reads}
+    missing = {
+        name: reads
+        for name, reads in wanted.items()
+        if any(cached_archive(item) is None for item in serving(reads))
+    }
+    if missing:
+        raise UsageError(
+            f"what the tables {', '.join(missing)} read is not here yet; "
+            f"run `loopmdm data fetch {' '.join(dict.fromkeys(missing.values()))}`"
+        )
+
+
+def _prepare() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    keep_freed_memory()
+
+
+def _measure(name: str, folder: Path) -> None:
+    table(name).measure(folder)
