@@ -12,7 +12,9 @@ hand_over(__name__)
 
 if TYPE_CHECKING:
     from loopmdm.analysis import exhibits as figures
-    from loopmdm.analysis.measures import measure
+    from loopmdm.analysis.exhibits import tables
+    from loopmdm.analysis.exhibits.verdicts import claims_table
+    from loopmdm.analysis.measures import Case, measure
     from loopmdm.analysis.measures.attention import attention_across_loops, mask_attention
     from loopmdm.analysis.measures.interventions import cut, stale
     from loopmdm.analysis.measures.quality.decomposition import nelbo_decomposition
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
     from loopmdm.analysis.report import explore
 
 __all__ = [
+    "Case",
     "attention_across_loops",
+    "claims_table",
     "cut",
     "explore",
     "figures",
@@ -32,9 +36,12 @@ __all__ = [
     "representation_change",
     "stale",
     "stopping_frontier",
+    "tables",
 ]
 
 _HOMES = {
+    "Case": "loopmdm.analysis.measures",
+    "claims_table": "loopmdm.analysis.exhibits.verdicts",
     "mask_attention": "loopmdm.analysis.measures.attention",
     "attention_across_loops": "loopmdm.analysis.measures.attention.maps",
     "cut": "loopmdm.analysis.measures.interventions",
@@ -47,10 +54,12 @@ _HOMES = {
     "stopping_frontier": "loopmdm.analysis.measures.stopping",
 }
 
+_MODULES = {"figures": "loopmdm.analysis.exhibits", "tables": "loopmdm.analysis.exhibits.tables"}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "figures":
-        return import_module("loopmdm.analysis.exhibits")
+    if name in _MODULES:
+        return import_module(_MODULES[name])
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     return moved(__name__, name)

@@ -158,10 +158,12 @@ class Below(MetaPathFinder):
 
 
 def _found(name: str) -> ModuleSpec | None:
+    """Its spec; None for what is not there, such as a folder that only caches are left of."""
     try:
-        return find_spec(name)
+        spec = find_spec(name)
     except ModuleNotFoundError:
         return None
+    return spec if spec is not None and spec.origin is not None else None
 
 
 def hand_over(folder: str) -> None:

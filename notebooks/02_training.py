@@ -23,9 +23,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from loopmdm.analysis import figures
-from loopmdm.analysis.exhibits import tables
-from loopmdm.analysis.exhibits.verdicts import claims_table
+from loopmdm.analysis import claims_table, figures, tables
 from loopmdm.model import HookedLoopMDM, LoopMDM, nelbo
 from loopmdm.model.flops import flops_per_token
 from loopmdm.model.training.budget import plan

@@ -19,9 +19,7 @@ seed = 0
 import pandas as pd
 import torch
 
-from loopmdm.analysis import figures, nelbo_decomposition
-from loopmdm.analysis.exhibits.verdicts import claims_table
-from loopmdm.analysis.measures.case import Case
+from loopmdm.analysis import Case, claims_table, figures, nelbo_decomposition
 from loopmdm.analysis.measures.stopping import equal_flops_pairs
 from loopmdm.model import nelbo, nelbo_by_loop, stats
 from loopmdm.model.flops import forward_flops

@@ -22,10 +22,8 @@ seed = 0
 import pandas as pd
 import torch
 
-from loopmdm.analysis import attention_across_loops, explore, figures, mask_attention
-from loopmdm.analysis.exhibits.verdicts import claims_table
+from loopmdm.analysis import Case, attention_across_loops, claims_table, explore, figures, mask_attention
 from loopmdm.analysis.measures.attention import head_growth
-from loopmdm.analysis.measures.case import Case
 from loopmdm.model import HookedLoopMDM, LoopMDM
 
 _ = torch.set_grad_enabled(False)

@@ -21,9 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from loopmdm.analysis import figures, read_loops, representation_change
-from loopmdm.analysis.exhibits.verdicts import claims_table
-from loopmdm.analysis.measures.case import Case
+from loopmdm.analysis import Case, claims_table, figures, read_loops, representation_change
 from loopmdm.analysis.measures.representation import convergence, loop_similarity, settled_loops, settled_means
 
 _ = torch.set_grad_enabled(False)

@@ -21,11 +21,8 @@ import time
 import pandas as pd
 import torch
 
-from loopmdm.analysis import figures
-from loopmdm.analysis.exhibits import tables
-from loopmdm.analysis.exhibits.verdicts import claims_table
+from loopmdm.analysis import Case, claims_table, figures, tables
 from loopmdm.analysis.measures import stopping
-from loopmdm.analysis.measures.case import Case
 from loopmdm.model import FixedLoops, StateDelta, sample
 
 _ = torch.set_grad_enabled(False)

@@ -23,10 +23,8 @@ seed = 0
 import pandas as pd
 import torch
 
-from loopmdm.analysis import cut, figures, stale
-from loopmdm.analysis.exhibits.verdicts import claims_table
+from loopmdm.analysis import Case, claims_table, cut, figures, stale
 from loopmdm.analysis.measures import interventions
-from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.interventions import damp, effect_by_loop, freeze, mediated_share, patch, skip
 from loopmdm.analysis.measures.interventions.training_free import training_free
 from loopmdm.model import nelbo

@@ -25,11 +25,8 @@ seed = 0
 import pandas as pd
 import torch
 
-from loopmdm.analysis import figures
-from loopmdm.analysis.exhibits import tables
-from loopmdm.analysis.exhibits.verdicts import claims_table
+from loopmdm.analysis import Case, claims_table, figures, tables
 from loopmdm.analysis.measures import known
-from loopmdm.analysis.measures.case import Case
 from loopmdm.model.tasks.propagation import propagate
 from loopmdm.model.tasks.puzzles import puzzles
 from loopmdm.model.tasks.sudoku import BOARDS

@@ -35,8 +35,9 @@ for order in (*ORDERS, "blocks:6:threshold:0.5"):
 sample(m, 2, steps=6, n_loops=1, suppress=[2], end=[4])
 for name in MEASURES:
     model = {"training-free": "sudoku-base"}.get(name, "sudoku-loop")
-    if MEASURES[name].on != "tree":
-        assert len(measure(name, model, mask_ratios=(0.5,), n=12)), name
+    if MEASURES[name].on not in ("tree", "loops"):
+        given = {"mask_ratios": (0.5,)} if MEASURES[name].on == "masks" else {}
+        assert len(measure(name, model, n=12, **given)), name
 try:
     m.model.blocks[0].attn(torch.zeros(2, 3), (logits, logits), None)
 except Exception as error:

@@ -166,7 +166,9 @@ def test_commands_run_with_the_network_cut(words, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not _can_cut(), reason="no network namespaces here")
 def test_tests_run_with_the_network_cut():
-    files = [f"tests/loopmdm_model/test_{name}.py" for name in ("model", "hooked", "corpora", "masking")]
+    names = ("network/test_model", "hooks/test_hooked", "corpora/test_corpora", "test_masking")
+    files = [f"tests/loopmdm_model/{name}.py" for name in names]
+    assert all((ROOT / file).is_file() for file in files)
     command = [*CUT, sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *files]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert outcome.returncode == 0, outcome.stdout[-2000:]

@@ -32,9 +32,9 @@ def measure(
     name: Annotated[str, typer.Argument(help="measure; `loopmdm measure list` shows all, with their options")],
     model: Annotated[str, typer.Argument(help=MODEL)] = "",
     n_loops: Annotated[
-        str, typer.Option(help="loops to read; loop counts, comma-separated, where it takes several")
-    ] = "",
-    mask_ratios: Annotated[str, typer.Option(help="shares to mask, comma-separated")] = "",
+        str | None, typer.Option(help="loops to read; loop counts, comma-separated, where it takes several")
+    ] = None,
+    mask_ratios: Annotated[str | None, typer.Option(help="shares to mask, comma-separated")] = None,
     n: Annotated[int | None, typer.Option(help="test sequences; puzzles, samples or items")] = None,
     along_sampling: Annotated[
         int | None, typer.Option(help="instead of masks: steps of the model's own samples")
@@ -64,8 +64,8 @@ def measure(
     if not model:
         raise UsageError(f"name a model: loopmdm measure {name} MODEL; `loopmdm models` lists the shipped ones")
     asked: dict[str, Any] = {"n": n, "seed": seed, "along_sampling": along_sampling}
-    asked |= {"n_loops": _counts(n_loops)} if n_loops else {}
-    asked |= {"mask_ratios": [_share(word) for word in mask_ratios.split(",")]} if mask_ratios else {}
+    asked |= {} if n_loops is None else {"n_loops": _counts(n_loops)}
+    asked |= {} if mask_ratios is None else {"mask_ratios": [_share(word) for word in mask_ratios.split(",")]}
     own = MEASURES[name].own
     pairs = [pair for pair in changes or [] if pair.partition("=")[0] in own]
     rest = [pair for pair in changes or [] if pair not in pairs]

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure as MatplotlibFigure
 
 from loopmdm.analysis.exhibits import tables
 from loopmdm.analysis.exhibits.answers import Answer
+from loopmdm.analysis.exhibits.tables import Table
 from loopmdm.analysis.numbers import provenance
 from loopmdm.analysis.plots.style import FORMATS, PAGE, png_bytes, style
 from loopmdm.model.errors import UsageError
@@ -57,7 +58,7 @@ class Exhibit:
     builder: Callable[[Tables], MatplotlibFigure]
     caption: str
     answers: tuple[Reading, ...] = ()
-    own: tuple[tables.Table, ...] = ()
+    own: tuple[Table, ...] = ()
 
     @property
     def theme(self) -> str:

@@ -1,7 +1,7 @@
 """Plots of attention between masked and clean positions, and of maps across loop counts."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -140,6 +140,7 @@ def draw_maps(
     axes[len(loops)].set_title(f"loop {loops[-1] + 1} − loop {loops[0] + 1}")
 
 
+@runtime_checkable
 class Maps(Protocol):
     """Maps of one head: `maps` [shown loop, query, key], `labels` and `masked` [query] in the shown order."""
 

@@ -6,7 +6,7 @@ A cycle gets the core and the context; what it keeps for later loops goes into `
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import RLock
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from loopmdm.model.context import Context
 
 
+@runtime_checkable
 class Around(Protocol):
     """What a cycle needs of the model that it is part of."""
 

@@ -321,6 +321,8 @@ def name_of_class(*classes: str) -> str | None:
 
 def looks_like(config: Mapping[str, Any]) -> str | None:
     """What a config.json of somebody else's says it is, for messages: a family, or its class; None: it is ours."""
+    if not isinstance(config, Mapping):
+        return None  # who reads it as ours says what is wrong with it
     classes = config.get("architectures") or ()
     classes = classes if isinstance(classes, list | tuple) else [classes]
     if not classes and not config.get("model_type"):

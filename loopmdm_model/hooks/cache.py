@@ -2,7 +2,7 @@
 
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ UNROLLED += ("model", "remove_batch_dim", "stack_activation", "stack_head_result
 """What only a cache over virtual layers offers, TransformerLens' ActivationCache."""
 
 
+@runtime_checkable
 class Ran(Protocol):
     """The model that a cache is of."""
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from types import FrameType
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ OPEN: ContextVar[tuple["Scope", ...]] = ContextVar("open scopes", default=())
 RUNNING: ContextVar["Call | None"] = ContextVar("call whose hook runs", default=None)
 
 
+@runtime_checkable
 class PointOwner(Protocol):
     """The model that has the hook points of a layer application, by leaf, below its `prefix`."""
 

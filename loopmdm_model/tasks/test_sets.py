@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -90,6 +90,7 @@ HELD_OUT_EVERY = 4
 """Of a user's own texts every fourth is there to choose thresholds on, and is not measured on."""
 
 
+@runtime_checkable
 class Reader(Protocol):
     """The model that reads texts: `pad` is the word that fills up, `words` tells a text's own tokens."""
 

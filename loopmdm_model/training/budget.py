@@ -8,7 +8,7 @@ import math
 import os
 import time
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from loopmdm.model.randomness import step_generator
 MOST_STEPS = 10**7
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """How S is drawn, by the share of the budget that is spent (`spec.LoopSchedule`)."""
 
@@ -39,6 +40,7 @@ class Schedule(Protocol):
         ...
 
 
+@runtime_checkable
 class Planned(Protocol):
     """What a plan needs of a run's spec (`spec.RunSpec`)."""
 
@@ -65,6 +67,11 @@ class Planned(Protocol):
     @property
     def seed(self) -> int:
         """Of the draws of S."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """What the run is called."""
         ...
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from loopmdm.analysis.cli.training import _changes
+from loopmdm.analysis.cli.shared import values
 from loopmdm.analysis.exhibits import pipeline, tables
 from loopmdm.model.corpora.fetch import sources
 from loopmdm.model.network.checkpoints import ZOO
@@ -230,7 +230,7 @@ def test_a_run_may_differ_from_its_spec():
     command = list(items["run/markov-loop-seed1"].command)
     assert command[:4] == ["train", "figures/specs/markov-loop.toml", "--seed", "1"]
     given = [after for before, after in itertools.pairwise(command) if before == "--set"]
-    assert _changes(given) == dict(changes)
+    assert values(given) == dict(changes)
 
 
 @pytest.mark.parametrize("corpus", ["markov", "files:texts/*.txt"])
@@ -276,5 +276,5 @@ def test_values_of_a_roster_reach_the_command_as_they_are(world):
     finally:
         roster.write_text(before)
     given = [after for word, after in itertools.pairwise(command) if word == "--set"]
-    assert _changes(given) == {"name": "0.5", "data.corpus": corpus}
+    assert values(given) == {"name": "0.5", "data.corpus": corpus}
     assert not list(world.rglob("PWNED"))

@@ -16,6 +16,7 @@ from loopmdm.analysis.measures.quality.questions import choose, fitted, multiple
 from loopmdm.analysis.measures.quality.solving import solve_rate
 from loopmdm.model.diffusion.likelihood import nelbo
 from loopmdm.model.errors import UsageError
+from loopmdm.model.files import read_json, write_json
 from loopmdm.model.network.model import LoopMDM
 from loopmdm.model.tasks.test_sets import load_test_set
 from loopmdm.model.tasks.trees import TREE_TASKS
@@ -204,6 +205,9 @@ def test_a_run_without_weights_still_says_what_was_measured(tmp_path, monkeypatc
     shutil.copytree(checkpoints.ZOO / "sudoku-loop", folder)
     monkeypatch.setattr(checkpoints, "ZOO", tmp_path)
     monkeypatch.setenv("LOOPMDM_CACHE", str(tmp_path / "cache"))
+    record = read_json(folder / checkpoints.RECORD)
+    record["spec"] |= {"name": folder.name, "seed": 3}
+    write_json(folder / checkpoints.RECORD, record)
     before = model_hashes((folder.name,))
     measured = pd.DataFrame({"nll": [0.5]})
     Question(folder.name, "nll", ["asked"], lambda: measured).answer(Store.beside(folder.name))
