@@ -10,6 +10,10 @@ commands. Their public names stand here, too, and are loaded on first use.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from loopmdm.folders import find_beside
+
+find_beside(__file__)
+
 if TYPE_CHECKING:
     from loopmdm.analysis import *  # noqa: F403
     from loopmdm.model import *  # noqa: F403
@@ -31,4 +35,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     names = {name for part in PARTS for name in import_module(f"loopmdm.{part}").__all__}
-    return sorted({*globals(), *PARTS, *names} - {"Any", "TYPE_CHECKING", "import_module", "PARTS"})
+    return sorted({*globals(), *PARTS, *names} - {"Any", "TYPE_CHECKING", "find_beside", "import_module", "PARTS"})

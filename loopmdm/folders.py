@@ -1,5 +1,6 @@
-"""In a checkout the folders' own names, `loopmdm_model` and `analysis`, are the modules of `loopmdm` themselves.
+"""Where the parts of `loopmdm` lie: in a wheel inside it, in a checkout in the folders beside it.
 
+In a checkout the folders' own names, `loopmdm_model` and `analysis`, are the modules of `loopmdm` themselves.
 A script that says `from analysis import cut` gets the very objects of `loopmdm.analysis`: a folder imported under
 its own name hands over to the module of `loopmdm` (`hand_over`), and from then on all that is looked for below
 that name is found there. Files that have moved are found where they are now (`MOVED`). A folder or file of a
@@ -11,7 +12,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import InspectLoader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
+from importlib.util import find_spec, spec_from_file_location
+from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
@@ -134,6 +136,32 @@ class Same(InspectLoader):
         if spec is None:
             raise ImportError(f"no module named {self.name!r}")
         return spec.loader
+
+
+class Beside(MetaPathFinder):
+    """Finds the parts of `loopmdm` in the checkout `root`, whatever else is installed."""
+
+    def __init__(self, root: Path):
+        self.parts = {name: root / folder / "__init__.py" for folder, name in FOLDERS.items()}
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None,  # noqa: ARG002
+        target: ModuleType | None = None,  # noqa: ARG002
+    ) -> ModuleSpec | None:
+        """A spec of the folder's `__init__`, None for all that is no part."""
+        if fullname not in self.parts:
+            return None
+        place = self.parts[fullname]
+        return spec_from_file_location(fullname, place, submodule_search_locations=[str(place.parent)])
+
+
+def find_beside(file: str) -> None:
+    """What `loopmdm` (its `file`) calls when it is imported: a no-op where its parts lie inside it."""
+    root = Path(file).resolve().parents[1]
+    if all((root / folder / "__init__.py").is_file() for folder in FOLDERS):
+        sys.meta_path.insert(0, Beside(root))
 
 
 class Below(MetaPathFinder):

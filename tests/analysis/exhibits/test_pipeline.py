@@ -93,7 +93,8 @@ def by_place(told: str) -> dict[str, dict]:
 def copied(root: Path, models: bool = False) -> Path:
     """The repository without its tables and, unless asked for, its models."""
     ignore = shutil.ignore_patterns("zoo", "tables", "out", "gallery", "__pycache__", "report", "*.jsonl")
-    shutil.copytree(ROOT / "analysis", root / "analysis", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("analysis", "loopmdm"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("loopmdm_model", "figures"):
         shutil.copytree(ROOT / name, root / name, ignore=ignore)
     (root / "loopmdm_model/zoo").mkdir()

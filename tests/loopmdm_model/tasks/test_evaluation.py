@@ -42,5 +42,5 @@ def test_solving_in_small_batches_is_solving_at_once():
     assert len(at_once) == 3 and {value for outcome in at_once for value in outcome.tolist()} == {True, False}
     with pytest.raises(UsageError, match="batch_size"):
         solve_one_shot(model, board, b, 1, batch_size=0)
-    with pytest.raises(UsageError, match="no boards|non-empty"):
+    with pytest.raises(UsageError, match=r"no boards|non-empty"):
         solve_one_shot(model, board, b.rows(slice(0)), 1)
