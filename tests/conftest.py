@@ -1,12 +1,15 @@
 """Toys that all tests share."""
 
+import inspect
 import os
+import re
 
 import pytest
 import torch
 
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.masking import mask_tokens
+from loopmdm.model.network.checkpoints import list_models
 from loopmdm.model.network.config import LoopMDMConfig
 from loopmdm.model.network.model import LoopMDM
 from loopmdm.model.sequences import MaskedBatch
@@ -52,3 +55,16 @@ def batch(clean) -> MaskedBatch:
 def no_gradients():
     with torch.no_grad():
         yield
+
+
+SHIPPED = re.compile(rf"\b({'|'.join(map(re.escape, list_models()))})\b")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as "weights" what names a shipped model: in itself, in a fixture that it uses, or as a parameter."""
+    for item in items:
+        fixtures = [found[-1].func for found in item._fixtureinfo.name2fixturedefs.values()]
+        words = [inspect.getsource(code) for code in (item.function, *fixtures) if inspect.isfunction(code)]
+        words += map(str, item.callspec.params.values()) if hasattr(item, "callspec") else ()
+        if any(SHIPPED.search(text) for text in words):
+            item.add_marker(pytest.mark.weights)
