@@ -286,7 +286,7 @@ def test_the_report_opens_and_every_model_can_be_chosen(visit, monkeypatch):
     from loopmdm.analysis.report import page as report
 
     few = ("sudoku-solve-rate", "mask-to-mask-by-loop")
-    monkeypatch.setattr(report, "FIGURES", {name: report.FIGURES[name] for name in few})
+    monkeypatch.setattr(report, "by_theme", lambda: {"few": [report.EXHIBITS[name] for name in few]})
     page = visit(report.report(), 800)
     assert page.locator("figure img").evaluate_all("all => all.every((i) => i.complete && i.naturalWidth > 300)")
     assert page.evaluate("document.scrollingElement.scrollWidth") <= 800
