@@ -13,7 +13,7 @@ data_app = typer.Typer(
 app.add_typer(data_app, name="data")
 
 
-@data_app.command("list")
+@data_app.command("list", epilog="Example: loopmdm data list")
 def data_list() -> None:
     """List corpora and tasks: size, licence, role, whether they are here."""
     from loopmdm.model.corpora.fetch import cached_archive, sources
@@ -40,7 +40,7 @@ def data_list() -> None:
     show(["name", "size", "licence", "role", "about", "here"], rows)
 
 
-@data_app.command("fetch")
+@data_app.command("fetch", epilog="Example: loopmdm data fetch sotu")
 def data_fetch(
     names: Annotated[
         list[str] | None,

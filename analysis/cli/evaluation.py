@@ -24,7 +24,7 @@ from loopmdm.analysis.cli.shared import (
 )
 
 
-@app.command()
+@app.command(epilog="Example: loopmdm models")
 def models() -> None:
     """List the shipped models, and other people's that can be fetched."""
     from loopmdm.model.adapters.specimens import SPECIMENS
@@ -51,7 +51,7 @@ def models() -> None:
     show([*columns, "source", "licence"], rows)
 
 
-@app.command()
+@app.command(epilog="Example: loopmdm evaluate sudoku-loop --n-loops 1,2,4")
 def evaluate(
     model: Annotated[str, typer.Argument(help=MODEL)],
     measure: Annotated[
@@ -103,7 +103,7 @@ def evaluate(
     show(list(frame.columns), frame.itertuples(index=False))
 
 
-@app.command("lm-eval")
+@app.command("lm-eval", epilog="Example: loopmdm lm-eval --model sotu-loop --tasks my-task.yaml --n-loops 4")
 def lm_eval(
     model: Annotated[str, typer.Option(help="shipped name, run folder or hub id")],
     tasks: Annotated[Path, typer.Option(help="YAML task of the harness, its data files beside it")],

@@ -11,7 +11,7 @@ from loopmdm.analysis.cli.shared import app, check_folder, err, interruptible, p
 from loopmdm.model.errors import UsageError
 
 
-@app.command()
+@app.command(epilog="Example: loopmdm table settled")
 def table(
     name: Annotated[str, typer.Argument(help="table; `loopmdm table list` shows all")],
     out: Annotated[Path | None, typer.Option(help="folder; default figures/tables")] = None,
@@ -35,7 +35,7 @@ def table(
     show(list(frame.columns), frame.itertuples(index=False))
 
 
-@app.command()
+@app.command(epilog="Example: loopmdm figures mask-to-mask-by-loop --out somewhere")
 def figures(
     names: Annotated[list[str] | None, typer.Argument(help="figures; default all")] = None,
     source: Annotated[
@@ -89,7 +89,7 @@ def _check(names: list[str] | None, out: Path) -> None:
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog="Example: loopmdm gallery")
 def gallery() -> None:
     """Write figures/gallery, figures/README.md and the README's blocks anew, in a checkout."""
     import matplotlib as mpl
@@ -101,7 +101,7 @@ def gallery() -> None:
         pages.write_gallery(pages.repository())
 
 
-@app.command()
+@app.command(epilog="Example: loopmdm bench forward")
 def bench(
     names: Annotated[list[str] | None, typer.Argument(help="benchmarks; default all")] = None,
 ) -> None:

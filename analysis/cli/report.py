@@ -21,7 +21,7 @@ from loopmdm.analysis.cli.shared import (
 )
 
 
-@app.command()
+@app.command(epilog="Example: loopmdm report --out report.html")
 def report(
     model: Annotated[str, typer.Argument(help=f"an explorer of one model alone: {MODEL}")] = "",
     out: Annotated[Path | None, typer.Option(help="the file, .html; default report.html")] = None,

@@ -25,7 +25,7 @@ from loopmdm.analysis.cli.shared import (
 from loopmdm.model.errors import UsageError
 
 
-@app.command()
+@app.command(epilog="Example: loopmdm sample markov-loop --steps 8")
 def sample(
     model: Annotated[str, typer.Argument(help=MODEL)],
     n: Annotated[int, typer.Option(help="sequences")] = 1,

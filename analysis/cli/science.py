@@ -27,7 +27,7 @@ from loopmdm.analysis.cli.shared import (
 from loopmdm.model.errors import UsageError, check_count
 
 
-@app.command()
+@app.command(epilog="Example: loopmdm measure mask-attention sudoku-loop --mask-ratios 0.5")
 def measure(
     name: Annotated[str, typer.Argument(help="measure; `loopmdm measure list` shows all, with their options")],
     model: Annotated[str, typer.Argument(help=MODEL)] = "",
@@ -101,7 +101,7 @@ def _share(word: str) -> float:
         raise UsageError(f"--mask-ratios takes shares such as 0.25,0.5; got {word!r:.80}") from None
 
 
-@app.command("training-free")
+@app.command("training-free", epilog="Example: loopmdm training-free sudoku-base --blocks 1:1 --n 32")
 def training_free(
     model: Annotated[str, typer.Argument(help=MODEL)],
     blocks: Annotated[str, typer.Option(help="FIRST:NUMBER of layers to repeat, with commas; default all")] = "",
@@ -144,7 +144,7 @@ def _block(word: str) -> tuple[int, int]:
     return integer(first, "--blocks", "1:2"), integer(size, "--blocks", "1:2")
 
 
-@app.command()
+@app.command(epilog="Example: loopmdm claims")
 def claims(
     seeds: Annotated[str, typer.Option(help="only claims decided over at least so many seeds")] = "",
 ) -> None:

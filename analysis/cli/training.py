@@ -8,7 +8,7 @@ import typer
 from loopmdm.analysis.cli.shared import app, interruptible, progress_bar, show, values
 
 
-@app.command()
+@app.command(epilog="Example: loopmdm train figures/specs/smoke.toml")
 def train(
     spec: Annotated[Path, typer.Argument(help="TOML spec; examples in figures/specs")],
     out: Annotated[Path | None, typer.Option(help="run folder; default runs/NAME")] = None,
@@ -50,7 +50,7 @@ def train(
         print(folder)
 
 
-@app.command()
+@app.command(epilog="Example: loopmdm ship runs/smoke")
 def ship(
     run: Annotated[Path, typer.Argument(help="finished run folder, such as runs/sudoku-loop")],
     record_only: Annotated[bool, typer.Option(help="keep curve and measurements, not the weights")] = False,

@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 
 from loopmdm.analysis.cli.data import data_fetch
+from loopmdm.analysis.cli.shared import app
 from loopmdm.model.adapters.specimens import SPECIMENS
 from loopmdm.model.corpora import fetch
 from loopmdm.model.network.checkpoints import list_models
@@ -64,6 +66,24 @@ def test_every_command_has_help():
         ),
     ):
         assert "Usage" in run(*command)[0]
+
+
+def commands(group, words=("loopmdm",)):
+    """Every command with the words that call it."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*words, name))
+        else:
+            yield (*words, name), command
+
+
+def test_the_help_of_every_command_ends_in_an_example_that_it_takes():
+    found = dict(commands(typer.main.get_command(app)))
+    assert len(found) == 16
+    for words, command in found.items():
+        said, _, example = command.epilog.partition(": ")
+        assert said == "Example" and example.split()[: len(words)] == list(words)
+        command.make_context(words[-1], example.split()[len(words) :])  # refuses what it does not take
 
 
 def test_dry_run_needs_neither_corpus_nor_folder(tmp_path):
