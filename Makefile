@@ -47,6 +47,7 @@ $(VENV)/.made:
 
 $(VENV)/.base: $(PINS) | $(VENV)/.made
 	rm -f $@
+	$(LOCKED) -r locks/build.txt  # before what comes as source only, which pip builds with it
 	$(LOCKED) -r locks/torch-cpu.txt 2>/dev/null || $(LOCKED) -r locks/torch.txt  # the CPU build where pip finds it
 	$(LOCKED) -r locks/base.txt
 	$(HERE)

@@ -2,9 +2,10 @@
 
     pip install uv==0.13.9 && python locks/write.py TORCH_WHEEL
 
-base.txt is what the program needs, pipeline.txt and dev.txt what these extras add. torch.txt is torch from PyPI,
-for Linux with NVIDIA's packages; torch-cpu.txt is the CPU build whose wheel is named, which does without and is
-taken where pip finds it. Files of all platforms are listed, for `pip install --require-hashes --no-deps -r`.
+build.txt is what builds packages that come as source, and this one: it is installed before all others. base.txt is
+what the program needs, pipeline.txt and dev.txt what these extras add. torch.txt is torch from PyPI, for Linux, with
+NVIDIA's packages; torch-cpu.txt is the CPU build whose wheel is named, which does without them and is taken where pip
+finds it. Files of all platforms are listed, for `pip install --require-hashes --no-deps -r`.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ HERE = Path(__file__).parent
 TORCH = ("torch", "triton", "nvidia-", "cuda-")
 COMMAND = "uv pip compile pyproject.toml locks/build.in --universal --python-version 3.11.5 --generate-hashes"
 COMMAND += " --no-header --no-annotate --no-strip-extras -q -c constraints.txt"
+BUILD = ("setuptools", "wheel")
 EXTRAS = {"base": (), "pipeline": ("pipeline",), "dev": ("notebooks", "dev")}
 HEADER = "# Written by locks/write.py from constraints.txt; pip install --require-hashes --no-deps -r\n"
 
@@ -39,12 +41,13 @@ def of_wheel(wheel: Path) -> str:
 
 
 def main(wheel: str) -> None:
-    """Write the five files."""
+    """Write the six files."""
     found = {name: compiled(extras) for name, extras in EXTRAS.items()}
     base = found["base"]
-    parts = {"torch": {name: block for name, block in base.items() if name.startswith(TORCH)}}
+    parts = {"build": {name: base[name] for name in BUILD}}
+    parts["torch"] = {name: block for name, block in base.items() if name.startswith(TORCH)}
     parts["torch-cpu"] = {"torch": of_wheel(Path(wheel))}
-    parts["base"] = {name: block for name, block in base.items() if name not in parts["torch"]}
+    parts["base"] = {name: block for name, block in base.items() if name not in (*parts["torch"], *BUILD)}
     for extra in ("pipeline", "dev"):
         parts[extra] = {name: block for name, block in found[extra].items() if base.get(name) != block}
     for name, blocks in parts.items():

@@ -38,7 +38,6 @@ MOVED = {
     "analysis.figures.adaptive": "loopmdm.analysis.exhibits.stopping",
     "analysis.figures.entry": "loopmdm.analysis.exhibits.registry",
     "analysis.frames": "loopmdm.analysis.numbers.frames",
-    "analysis.harness": "loopmdm.analysis.measures.quality.harness",
     "analysis.interventions": "loopmdm.analysis.measures.interventions",
     "analysis.judge": "loopmdm.analysis.measures.quality.judge",
     "analysis.known": "loopmdm.analysis.measures.known",

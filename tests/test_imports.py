@@ -1,9 +1,12 @@
 """Imports flow one way, and looking at a model's name costs no heavy library."""
 
 import ast
+import json
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +39,7 @@ FLOORS = (
     "analysis.watch",
     "analysis.measures",
     "analysis.exhibits",
-    "analysis.report",
+    "analysis.report analysis.harness",
     "analysis.cli",
 )
 """From the ground up: a file imports what is in its own room, and what lies below; late imports count, too."""
@@ -125,3 +128,48 @@ def test_importing_the_model_is_light():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+HIDDEN = """
+import importlib.machinery, json, pkgutil, sys
+from importlib import import_module
+hidden, kept = (set(json.loads(word)) for word in sys.argv[1:3])
+find = importlib.machinery.PathFinder.find_spec
+def spec(name, path=None, target=None):
+    return None if name.partition(".")[0] in hidden else find(name, path, target)
+importlib.machinery.PathFinder.find_spec = staticmethod(spec)
+import loopmdm.model, loopmdm.analysis
+for package in (loopmdm.model, loopmdm.analysis):
+    for item in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if item.name not in kept:
+            import_module(item.name)
+"""
+"""Imports all modules but some, where packages are not to be found (nor by `find_spec`, as optional ones are)."""
+NEEDS_EXTRAS = ["loopmdm.analysis.harness", "loopmdm.analysis.cli.__main__"]
+"""The first is a class of lm-eval's, the second runs the program."""
+
+
+def locked(name: str) -> set[str]:
+    """Packages of a lock file."""
+    lines = (ROOT / "locks" / f"{name}.txt").read_text().splitlines()
+    return {same(line.partition("==")[0]) for line in lines if line[:1].isalnum()}
+
+
+def same(name: str) -> str:
+    """A package's name as packages are compared."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_the_program_is_imported_without_the_extras():
+    extras = (locked("dev") | locked("pipeline")) - locked("base") - locked("torch") - locked("build")
+    known = packages_distributions()
+    hidden = {module for module, owners in known.items() if {same(owner) for owner in owners} <= extras}
+    assert {"lm_eval", "snakemake", "ortools", "pytest"} <= hidden
+    words = [json.dumps(sorted(hidden)), json.dumps(NEEDS_EXTRAS)]
+    subprocess.run([sys.executable, "-c", HIDDEN, *words], check=True, timeout=300)
+
+
+def test_what_builds_is_installed_before_what_is_built():
+    order = re.findall(r"-r locks/(\S+)\.txt", (ROOT / "Makefile").read_text())
+    assert order[0] == "build"
+    assert locked("build") == {"setuptools", "wheel"}

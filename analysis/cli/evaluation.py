@@ -113,7 +113,7 @@ def lm_eval(
     limit: Annotated[int | None, typer.Option(help="first items only")] = None,
 ) -> None:
     """Run a text model on a local task of the lm-eval harness (extra lm-eval)."""
-    from loopmdm.analysis.measures.quality.harness import run_harness
+    from loopmdm.analysis.harness import run_harness
 
     with interruptible("nothing was written"):
         frame = run_harness(model, tasks, n_loops, n_samples, steps, limit)

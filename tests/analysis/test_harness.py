@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from loopmdm.analysis.harness import HarnessModel, read_task, run_harness
 from loopmdm.analysis.measures.case import Case
-from loopmdm.analysis.measures.quality.harness import HarnessModel, read_task, run_harness
 from loopmdm.analysis.measures.quality.questions import choose
 from loopmdm.model.diffusion.likelihood import continuation_nelbo, corpus_nelbo
 from loopmdm.model.errors import UsageError
