@@ -2,26 +2,23 @@
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from loopmdm.analysis.cli.shared import (
     MODEL,
-    Changes,
-    Device,
-    Dtype,
-    Revision,
-    Text,
-    Trust,
-    access,
     app,
     err,
     integer,
     integers,
     interruptible,
+    opens,
     show,
 )
+
+if TYPE_CHECKING:
+    from loopmdm.analysis.measures.access import Access
 
 
 @app.command(epilog="Example: loopmdm models")
@@ -52,6 +49,7 @@ def models() -> None:
 
 
 @app.command(epilog="Example: loopmdm evaluate sudoku-loop --n-loops 1,2,4")
+@opens()
 def evaluate(
     model: Annotated[str, typer.Argument(help=MODEL)],
     measure: Annotated[
@@ -69,12 +67,8 @@ def evaluate(
     orders: Annotated[str, typer.Option(help="solve-rate: generation orders, comma-separated")] = "",
     steps: Annotated[str, typer.Option(help="generative: denoising steps, such as 8,16,32")] = "",
     tasks: Annotated[str, typer.Option(help="multiple-choice: benchmarks, comma-separated")] = "",
-    text: Text = None,
-    device: Device = "cpu",
-    dtype: Dtype = "",
-    revision: Revision = "",
-    trust_remote_code: Trust = False,
-    changes: Changes = None,
+    *,
+    how: "Access",
 ) -> None:
     """Evaluate a model by number of loops, with standard errors; results are cached by content."""
     from loopmdm.analysis.measures import Access
@@ -92,7 +86,6 @@ def evaluate(
         options["steps"] = integer(steps, "--steps of word-problems", "64")
     options = {key: value for key, value in options.items() if value is not None}
     counts = integers(n_loops, "--n-loops", "1,2,4") if n_loops else None
-    how = access(device, dtype, revision, trust_remote_code, changes, text)
     status = err.status(f"{measure} of {model}") if err.is_terminal else nullcontext()
     with interruptible("nothing was written"), status:
         if how != Access() or not is_ours(model):

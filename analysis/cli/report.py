@@ -1,36 +1,30 @@
 """`loopmdm report`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from loopmdm.analysis.cli.shared import (
     MODEL,
-    Changes,
-    Device,
-    Dtype,
-    Revision,
-    Text,
-    Trust,
-    access,
     app,
     check_out,
     interruptible,
+    opens,
     progress_bar,
 )
 
+if TYPE_CHECKING:
+    from loopmdm.analysis.measures.access import Access
+
 
 @app.command(epilog="Example: loopmdm report --out report.html")
+@opens()
 def report(
     model: Annotated[str, typer.Argument(help=f"an explorer of one model alone: {MODEL}")] = "",
     out: Annotated[Path | None, typer.Option(help="the file, .html; default report.html")] = None,
-    text: Text = None,
-    device: Device = "cpu",
-    dtype: Dtype = "",
-    revision: Revision = "",
-    trust_remote_code: Trust = False,
-    changes: Changes = None,
+    *,
+    how: "Access",
 ) -> None:
     """Write claims, figures and an attention explorer, or one model's explorer, into one file that opens offline.
 
@@ -38,7 +32,6 @@ def report(
     """
     out = out or Path("report.html")
     check_out(out, ".html", ".htm")
-    how = access(device, dtype, revision, trust_remote_code, changes, text)
     import matplotlib as mpl
 
     mpl.use("Agg")

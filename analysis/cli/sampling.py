@@ -1,31 +1,30 @@
 """`loopmdm sample`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from loopmdm.analysis.cli.shared import (
     MODEL,
-    Changes,
-    Device,
-    Dtype,
-    Revision,
-    Trust,
-    access,
     app,
     check_out,
     err,
     integer,
     integers,
     interruptible,
+    opens,
     show,
     tsv,
 )
 from loopmdm.model.errors import UsageError
 
+if TYPE_CHECKING:
+    from loopmdm.analysis.measures.access import Access
+
 
 @app.command(epilog="Example: loopmdm sample markov-loop --steps 8")
+@opens(text=False)
 def sample(
     model: Annotated[str, typer.Argument(help=MODEL)],
     n: Annotated[int, typer.Option(help="sequences")] = 1,
@@ -54,11 +53,8 @@ def sample(
     batch_size: Annotated[int, typer.Option(help="sequences at a time")] = 32,
     partial: Annotated[bool, typer.Option(help="on Ctrl-C give the finished batches")] = False,
     out: Annotated[Path | None, typer.Option(help="TSV file; default standard output")] = None,
-    device: Device = "cpu",
-    dtype: Dtype = "",
-    revision: Revision = "",
-    trust_remote_code: Trust = False,
-    changes: Changes = None,
+    *,
+    how: "Access",
 ) -> None:
     """Sample sequences: text, loops and forwards of each."""
     from loopmdm.model.diffusion.sampling import sample as run
@@ -67,7 +63,7 @@ def sample(
     from loopmdm.model.tasks.sudoku import board_of_model
 
     check_out(out)
-    m = access(device, dtype, revision, trust_remote_code, changes).open(model)
+    m = how.open(model)
     m.facts.need("masks", "bidirectional", by="sample")
     rule = parse_rule(stop, m.cfg.max_loops if n_loops is None else n_loops) if stop else None
     board = board_of_model(m.cfg)

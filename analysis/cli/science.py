@@ -1,33 +1,31 @@
 """`loopmdm measure` and `loopmdm claims`."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from loopmdm.analysis.cli.shared import (
     MODEL,
-    Changes,
-    Device,
-    Dtype,
-    Revision,
-    Text,
-    Trust,
-    access,
     app,
     check_out,
     err,
     integer,
     integers,
     interruptible,
+    opens,
     show,
-    values,
 )
 from loopmdm.model.errors import UsageError, check_count
 
+if TYPE_CHECKING:
+    from loopmdm.analysis.measures.access import Access
+
 
 @app.command(epilog="Example: loopmdm measure mask-attention sudoku-loop --mask-ratios 0.5")
+@opens(changes="the measure's own option, or one of somebody else's model; n_thresholds=10")
 def measure(
     name: Annotated[str, typer.Argument(help="measure; `loopmdm measure list` shows all, with their options")],
     model: Annotated[str, typer.Argument(help=MODEL)] = "",
@@ -41,21 +39,11 @@ def measure(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="of masks and samples")] = None,
     out: Annotated[Path | None, typer.Option(help="also write a parquet file")] = None,
-    text: Text = None,
-    device: Device = "cpu",
-    dtype: Dtype = "",
-    revision: Revision = "",
-    trust_remote_code: Trust = False,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="the measure's own option, or one of somebody else's model; n_thresholds=10"),
-    ] = None,
+    *,
+    how: "Access",
 ) -> None:
     """Run one measure on a model's test set, own texts, or along its own samples, and print the table."""
-    from loopmdm.analysis.measures import MEASURES, fingerprints
-    from loopmdm.analysis.measures import measure as run
-    from loopmdm.analysis.numbers import frames, provenance
-    from loopmdm.model.network.checkpoints import list_runs
+    from loopmdm.analysis.measures import MEASURES
 
     if name == "list":
         rows = [(item.name, item.on, item.options(), item.what) for item in MEASURES.values()]
@@ -67,11 +55,19 @@ def measure(
     asked |= {} if n_loops is None else {"n_loops": _counts(n_loops)}
     asked |= {} if mask_ratios is None else {"mask_ratios": [_share(word) for word in mask_ratios.split(",")]}
     own = MEASURES[name].own
-    pairs = [pair for pair in changes or [] if pair.partition("=")[0] in own]
-    rest = [pair for pair in changes or [] if pair not in pairs]
-    given = {key: value for key, value in asked.items() if value is not None} | values(pairs)
+    asked |= {key: value for key, value in how.changes.items() if key in own}
+    how = replace(how, changes={key: value for key, value in how.changes.items() if key not in own})
+    _measure(name, model, how, {key: value for key, value in asked.items() if value is not None}, out)
+
+
+def _measure(name: str, model: str, how: "Access", given: dict[str, Any], out: Path | None) -> None:
+    """Run a measure as `given` asks, print its table, and write it if `out` is given."""
+    from loopmdm.analysis.measures import MEASURES, fingerprints
+    from loopmdm.analysis.measures import measure as run
+    from loopmdm.analysis.numbers import frames, provenance
+    from loopmdm.model.network.checkpoints import list_runs
+
     check_out(out, ".parquet")
-    how = access(device, dtype, revision, trust_remote_code, rest, text)
     status = err.status(f"{name} of {model}") if err.is_terminal else nullcontext()
     with interruptible("nothing was written"), status:
         frame = run(name, model, access=how, **given)
@@ -102,6 +98,7 @@ def _share(word: str) -> float:
 
 
 @app.command("training-free", epilog="Example: loopmdm training-free sudoku-base --blocks 1:1 --n 32")
+@opens()
 def training_free(
     model: Annotated[str, typer.Argument(help=MODEL)],
     blocks: Annotated[str, typer.Option(help="FIRST:NUMBER of layers to repeat, with commas; default all")] = "",
@@ -110,33 +107,17 @@ def training_free(
     n: Annotated[int, typer.Option(help="test sequences")] = 256,
     seed: Annotated[int, typer.Option(help="of masks")] = 0,
     out: Annotated[Path | None, typer.Option(help="also write a parquet file")] = None,
-    text: Text = None,
-    device: Device = "cpu",
-    dtype: Dtype = "",
-    revision: Revision = "",
-    trust_remote_code: Trust = False,
-    changes: Changes = None,
+    *,
+    how: "Access",
 ) -> None:
     """Loop layers of a model that never looped: its NELBO and its attention to masked keys, naive and damped.
 
     At one loop it is the model as it is. `change` below 0 means that looping helps; a `rise` of the log-odds here
     is what looping gives without any training for it.
     """
-    from loopmdm.analysis.measures import measure as run
-    from loopmdm.analysis.numbers import frames, provenance
-    from loopmdm.model.network.checkpoints import list_runs
-
-    check_out(out, ".parquet")
     counts, places = integers(n_loops, "--n-loops", "1,2,4"), [_block(word) for word in blocks.split(",") if word]
-    how = access(device, dtype, revision, trust_remote_code, changes, text)
-    status = err.status(f"training-free looping of {model}") if err.is_terminal else nullcontext()
-    with interruptible("nothing was written"), status:
-        own = {"blocks": places or None, "n_samples": n_samples, "counts": counts}
-        frame = run("training-free", model, 1, access=how, n=n, seed=seed, **own)
-    if out is not None:
-        known = (model,) if model in list_runs() else ()
-        frames.write_table(frame, out, provenance.of_table("training-free", known))
-    show(list(frame.columns), frame.itertuples(index=False))
+    own = {"blocks": places or None, "n_samples": n_samples, "counts": counts}
+    _measure("training-free", model, how, {"n_loops": 1, "n": n, "seed": seed} | own, out)
 
 
 def _block(word: str) -> tuple[int, int]:

@@ -6,10 +6,12 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,9 +20,6 @@ from rich.table import Table as RichTable
 
 from loopmdm.model.errors import Stopped, UsageError
 from loopmdm.model.files import check_target, toml_value
-
-if TYPE_CHECKING:
-    from loopmdm.analysis.measures.access import Access
 
 app = typer.Typer(
     help="See inside looped masked-diffusion language models.",
@@ -32,17 +31,6 @@ app = typer.Typer(
 err = Console(stderr=True)
 
 MODEL = "shipped name, run folder or hub id; somebody else's: hf:owner/name, a folder, a name of `loopmdm models`"
-Device = Annotated[str, typer.Option(help="where the model runs, such as cuda")]
-Dtype = Annotated[str, typer.Option(help="of the weights, such as bfloat16; default as stored")]
-Revision = Annotated[str, typer.Option(help="of a model of the hub")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="let code run that lies beside the weights")]
-Text = Annotated[
-    Path | None, typer.Option(help="measure on these instead of a test set: UTF-8, a text or sequence a line")
-]
-Changes = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="about somebody else's model, such as mask_token_id=103, bidirectional=true"),
-]
 
 
 class Interrupted(RuntimeError):
@@ -148,10 +136,50 @@ def check_out(out: Path | None, *suffixes: str) -> None:
         raise UsageError(f"--out takes a {suffixes[0]} file, got {out}")
 
 
-def access(
-    device: str, dtype: str, revision: str, trust: bool, changes: list[str] | None, text: Path | None = None
-) -> "Access":
-    """The options of a model as one thing."""
-    from loopmdm.analysis.measures.access import Access
+TEXT = typer.Option(help="measure on these instead of a test set: UTF-8, a text or sequence a line")
+SET = "about somebody else's model, such as mask_token_id=103, bidirectional=true"
 
-    return Access(device, dtype or None, revision or None, trust, text, values(changes or [], "mask_token_id=103"))
+
+def opens(*, text: bool = True, changes: str = SET) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command that opens a model: its parameter `how`, an `Access`, becomes the options of opening one.
+
+    `text`: whether it measures on texts of the user's, too; `changes` is the help of --set.
+    """
+    options: dict[str, tuple[Any, Any]] = {
+        "text": (Annotated[Path | None, TEXT], None),
+        "device": (
+            Annotated[str, typer.Option(help="where the model runs, such as cuda; auto: where it can")],
+            "cpu",
+        ),
+        "dtype": (Annotated[str, typer.Option(help="of the weights, such as bfloat16; default as stored")], ""),
+        "revision": (Annotated[str, typer.Option(help="of a model of the hub")], ""),
+        "trust_remote_code": (
+            Annotated[bool, typer.Option("--trust-remote-code", help="let code run that lies beside the weights")],
+            False,
+        ),
+        "changes": (Annotated[list[str] | None, typer.Option("--set", help=changes)], None),
+    }
+    if not text:
+        del options["text"]
+
+    def with_options(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def run(**given: Any) -> None:
+            from loopmdm.analysis.measures.access import Access
+
+            how = {name: given.pop(name) for name in options}
+            how |= {"dtype": how["dtype"] or None, "revision": how["revision"] or None}
+            how |= {"changes": values(how["changes"] or [], "mask_token_id=103")}
+            command(**given, how=Access(**how))
+
+        own = [item for name, item in signature(command).parameters.items() if name != "how"]
+        more = [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            for name, (kind, default) in options.items()
+        ]
+        own = [item.replace(kind=Parameter.KEYWORD_ONLY) for item in own]
+        run.__signature__ = Signature([*own, *more])  # type: ignore[attr-defined]
+        run.__annotations__ = {item.name: item.annotation for item in [*own, *more]} | {"return": None}
+        return run
+
+    return with_options
