@@ -41,8 +41,8 @@ class Measure(Edition):
 
     `samples`: its errors are over samples that the model draws, not over test sequences. `needs`: facts that a
     model must have (`layout.NEEDS`). `loops`: the fewest that it can compare. `groupless`: how it is run on models
-    without masked positions (case, b), if it says something of them. `both_ways`: `run` takes `by`, what puts a
-    position into a group (`layout.By`). `others`: other people's models, and own texts, can be asked, too.
+    without masked positions (case, b, **own), if it says something of them. `both_ways`: `run` takes `by`, what
+    puts a position into a group (`layout.By`). `others`: other people's models, and own texts, can be asked, too.
     """
 
     name: str
@@ -89,15 +89,18 @@ class Measure(Edition):
         if not self.answers(case.test.task):
             wanted = ", ".join(ANSWERED[self.on])
             raise UsageError(f"{self.name} needs a model of {wanted}; this one is of {case.test.task}")
+        self._check_loops(case)
+
+    def _check_loops(self, case: Case) -> None:
         if case.n_loops < self.loops:
             raise UsageError(f"{self.name} compares loops; give n_loops of at least {self.loops}")
 
     def of(self, case: Case, b: MaskedBatch | None = None) -> pd.DataFrame:
         """Its frame of a case: on `b`, if given, else as its options say; a mean over random first states."""
-        if b is None and self.groupless is not None and not case.m.facts.grouped:
-            return self._groupless(case, self.groupless)
-        self.check(case)
         own = {name: getattr(case.options, name) for name in self.own}
+        if b is None and self.groupless is not None and not case.m.facts.grouped:
+            return self._groupless(case, self.groupless, own)
+        self.check(case)
         if b is not None:
             return over_starts(case.m, lambda: self.run(case, b, **own))
         case.m.facts.warn_beyond(case.most_masked if self.on == "masks" else 1.0, self.name)
@@ -116,15 +119,16 @@ class Measure(Edition):
         ]
         return pd.concat(parts, ignore_index=True)
 
-    def _groupless(self, case: Case, run: Run) -> pd.DataFrame:
+    def _groupless(self, case: Case, run: Run, own: dict[str, Any]) -> pd.DataFrame:
         """Of a model without masked positions: everything is clean, masked rows are NaN with n = 0."""
+        self._check_loops(case)
         lacks = "is causal" if case.m.facts.causal else "has no [MASK]"
         warnings.warn(
             f"{self.name}: this model {lacks}, so masked and clean positions are no groups of it; their rows are "
             "NaN with n = 0, and what is defined is measured on the sequences as they are",
             stacklevel=4,
         )
-        return over_starts(case.m, lambda: run(case, case.unmasked())).assign(nominal_mask_ratio=0.0)
+        return over_starts(case.m, lambda: run(case, case.unmasked(), **own)).assign(nominal_mask_ratio=0.0)
 
 
 def plain(function: Run, **settings: Any) -> Run:

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from loopmdm.model.files import sha256
-from loopmdm.model.network.checkpoints import CONFIG, need, resolve, weights_hash
+from loopmdm.model.network.checkpoints import model_hash, resolve
 from loopmdm.model.training.record import commit, versions
 
 PACKAGES = ("torch", "numpy", "pandas", "transformer-lens")
@@ -11,12 +10,8 @@ DRAWING = ("matplotlib", "seaborn", "pandas", "numpy")
 
 
 def model_hashes(models: tuple[str, ...]) -> dict[str, str]:
-    """sha256 of each model's weights and config, joined."""
-    folders = {name: resolve(name) for name in models}
-    return {
-        name: f"{weights_hash(folder)[:16]}:{sha256(need(folder, CONFIG))[:16]}"
-        for name, folder in folders.items()
-    }
+    """Hash of each model's weights and config."""
+    return {name: model_hash(resolve(name)) for name in models}
 
 
 def of_table(name: str, models: tuple[str, ...], **made_from: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What was measured, kept by what was asked: the weights, the question, and the edition of the measure.
+"""What was measured, kept by what was asked: the model, the question, and the edition of the measure.
 
 Models of which only the record is kept have no weights to measure again: what was measured before they went lies
 beside the record, and is found there first.
@@ -18,7 +18,7 @@ from loopmdm.analysis.numbers import frames
 from loopmdm.analysis.numbers.parallel import one_thread
 from loopmdm.model.corpora.fetch import cache_folder
 from loopmdm.model.errors import UsageError
-from loopmdm.model.network.checkpoints import resolve, weights_hash
+from loopmdm.model.network.checkpoints import model_hash, resolve
 
 EVALUATIONS = "evaluations"
 """The folder of this name in the cache, and beside the record of a run."""
@@ -26,20 +26,20 @@ EVALUATIONS = "evaluations"
 
 @dataclass(frozen=True)
 class Key:
-    """What was asked: `weights` by hash, the `question` in plain JSON, the `measure` with its edition."""
+    """Asked of a `model` (hash of weights and config): `question` (plain JSON) to a `measure` with its edition."""
 
-    weights: str
+    model: str
     question: list[Any]
     measure: str
 
     @classmethod
     def of(cls, model: str, measure: str, question: list[Any]) -> "Key":
         """A question to a measure (name and edition) about a shipped name, run folder or hub id."""
-        return cls(weights_hash(resolve(model)), question, measure)
+        return cls(model_hash(resolve(model)), question, measure)
 
     def __str__(self) -> str:
         """Equal for equal questions: tuples are lists, keys are in order."""
-        return json.dumps([self.weights, self.question, self.measure], sort_keys=True)
+        return json.dumps([self.model, self.question, self.measure], sort_keys=True)
 
     @property
     def file(self) -> str:
@@ -106,7 +106,7 @@ class Question:
 
     @property
     def key(self) -> Key:
-        """Of the weights and the measure as they are now."""
+        """Of the model and the measure as they are now."""
         return Key.of(self.model, self.measure, self.asked)
 
     def answer(self, store: Store | None = None) -> pd.DataFrame:

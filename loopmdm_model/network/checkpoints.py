@@ -89,6 +89,11 @@ def weights_hash(folder: Path) -> str:
     return read_record(folder)[WEIGHTS_HASH]
 
 
+def model_hash(folder: Path) -> str:
+    """Of weights and config, the first sixteen digits of each sha256, joined by a colon: what numbers are of."""
+    return f"{weights_hash(folder)[:16]}:{sha256(need(folder, CONFIG))[:16]}"
+
+
 def with_hash(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     """A record that holds the hash of the weights in `folder`."""
     return {**record, WEIGHTS_HASH: sha256(need(folder, WEIGHTS))}

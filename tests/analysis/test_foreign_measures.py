@@ -154,6 +154,15 @@ def test_a_causal_model_has_rows_without_groups_and_a_sentence(places, name):
         assert numbers.notna().any(axis=None)
 
 
+@pytest.mark.filterwarnings("ignore:.*this model is causal")
+def test_what_is_asked_of_a_measure_reaches_causal_models_too(places):
+    how = on(places, changes={"loop": (1, 2), "max_loops": 3})
+    frames = [measure("stopping-frontier", str(places / "Llama"), access=how, n_thresholds=n) for n in (2, 5)]
+    assert len(frames[0]) < len(frames[1])
+    with pytest.raises(UsageError, match="stopping-frontier compares loops; give n_loops of at least 2"):
+        measure("stopping-frontier", str(places / "Llama"), 1, access=how)
+
+
 def test_what_asks_for_masked_positions_alone_is_refused(places):
     for name in ("stopping-usage", "attention-toggle", "cut-effects"):
         with pytest.raises(UsageError, match=rf"^{name} needs a model with a \[MASK\] token"):

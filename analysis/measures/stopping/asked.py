@@ -38,11 +38,11 @@ def frontier(case: Case, n_thresholds: int = 20) -> pd.DataFrame:
     return frontiers.frontier(*records(case), n_thresholds)
 
 
-def causal_frontier(case: Case, _: MaskedBatch) -> pd.DataFrame:
+def causal_frontier(case: Case, _: MaskedBatch, n_thresholds: int = 20) -> pd.DataFrame:
     """The same of a causal model, on its next tokens; there are no mask ratios to tell apart."""
     if not case.m.facts.causal:
         case.m.facts.need("masks", by="stopping-frontier")
-    frame = frontier(case)
+    frame = frontier(case, n_thresholds)
     return frame[frame["mask_ratio"].isna()].reset_index(drop=True)
 
 

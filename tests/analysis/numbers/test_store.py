@@ -1,5 +1,6 @@
 """Entries are found by what was asked, and nothing that is damaged or of another question is believed."""
 
+import shutil
 from dataclasses import replace
 
 import pandas as pd
@@ -9,6 +10,8 @@ from loopmdm.analysis.exhibits.tables import quality
 from loopmdm.analysis.measures import MEASURES
 from loopmdm.analysis.numbers import frames
 from loopmdm.analysis.numbers.store import Key, Question, Store
+from loopmdm.model.files import read_json, write_json
+from loopmdm.model.network.checkpoints import CONFIG, ZOO
 from loopmdm.model.zoo.runs import Zoo
 
 FRAME = pd.DataFrame({"value": [0.5, 1.5]})
@@ -38,8 +41,8 @@ def test_what_was_asked_is_computed_once(tmp_path):
     "other",
     [
         Key("1" * 64, KEY.question, KEY.measure),
-        Key(KEY.weights, ["by sequence", [1, 2], {"n": 4}], KEY.measure),
-        Key(KEY.weights, KEY.question, "nll 2"),
+        Key(KEY.model, ["by sequence", [1, 2], {"n": 4}], KEY.measure),
+        Key(KEY.model, KEY.question, "nll 2"),
     ],
 )
 def test_other_weights_questions_and_editions_are_other_entries(tmp_path, other):
@@ -47,6 +50,16 @@ def test_other_weights_questions_and_editions_are_other_entries(tmp_path, other)
     store.get(KEY, compute)
     store.get(other, compute)
     assert compute.times == 2 and other.file != KEY.file
+
+
+def test_another_config_is_another_model(tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(ZOO / "markov-base", folder)
+    before = Key.of(str(folder), "nll 1", [])
+    config = read_json(folder / CONFIG)
+    write_json(folder / CONFIG, config | {"eps": 10 * config["eps"]})
+    assert Key.of(str(folder), "nll 1", []) != before
+    assert Key.of("markov-base", "nll 1", []) == before
 
 
 def test_a_question_is_what_its_json_says():
