@@ -1,5 +1,6 @@
-"""A run's resumable state in one safetensors file: tensors, with counters as JSON in its header."""
+"""A run's resumable state in one safetensors file: tensors, with counters and a hash of both in its header."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -23,6 +24,7 @@ from loopmdm.model.training.ema import Ema
 from loopmdm.model.training.spec import RunSpec
 
 STATE_FILE = "state/state.safetensors"
+HASH = "sha256"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -103,7 +105,17 @@ def _check_tensors(tensors: dict[str, Tensor], model: nn.Module, optimizer: torc
 def save(folder: Path, tensors: dict[str, Tensor], progress: Progress, identity: dict[str, Any]) -> None:
     """Write the state atomically; `identity` is what must not change on resume."""
     header = {"progress": json.dumps(asdict(progress)), "identity": json.dumps(identity)}
-    write_tensors(folder / STATE_FILE, tensors, header)
+    write_tensors(folder / STATE_FILE, tensors, header | {HASH: _hash(tensors, header)})
+
+
+def _hash(tensors: dict[str, Tensor], header: dict[str, str]) -> str:
+    """sha256 over counters, identity, and every tensor with its name."""
+    digest = hashlib.sha256("\0".join(header[name] for name in ("progress", "identity")).encode())
+    for name in sorted(tensors):
+        value = tensors[name].contiguous()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], changed: list[str]) -> str:
@@ -130,6 +142,8 @@ def load(folder: Path, identity: dict[str, Any]) -> tuple[dict[str, Tensor], Pro
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         before, progress = json.loads(header["identity"]), Progress(**json.loads(header["progress"]))
         _check_progress(progress)
+        if HASH in header and header[HASH] != _hash(tensors, header):  # states of old have none
+            raise ValueError("its sha256 is another than when it was written")
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} is damaged ({error}); delete {path.parent} to start again") from error
     changed = [name for name in identity if json.loads(json.dumps(identity[name])) != before.get(name)]

@@ -47,16 +47,21 @@ CURVE_SEED = 0
 """Masks of the validation sequences: one seed for all runs, so that curves differ by their models alone."""
 
 
+class _BrokenOff(BaseException):
+    """SIGTERM came while a point of the curve was evaluated."""
+
+
 class Trainer:
     """One run in one folder, which it locks. `train` brings it to its end from wherever it stands.
 
     The state is written at every curve point, every `checkpoint_seconds`, and when SIGTERM comes: `train` then
-    raises Stopped after the step that runs, or before it if its batch comes in parts.
+    raises Stopped after the step that runs, before it if its batch comes in parts, or within an evaluation, which
+    is then done first when the run goes on.
     """
 
     def __init__(self, spec: RunSpec, folder: Path, resume: bool = False, checkpoint_seconds: float = 600.0):
         self.spec, self.folder, self.checkpoint_seconds = spec, folder, checkpoint_seconds
-        self.told_to_stop, self._saved = False, time.monotonic()
+        self.told_to_stop, self._may_break, self._saved = False, False, time.monotonic()
         budget.check_threads(spec.training.threads)
         self.accelerator = Accelerator(mixed_precision=spec.training.precision or None)
         self._check_shares()
@@ -178,30 +183,45 @@ class Trainer:
         started, before = time.monotonic(), progress.seconds
         self._saved = started
         with self._listening():
+            if self._point():  # stopped within it
+                self._record_row()
             while self._share() < 1:
                 wanted = self._step()
                 progress.seconds = before + time.monotonic() - started
                 if on_step is not None:
                     on_step(progress)
-                points = self.spec.training.curve_points
-                point = min(int(points * self._share()), points) > len(progress.rows)
-                if point:
+                point = self._point()
+                if point and not wanted[STOP]:
                     self._record_row()
                 if point or wanted.any():
                     self._checkpoint()
                 if wanted[STOP]:
-                    raise Stopped(f"add --resume to go on from step {progress.step} in {self.folder}")
+                    raise self._stopped()
         self._checkpoint(finished=True)
+
+    def _point(self) -> bool:
+        """Whether a point of the curve is due."""
+        points = self.spec.training.curve_points
+        return min(int(points * self._share()), points) > len(self.progress.rows)
+
+    def _stopped(self) -> Stopped:
+        return Stopped(f"add --resume to go on from step {self.progress.step} in {self.folder}")
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
-        """SIGTERM asks the run to stop after its step; only a process's first thread can hear it."""
+        """SIGTERM asks the run to stop after its step, and breaks off what is done again when it goes on.
+
+        Only a process's first thread can hear it.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def stop(*_: Any) -> None:
             self.told_to_stop = True
+            if self._may_break:
+                self._may_break = False
+                raise _BrokenOff
 
         before = signal.signal(signal.SIGTERM, stop)
         try:
@@ -291,20 +311,40 @@ class Trainer:
         progress, window = self.progress, self.progress.window
         row: dict[str, Any] = {"step": progress.step, "flops": progress.flops, "tokens": progress.tokens}
         row |= {key: window[key] / window["steps"] for key in ("loss", "gradient_norm", "n_loops")}
-        tokens = self.data.evaluation("validation", self.spec.training.curve_sequences)
-        tokens = tokens.to(self.accelerator.device)
-        sequences = Sequences.of(tokens, self.data.maskable(tokens))
-        model = self._bare()
-        model.eval()
-        with self.ema.swapped():
-            for n_loops in sorted({1, self.spec.config.max_loops}):
-                result = nelbo(model, sequences, n_loops, n_samples=2, seed=CURVE_SEED)
-                row[f"validation_nelbo_{n_loops}"] = result.mean
-                row[f"validation_nelbo_{n_loops}_se"] = result.standard_error
-        model.train()
+        try:
+            row |= self._evaluated()
+        except _BrokenOff:
+            self._checkpoint()
+            raise self._stopped() from None
         row["seconds"] = round(progress.seconds, 1)
         progress.rows.append(row)
         progress.window = {}
+
+    def _evaluated(self) -> dict[str, float]:
+        """NELBO of the averaged weights on validation sequences, at one loop and at S_max."""
+        tokens = self.data.evaluation("validation", self.spec.training.curve_sequences)
+        tokens = tokens.to(self.accelerator.device)
+        sequences = Sequences.of(tokens, self.data.maskable(tokens))
+        found, model = {}, self._bare()
+        model.eval()
+        try:
+            with self.ema.swapped(), self._breaking():
+                for n_loops in sorted({1, self.spec.config.max_loops}):
+                    result = nelbo(model, sequences, n_loops, n_samples=2, seed=CURVE_SEED)
+                    found[f"validation_nelbo_{n_loops}"] = result.mean
+                    found[f"validation_nelbo_{n_loops}_se"] = result.standard_error
+        finally:
+            model.train()
+        return found
+
+    @contextmanager
+    def _breaking(self) -> Iterator[None]:
+        """SIGTERM ends what is done inside at once; of several processes none may leave the others waiting."""
+        self._may_break = self.accelerator.num_processes == 1
+        try:
+            yield
+        finally:
+            self._may_break = False
 
     def _checkpoint(self, finished: bool = False) -> None:
         tensors = state.gather(self.model, self._optimizer(), self.ema)

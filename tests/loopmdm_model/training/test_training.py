@@ -16,7 +16,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from loopmdm.model.errors import DivergedError, UsageError
+from loopmdm.model.diffusion.likelihood import nelbo
+from loopmdm.model.errors import DivergedError, Stopped, UsageError
 from loopmdm.model.files import LOCK, PARTIAL
 from loopmdm.model.flops import training_flops
 from loopmdm.model.training import budget, trainer
@@ -123,6 +124,31 @@ def test_told_to_stop_it_keeps_what_it_has_and_goes_on_from_there(spec_file, tmp
     for code, line in ends:
         assert code == 143 and line.count("\n") == 0
         assert "add --resume to go on" in line
+
+
+def test_a_point_that_is_broken_off_comes_first_when_the_run_goes_on(tmp_path, monkeypatch):
+    spec = RunSpec.from_dict(_values(flops=2e9, curve_points=4))
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    with torch.enable_grad():
+        trainer.Trainer(spec, whole).train()
+        points = []
+
+        def interrupted(model, *given, **named):
+            points.append(1)
+            if len(points) == 3:  # of two loop counts at each point: the second point's first
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise AssertionError("the evaluation went on")
+            return nelbo(model, *given, **named)
+
+        monkeypatch.setattr(trainer, "nelbo", interrupted)
+        run = trainer.Trainer(spec, stopped)
+        with pytest.raises(Stopped, match="add --resume to go on from step"):
+            run.train()
+        assert len(rows(stopped)) == 1 and run._bare().training
+        run.lock.release()
+        trainer.Trainer(spec, stopped, resume=True).train()
+    assert (whole / "model.safetensors").read_bytes() == (stopped / "model.safetensors").read_bytes()
+    assert rows(whole) == rows(stopped) and len(rows(whole)) == 4
 
 
 def test_a_state_is_written_by_the_clock_too(tmp_path):
@@ -403,6 +429,9 @@ def _tensors(change):
         _header(progress='{"step": "many"}'),
         _header(progress='{"of another version": 1}'),
         _header(identity="[" * 100_000),
+        _tensors(lambda tensors, name: tensors[name].view(torch.int32).flatten()[:1].bitwise_xor_(1) is None),
+        lambda tensors, header: (tensors, {**header, "progress": header["progress"].replace(": 0.", ": 1.", 1)}),
+        _header(sha256="0" * 64),
     ],
 )
 def test_a_state_that_lacks_or_bends_anything_is_refused_in_one_line(tmp_path, damage):
