@@ -1,0 +1,85 @@
+"""Two arms of trained models compared: by rank, by shares, with censored values, and what many tests make of it.
+
+Rank-sum tests are exact: all ways to deal the values out to the arms are counted. The shift between two arms is
+the median of all differences (Hodges & Lehmann 1963), its interval the differences that the test does not refuse,
+so interval and test agree. scipy's distributions take half a second to import, so late.
+"""
+
+from collections.abc import Sequence
+from math import comb
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from loopmdm.model.stats import wilson
+
+ALPHA = 0.05
+
+
+def rank_p(ours: ArrayLike, theirs: ArrayLike) -> float:
+    """Two-sided p of the exact rank-sum test of arms [n], [m]; inf is a value beyond all others (censored).
+
+    Tied values share their mean rank. NaN without values on a side.
+    """
+    from scipy.stats import rankdata
+
+    ours, theirs = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
+    if not len(ours) or not len(theirs):
+        return float("nan")
+    ranks = 2 * rankdata(np.concatenate([ours, theirs]))  # twice a mean rank is an integer
+    ways = _rank_sums([round(rank) for rank in ranks], len(ours))
+    sums = np.array(list(ways))
+    counts = np.array(list(ways.values()), dtype=float)
+    middle = ranks.sum() * len(ours) / len(ranks)
+    as_far = np.abs(sums - middle) >= abs(ranks[: len(ours)].sum() - middle) - 1e-9
+    return float(counts[as_far].sum() / comb(len(ranks), len(ours)))
+
+
+def _rank_sums(ranks: list[int], n: int) -> dict[int, int]:
+    """In how many ways `n` of the ranks have each sum."""
+    found: list[dict[int, int]] = [{0: 1}] + [{} for _ in range(n)]
+    for rank in ranks:
+        for taken in range(n, 0, -1):
+            for total, ways in found[taken - 1].items():
+                found[taken][total + rank] = found[taken].get(total + rank, 0) + ways
+    return found[n]
+
+
+def shift(ours: ArrayLike, theirs: ArrayLike) -> tuple[float, float, float]:
+    """Median difference of two arms [n], [m] with its exact 95% interval; NaN bounds where arms are too small.
+
+    Three against five is the least: nothing smaller can reach p < 0.05.
+    """
+    ours, theirs = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
+    differences = np.sort((ours[:, None] - theirs).ravel())
+    if not len(differences):
+        return (float("nan"),) * 3
+    ways = _rank_sums(list(range(1, len(ours) + len(theirs) + 1)), len(ours))
+    least, whole = min(ways), sum(ways.values())
+    outside, left = 0, 0.0  # how many differences at each end the test refuses
+    while left + ways.get(least + outside, 0) / whole <= ALPHA / 2:
+        left += ways.get(least + outside, 0) / whole
+        outside += 1
+    middle = float(np.median(differences))
+    if not outside:
+        return middle, float("nan"), float("nan")
+    return middle, float(differences[outside - 1]), float(differences[-outside])
+
+
+def shares(ours: Sequence[bool], theirs: Sequence[bool]) -> tuple[float, float, float]:
+    """Difference of two shares with its 95% interval (Newcombe 1998, from Wilson's intervals of each)."""
+    parts = [(float(np.mean(arm)), *wilson(int(np.sum(arm)), len(arm))) for arm in (ours, theirs)]
+    (p, p_low, p_high), (q, q_low, q_high) = parts
+    below, above = np.hypot(p - p_low, q_high - q), np.hypot(p_high - p, q - q_low)
+    return p - q, float(p - q - below), float(p - q + above)
+
+
+def holm(p: ArrayLike) -> NDArray:
+    """Adjusted p values [k] for k tests taken together (Holm 1979); NaN is no test and stays."""
+    p = np.asarray(p, dtype=float)
+    known = np.flatnonzero(np.isfinite(p))
+    order = known[np.argsort(p[known], kind="stable")]
+    scaled = p[order] * np.arange(len(order), 0, -1)
+    adjusted = np.full(p.shape, np.nan)
+    adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
+    return adjusted
