@@ -1,23 +1,35 @@
 """What the answers to claims share; which number answers a claim stands beside the figure that shows it.
 
-An answer is a function from a task to an `Answer`.
+An answer is a function from a task to an `Answer`; a gate is one to a `Gate`, the positive control without which
+the answer would say nothing.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 
 from loopmdm.analysis.exhibits import tables
+from loopmdm.analysis.numbers import contrasts
 from loopmdm.model import stats
 from loopmdm.model.zoo.runs import Zoo, select
+
+PValue = Callable[[float], float]
+PLATEAU = {"sudoku": 0.7}
+"""NELBO, nats per token, above which a run has not left the plateau on which all arms begin."""
+
+
+def untested(margin: float) -> float:  # noqa: ARG001 - a p value as others
+    """NaN: there is no test."""
+    return float("nan")
 
 
 @dataclass(frozen=True)
 class Answer:
     """An estimate with its 95% interval; over `n_seeds` trained models and `n` test items or documents.
 
-    `verdict` is set only where there is an answer without an estimate.
+    `p` gives the two-sided p value that the truth is a margin; `note` is what else has to be said of it.
     """
 
     estimate: float
@@ -25,7 +37,16 @@ class Answer:
     high: float
     n_seeds: int
     n: int
-    verdict: str = ""
+    p: PValue = field(default=untested, compare=False)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Whether a positive control passed, and what it gave, in words with a number."""
+
+    passed: bool
+    said: str
 
 
 class NotRun(LookupError):
@@ -35,32 +56,89 @@ class NotRun(LookupError):
 # --- from numbers to answers ---
 
 
-def over_seeds(values: np.ndarray, errors: np.ndarray, n: int, n_units: int) -> Answer:
-    """Student's t over seeds; for one seed over its test units, by the error given."""
-    values = np.asarray(values, dtype=float)
+def over_seeds(values: np.ndarray, errors: np.ndarray, n: int, n_units: int, note: str = "") -> Answer:
+    """Student's t over seeds; for one seed over its test units, by the error given. NaN: a run without a value."""
+    values, errors = np.asarray(values, dtype=float), np.asarray(errors, dtype=float)
+    known = np.isfinite(values)
+    if not known.all():
+        note = "; ".join(filter(None, (note, f"{(~known).sum()} of {len(known)} runs have none")))
+        values, errors = values[known], errors[known]
     if not len(values):
         raise NotRun
-    mean = float(values.mean())
-    if len(values) > 1:
-        half = stats.t95(len(values)) * float(values.std(ddof=1)) / len(values) ** 0.5
-    else:
-        half = stats.t95(n_units) * float(np.asarray(errors, dtype=float)[0])
-    return Answer(mean, mean - half, mean + half, len(values), n)
+    mean, count = float(values.mean()), len(values)
+    error = float(values.std(ddof=1)) / count**0.5 if count > 1 else float(errors[0])
+    return student(mean, error, count if count > 1 else n_units, count, n, note)
+
+
+def student(estimate: float, error: float, units: int, n_seeds: int, n: int, note: str = "") -> Answer:
+    """An estimate with Student's interval over `units`."""
+    half = stats.t95(units) * error
+
+    def p(margin: float) -> float:
+        from scipy import stats as distributions
+
+        with np.errstate(divide="ignore", invalid="ignore"):
+            distance = np.divide(abs(estimate - margin), error)
+        return float(2 * distributions.t.sf(distance, units - 1)) if units > 1 else float("nan")
+
+    return Answer(estimate, estimate - half, estimate + half, n_seeds, n, p, note)
 
 
 def between_arms(ours: pd.DataFrame, theirs: pd.DataFrame, value: str, paired: str | None = None) -> Answer:
     """Difference of two arms: Welch over seeds; for one seed the paired column with its _se, or no interval."""
     if ours.empty or theirs.empty:
         raise NotRun
+    left, right, n = ours[value].to_numpy(), theirs[value].to_numpy(), int(ours["n"].iloc[0])
     if min(len(ours), len(theirs)) > 1:
-        difference, low, high = stats.welch(ours[value].to_numpy(), theirs[value].to_numpy())
-        return Answer(difference, low, high, min(len(ours), len(theirs)), int(ours["n"].iloc[0]))
+
+        def p(margin: float) -> float:
+            from scipy import stats as distributions
+
+            return float(distributions.ttest_ind(left - margin, right, equal_var=False).pvalue)
+
+        difference, low, high = stats.welch(left, right)
+        return Answer(difference, low, high, min(len(ours), len(theirs)), n, p)
     if paired is None:
-        difference = float(ours[value].mean() - theirs[value].mean())
-        return Answer(difference, float("nan"), float("nan"), 1, int(ours["n"].iloc[0]))
+        return Answer(float(left.mean() - right.mean()), float("nan"), float("nan"), 1, n)
     row = ours.iloc[0]
     units = int(row.get("n_units", row["n"]))
-    return over_seeds(np.array([row[paired]]), np.array([row[f"{paired}_se"]]), int(row["n"]), units)
+    return over_seeds(np.array([row[paired]]), np.array([row[f"{paired}_se"]]), n, units)
+
+
+def by_rank(ours: pd.DataFrame, theirs: pd.DataFrame, value: str) -> Answer:
+    """Median difference of two arms with the exact rank-sum interval; one bad seed cannot carry it away."""
+    if ours.empty or theirs.empty:
+        raise NotRun
+    left, right = ours[value].to_numpy(), theirs[value].to_numpy()
+    estimate, low, high = contrasts.shift(left, right)
+    pairs = int((left[:, None] > right).sum())
+    return Answer(
+        estimate, low, high, min(len(left), len(right)), int(ours["n"].iloc[0]),
+        lambda margin: contrasts.rank_p(left - margin, right),
+        f"above in {pairs} of {left.size * right.size} pairs",
+    )  # fmt: skip
+
+
+def given_break(task: str, ours: pd.DataFrame, theirs: pd.DataFrame, paired: str | None = None) -> Answer:
+    """Difference of the test NELBO of two arms among runs that left the plateau, beside the exact test of all."""
+    if task not in PLATEAU:
+        return between_arms(ours, theirs, "nll", paired)
+    left, right = (arm[arm["nll"] < PLATEAU[task]] for arm in (ours, theirs))
+    found = between_arms(left, right, "nll")
+    whole = contrasts.rank_p(ours["nll"], theirs["nll"])
+    told = f"left the plateau: {len(left)} of {len(ours)}, {len(right)} of {len(theirs)}"
+    told += f"; all runs by rank: p = {whole:.2g}"
+    return Answer(found.estimate, found.low, found.high, found.n_seeds, found.n, found.p, told)
+
+
+def trend(x: np.ndarray, y: np.ndarray, n: int) -> Answer:
+    """Slope of a straight line through runs [n], Student's t with n - 2."""
+    from scipy import stats as distributions
+
+    if len(x) < 3:
+        raise NotRun
+    line = distributions.linregress(x, y)
+    return student(float(line.slope), float(line.stderr), len(x) - 1, len(x), n)
 
 
 def nll(task: str, arm: str, n_loops: int) -> pd.DataFrame:

@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from loopmdm.analysis.exhibits.answers import Answer, looped, over_seeds, rows_of, units
+from loopmdm.analysis.exhibits import tables
+from loopmdm.analysis.exhibits.answers import Answer, looped, over_seeds, rows_of, trend, units
 from loopmdm.analysis.exhibits.registry import GRIDS, ONE, OURS, TEXT, Exhibit, Reading, Tables, of_models, panels
 from loopmdm.analysis.plots import attention
 from loopmdm.analysis.plots.style import PAGE, mark_s_max
@@ -163,11 +164,34 @@ def _rise_error(task: str, column: str, relative: bool) -> np.ndarray:
     return (error / values[0] if relative else error).to_numpy()
 
 
+MOST = 0.9
+"""The share of a rise at which it counts as done."""
+
+
+def _done_at(values: pd.DataFrame, most: int) -> pd.Series:
+    """The loop, counted from 1, at which most of the rise from the first loop to S_max is there; NaN: no rise."""
+    rise = values[most - 1] - values[0]
+    there = values[list(range(most))].sub(values[0], axis=0).ge(MOST * rise, axis=0).to_numpy()
+    return pd.Series(there.argmax(axis=1) + 1.0, values.index).where(rise > 0)
+
+
 def _saturates(task: str) -> Answer:
     values, most = _by_loop(task, "log_odds", key_group="masked"), looped(task)
-    rise = values[most - 1] - values[0]
-    further = ((values[2 * most - 1] - values[most - 1]) / rise).where(rise > 0)  # no rise: undecided
-    return over_seeds(further.to_numpy(), np.full(len(further), np.nan), len(further), 1)
+    share = (_done_at(values, most) / most).to_numpy(dtype=float)
+    return over_seeds(share, np.full(len(share), np.nan), len(share), 1)
+
+
+def _follows_s_max(task: str) -> Answer:
+    """Over models that differ in S_max of training, one a value."""
+    df = of_models(tables.load("mask-attention-by-s-max"))
+    df = df[(df["task"] == task) & (df["segment"] == "loop")]
+    df = df[(df["query_group"] == "masked") & (df["key_group"] == "masked")]
+    zoo, found = Zoo.shipped(), []
+    for name, part in df.groupby("model"):
+        values = part.pivot_table(index="model", columns="loop", values="log_odds")
+        found.append((zoo[str(name)].s_max, float(_done_at(values, zoo[str(name)].s_max).iloc[0])))
+    s_max, done = np.array([row for row in found if np.isfinite(row[1])]).T
+    return trend(s_max, done, int(df["n"].max()))
 
 
 # --- what is shown ---
@@ -200,6 +224,7 @@ EXHIBITS = (
         at one and the same loop whatever S_max was, that fall before S_max, or that go on rising beyond 1 on
         the right count against it; so does one that does not rise. {OURS} One seed of training a line; of
         S_max = 6 four more (thin).""",
+        (Reading("saturation-follows-s-max", _follows_s_max, ("mask-attention-by-s-max",)),),
     ),
     Exhibit(
         "attention-maps",

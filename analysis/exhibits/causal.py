@@ -1,12 +1,13 @@
 """Figures of causal tests: cuts, stale values, the trained 2 x 2, looping without training."""
 
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from loopmdm.analysis.exhibits import tables
-from loopmdm.analysis.exhibits.answers import Answer, NotRun, of_arm, over_seeds, rows_of, units
+from loopmdm.analysis.exhibits.answers import PLATEAU, Answer, NotRun, of_arm, over_seeds, rows_of, units
 from loopmdm.analysis.exhibits.registry import (
     GRIDS,
     MEANS,
@@ -118,33 +119,48 @@ def training_free(loaded: Tables) -> MatplotlibFigure:
 
 
 def _two_by_two(task: str) -> Answer:
+    """Of runs that left the plateau, in all four arms."""
     df = tables.load("nll-by-loops")
     df = df[(df["task"] == task) & (df["n_loops"] == df["max_loops"])].sort_values("seed")
-    arms = {
-        arm: df[df["arm"] == arm]["nll"].to_numpy() for arm in ("loop", "base", "loop-isolated", "base-isolated")
-    }
-    if min(map(len, arms.values())) < 2:
+    whole = {arm: df[df["arm"] == arm]["nll"] for arm in ("loop", "base", "loop-isolated", "base-isolated")}
+    left = {arm: ends[ends < PLATEAU[task]].to_numpy() for arm, ends in whole.items()}
+    if min(map(len, left.values())) < 2:
         raise NotRun
-    estimate, low, high = stats.interaction(*arms.values())
-    return Answer(estimate, low, high, min(map(len, arms.values())), 1000)
+    told = "left the plateau: " + ", ".join(f"{arm} {len(left[arm])} of {len(whole[arm])}" for arm in whole)
+    estimate, low, high = stats.interaction(*left.values())
+    return Answer(estimate, low, high, min(map(len, left.values())), 1000, note=told)
 
 
-def _shares(task: str, edges: str, matched: bool) -> pd.DataFrame:
-    """Share of the gain lost by one arm, by model; NaN where there is no gain to lose."""
-    rows = rows_of("mediated-share", task, edges=edges, matched=matched)
-    return rows.set_index("model")[["share", "share_se", "n"]].sort_index()
+def _edges(task: str, column: str, **where: object) -> Answer:
+    """A column of causal-edges, nats at S_max with the first loop intact: masked to masked, resampled values."""
+    rows = rows_of(
+        "causal-edges", task, kind="resample", edges="masked->masked", relation="any", share=1.0, **where
+    )
+    rows = rows[rows["mask_ratio"].isna()].sort_values("model")
+    values, errors = rows[column].to_numpy(), rows[f"{column}_se"].to_numpy()
+    return over_seeds(values, errors, int(rows["n"].iloc[0]), int(rows["n_units"].iloc[0]))
+
+
+def _interact(task: str) -> Answer:
+    return _edges(task, "effect", side="all")
 
 
 def _needs_mask_to_mask(task: str) -> Answer:
-    cut, control = _shares(task, "masked->masked", False), _shares(task, "masked->masked", True)
-    values = (cut["share"] - control["share"]).to_numpy()
-    errors = np.hypot(cut["share_se"], control["share_se"]).to_numpy()
-    return over_seeds(values, errors, int(cut["n"].iloc[0]), units(task))
+    """Beside edges to clean keys of equal mass, the same queries."""
+    return _edges(task, "excess", side="within")
 
 
 def _update_matters(task: str) -> Answer:
-    rows = _shares(task, "stale", False)
-    return over_seeds(rows["share"].to_numpy(), rows["share_se"].to_numpy(), int(rows["n"].iloc[0]), units(task))
+    """In nats lost, as a geometric mean over runs that lie orders of magnitude apart."""
+    rows = rows_of("mediated-share", task, edges="stale", matched=False).sort_values("model")
+    lost = (rows["gain_intact"] - rows["gain"]).to_numpy()
+    errors = np.hypot(rows["gain_intact_se"], rows["gain_se"]).to_numpy()
+    n, n_units = int(rows["n"].iloc[0]), int(rows["n_units"].iloc[0])
+    if (lost <= 0).any():
+        return over_seeds(lost, errors, n, n_units)
+    found = over_seeds(np.log(lost), errors / lost, n, n_units)
+    estimate, low, high = np.exp([found.estimate, found.low, found.high]).tolist()
+    return replace(found, estimate=estimate, low=low, high=high, p=lambda margin: found.p(float(np.log(margin))))
 
 
 def _training_free(task: str) -> Answer:
@@ -170,10 +186,7 @@ EXHIBITS = (
         random cuts lost as much, the gain would not need masked-to-masked attention. 0: the gain survives; 1:
         nothing is left; above 1: looping hurts after the cut (linear to 2, then logarithmic); models without a
         measurable gain have no share. {OURS}""",
-        (
-            Reading("gain-needs-mask-to-mask", _needs_mask_to_mask, ("mediated-share", "nll-by-loops")),
-            Reading("update-matters", _update_matters, ("mediated-share", "nll-by-loops")),
-        ),
+        (Reading("update-matters", _update_matters, ("mediated-share",)),),
     ),
     Exhibit(
         "cut-effects",
@@ -198,6 +211,10 @@ EXHIBITS = (
         four masks each; dashed: the mean gain of looping; shares: means, and thin lines for single seeds. If loops
         did not use what masked positions tell each other, another sequence's values would cost nothing there.
         {OURS}""",
+        (
+            Reading("masked-positions-interact", _interact, ("causal-edges",)),
+            Reading("gain-needs-mask-to-mask", _needs_mask_to_mask, ("causal-edges",)),
+        ),
     ),
     Exhibit(
         "trained-two-by-two",

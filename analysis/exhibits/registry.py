@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from loopmdm.analysis.exhibits import tables
-from loopmdm.analysis.exhibits.answers import Answer
+from loopmdm.analysis.exhibits.answers import Answer, Gate
 from loopmdm.analysis.exhibits.tables import Table
 from loopmdm.analysis.numbers import provenance
 from loopmdm.analysis.plots.style import FORMATS, PAGE, png_bytes, style
@@ -38,11 +38,15 @@ ARMS = ("base", "deep", "loop")
 
 @dataclass(frozen=True)
 class Reading:
-    """How the claim of that name is answered on a task, and the tables that are read for it."""
+    """How the claim of that name is answered on a task, and the tables that are read for it and for its `gate`.
+
+    Without `answer` there is no number: the gate says why the claim cannot be tested.
+    """
 
     claim: str
-    answer: Callable[[str], Answer]
+    answer: Callable[[str], Answer] | None
     reads: tuple[str, ...]
+    gate: Callable[[str], Gate] | None = None
 
 
 @dataclass(frozen=True)

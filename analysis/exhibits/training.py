@@ -1,12 +1,23 @@
 """Figures of training: learning curves, arms at equal FLOPs, where and how much to loop."""
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from loopmdm.analysis.exhibits import tables
-from loopmdm.analysis.exhibits.answers import Answer, NotRun, between_arms
+from loopmdm.analysis.exhibits.answers import (
+    PLATEAU,
+    Answer,
+    Gate,
+    NotRun,
+    between_arms,
+    by_rank,
+    trend,
+)
 from loopmdm.analysis.exhibits.registry import SEEDS, Exhibit, Reading, Tables, compared, elsewhere, panels
+from loopmdm.analysis.measures.quality.efficiency import first_reach
+from loopmdm.analysis.numbers import contrasts
 from loopmdm.analysis.plots import quality
 from loopmdm.analysis.plots.style import AMOUNT_STYLE, PAGE, PLACE_STYLE
 
@@ -105,30 +116,103 @@ def amount(loaded: Tables) -> MatplotlibFigure:
 # --- answers to claims ---
 
 
-def _fewer_flops(task: str) -> Answer:
-    df = tables.load("flops-to-target")
-    part = df[(df["task"] == task) & (df["arm"] == "loop") & (df["against"] == "base") & (df["share"] == 1)]
-    if part.empty:
+def depth_has_room(task: str) -> Gate:
+    """Whether the deeper twin is better at equal tokens, on validation: else more computation could not pay."""
+    curves = tables.load("learning-curves")
+    curves = curves[(curves["task"] == task) & (curves["n_loops"] == curves["max_loops"])]
+    arms = {arm: [part for _, part in curves[curves["arm"] == arm].groupby("seed")] for arm in ("base", "deep")}
+    if not all(arms.values()):
+        return Gate(False, "no deeper twin was trained, so whether depth pays is not known")
+    tokens = min(part["tokens"].max() for parts in arms.values() for part in parts)
+    base, deep = (
+        np.array(
+            [np.interp(np.log(tokens), np.log(part["tokens"].astype(float)), part["nelbo"]) for part in parts]
+        )
+        for parts in arms.values()
+    )
+    if task in PLATEAU:
+        base, deep = (ends[ends < PLATEAU[task]] for ends in (base, deep))
+        if min(len(base), len(deep)) < 2:
+            return Gate(False, f"{len(base)} base and {len(deep)} deep runs had left the plateau: too few")
+    spread = base.std(ddof=1) if len(base) > 1 else float("nan")
+    error = spread * (1 / len(base) + 1 / len(deep)) ** 0.5
+    gap = deep.mean() - base.mean()
+    told = f"deep less base at {tokens / 1e6:.0f} M tokens {gap:.3f} (standard error {error:.3f})"
+    return Gate(bool(gap + 2 * error < ROOM[task]), told)
+
+
+ROOM = {"sudoku": 0.0, "sotu": -0.03}
+"""What the deeper twin's difference has to lie below by two standard errors, nats per token, as declared."""
+
+
+def _flops_to_base(task: str) -> tuple[np.ndarray, np.ndarray, float]:
+    """FLOPs of each looped and of each base run to what every base run reaches; inf: never. And the budget."""
+    curves = tables.load("learning-curves")
+    curves = curves[(curves["task"] == task) & (curves["n_loops"] == curves["max_loops"])]
+    loop, base = ([part for _, part in curves[curves["arm"] == arm].groupby("seed")] for arm in ("loop", "base"))
+    if not loop or not base:
         raise NotRun
-    row = part.iloc[0]
-    if row["n_reached"] == 0 and row["n"] > 1:  # no looped run gets there within the budget
-        return Answer(*[float("nan")] * 3, int(row["n"]), 0, "not supported")
-    return Answer(row["ratio"], row["low"], row["high"], int(row["n"]), 0)
+    target = max(part["nelbo"].min() for part in base)
+    reached = [
+        np.array(
+            [first_reach(part["flops"].to_numpy(float), part["nelbo"].to_numpy(float), target) for part in arm]
+        )
+        for arm in (loop, base)
+    ]
+    ours, theirs = (np.where(np.isfinite(values), values, np.inf) for values in reached)
+    return ours, theirs, float(max(part["flops"].max() for part in loop))
 
 
-PLACES = ("loop-early", "loop-first", "loop-middle", "loop-late", "loop-two", "loop-whole")
-"""Placements of the loop in five layers, the claimed one first."""
+def _fewer_flops(task: str) -> Answer:
+    """By rank; runs that never got there count as if at the end of the budget, which favours the claim."""
+    ours, theirs, budget = _flops_to_base(task)
+    late = int(np.isinf(ours).sum())
+    estimate, low, high = np.exp(contrasts.shift(np.log(theirs), np.log(np.minimum(ours, budget))))
+    first = float((ours[:, None] < theirs).mean())
+    told = f"the looped run is first in {first:.0%} of pairs"
+    told += f"; {late} of {len(ours)} looped runs never got there, so this is an upper bound" if late else ""
+    return Answer(
+        float(estimate), float(low), float(high), min(len(ours), len(theirs)), len(ours),
+        lambda margin: contrasts.rank_p(np.log(ours), np.log(theirs) - np.log(margin)), told,
+    )  # fmt: skip
+
+
+SINGLE = ("loop-first", "loop-middle", "loop-late")
+"""Placements of one looped layer beside the early-middle one."""
+
+
+def _ends(task: str, *arms: str) -> list[pd.DataFrame]:
+    """Test NELBO of arms at S_max of their own."""
+    df = tables.load("nll-by-loops")
+    df = df[(df["task"] == task) & (df["n_loops"] == df["max_loops"])]
+    found = [df[df["arm"] == arm] for arm in arms]
+    if any(part.empty for part in found):
+        raise NotRun
+    return found
 
 
 def _placement(task: str) -> Answer:
-    """Each at its own S_max; the best of the others is chosen by the same numbers, which is hard on the claim."""
+    """Against all other places of one layer together, so that none is picked by the numbers that judge it."""
+    early, *others = _ends(task, "loop-early", *SINGLE)
+    return by_rank(early, pd.concat(others), "nll")
+
+
+def _few_layers(task: str) -> Answer:
+    return between_arms(*_ends(task, "loop-early", "loop-two"), "nll")
+
+
+def _more_in_training(task: str) -> Answer:
+    """Over all runs of the arms that differ in S_max alone."""
+    df = pd.concat(_ends(task, "loop-s2", "loop-s4", "loop", "loop-s8", "loop-s12"))
+    return trend(np.log2(df["max_loops"].to_numpy(float)), df["nll"].to_numpy(), int(df["n"].iloc[0]))
+
+
+def _any_s(task: str) -> Answer:
+    """At one loop: training with S = 6 at every step against S uniform on 1 to 6."""
     df = tables.load("nll-by-loops")
-    df = df[(df["task"] == task) & (df["n_loops"] == df["max_loops"])]
-    arms = {arm: df[df["arm"] == arm] for arm in PLACES}
-    if any(part.empty for part in arms.values()):
-        raise NotRun
-    early = arms.pop(PLACES[0])
-    return between_arms(early, min(arms.values(), key=lambda part: part["nll"].mean()), "nll")
+    df = df[(df["task"] == task) & (df["n_loops"] == 1)]
+    fixed, uniform = (df[df["arm"] == arm] for arm in ("loop-fixed", "loop"))
+    return by_rank(fixed, uniform, "nll")
 
 
 # --- what is shown ---
@@ -164,7 +248,10 @@ EXHIBITS = (
         or not by all of the second's own. Budgets are equal; at a small share all arms are on the same
         plateau. The paper: up to 3.3 times fewer FLOPs for loop against base at the end of the budget; a ratio
         below 1 at 100% counts against it.""",
-        (Reading("fewer-training-flops", _fewer_flops, ("flops-to-target",)),),
+        tuple(
+            Reading(claim, _fewer_flops, ("learning-curves",), depth_has_room)
+            for claim in ("fewer-training-flops", "fewer-by-the-papers-factor")
+        ),
     ),
     Exhibit(
         "arms",
@@ -190,7 +277,10 @@ EXHIBITS = (
         early-middle. The paper: few layers suffice and early-middle is the best place; another placement that
         ends lower counts against it. Most runs are still falling when the budget ends; of the 1st layer and of
         two layers, seeds lie as far apart as places.""",
-        (Reading("placement", _placement, ("nll-by-loops",)),),
+        (
+            Reading("placement", _placement, ("nll-by-loops",)),
+            Reading("few-layers-suffice", _few_layers, ("nll-by-loops",)),
+        ),
     ),
     Exhibit(
         "amount-of-looping",
@@ -205,5 +295,9 @@ EXHIBITS = (
         hidden, any valid completion counts. The paper trains with S up to 12; a larger S_max that ends higher
         at equal FLOPs counts against more looping. Seeds lie far apart where some runs make the drop within
         the budget and others do not: a mean then mixes how often with how far.""",
+        (
+            Reading("larger-s-max-is-better", _more_in_training, ("nll-by-loops",)),
+            Reading("any-s-from-uniform", _any_s, ("nll-by-loops",)),
+        ),
     ),
 )

@@ -1,27 +1,37 @@
 """The paper's claims, each put to a measurement that could have said no.
 
-`figures/claims.toml` holds every claim's estimand, margin, direction and falsifier, from before the five-seed
-Sudoku runs (`seen` says what was known by then); here is how the estimand is read off the tables. The interval
-is over training seeds (Student's t, Welch's for two arms) wherever there are two or more, else over test items.
-Verdict: "supported" if the whole interval lies beyond the margin in the claimed direction, "not supported" if
-it lies on the other side, "undecided" otherwise, "not run" where the models are not there.
+`figures/claims.toml` holds every claim's estimand with its unit and test, margin and its reason, gate, direction
+and falsifier; `seen` says what was known when they were written. How the estimand is read off the tables stands
+beside the figure that shows it. Verdicts:
+
+    supported            the whole 95% interval lies beyond the margin in the claimed direction
+    not supported        it lies on the other side
+    equivalent           neither, and the whole interval lies within `slack` of the margin (two one-sided tests at
+                         2.5% each)
+    undecided            none of these; `decides` says what would decide it and what that costs
+    not testable here    the gate failed: a positive control without which the answer would say nothing
+    not run              the models are not there
+
+Holm's p is that of all cells with a test taken together.
 """
 
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from loopmdm.analysis.exhibits.answers import Answer, NotRun
+from loopmdm.analysis.exhibits.answers import Answer, Gate, NotRun
 from loopmdm.analysis.exhibits.registry import EXHIBITS, Reading
+from loopmdm.analysis.numbers.contrasts import holm
 from loopmdm.model.errors import UsageError, check_keys
 from loopmdm.model.zoo.runs import MAIN_TASKS, figures_folder
 
-FIELDS = ("name", "tasks", "claim", "where", "estimand", "margin", "direction", "falsifier", "figure", "seen")
-COLUMNS = ["claim", "task", "verdict", "estimate", "low", "high", "margin", "direction", "n_seeds", "n", "figure",
-           "text"]  # fmt: skip
+COLUMNS = ["claim", "task", "verdict", "estimate", "low", "high", "unit", "margin", "direction", "p", "p_holm",
+           "n_seeds", "n", "figure", "why", "text"]  # fmt: skip
+UNTESTABLE, NOT_RUN, UNDECIDED = "not testable here", "not run", "undecided"
 
 GROUPS = (("Sudoku", MAIN_TASKS[:1]), ("text, or what is named", (*MAIN_TASKS[1:], "tree", "gsm")))
 """Columns in which verdicts are shown: title and tasks, the main one first."""
@@ -29,18 +39,24 @@ GROUPS = (("Sudoku", MAIN_TASKS[:1]), ("text, or what is named", (*MAIN_TASKS[1:
 
 @dataclass(frozen=True)
 class Claim:
-    """One entry of `figures/claims.toml`."""
+    """One entry of `figures/claims.toml`; `slack` and `decides` are by task."""
 
     name: str
     tasks: tuple[str, ...]
     claim: str
     where: str
+    unit: str
     estimand: str
+    test: str
+    gate: str
     margin: float
+    because: str
     direction: str
     falsifier: str
     figure: str
     seen: str
+    slack: Mapping[str, float] = field(default_factory=dict)
+    decides: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def reading(self) -> Reading:
@@ -51,6 +67,10 @@ class Claim:
         raise UsageError(f"claims.toml [{self.name}]: the figure {self.figure} has no answer to it")
 
 
+FIELDS = tuple(item.name for item in fields(Claim))
+NEEDED = tuple(item.name for item in fields(Claim) if item.default_factory is MISSING)
+
+
 def load_claims(path: Path | None = None) -> list[Claim]:
     """All claims in the order of the file; UsageError names a missing or unknown key."""
     path = path or figures_folder() / "claims.toml"
@@ -59,7 +79,7 @@ def load_claims(path: Path | None = None) -> list[Claim]:
     claims = []
     for entry in tomllib.loads(path.read_text())["claim"]:
         check_keys(entry, FIELDS, f"{path.name} [{entry.get('name', '?')}]")
-        missing = [field for field in FIELDS if field not in entry]
+        missing = [name for name in NEEDED if name not in entry]
         if missing or entry["direction"] not in ("above", "below"):
             what = f"missing key {missing[0]!r}" if missing else 'direction must be "above" or "below"'
             raise UsageError(f"{path.name} [{entry.get('name', '?')}]: {what}")
@@ -67,29 +87,47 @@ def load_claims(path: Path | None = None) -> list[Claim]:
     return claims
 
 
-def verdict(answer: Answer, margin: float, direction: str) -> str:
+def verdict(answer: Answer, margin: float, direction: str, slack: float = 0.0) -> str:
     """By where the interval lies; an estimate without an interval decides nothing."""
     if not (np.isfinite(answer.low) and np.isfinite(answer.high)):
-        return "undecided"
+        return UNDECIDED
     beyond, short = answer.low > margin, answer.high < margin
     if direction == "below":
         beyond, short = short, beyond
-    return "supported" if beyond else "not supported" if short else "undecided"
+    if beyond or short:
+        return "supported" if beyond else "not supported"
+    within = margin - slack < answer.low and answer.high < margin + slack
+    return "equivalent" if within else UNDECIDED
 
 
 def claims_table() -> pd.DataFrame:
     """Every claim by task.
 
-    Columns: claim task verdict estimate low high margin direction n_seeds n figure text.
+    Columns: claim task verdict estimate low high unit margin direction p p_holm n_seeds n figure why text. `why`
+    is what the gate or the comparison gave, or what would decide what is undecided.
     """
-    rows = []
-    for claim in load_claims():
-        for task in claim.tasks:
-            try:
-                found = claim.reading.answer(task)
-                says = found.verdict or verdict(found, claim.margin, claim.direction)
-            except NotRun:
-                found, says = Answer(float("nan"), float("nan"), float("nan"), 0, 0), "not run"
-            rows.append((claim.name, task, says, found.estimate, found.low, found.high, claim.margin,
-                         claim.direction, found.n_seeds, found.n, claim.figure, claim.claim))  # fmt: skip
-    return pd.DataFrame(rows, columns=COLUMNS)
+    rows = [_row(claim, task) for claim in load_claims() for task in claim.tasks]
+    df = pd.DataFrame(rows)
+    tested = df["p"].where(~df["verdict"].isin([UNTESTABLE, NOT_RUN]))
+    return df.assign(p_holm=holm(tested.to_numpy(dtype=float)))[COLUMNS]
+
+
+def _row(claim: Claim, task: str) -> dict[str, object]:
+    nothing = Answer(float("nan"), float("nan"), float("nan"), 0, 0)
+    gate = Gate(True, "")
+    try:
+        gate = claim.reading.gate(task) if claim.reading.gate else gate
+        found = claim.reading.answer(task) if claim.reading.answer else nothing
+        says = verdict(found, claim.margin, claim.direction, claim.slack.get(task, 0.0))
+    except NotRun:
+        found, says = nothing, NOT_RUN
+    if not gate.passed:
+        says = UNTESTABLE
+    ahead = f"what would decide it: {claim.decides[task]}" if says == UNDECIDED and task in claim.decides else ""
+    return {
+        "claim": claim.name, "task": task, "verdict": says,
+        "estimate": found.estimate, "low": found.low, "high": found.high, "unit": claim.unit,
+        "margin": claim.margin, "direction": claim.direction, "p": found.p(claim.margin),
+        "n_seeds": found.n_seeds, "n": found.n, "figure": claim.figure,
+        "why": "; ".join(filter(None, (gate.said, found.note, ahead))), "text": claim.claim,
+    }  # fmt: skip
