@@ -8,7 +8,8 @@ import pandas as pd
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from loopmdm.analysis.exhibits import tables
-from loopmdm.analysis.exhibits.answers import Answer, looped, over_seeds, rows_of, trend, units
+from loopmdm.analysis.exhibits.answers import Answer, looped, over_seeds, rows_of, trend
+from loopmdm.analysis.exhibits.declared import deciding, is_confirmed
 from loopmdm.analysis.exhibits.registry import GRIDS, ONE, OURS, TEXT, Exhibit, Reading, Tables, of_models, panels
 from loopmdm.analysis.plots import attention
 from loopmdm.analysis.plots.style import PAGE, mark_s_max
@@ -138,30 +139,38 @@ def heads(loaded: Tables) -> MatplotlibFigure:
 # --- answers to claims ---
 
 
-def _by_loop(task: str, column: str, **where: object) -> pd.DataFrame:
-    """A column of `mask-attention` by model and loop: masked queries, looped layers, heads pooled, to 3 S_max."""
-    df = rows_of("mask-attention", task, query_group="masked", segment="loop", nominal_mask_ratio=0.5, **where)
-    df = df[df["head"].isna() & (df["n_loops"] == df["n_loops"].max())]
+RISES = ("mask-attention", "mask-attention-by-s-max")
+
+
+def _masked_to_masked(task: str, claim: str = "") -> tuple[pd.DataFrame, int]:
+    """Looped layer, half masked, heads pooled, to 3 S_max; and S_max. Of a declared set, if it is whole."""
+    if is_confirmed(task, claim):
+        df, runs = tables.load("mask-attention-by-s-max"), deciding(task)["loop"]
+        df, most = df[df["model"].isin([run.name for run in runs])], runs[0].s_max
+    else:
+        df, most = rows_of("mask-attention", task, nominal_mask_ratio=0.5), looped(task)
+        df = df[df["head"].isna() & (df["n_loops"] == df["n_loops"].max())]
+    return df[(df["segment"] == "loop") & (df["query_group"] == "masked") & (df["key_group"] == "masked")], most
+
+
+def _by_loop(df: pd.DataFrame, column: str) -> pd.DataFrame:
     return df.pivot_table(index="model", columns="loop", values=column)
 
 
-def _rise(column: str, relative: bool = False) -> Callable[[str], Answer]:
+def _rise(claim: str, column: str, relative: bool = False) -> Callable[[str], Answer]:
+    """From the first to the last loop of S_max."""
+
     def answer(task: str) -> Answer:
-        values = _by_loop(task, column, key_group="masked")
-        rise = values[looped(task) - 1] - values[0]
-        rise = rise / values[0] if relative else rise
-        n = int(rows_of("mask-attention", task, key_group="masked")["n"].max())
-        return over_seeds(rise.to_numpy(), _rise_error(task, column, relative), n, units(task))
+        df, most = _masked_to_masked(task, claim)
+        values, errors = (_by_loop(df, name) for name in (column, f"{column}_se"))
+        error = np.hypot(errors[0], errors[most - 1])  # as if independent, on the safe side: they are paired
+        scale = values[0] if relative else 1.0
+        rise = (values[most - 1] - values[0]) / scale
+        return over_seeds(
+            rise.to_numpy(), (error / scale).to_numpy(), int(df["n"].max()), int(df["n_units"].max())
+        )
 
     return answer
-
-
-def _rise_error(task: str, column: str, relative: bool) -> np.ndarray:
-    """Error of a rise in one model, its two ends taken as independent (on the safe side: they are paired)."""
-    values, errors = (_by_loop(task, name, key_group="masked") for name in (column, f"{column}_se"))
-    last = looped(task) - 1
-    error = np.hypot(errors[0], errors[last])
-    return (error / values[0] if relative else error).to_numpy()
 
 
 MOST = 0.9
@@ -176,20 +185,20 @@ def _done_at(values: pd.DataFrame, most: int) -> pd.Series:
 
 
 def _saturates(task: str) -> Answer:
-    values, most = _by_loop(task, "log_odds", key_group="masked"), looped(task)
-    share = (_done_at(values, most) / most).to_numpy(dtype=float)
+    df, most = _masked_to_masked(task)
+    share = (_done_at(_by_loop(df, "log_odds"), most) / most).to_numpy(dtype=float)
     return over_seeds(share, np.full(len(share), np.nan), len(share), 1)
 
 
 def _follows_s_max(task: str) -> Answer:
-    """Over models that differ in S_max of training, one a value."""
+    """Over models that differ in S_max of training."""
     df = of_models(tables.load("mask-attention-by-s-max"))
     df = df[(df["task"] == task) & (df["segment"] == "loop")]
     df = df[(df["query_group"] == "masked") & (df["key_group"] == "masked")]
     zoo, found = Zoo.shipped(), []
     for name, part in df.groupby("model"):
-        values = part.pivot_table(index="model", columns="loop", values="log_odds")
-        found.append((zoo[str(name)].s_max, float(_done_at(values, zoo[str(name)].s_max).iloc[0])))
+        most = zoo[str(name)].s_max
+        found.append((most, float(_done_at(_by_loop(part, "log_odds"), most).iloc[0])))
     s_max, done = np.array([row for row in found if np.isfinite(row[1])]).T
     return trend(s_max, done, int(df["n"].max()))
 
@@ -209,7 +218,7 @@ EXHIBITS = (
         attention rises with the loop count and saturates near S_max; a flat or falling curve counts against
         it. {OURS} {ONE}""",
         (
-            Reading("mask-to-mask-rises", _rise("log_odds"), ("mask-attention", "nll-by-loops")),
+            Reading("mask-to-mask-rises", _rise("mask-to-mask-rises", "log_odds"), RISES),
             Reading("mask-to-mask-saturates", _saturates, ("mask-attention",)),
         ),
     ),
@@ -245,7 +254,7 @@ EXHIBITS = (
         log-odds of a masked against a clean key before some denoising steps of the model's own samples, 64 of
         them; in the first step nothing is clean. {GRIDS}; {TEXT}. Log-odds that rise while content does not
         would say that masked positions look at each other more and tell each other no more. {OURS} {ONE}""",
-        (Reading("content-rises", _rise("content", relative=True), ("mask-attention", "nll-by-loops")),),
+        (Reading("content-rises", _rise("content-rises", "content", relative=True), RISES),),
     ),
     Exhibit(
         "specification-curve",

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from loopmdm.analysis.exhibits import tables
-from loopmdm.analysis.exhibits.answers import PLATEAU, Answer, NotRun, of_arm, over_seeds, rows_of, units
+from loopmdm.analysis.exhibits.answers import Answer, NotRun, left_plateau, of_arm, over_seeds, rows_of, units
 from loopmdm.analysis.exhibits.registry import (
     GRIDS,
     MEANS,
@@ -122,8 +122,8 @@ def _two_by_two(task: str) -> Answer:
     """Of runs that left the plateau, in all four arms."""
     df = tables.load("nll-by-loops")
     df = df[(df["task"] == task) & (df["n_loops"] == df["max_loops"])].sort_values("seed")
-    whole = {arm: df[df["arm"] == arm]["nll"] for arm in ("loop", "base", "loop-isolated", "base-isolated")}
-    left = {arm: ends[ends < PLATEAU[task]].to_numpy() for arm, ends in whole.items()}
+    whole = {arm: df[df["arm"] == arm] for arm in ("loop", "base", "loop-isolated", "base-isolated")}
+    left = {arm: rows["nll"][left_plateau(rows["model"], task)].to_numpy() for arm, rows in whole.items()}
     if min(map(len, left.values())) < 2:
         raise NotRun
     told = "left the plateau: " + ", ".join(f"{arm} {len(left[arm])} of {len(whole[arm])}" for arm in whole)
@@ -225,7 +225,7 @@ EXHIBITS = (
         loop arms at S_max; bars: means. Equal size and training FLOPs; 1,000 grids of unseen classes, one mask
         each. If looping gained as much without masked-to-masked attention, the paper's explanation of why
         looping works would be wrong. The design is ours.""",
-        (Reading("trained-without-mask-to-mask", _two_by_two, ("nll-by-loops",)),),
+        (Reading("trained-without-mask-to-mask", _two_by_two, ("nll-by-loops", "learning-curves")),),
     ),
     Exhibit(
         "training-free",

@@ -10,13 +10,14 @@ from matplotlib.figure import Figure as MatplotlibFigure
 
 from loopmdm.analysis.exhibits import tables
 from loopmdm.analysis.exhibits.answers import (
-    PLATEAU,
     Answer,
     Gate,
     NotRun,
     between_arms,
     by_rank,
+    ends,
     given_break,
+    left_plateau,
     looped,
     nll,
     of_arm,
@@ -206,17 +207,17 @@ CURVES = ("nll-by-loops", "learning-curves")
 
 def _better_than(arm: str) -> Callable[[str], Answer]:
     def answer(task: str) -> Answer:
-        ours, theirs = nll(task, "loop", looped(task)), nll(task, arm, 1)
-        return given_break(task, ours, theirs, "change_from_base" if arm == "base" else None)
+        paired = "change_from_base" if arm == "base" else None
+        return given_break(task, ends(task, "loop"), ends(task, arm), paired)
 
     return answer
 
 
 def _leaves_the_plateau(task: str) -> Answer:
-    ours, theirs = nll(task, "loop", looped(task)), nll(task, "base", 1)
-    if ours.empty or theirs.empty:
+    arms = [ends(task, role)["model"] for role in ("loop", "base")]
+    if not all(map(len, arms)):
         raise NotRun
-    left = [(arm["nll"] < PLATEAU[task]).tolist() for arm in (ours, theirs)]
+    left = [left_plateau(models, task).tolist() for models in arms]
     estimate, low, high = contrasts.shares(*left)
     told = f"{sum(left[0])} of {len(left[0])} looped runs, {sum(left[1])} of {len(left[1])} base runs"
     return Answer(estimate, low, high, min(map(len, left)), sum(map(len, left)), note=told)
@@ -389,7 +390,7 @@ EXHIBITS = (
             Reading(
                 "better-than-deeper", _better_than("deep"), ("nll-by-loops", "learning-curves"), depth_has_room
             ),
-            Reading("leaves-the-plateau", _leaves_the_plateau, ("nll-by-loops",)),
+            Reading("leaves-the-plateau", _leaves_the_plateau, CURVES),
             Reading("one-loop-is-worse", _one_loop, ("nll-by-loops",)),
             Reading("more-loops-are-better", _more_loops, ("nll-by-loops",)),
             Reading("monotone-in-loops", _monotone, ("nll-by-loops",)),

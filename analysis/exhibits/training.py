@@ -15,6 +15,7 @@ from loopmdm.analysis.exhibits.answers import (
     by_rank,
     trend,
 )
+from loopmdm.analysis.exhibits.declared import deciding
 from loopmdm.analysis.exhibits.registry import SEEDS, Exhibit, Reading, Tables, compared, elsewhere, panels
 from loopmdm.analysis.measures.quality.efficiency import first_reach
 from loopmdm.analysis.numbers import contrasts
@@ -116,60 +117,57 @@ def amount(loaded: Tables) -> MatplotlibFigure:
 # --- answers to claims ---
 
 
+def _curves(task: str, *roles: str) -> list[list[pd.DataFrame]]:
+    """Learning curves at S_max of the runs that decide between arms, role by role; NotRun without any."""
+    df = tables.load("learning-curves")
+    df = df[df["n_loops"] == df["max_loops"]]
+    runs = deciding(task)
+    known = {str(name): part.sort_values("flops") for name, part in df.groupby("model")}
+    found = [[known[run.name] for run in runs[role] if run.name in known] for role in roles]
+    if not all(found):
+        raise NotRun
+    return found
+
+
 def depth_has_room(task: str) -> Gate:
     """Whether the deeper twin is better at equal tokens, on validation: else more computation could not pay."""
-    curves = tables.load("learning-curves")
-    curves = curves[(curves["task"] == task) & (curves["n_loops"] == curves["max_loops"])]
-    arms = {arm: [part for _, part in curves[curves["arm"] == arm].groupby("seed")] for arm in ("base", "deep")}
-    if not all(arms.values()):
+    try:
+        arms = _curves(task, "base", "deep")
+    except NotRun:
         return Gate(False, "no deeper twin was trained, so whether depth pays is not known")
-    tokens = min(part["tokens"].max() for parts in arms.values() for part in parts)
-    base, deep = (
-        np.array(
-            [np.interp(np.log(tokens), np.log(part["tokens"].astype(float)), part["nelbo"]) for part in parts]
-        )
-        for parts in arms.values()
-    )
+    tokens = min(float(part["tokens"].max()) for parts in arms for part in parts)
+    base, deep = (np.array([_at_tokens(part, tokens) for part in parts]) for parts in arms)
     if task in PLATEAU:
-        base, deep = (ends[ends < PLATEAU[task]] for ends in (base, deep))
-        if min(len(base), len(deep)) < 2:
-            return Gate(False, f"{len(base)} base and {len(deep)} deep runs had left the plateau: too few")
-    spread = base.std(ddof=1) if len(base) > 1 else float("nan")
-    error = spread * (1 / len(base) + 1 / len(deep)) ** 0.5
-    gap = deep.mean() - base.mean()
+        base, deep = (values[values < PLATEAU[task]] for values in (base, deep))
+    if len(base) < 2 or not len(deep):
+        return Gate(False, f"{len(base)} base and {len(deep)} deep runs to compare at equal tokens: too few")
+    gap, error = deep.mean() - base.mean(), base.std(ddof=1) * (1 / len(base) + 1 / len(deep)) ** 0.5
     told = f"deep less base at {tokens / 1e6:.0f} M tokens {gap:.3f} (standard error {error:.3f})"
     return Gate(bool(gap + 2 * error < ROOM[task]), told)
+
+
+def _at_tokens(curve: pd.DataFrame, tokens: float) -> float:
+    return float(np.interp(np.log(tokens), np.log(curve["tokens"].astype(float)), curve["nelbo"]))
+
+
+def _reach(curve: pd.DataFrame, target: float) -> float:
+    """FLOPs at which a curve first reaches the target; inf if it never does."""
+    flops = first_reach(curve["flops"].to_numpy(float), curve["nelbo"].to_numpy(float), target)
+    return flops if np.isfinite(flops) else float("inf")
 
 
 ROOM = {"sudoku": 0.0, "sotu": -0.03}
 """What the deeper twin's difference has to lie below by two standard errors, nats per token, as declared."""
 
 
-def _flops_to_base(task: str) -> tuple[np.ndarray, np.ndarray, float]:
-    """FLOPs of each looped and of each base run to what every base run reaches; inf: never. And the budget."""
-    curves = tables.load("learning-curves")
-    curves = curves[(curves["task"] == task) & (curves["n_loops"] == curves["max_loops"])]
-    loop, base = ([part for _, part in curves[curves["arm"] == arm].groupby("seed")] for arm in ("loop", "base"))
-    if not loop or not base:
-        raise NotRun
-    target = max(part["nelbo"].min() for part in base)
-    reached = [
-        np.array(
-            [first_reach(part["flops"].to_numpy(float), part["nelbo"].to_numpy(float), target) for part in arm]
-        )
-        for arm in (loop, base)
-    ]
-    ours, theirs = (np.where(np.isfinite(values), values, np.inf) for values in reached)
-    return ours, theirs, float(max(part["flops"].max() for part in loop))
-
-
 def _fewer_flops(task: str) -> Answer:
     """By rank; runs that never got there count as if at the end of the budget, which favours the claim."""
-    ours, theirs, budget = _flops_to_base(task)
-    late = int(np.isinf(ours).sum())
+    loop, base = _curves(task, "loop", "base")
+    target = max(part["nelbo"].min() for part in base)
+    ours, theirs = (np.array([_reach(part, target) for part in arm]) for arm in (loop, base))
+    late, budget = int(np.isinf(ours).sum()), max(float(part["flops"].max()) for part in loop)
     estimate, low, high = np.exp(contrasts.shift(np.log(theirs), np.log(np.minimum(ours, budget))))
-    first = float((ours[:, None] < theirs).mean())
-    told = f"the looped run is first in {first:.0%} of pairs"
+    told = f"the looped run is first in {(ours[:, None] < theirs).mean():.0%} of pairs"
     told += f"; {late} of {len(ours)} looped runs never got there, so this is an upper bound" if late else ""
     return Answer(
         float(estimate), float(low), float(high), min(len(ours), len(theirs)), len(ours),

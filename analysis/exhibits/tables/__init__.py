@@ -128,7 +128,6 @@ def outdated(name: str) -> str:
 EVERY = select()
 SUDOKU = select(task="sudoku") | select(task="sudoku9")
 KNOWN = select(task="tree") | select(task="markov")
-POOLED = "mask-attention-pooled"
 ONE_MASK = {"n_samples": 1}
 ALONG = science.HALF | {"n": 64, "along_sampling": 16}
 """Options of measures."""
@@ -157,7 +156,7 @@ TABLES = {
             science.main_tasks("loop"),
             ("model", "loop", "mass", "log_odds"),
             internals.mask_attention_table,
-            {"mask-attention": science.THREE, POOLED: science.THREE},
+            {"mask-attention": science.THREE, science.POOLED: science.THREE},
         ),
         Table(
             "representation-change",
@@ -170,8 +169,8 @@ TABLES = {
             "mask-attention-by-s-max",
             science.AMOUNTS,
             ("model", "loop", "log_odds"),
-            partial(science.measured, POOLED, science.AMOUNTS, read_to=science.READ_TO, **science.HALF),
-            {POOLED: science.HALF},
+            partial(science.pooled_table, science.AMOUNTS),
+            {science.POOLED: science.HALF},
         ),
         Table(
             "attention-maps", internals.MAPPED, ("loop", "head", "query", "key"), internals.attention_maps_table
@@ -260,7 +259,7 @@ TABLES = {
             others.BESIDE,
             ("model", "layer", "loop", "query_group", "key_group", "mass", "log_odds", "nominal_mask_ratio"),
             others.attention_table,
-            {others.POOLED: others.ASKED},
+            {science.POOLED: others.ASKED},
             reads="specimen",
         ),
         Table(
@@ -283,8 +282,8 @@ TABLES = {
             "attention-along-sampling",
             science.FIRST,
             ("model", "step", "loop", "log_odds"),
-            partial(science.measured, POOLED, science.FIRST, **ALONG),
-            {POOLED: ALONG},
+            partial(science.measured, science.POOLED, science.FIRST, **ALONG),
+            {science.POOLED: ALONG},
         ),
         *(_one_measure(*entry) for entry in science.PLAIN),
     )

@@ -6,12 +6,11 @@ where attention goes, not how well anybody does.
 
 import pandas as pd
 
-from loopmdm.analysis.exhibits.tables.science import HALF, asked
+from loopmdm.analysis.exhibits.tables.science import HALF, POOLED, asked
 from loopmdm.model.zoo.runs import Zoo, select
 
 BESIDE = select(task="sotu", arm=("base", "loop"), seed=0)
 """Our text models, one with and one without loops."""
-POOLED = "mask-attention-pooled"
 ASKED = {"mask_ratios": (0.15, 0.5)}
 """As in their training, and half masked."""
 BLOCKS = {

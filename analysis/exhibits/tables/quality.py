@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from loopmdm.analysis.exhibits.tables.science import AT_CHANCE, READ_TO
+from loopmdm.analysis.exhibits.tables.science import AT_CHANCE, CONFIRMING, READ_TO, pooled_by_loop
 from loopmdm.analysis.measures import MEASURES, evaluate, question
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.quality.decomposition import by_noise_level
@@ -89,6 +89,8 @@ def over_seeds(model: Run, zoo: Zoo) -> list[Question]:
     asked = [_by_sequence(model, counts)]
     if model.task in CLUES:
         asked.append(_solve_rates(model, counts[-1]))
+    if model in CONFIRMING:
+        asked.append(pooled_by_loop(model, zoo))
     return [*asked, _word_problems(model)] if model.task == "gsm" else asked
 
 

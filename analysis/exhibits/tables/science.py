@@ -13,6 +13,7 @@ HALF = {"mask_ratios": (0.5,)}
 THREE = {"mask_ratios": (0.25, 0.5, 0.75)}
 """At which shares of masked positions a measure is asked."""
 READ_TO = 3
+POOLED = "mask-attention-pooled"
 AT_CHANCE = "gsm"
 """A task that no shipped model has learned: what goes on inside explains nothing."""
 
@@ -28,7 +29,11 @@ LEARNED = select(arm="loop", weights=True, but_task=AT_CHANCE)
 """Every looped model with weights, of tasks that were learned."""
 BOARDS = select(task="sudoku", arm="loop", weights=True)
 TREES = select(task=("tree", "markov"), arm="loop", weights=True)
-AMOUNTS = select(task="sudoku", arm=("loop-s2", "loop-s4", "loop", "loop-s8", "loop-s12"), weights=True)
+CONFIRMING = select(task="sudoku", arm="loop-s4", seed=range(3, 10))
+"""Looped runs of a declared set (figures/claims.toml): their attention is measured before their weights go."""
+AMOUNTS = (
+    select(task="sudoku", arm=("loop-s2", "loop-s4", "loop", "loop-s8", "loop-s12"), weights=True) | CONFIRMING
+)
 """The three-layer Sudoku models that loop, whatever their S_max of training."""
 UNLOOPED = select(arm=("base", "deep"), seed=0, weights=True, but_task=AT_CHANCE)
 CONTROLS = UNLOOPED | FIRST
@@ -46,6 +51,16 @@ def asked(measure: str, run: Run, n_loops: int, **options: Any) -> Question:
     from loopmdm.analysis.measures import question
 
     return question(run.name, measure, n_loops, **options)
+
+
+def pooled_by_loop(run: Run, zoo: Zoo) -> Question:
+    """What the table of attention by S_max asks of one run."""
+    return asked(POOLED, run, READ_TO * zoo.s_max(run), **HALF)
+
+
+def pooled_table(models: Select, zoo: Zoo) -> pd.DataFrame:
+    """Attention between groups, heads averaged, half masked, of several models to 3 x S_max of their own."""
+    return pd.concat([pooled_by_loop(run, zoo).answer() for run in models.of(zoo)], ignore_index=True)
 
 
 def controls_table(zoo: Zoo) -> pd.DataFrame:

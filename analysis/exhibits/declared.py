@@ -1,0 +1,67 @@
+"""Sets of runs that were declared in `figures/claims.toml` before their results, and what decides between arms.
+
+A set is read once all of its runs are in the zoo. It then answers the claims that it names on its task; what was
+known when an estimand was written stays exploratory.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from loopmdm.model.errors import UsageError, check_keys
+from loopmdm.model.zoo.runs import Run, Zoo, figures_folder
+
+SETS = {"sudoku": "sudoku-s4"}
+"""The set that decides between looped, base and deep models of a task."""
+ROLES = ("loop", "base", "deep")
+
+
+@dataclass(frozen=True)
+class Declared:
+    """One entry: `runs` are seeds by spec."""
+
+    name: str
+    runs: Mapping[str, tuple[int, ...]]
+    claims: tuple[str, ...]
+    estimand: str
+    gate: str
+    falsifier: str
+
+    def of(self, zoo: Zoo) -> tuple[Run, ...]:
+        """Its runs in a zoo."""
+        return tuple(run for run in zoo if run.seed in self.runs.get(run.file, ()))
+
+    def whole(self, zoo: Zoo) -> bool:
+        """Whether all of them are there."""
+        return len(self.of(zoo)) == sum(map(len, self.runs.values()))
+
+
+def load_declared(path: Path | None = None) -> dict[str, Declared]:
+    """All sets by name; UsageError names a missing or unknown key."""
+    path = path or figures_folder() / "claims.toml"
+    names, found = [item.name for item in fields(Declared)], {}
+    for entry in tomllib.loads(path.read_text()).get("declared", []):
+        what = f"{path.name} [[declared]] {entry.get('name', '?')}"
+        check_keys(entry, names, what)
+        missing = next((name for name in names if name not in entry), None)
+        if missing:
+            raise UsageError(f"{what}: missing key {missing!r}")
+        found[entry["name"]] = Declared(**entry | {"claims": tuple(entry["claims"])})
+    return found
+
+
+def deciding(task: str, zoo: Zoo | None = None) -> dict[str, tuple[Run, ...]]:
+    """Looped, base and deep runs that decide between these arms: a whole declared set, else every seed."""
+    zoo = Zoo.shipped() if zoo is None else zoo
+    declared = load_declared().get(SETS.get(task, ""))
+    if declared is None or not declared.whole(zoo):
+        return {role: zoo.select(task=task, arm=role) for role in ROLES}
+    runs = declared.of(zoo)
+    return {role: tuple(run for run in runs if run.arm.partition("-")[0] == role) for role in ROLES}
+
+
+def is_confirmed(task: str, claim: str) -> bool:
+    """Whether a claim is answered on a task by runs that were declared before their results."""
+    declared = load_declared().get(SETS.get(task, ""))
+    return declared is not None and claim in declared.claims and declared.whole(Zoo.shipped())
