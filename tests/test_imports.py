@@ -24,8 +24,8 @@ def imported(path: Path) -> set[str]:
 
 
 FLOORS = (
-    "folders model.errors",
-    "model.precision model.files model.randomness model.registry model.layout model.stats model.context",
+    "folders model.errors model.information",
+    "model.precision model.files model.randomness model.registry model.layout model.context model.stats",
     "model.sites model.flops model.taps model.sequences",
     "model.masking model.stopping model.corpora model.adapters.cycles",
     "model.adapters.families",
