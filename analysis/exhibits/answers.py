@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from loopmdm.analysis.exhibits import tables
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.zoo.runs import Zoo, select
 
 
@@ -35,17 +35,14 @@ class NotRun(LookupError):
 # --- from numbers to answers ---
 
 
-def over_seeds(values: np.ndarray, errors: np.ndarray, n: int, n_units: int) -> Answer:
-    """Student's t over seeds; for one seed over its test units, by the error given."""
+def answer_of(values: np.ndarray, errors: np.ndarray, n: int, n_units: int) -> Answer:
+    """The mean over seeds; for one seed Student's t over its test units, by the error given."""
     values = np.asarray(values, dtype=float)
     if not len(values):
         raise NotRun
-    mean = float(values.mean())
-    if len(values) > 1:
-        half = stats.t95(len(values)) * float(values.std(ddof=1)) / len(values) ** 0.5
-    else:
-        half = stats.t95(n_units) * float(np.asarray(errors, dtype=float)[0])
-    return Answer(mean, mean - half, mean + half, len(values), n)
+    half = stats.t95(n_units) * float(np.asarray(errors, dtype=float)[0])
+    bounds = values[0] - half, values[0] + half
+    return Answer(*stats.over_seeds(values, bounds), len(values), n)
 
 
 def between_arms(ours: pd.DataFrame, theirs: pd.DataFrame, value: str, paired: str | None = None) -> Answer:
@@ -60,7 +57,7 @@ def between_arms(ours: pd.DataFrame, theirs: pd.DataFrame, value: str, paired: s
         return Answer(difference, float("nan"), float("nan"), 1, int(ours["n"].iloc[0]))
     row = ours.iloc[0]
     units = int(row.get("n_units", row["n"]))
-    return over_seeds(np.array([row[paired]]), np.array([row[f"{paired}_se"]]), int(row["n"]), units)
+    return answer_of(np.array([row[paired]]), np.array([row[f"{paired}_se"]]), int(row["n"]), units)
 
 
 def nll(task: str, arm: str, n_loops: int) -> pd.DataFrame:

@@ -5,8 +5,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from loopmdm.analysis.exhibits.answers import Answer, over_seeds, rows_of
+from loopmdm.analysis.exhibits.answers import Answer, answer_of, rows_of
 from loopmdm.analysis.exhibits.registry import GRIDS, TEXT, Exhibit, Reading, Tables, panels
+from loopmdm.analysis.numbers.estimate import with_interval
 from loopmdm.analysis.plots import stopping
 from loopmdm.analysis.plots.style import COLUMN, PAGE
 
@@ -25,7 +26,9 @@ def stopping_frontier(loaded: Tables) -> MatplotlibFigure:
 
 def loops_used(loaded: Tables) -> MatplotlibFigure:
     """Loops under state-delta along sampling, and by what kind of position."""
-    steps, usage = loaded["stopping-by-step"], loaded["stopping-usage"]
+    steps, usage = (
+        with_interval(loaded[name], "value", "standard_error") for name in ("stopping-by-step", "stopping-usage")
+    )
     drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 4.6), layout="constrained", width_ratios=[1.2, 1])
     for row, panel in zip(axes, panels(), strict=True):
         part = panel.of(steps)
@@ -65,7 +68,7 @@ def _halves_loops(task: str) -> Answer:
     rows = _verdict_rows(task)
     share = np.where(rows["verdict"] == "supported", rows["mean_loops"] / rows["of_loops"], 1.0)
     errors = rows["mean_loops_se"] / rows["of_loops"]
-    return over_seeds(share, errors.to_numpy(), int(rows["n"].iloc[0]), int(rows["n_units"].iloc[0]))
+    return answer_of(share, errors.to_numpy(), int(rows["n"].iloc[0]), int(rows["n_units"].iloc[0]))
 
 
 def _knows_where(task: str) -> Answer:
@@ -74,7 +77,7 @@ def _knows_where(task: str) -> Answer:
     errors = rows[[f"against_{name}_se" for name in ("fixed", "schedule", "shuffled")]].to_numpy()
     worst = contrasts.argmax(axis=1)  # the control that comes nearest, or wins
     index = np.arange(len(rows))
-    return over_seeds(
+    return answer_of(
         contrasts[index, worst], errors[index, worst], int(rows["n"].iloc[0]), int(rows["n_units"].iloc[0])
     )
 

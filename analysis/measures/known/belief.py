@@ -28,7 +28,7 @@ from torch import Tensor
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.options import RATIOS
 from loopmdm.analysis.measures.registry import Measure
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.errors import UsageError, check_count, unknown_name
 from loopmdm.model.information import kl
 from loopmdm.model.protocol import LoopedModel

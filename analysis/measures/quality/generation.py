@@ -11,7 +11,7 @@ from torch import Tensor
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.quality.judge import judge_nats
 from loopmdm.analysis.measures.registry import Measure
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.diffusion.sampling import sample
 from loopmdm.model.information import entropy
 from loopmdm.model.tasks.batches import spread

@@ -7,7 +7,7 @@ import torch
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.quality.decomposition import nelbo_decomposition
 from loopmdm.analysis.measures.registry import Measure
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.corpora import documents as corpora
 from loopmdm.model.corpora.fetch import sources
 from loopmdm.model.corpora.windows import sliding_windows

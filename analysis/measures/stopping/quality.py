@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from loopmdm.analysis.measures.quality.generation import unigram_entropy
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.diffusion.sampling import SampleResult, sample
 from loopmdm.model.errors import UsageError
 from loopmdm.model.protocol import LoopedModel
