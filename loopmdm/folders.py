@@ -85,6 +85,7 @@ MOVED = {
     "loopmdm_model.prompts": "loopmdm.model.diffusion.prompts",
     "loopmdm_model.sampling": "loopmdm.model.diffusion.sampling",
     "loopmdm_model.scopes": "loopmdm.model.hooks.scopes",
+    "loopmdm_model.stats": "loopmdm.analysis.numbers.stats",
     "loopmdm_model.stopping": "loopmdm.model.stopping.rules",
     "loopmdm_model.text": "loopmdm.model.hooks.text",
     "loopmdm_model.trajectories": "loopmdm.model.diffusion.trajectories",

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from loopmdm.model import stats
+from loopmdm.model import means
 from loopmdm.model.errors import UsageError, check_count, check_data
 
 R = TypeVar("R", bound="_Rows")
@@ -40,7 +40,7 @@ class _Rows:
     @property
     def n_units(self) -> int:
         """How many sequences are independent: documents, where they share one."""
-        return stats.count_units(len(self), self.clusters)
+        return means.count_units(len(self), self.clusters)
 
     @property
     def owners(self) -> np.ndarray:

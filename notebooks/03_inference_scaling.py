@@ -21,7 +21,8 @@ import torch
 
 from loopmdm.analysis import Case, claims_table, figures, nelbo_decomposition
 from loopmdm.analysis.measures.stopping import equal_flops_pairs
-from loopmdm.model import nelbo, nelbo_by_loop, stats
+from loopmdm.analysis.numbers import stats
+from loopmdm.model import nelbo, nelbo_by_loop
 from loopmdm.model.flops import forward_flops
 
 _ = torch.set_grad_enabled(False)

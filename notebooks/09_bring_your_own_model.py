@@ -128,7 +128,7 @@ found = measure("norm-ratio", donor, mask_ratios=(0.25, 0.75), n=n, seed=seed)
 found.pivot(index="loop", columns="nominal_mask_ratio", values="value").round(3)
 
 # %% [markdown]
-# It has no error, and so decides nothing. `loopmdm.model.stats.mean_and_error` gives one over sequences or over
+# It has no error, and so decides nothing. `loopmdm.model.means.mean_and_error` gives one over sequences or over
 # documents; the measures in `analysis/` all carry it.
 #
 # ## A stopping rule of one's own

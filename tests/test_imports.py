@@ -24,8 +24,8 @@ def imported(path: Path) -> set[str]:
 
 
 FLOORS = (
-    "folders model.errors",
-    "model.precision model.files model.randomness model.registry model.layout model.stats model.context",
+    "folders model.errors model.information",
+    "model.precision model.files model.randomness model.registry model.layout model.context model.means",
     "model.sites model.flops model.taps model.sequences",
     "model.masking model.stopping model.corpora model.adapters.cycles",
     "model.adapters.families",
@@ -118,6 +118,33 @@ def test_plots_know_no_torch():
         assert not heavy, path
     code = "from loopmdm.analysis.plots import attention, quality; import sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+STATISTICS = {
+    "agg", "aggregate", "apply", "average", "corr", "cov", "describe", "mean", "median", "nanmean", "nanstd",
+    "nanvar", "ppf", "quantile", "sem", "std", "transform", "var",
+}  # fmt: skip
+"""What plots ask of no frame, array or library: their frames hold means and intervals as columns."""
+
+
+def statistics_in(source: str) -> set[str]:
+    """Names of statistics that a source uses as attributes, and libraries or files of ours that make them."""
+    tree = ast.parse(source)
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} & STATISTICS
+    makers = ("scipy", "statistics", "loopmdm.analysis.numbers", "loopmdm.analysis.measures")
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        used |= {name for name in names if f"{name}.".startswith(tuple(f"{maker}." for maker in makers))}
+    return used
+
+
+def test_plots_hold_no_statistics():
+    for path in (ROOT / "analysis" / "plots").glob("*.py"):
+        assert not statistics_in(path.read_text()), path
+    for source in ("from scipy import stats", "df.groupby('seed')['y'].mean()", "import scipy.stats", "np.std(x)",
+                   "from loopmdm.analysis.numbers.estimate import half_width"):  # fmt: skip
+        assert statistics_in(source), source
 
 
 def test_importing_the_model_is_light():

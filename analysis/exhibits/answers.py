@@ -12,8 +12,7 @@ import pandas as pd
 
 from loopmdm.analysis.exhibits import tables
 from loopmdm.analysis.exhibits.declared import deciding
-from loopmdm.analysis.numbers import contrasts
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import contrasts, stats
 from loopmdm.model.zoo.runs import Zoo, select
 
 PValue = Callable[[float], float]
@@ -57,7 +56,7 @@ class NotRun(LookupError):
 # --- from numbers to answers ---
 
 
-def over_seeds(values: np.ndarray, errors: np.ndarray, n: int, n_units: int, note: str = "") -> Answer:
+def answer_of(values: np.ndarray, errors: np.ndarray, n: int, n_units: int, note: str = "") -> Answer:
     """Student's t over seeds; for one seed over its test units, by the error given. NaN: a run without a value."""
     values, errors = np.asarray(values, dtype=float), np.asarray(errors, dtype=float)
     known = np.isfinite(values)
@@ -103,7 +102,7 @@ def between_arms(ours: pd.DataFrame, theirs: pd.DataFrame, value: str, paired: s
         return Answer(float(left.mean() - right.mean()), float("nan"), float("nan"), 1, n)
     row = ours.iloc[0]
     units = int(row.get("n_units", row["n"]))
-    return over_seeds(np.array([row[paired]]), np.array([row[f"{paired}_se"]]), n, units)
+    return answer_of(np.array([row[paired]]), np.array([row[f"{paired}_se"]]), n, units)
 
 
 def by_rank(ours: pd.DataFrame, theirs: pd.DataFrame, value: str) -> Answer:

@@ -8,9 +8,10 @@ import pandas as pd
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from loopmdm.analysis.exhibits import tables
-from loopmdm.analysis.exhibits.answers import Answer, looped, over_seeds, rows_of, trend
+from loopmdm.analysis.exhibits.answers import Answer, answer_of, looped, rows_of, trend
 from loopmdm.analysis.exhibits.declared import deciding, is_confirmed
 from loopmdm.analysis.exhibits.registry import GRIDS, ONE, OURS, TEXT, Exhibit, Reading, Tables, of_models, panels
+from loopmdm.analysis.numbers.estimate import with_interval
 from loopmdm.analysis.plots import attention
 from loopmdm.analysis.plots.style import PAGE, mark_s_max
 from loopmdm.model.zoo.runs import Zoo
@@ -31,10 +32,10 @@ def mask_to_mask(loaded: Tables) -> MatplotlibFigure:
         part = _looped(df, panel.model)
         loop = part[part["segment"] == "loop"]
         half = loop[np.isclose(loop["nominal_mask_ratio"], 0.5)]
-        attention.plot_mass_by_loop(half, ax=row[0])
+        attention.plot_mass_by_loop(with_interval(half, "mass"), ax=row[0])
         row[0].set_title(f"{panel.title}: mass, 50% masked")
         log_odds = loop[loop["key_group"] == "masked"]
-        attention.plot_log_odds_by_loop(log_odds, ax=row[1])
+        attention.plot_log_odds_by_loop(with_interval(log_odds, "log_odds"), ax=row[1])
         others = [_looped(df, name) for name in panel.seeds if name != panel.model]
         attention.plot_other_seeds([one[(one["segment"] == "loop") & (one["key_group"] == "masked")]
                                     for one in others], ax=row[1])  # fmt: skip
@@ -43,7 +44,7 @@ def mask_to_mask(loaded: Tables) -> MatplotlibFigure:
             mark_s_max(ax, panel.run.s_max, len(half["loop"].unique()))
         rest = _looped(df, panel.model, longest=False)
         rest = rest[(rest["segment"] != "loop") & (rest["key_group"] == "masked")]
-        attention.plot_log_odds_by_layer(rest, ax=row[2])
+        attention.plot_log_odds_by_layer(with_interval(rest, "log_odds"), ax=row[2])
         row[2].set_title(f"outside the loop (S = {panel.run.s_max})")
     handles = [*axes[0, 0].get_legend_handles_labels()[0], *axes[0, 1].get_legend_handles_labels()[0]]
     drawn.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, columnspacing=1.2)
@@ -83,7 +84,7 @@ def saturation(loaded: Tables) -> MatplotlibFigure:
     zoo = Zoo.shipped()
     df = df.assign(s_max=df["model"].map({name: zoo[name].s_max for name in df["model"].unique()}))
     drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.9), layout="constrained")
-    attention.plot_by_s_max(df, axes=axes)
+    attention.plot_by_s_max(with_interval(df, "log_odds"), axes=axes)
     axes[0].set_title("6x6 Sudoku: log-odds (rings: $S_{max}$)")
     axes[1].set_title("rise since the first loop")
     axes[0].legend(title="$S_{max}$ of training", title_fontsize=6.8, frameon=False, ncols=2)
@@ -97,11 +98,12 @@ def content(loaded: Tables) -> MatplotlibFigure:
     for row, panel in zip(axes, panels(), strict=True):
         part = _looped(df, panel.model)
         part = part[(part["segment"] == "loop") & (part["key_group"] == "masked")]
-        attention.plot_content_by_loop(part, ax=row[0])
+        attention.plot_content_by_loop(with_interval(part, "content"), ax=row[0])
         mark_s_max(row[0], panel.run.s_max, part["loop"].nunique())
         row[0].set_title(f"{panel.title}: content, masked → masked")
         own = panel.of(sampled[sampled["segment"] == "loop"])
         own = own[(own["query_group"] == "masked") & (own["key_group"] == "masked")]
+        own = own.assign(mask_ratio=own.groupby("step")["mask_ratio"].transform("mean"))
         attention.plot_by_step(own, ax=row[1])
         row[1].set_title(f"{panel.title}: along its own samples")
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -114,7 +116,8 @@ def specifications(loaded: Tables) -> MatplotlibFigure:
     df = loaded["attention-specifications"]
     drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 4.4), layout="constrained", height_ratios=[1, 1.1])
     for (above, below), panel in zip(axes.T, panels(), strict=True):
-        attention.plot_specifications(panel.of(df).dropna(subset=["estimate"]), (above, below))
+        part = panel.of(df).dropna(subset=["estimate"])
+        attention.plot_specifications(part.assign(score=part["estimate"] / part["standard_error"]), (above, below))
         above.set_title(panel.title)
         above.set_xticks([])
         above.legend(frameon=False, loc="lower right", fontsize=6)
@@ -129,7 +132,7 @@ def heads(loaded: Tables) -> MatplotlibFigure:
     df = loaded["attention-heads"]
     drawn, axes = plt.subplots(1, 2, figsize=(PAGE * 0.8, 2.4), layout="constrained")
     for ax, panel in zip(axes, panels(), strict=True):
-        attention.plot_heads(panel.of(df), ax=ax)
+        attention.plot_heads(with_interval(panel.of(df), "growth", "standard_error"), ax=ax)
         ax.set_title(panel.title)
     axes[1].set_ylabel("")
     axes[0].legend(frameon=False)
@@ -166,9 +169,7 @@ def _rise(claim: str, column: str, relative: bool = False) -> Callable[[str], An
         error = np.hypot(errors[0], errors[most - 1])  # as if independent, on the safe side: they are paired
         scale = values[0] if relative else 1.0
         rise = (values[most - 1] - values[0]) / scale
-        return over_seeds(
-            rise.to_numpy(), (error / scale).to_numpy(), int(df["n"].max()), int(df["n_units"].max())
-        )
+        return answer_of(rise.to_numpy(), (error / scale).to_numpy(), int(df["n"].max()), int(df["n_units"].max()))
 
     return answer
 
@@ -187,7 +188,7 @@ def _done_at(values: pd.DataFrame, most: int) -> pd.Series:
 def _saturates(task: str) -> Answer:
     df, most = _masked_to_masked(task)
     share = (_done_at(_by_loop(df, "log_odds"), most) / most).to_numpy(dtype=float)
-    return over_seeds(share, np.full(len(share), np.nan), len(share), 1)
+    return answer_of(share, np.full(len(share), np.nan), len(share), 1)
 
 
 def _follows_s_max(task: str) -> Answer:

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from loopmdm.analysis.exhibits import tables
-from loopmdm.analysis.exhibits.answers import Answer, NotRun, left_plateau, of_arm, over_seeds, rows_of, units
+from loopmdm.analysis.exhibits.answers import Answer, NotRun, answer_of, left_plateau, of_arm, rows_of, units
 from loopmdm.analysis.exhibits.registry import (
     GRIDS,
     MEANS,
@@ -20,9 +21,10 @@ from loopmdm.analysis.exhibits.registry import (
     of_models,
     panels,
 )
+from loopmdm.analysis.numbers import stats
+from loopmdm.analysis.numbers.estimate import across_seeds, with_interval
 from loopmdm.analysis.plots import causal, quality
 from loopmdm.analysis.plots.style import COLUMN, PAGE
-from loopmdm.model import stats
 
 TWO_BY_TWO = ("base", "loop", "base-isolated", "loop-isolated")
 
@@ -46,7 +48,7 @@ def cut_effects(loaded: Tables) -> MatplotlibFigure:
     for row, panel in zip(axes, panels(), strict=True):
         for ax, (name, what) in zip(row, tables, strict=True):
             df = loaded[name]
-            causal.plot_effects(panel.of(df[~df["onward"]]), ax=ax)
+            causal.plot_effects(with_interval(panel.of(df[~df["onward"]]), "effect"), ax=ax)
             ax.set_title(f"{panel.title}: {what}")
     return drawn
 
@@ -65,12 +67,13 @@ RELATIONS = {"box": "same box", "row": "same row", "column": "same column", "non
 def causal_edges(loaded: Tables) -> MatplotlibFigure:
     """What edges carry in nats, loop 0 intact: groups, sides of equal mass, relations, shares."""
     df = loaded["causal-edges"]
-    df = of_models(df[df["mask_ratio"].isna()])
+    df = with_interval(of_models(df[df["mask_ratio"].isna()]), "effect")
     whole = df[(df["share"] == 1) & (df["relation"] == "any")]
     whole = whole.assign(group=whole["edges"].where(whole["side"] == "all", whole["side"]))
     drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 5.4), layout="constrained", height_ratios=(6, 4))
     for ax, panel in zip(axes[0], panels(), strict=True):
-        causal.plot_arms(whole[whole["model"].isin(panel.seeds)], "group", GROUPS, ax=ax)
+        part = whole[whole["model"].isin(panel.seeds)]
+        causal.plot_arms(part, "group", GROUPS, _gain(part), ax=ax)
         ax.set_title(panel.title)
     axes[0, 0].set_xscale("symlog", linthresh=0.5)
     axes[0, 0].set_xticks([0, 0.2, 0.4, 1, 2, 4], ["0", "0.2", "0.4", "1", "2", "4"])
@@ -81,12 +84,17 @@ def causal_edges(loaded: Tables) -> MatplotlibFigure:
     first = panels()[0]
     ours = df[df["model"].isin(first.seeds)]
     related = ours[(ours["relation"] != "any") | (ours["kind"] == "one loop")]
-    causal.plot_arms(related, "relation", RELATIONS, ax=axes[1, 0])
+    causal.plot_arms(related, "relation", RELATIONS, _gain(related), ax=axes[1, 0])
     axes[1, 0].set_title(f"{first.title}: masked → masked, by relation")
     dose = ours[(ours["edges"] == "masked->masked") & (ours["relation"] == "any") & (ours["side"] == "all")]
-    causal.plot_dose(dose, ax=axes[1, 1])
+    causal.plot_dose(across_seeds(dose, "effect", ["kind", "share"]), ax=axes[1, 1])
     axes[1, 1].set_title(f"{first.title}: a random share")
     return drawn
+
+
+def _gain(df: pd.DataFrame) -> float:
+    """What all loops are worth: the mean loss with one loop."""
+    return stats.answer_of(df.loc[df["kind"] == "one loop", "effect"].to_numpy())[0]
 
 
 def two_by_two(loaded: Tables) -> MatplotlibFigure:
@@ -94,7 +102,7 @@ def two_by_two(loaded: Tables) -> MatplotlibFigure:
     df = loaded["nll-by-loops"]
     df = df[(df["task"] == "sudoku") & (df["n_loops"] == df["max_loops"]) & df["arm"].isin(TWO_BY_TWO)]
     drawn, ax = plt.subplots(figsize=(COLUMN, 2.7), layout="constrained")
-    quality.plot_arms(df, "nll", ax=ax)
+    quality.plot_arms(across_seeds(df, "nll", ["arm"]), "nll", ax=ax)
     ax.set(title="6x6 Sudoku, trained arms", ylabel="test NELBO (nats per token)")
     return drawn
 
@@ -107,7 +115,8 @@ def training_free(loaded: Tables) -> MatplotlibFigure:
         part = df[df["task"] == panel.run.task]
         for ax, value, label in ((row[0], "change", "NELBO less that at S = 1 (nats)"),
                                  (row[1], "rise", "rise of masked : clean log-odds")):  # fmt: skip
-            causal.plot_training_free(part, value, ax=ax)
+            means = across_seeds(part, value, ("damping", "n_loops"), f"{value}_se")
+            causal.plot_training_free(means, ax=ax)
             ax.set(title=f"{panel.title}: base models", ylabel=label)
             if ax.get_subplotspec().is_first_row():
                 ax.set_xlabel("")
@@ -138,7 +147,7 @@ def _edges(task: str, column: str, **where: object) -> Answer:
     )
     rows = rows[rows["mask_ratio"].isna()].sort_values("model")
     values, errors = rows[column].to_numpy(), rows[f"{column}_se"].to_numpy()
-    return over_seeds(values, errors, int(rows["n"].iloc[0]), int(rows["n_units"].iloc[0]))
+    return answer_of(values, errors, int(rows["n"].iloc[0]), int(rows["n_units"].iloc[0]))
 
 
 def _interact(task: str) -> Answer:
@@ -157,8 +166,8 @@ def _update_matters(task: str) -> Answer:
     errors = np.hypot(rows["gain_intact_se"], rows["gain_se"]).to_numpy()
     n, n_units = int(rows["n"].iloc[0]), int(rows["n_units"].iloc[0])
     if (lost <= 0).any():
-        return over_seeds(lost, errors, n, n_units)
-    found = over_seeds(np.log(lost), errors / lost, n, n_units)
+        return answer_of(lost, errors, n, n_units)
+    found = answer_of(np.log(lost), errors / lost, n, n_units)
     estimate, low, high = np.exp([found.estimate, found.low, found.high]).tolist()
     return replace(found, estimate=estimate, low=low, high=high, p=lambda margin: found.p(float(np.log(margin))))
 
@@ -169,7 +178,7 @@ def _training_free(task: str) -> Answer:
     if rows.empty:
         raise NotRun
     n = int(rows["n"].iloc[0])
-    return over_seeds(rows["change"].to_numpy(), rows["change_se"].to_numpy(), n, units(task))
+    return answer_of(rows["change"].to_numpy(), rows["change_se"].to_numpy(), n, units(task))
 
 
 # --- what is shown ---

@@ -13,6 +13,7 @@ from loopmdm.analysis.exhibits.answers import (
     Answer,
     Gate,
     NotRun,
+    answer_of,
     between_arms,
     by_rank,
     ends,
@@ -21,7 +22,6 @@ from loopmdm.analysis.exhibits.answers import (
     looped,
     nll,
     of_arm,
-    over_seeds,
     rows_of,
     student,
 )
@@ -38,8 +38,9 @@ from loopmdm.analysis.exhibits.registry import (
 )
 from loopmdm.analysis.exhibits.training import depth_has_room
 from loopmdm.analysis.numbers import contrasts
+from loopmdm.analysis.numbers.estimate import across_seeds, half_width, with_interval
 from loopmdm.analysis.plots import quality
-from loopmdm.analysis.plots.style import PAGE, half_width
+from loopmdm.analysis.plots.style import PAGE
 from loopmdm.model.zoo.runs import Zoo
 
 
@@ -51,9 +52,10 @@ def nll_by_loops(loaded: Tables) -> MatplotlibFigure:
         task = panel.run.task
         part = compared(df, task)
         looped = part[part["arm"] == "loop"]
-        quality.plot_nll_by_loops(part, ax=row[0])
+        quality.plot_nll_by_loops(across_seeds(part, "nll", BY_LOOPS, "nll_se"), ax=row[0])
         row[0].set_title(f"{panel.title}: level")
-        quality.plot_change_by_loops(looped, ax=row[1])
+        change = across_seeds(looped, "change_from_s1", BY_LOOPS, "change_from_s1_se")
+        quality.plot_change_by_loops(change, ax=row[1])
         row[1].set_title(f"{panel.title}: loop, change from S = 1")
         others = []
         if task == "sotu":
@@ -73,6 +75,10 @@ def nll_by_loops(loaded: Tables) -> MatplotlibFigure:
     return drawn
 
 
+BY_LOOPS = ("task", "arm", "n_loops")
+"""What training seeds share in tables by number of loops."""
+
+
 def _reach(df: pd.DataFrame, ax: Axes, *others: float) -> None:
     """Limits for `nll` by the looped arm, all arms at S = 1, and `others`: base past S = 1 may leave the panel."""
     known = df[(df["arm"] == "loop") | (df["n_loops"] == 1)]["nll"]
@@ -88,7 +94,7 @@ def other_nll(loaded: Tables) -> MatplotlibFigure:
         _reach(df, ax)
         return ax
 
-    return elsewhere(loaded["nll-by-loops"], plot, "test NELBO")
+    return elsewhere(across_seeds(loaded["nll-by-loops"], "nll", BY_LOOPS, "nll_se"), plot, "test NELBO")
 
 
 def sudoku_solve_rate(loaded: Tables) -> MatplotlibFigure:
@@ -99,7 +105,7 @@ def sudoku_solve_rate(loaded: Tables) -> MatplotlibFigure:
     drawn, axes = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
     for ax, (task, title) in zip(axes[0], shown, strict=True):
         part = compared(df, task)
-        quality.plot_solve_rate(part, ax=ax)
+        quality.plot_solve_rate(across_seeds(part, "solve_rate", BY_LOOPS), ax=ax)
         ax.legend(frameon=False, loc="best")
         ax.set_title(title + (" (next to none solved)" if (part["high"] <= NEXT_TO_NONE).all() else ""))
     return drawn
@@ -114,7 +120,8 @@ def word_problems(loaded: Tables) -> MatplotlibFigure:
     """Grade-school word problems: NELBO of worked answers by S, and accuracy."""
     nll, df = loaded["nll-by-loops"], loaded["word-problems"]
     drawn, axes = plt.subplots(1, 3, figsize=(PAGE, 2.7), layout="constrained")
-    quality.plot_nll_by_loops(compared(nll, "gsm"), ax=axes[0])
+    nll = across_seeds(compared(nll, "gsm"), "nll", BY_LOOPS, "nll_se")
+    quality.plot_nll_by_loops(nll, ax=axes[0])
     axes[0].set(title="worked answers", ylabel="test NELBO (nats per token)")
     axes[0].legend(frameon=False)
     for ax, (problems, title) in zip(axes[1:], PROBLEM_PANELS, strict=True):
@@ -135,7 +142,8 @@ def gain_by_noise(loaded: Tables) -> MatplotlibFigure:
     drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.8), layout="constrained")
     for ax, panel in zip(axes, panels(), strict=True):
         part = df[df["task"] == panel.run.task]
-        quality.plot_gain_by_noise(part, panel.run.s_max, ax=ax)
+        means = across_seeds(part, "gain", ("n_loops", "mask_ratio"), "gain_standard_error")
+        quality.plot_gain_by_noise(means, panel.run.s_max, ax=ax)
         n = part["seed"].nunique()
         ax.set_title(f"{panel.title} ({n} seed{'s' if n > 1 else ''})")
         ax.legend(frameon=False)
@@ -153,7 +161,8 @@ def zero_shot(loaded: Tables) -> MatplotlibFigure:
         for run, count in wanted
     ]
     drawn, ax = plt.subplots(figsize=(PAGE * 0.7, 3.2), layout="constrained")
-    quality.plot_zero_shot(pd.concat(parts).rename(columns={"n_documents": "n_units"}), ax=ax)
+    shown = pd.concat(parts).rename(columns={"n_documents": "n_units"})
+    quality.plot_zero_shot(with_interval(shown, "nelbo", "standard_error"), ax=ax)
     drawn.legend(loc="outside lower center", ncols=4, frameon=False)
     return drawn
 
@@ -165,7 +174,7 @@ def generative(loaded: Tables) -> MatplotlibFigure:
     real = df[df["source"] == "test text"].iloc[0]
     drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.9), layout="constrained", width_ratios=[1.6, 1])
     base, loop = (Zoo.shipped().first("sotu", arm).name for arm in ("base", "loop"))
-    quality.plot_generative(samples[samples["model"] == loop], ax=axes[0])
+    quality.plot_generative(with_interval(samples[samples["model"] == loop], "judge_nll"), ax=axes[0])
     axes[0].set_title(f"{loop}'s samples; real text: {real['judge_nll']:.2f} nats")
     looks = {base: ("#8c8c8c", "s"), loop: ("#1b4f8f", "o")}
     for model, (colour, marker) in looks.items():
@@ -192,7 +201,7 @@ def loops_or_steps(loaded: Tables) -> MatplotlibFigure:
     )
     for ax, (panel, measure, title, label) in zip(axes, shown, strict=True):
         part = panel.of(df)
-        quality.plot_loops_or_steps(part[part["measure"] == measure], ax=ax)
+        quality.plot_loops_or_steps(with_interval(part[part["measure"] == measure], "quality"), ax=ax)
         ax.set(title=title, ylabel=label)
     handles, labels = axes[0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
@@ -239,7 +248,7 @@ def _by_s(task: str) -> pd.DataFrame:
 def _of_runs(task: str, values: pd.Series, note: str = "") -> Answer:
     """Over looped runs; one run alone has no interval here."""
     df = nll(task, "loop", 1)
-    return over_seeds(values.to_numpy(), np.full(len(values), np.nan), int(df["n"].iloc[0]), 1, note)
+    return answer_of(values.to_numpy(), np.full(len(values), np.nan), int(df["n"].iloc[0]), 1, note)
 
 
 def _more_loops(task: str) -> Answer:
@@ -288,7 +297,7 @@ def _intermediate_noise(task: str) -> Answer:
             for a, b in ((0, 0.3), (0.3, 0.7), (0.7, 1))
         )
         values.append(mid - max(low, high))
-    return over_seeds(np.array(values), np.full(len(values), np.nan), int(df["n"].min()), 1)
+    return answer_of(np.array(values), np.full(len(values), np.nan), int(df["n"].min()), 1)
 
 
 def _solves(task: str) -> Answer:
@@ -361,7 +370,7 @@ def _zero_shot(task: str) -> Answer:
     worst = str(difference.idxmax())
     error = float(np.hypot(loop.loc[worst, "standard_error"], base.loc[worst, "standard_error"]))
     units = int(loop.loc[worst, "n_documents"])
-    return over_seeds(np.array([difference[worst]]), np.array([error]), int(loop.loc[worst, "n"]), units)
+    return answer_of(np.array([difference[worst]]), np.array([error]), int(loop.loc[worst, "n"]), units)
 
 
 def _word_problems(task: str) -> Answer:

@@ -5,8 +5,9 @@ import numpy as np
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from loopmdm.analysis.exhibits import tables
-from loopmdm.analysis.exhibits.answers import Answer, Gate, looped, over_seeds, rows_of
+from loopmdm.analysis.exhibits.answers import Answer, Gate, answer_of, looped, rows_of
 from loopmdm.analysis.exhibits.registry import MEANS, Exhibit, Reading, Tables
+from loopmdm.analysis.numbers.estimate import across_seeds
 from loopmdm.analysis.plots import known
 from loopmdm.analysis.plots.style import PAGE, mark_s_max
 from loopmdm.model.zoo.runs import Zoo
@@ -15,10 +16,11 @@ from loopmdm.model.zoo.runs import Zoo
 def sudoku_boards(loaded: Tables) -> MatplotlibFigure:
     """What is wrong with the boards after every loop, and what each loop repairs."""
     df = loaded["sudoku-boards"]
+    means = across_seeds(df.dropna(subset=["value"]), "value", ("metric", "loop"), "standard_error")
     drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.9), layout="constrained")
     for ax, looks, title in zip(axes, (known.METRIC_STYLE, known.CHANGE_STYLE),
                                 ("wrong after each loop", "changed by each loop"), strict=True):  # fmt: skip
-        known.plot_metrics(df, looks, ax=ax)
+        known.plot_metrics(means, looks, ax=ax)
         mark_s_max(ax, Zoo.shipped().first("sudoku").s_max, df["loop"].max() + 1)
         ax.set_title(f"6x6 Sudoku: {title} ({df['model'].nunique()} seeds)")
         ax.legend(frameon=False)
@@ -41,7 +43,7 @@ def excess_kl(loaded: Tables) -> MatplotlibFigure:
     drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 5.6), layout="constrained")
     for row, (task, title) in zip(axes, (("tree", "tree"), ("markov", "chain (control)")), strict=True):
         part = excess[excess["task"] == task]
-        known.plot_excess(part, ax=row[0])
+        known.plot_excess(across_seeds(part, "excess_kl", ("arm", "n_loops", "hops")), ax=row[0])
         seeds = part.loc[part["arm"] == "loop", "seed"].nunique()
         first = Zoo.shipped().first(task)
         row[0].set_title(f"{title}: {seeds} seed{'s' if seeds > 1 else ''}, $S_{{max}}$ = {first.s_max}")
@@ -58,7 +60,7 @@ def _restricted_orders(task: str) -> Answer:
     """In log-odds, which no ceiling of the free order can bend; NaN where an order solves all or nothing."""
     rows = rows_of("sudoku-orders", task, kind="contrast", order="row-major")
     n = int(rows["n"].iloc[0])
-    return over_seeds(rows["log_odds"].to_numpy(), rows["log_odds_se"].to_numpy(), n, n)
+    return answer_of(rows["log_odds"].to_numpy(), rows["log_odds_se"].to_numpy(), n, n)
 
 
 def _free_order_in_reach(task: str) -> Gate:
@@ -73,7 +75,7 @@ def _repair(task: str) -> Answer:
     rows = rows[(rows["loop"] >= 1) & (rows["loop"] < most)]
     sums = rows.pivot_table(index="model", columns="metric", values="value", aggfunc="sum")
     values = (sums["repaired"] - sums["broken"]).to_numpy()
-    return over_seeds(values, np.full(len(values), np.nan), int(rows["n"].max()), 1)
+    return answer_of(values, np.full(len(values), np.nan), int(rows["n"].max()), 1)
 
 
 def _belief(task: str) -> Answer:
@@ -82,7 +84,7 @@ def _belief(task: str) -> Answer:
         float(part["loop"].corr(part["best_round"].astype(float), method="spearman"))
         for _, part in rows.groupby("model")
     ]
-    return over_seeds(np.nan_to_num(np.array(values)), np.full(len(values), np.nan), int(rows["n"].iloc[0]), 1)
+    return answer_of(np.nan_to_num(np.array(values)), np.full(len(values), np.nan), int(rows["n"].iloc[0]), 1)
 
 
 def _learned(task: str) -> Gate:

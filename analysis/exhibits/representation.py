@@ -3,15 +3,16 @@
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from loopmdm.analysis.exhibits.answers import Answer, over_seeds, rows_of, units
+from loopmdm.analysis.exhibits.answers import Answer, answer_of, rows_of, units
 from loopmdm.analysis.exhibits.registry import GRIDS, ONE, OURS, TEXT, Exhibit, Reading, Tables, panels
+from loopmdm.analysis.numbers.estimate import half_width, with_interval
 from loopmdm.analysis.plots import representation
-from loopmdm.analysis.plots.style import PAGE, half_width, mark_s_max
+from loopmdm.analysis.plots.style import PAGE, mark_s_max
 
 
 def representation_change(loaded: Tables) -> MatplotlibFigure:
     """Relative change with its null, step cosine, KL between successive read-outs, flips."""
-    df = loaded["representation-change"]
+    df = with_interval(loaded["representation-change"], "value", "standard_error")
     metrics = (
         ("relative_change", "relative change"),
         ("step_cosine", "cosine of successive steps"),
@@ -45,7 +46,7 @@ def representation_change(loaded: Tables) -> MatplotlibFigure:
 
 def lenses(loaded: Tables) -> MatplotlibFigure:
     """What each loop would answer, through the coda and directly."""
-    df = loaded["representation-change"]
+    df = with_interval(loaded["representation-change"], "value", "standard_error")
     metrics = (
         ("p_true", "p(true token)"),
         ("entropy", "entropy (nats)"),
@@ -118,7 +119,7 @@ def state_paths(loaded: Tables) -> MatplotlibFigure:
 def _converge(task: str) -> Answer:
     rows = rows_of("convergence", task, token_group="masked", metric="step_norm")
     n = int(rows["n"].iloc[0])
-    return over_seeds(rows["value"].to_numpy(), rows["standard_error"].to_numpy(), n, units(task))
+    return answer_of(rows["value"].to_numpy(), rows["standard_error"].to_numpy(), n, units(task))
 
 
 # --- what is shown ---

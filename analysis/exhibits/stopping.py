@@ -5,8 +5,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from loopmdm.analysis.exhibits.answers import Answer, over_seeds, rows_of
+from loopmdm.analysis.exhibits.answers import Answer, answer_of, rows_of
 from loopmdm.analysis.exhibits.registry import GRIDS, TEXT, Exhibit, Reading, Tables, panels
+from loopmdm.analysis.numbers.estimate import with_interval
 from loopmdm.analysis.plots import stopping
 from loopmdm.analysis.plots.style import COLUMN, PAGE
 
@@ -25,7 +26,9 @@ def stopping_frontier(loaded: Tables) -> MatplotlibFigure:
 
 def loops_used(loaded: Tables) -> MatplotlibFigure:
     """Loops under state-delta along sampling, and by what kind of position."""
-    steps, usage = loaded["stopping-by-step"], loaded["stopping-usage"]
+    steps, usage = (
+        with_interval(loaded[name], "value", "standard_error") for name in ("stopping-by-step", "stopping-usage")
+    )
     drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 4.6), layout="constrained", width_ratios=[1.2, 1])
     for row, panel in zip(axes, panels(), strict=True):
         part = panel.of(steps)
@@ -68,7 +71,7 @@ def _halves_loops(task: str) -> Answer:
     lost = ", ".join(f"{value:.4f}" for value in rows["increase"])
     told = f"nats lost by it on test, by run: {lost}"
     n, n_units = int(rows["n"].iloc[0]), int(rows["n_units"].iloc[0])
-    return over_seeds(share.to_numpy(), errors.to_numpy(), n, n_units, told)
+    return answer_of(share.to_numpy(), errors.to_numpy(), n, n_units, told)
 
 
 def _knows_where(task: str) -> Answer:
@@ -77,7 +80,7 @@ def _knows_where(task: str) -> Answer:
     errors = rows[[f"against_{name}_se" for name in ("fixed", "schedule", "shuffled")]].to_numpy()
     worst = contrasts.argmax(axis=1)  # the control that comes nearest, or wins
     index = np.arange(len(rows))
-    return over_seeds(
+    return answer_of(
         contrasts[index, worst], errors[index, worst], int(rows["n"].iloc[0]), int(rows["n_units"].iloc[0])
     )
 

@@ -19,13 +19,21 @@ from loopmdm.analysis.exhibits.declared import deciding
 from loopmdm.analysis.exhibits.registry import SEEDS, Exhibit, Reading, Tables, compared, elsewhere, panels
 from loopmdm.analysis.measures.quality.efficiency import first_reach
 from loopmdm.analysis.numbers import contrasts
+from loopmdm.analysis.numbers.estimate import across_seeds
 from loopmdm.analysis.plots import quality
 from loopmdm.analysis.plots.style import AMOUNT_STYLE, PAGE, PLACE_STYLE
 
 
+def _curves(df: pd.DataFrame) -> pd.DataFrame:
+    """Each arm at its S_max, means over seeds; their FLOPs at a point differ by less than a step's cost."""
+    own, by = df[df["n_loops"] == df["max_loops"]], ["task", "arm", "point"]
+    own = own.assign(flops=across_seeds(own, "flops", by)["mean"])
+    return across_seeds(own, "nelbo", by, "nelbo_se")
+
+
 def learning_curves(loaded: Tables) -> MatplotlibFigure:
     """Validation NELBO against training FLOPs."""
-    df = loaded["learning-curves"]
+    df = _curves(loaded["learning-curves"])
     drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.8), layout="constrained")
     for ax, panel in zip(axes, panels(), strict=True):
         quality.plot_learning_curves(compared(df, panel.run.task), ax=ax)
@@ -36,7 +44,7 @@ def learning_curves(loaded: Tables) -> MatplotlibFigure:
 
 def other_curves(loaded: Tables) -> MatplotlibFigure:
     """Learning curves of the tasks beside the two main ones."""
-    return elsewhere(loaded["learning-curves"], quality.plot_learning_curves, "validation NELBO")
+    return elsewhere(_curves(loaded["learning-curves"]), quality.plot_learning_curves, "validation NELBO")
 
 
 def flops_to_target(loaded: Tables) -> MatplotlibFigure:
@@ -56,7 +64,8 @@ def arms(loaded: Tables) -> MatplotlibFigure:
     drawn, axes = plt.subplots(1, 3, figsize=(PAGE, 2.5), layout="constrained")
     for ax, panel in zip(axes, panels(), strict=False):
         part = compared(nll, panel.run.task)
-        quality.plot_arms(part[part["n_loops"] == part["max_loops"]], "nll", ax=ax)
+        part = part[part["n_loops"] == part["max_loops"]]
+        quality.plot_arms(across_seeds(part, "nll", ["arm"]), "nll", ax=ax)
         ax.set(title=panel.title, ylabel="test NELBO (nats per token)")
     quality.plot_arms(compared(_as_trained(nll, solve), "sudoku"), "solve_rate", ax=axes[2])
     axes[2].set(title="Sudoku 6x6, one shot", ylabel="puzzles solved", ylim=(0, 1))
@@ -64,9 +73,10 @@ def arms(loaded: Tables) -> MatplotlibFigure:
 
 
 def _as_trained(nll: pd.DataFrame, solve: pd.DataFrame) -> pd.DataFrame:
-    """Solve rates of 6x6 puzzles with 20 clues, each model at S_max of its own training."""
+    """Solve rates of 6x6 puzzles with 20 clues, each model at S_max of its own training; means over seeds."""
     part = solve[solve["task"] == "sudoku"]
-    return part[part["n_loops"] == part["model"].map(nll.groupby("model")["max_loops"].first())]
+    part = part[part["n_loops"] == part["model"].map(nll.groupby("model")["max_loops"].first())]
+    return across_seeds(part, "solve_rate", ["arm"])
 
 
 def placement(loaded: Tables) -> MatplotlibFigure:
@@ -75,7 +85,7 @@ def placement(loaded: Tables) -> MatplotlibFigure:
     nll = nll[nll["task"] == "sudoku"]
     drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.7), layout="constrained")
     once, ends = nll[(nll["n_loops"] == 1) & (nll["arm"] != "stack")], nll[nll["n_loops"] == nll["max_loops"]]
-    quality.plot_arms(ends, "nll", PLACE_STYLE, ax=axes[0])
+    quality.plot_arms(across_seeds(ends, "nll", ["arm"]), "nll", PLACE_STYLE, ax=axes[0])
     for place, arm in enumerate(arm for arm in PLACE_STYLE if arm in set(nll["arm"])):
         runs = once[once["arm"] == arm].merge(ends, on="model", suffixes=("_once", ""))
         across = quality.side_by_side(place, len(runs))
@@ -94,8 +104,9 @@ def amount(loaded: Tables) -> MatplotlibFigure:
     nll, solve = loaded["nll-by-loops"], loaded["sudoku-solve-rate"]
     nll = nll[nll["task"] == "sudoku"]
     drawn, axes = plt.subplots(1, 3, figsize=(PAGE, 2.7), layout="constrained", width_ratios=[1.4, 1, 1])
+    nll = across_seeds(nll, "nll", ["arm", "n_loops"])
     quality.plot_amounts(nll, ax=axes[0])
-    once = nll[nll["n_loops"] == 1].groupby("arm")["nll"].mean()
+    once = nll[nll["n_loops"] == 1].drop_duplicates("arm").set_index("arm")["mean"]
     others = once[once.index.isin(AMOUNT_STYLE) & (once.index != "loop-fixed")]
     axes[0].set_ylim(top=others.max() + 0.02)  # without loops the model of fixed S is far off
     axes[0].annotate(
@@ -117,7 +128,7 @@ def amount(loaded: Tables) -> MatplotlibFigure:
 # --- answers to claims ---
 
 
-def _curves(task: str, *roles: str) -> list[list[pd.DataFrame]]:
+def _deciding_curves(task: str, *roles: str) -> list[list[pd.DataFrame]]:
     """Learning curves at S_max of the runs that decide between arms, role by role; NotRun without any."""
     df = tables.load("learning-curves")
     df = df[df["n_loops"] == df["max_loops"]]
@@ -132,7 +143,7 @@ def _curves(task: str, *roles: str) -> list[list[pd.DataFrame]]:
 def depth_has_room(task: str) -> Gate:
     """Whether the deeper twin is better at equal tokens, on validation: else more computation could not pay."""
     try:
-        arms = _curves(task, "base", "deep")
+        arms = _deciding_curves(task, "base", "deep")
     except NotRun:
         return Gate(False, "no deeper twin was trained, so whether depth pays is not known")
     tokens = min(float(part["tokens"].max()) for parts in arms for part in parts)
@@ -162,7 +173,7 @@ ROOM = {"sudoku": 0.0, "sotu": -0.03}
 
 def _fewer_flops(task: str) -> Answer:
     """By rank; runs that never got there count as if at the end of the budget, which favours the claim."""
-    loop, base = _curves(task, "loop", "base")
+    loop, base = _deciding_curves(task, "loop", "base")
     target = max(part["nelbo"].min() for part in base)
     ours, theirs = (np.array([_reach(part, target) for part in arm]) for arm in (loop, base))
     late, budget = int(np.isinf(ours).sum()), max(float(part["flops"].max()) for part in loop)

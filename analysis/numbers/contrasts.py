@@ -11,7 +11,7 @@ from math import comb
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from loopmdm.model.stats import wilson
+from loopmdm.analysis.numbers.stats import wilson
 
 ALPHA = 0.05
 

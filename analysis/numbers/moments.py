@@ -4,7 +4,7 @@ For vectors x_i of sequences i (or sums x_c of clusters c that hold n_c of them)
 
     V = u / (u - 1) * sum over units of (x_c - n_c mu)(x_c - n_c mu)^T / n^2,    u units
 
-so a smooth function f(mu) has the standard error sqrt(grad f^T V grad f): the delta method of `stats.py`
+so a smooth function f(mu) has the standard error sqrt(grad f^T V grad f): the delta method of `means.py`
 without keeping the sequences. Without clusters only n, mean and centred products are kept (Chan, Golub &
 LeVeque 1983); with clusters one record a cluster, since a cluster may go on in another batch or shard.
 """
@@ -107,11 +107,12 @@ class Moments:
             scale = np.where(units > 1, units / (units - 1) / self.n**2, np.nan)
         return products * scale[..., None, None]
 
-    def error(self, gradient: NDArray) -> NDArray:
-        """Standard error [..] of a function of the means, from its gradient [.., k]."""
-        with np.errstate(invalid="ignore"):
-            squared = np.einsum("...i,...ij,...j->...", gradient, self.covariance, gradient)
-        return np.sqrt(np.maximum(squared, 0.0))
+
+def propagated(gradient: NDArray, covariance: NDArray) -> NDArray:
+    """Standard error [..] of a function of means, from its gradient [.., k] and their covariance [.., k, k]."""
+    with np.errstate(invalid="ignore"):
+        squared = np.einsum("...i,...ij,...j->...", gradient, covariance, gradient)
+    return np.sqrt(np.maximum(squared, 0.0))
 
 
 def _by_cluster(known: NDArray, filled: NDArray, clusters: NDArray) -> dict[Hashable, Record]:

@@ -15,10 +15,10 @@ from loopmdm.analysis.plots.style import (
     KEY_STYLE,
     NULL,
     RATIO_STYLE,
-    error_band,
-    half_width,
+    interval_band,
     of_rows,
     plainly,
+    reach,
     style,
 )
 
@@ -27,13 +27,13 @@ from loopmdm.analysis.plots.style import (
 def plot_mass_by_loop(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Mass of masked queries on masked, clean and own key over `loop`, chance as dotted lines.
 
-    `df`: rows of one model, layer and mask ratio with loop key_group mass mass_se chance.
+    `df`: rows of one model, layer and mask ratio with loop key_group mass low high chance.
     """
     ax = ax or plt.gca()
     for group, look in KEY_STYLE.items():
         part = df[df["key_group"] == group].sort_values("loop")
         x = part["loop"].astype(int) + 1
-        error_band(ax, x, part, "mass", "mass_se", **look)
+        interval_band(ax, x, part, "mass", **look)
         ax.plot(x, part["chance"], **NULL | {"color": look["color"]})
     ax.set(xlabel="loop (1 = first)", ylabel="attention mass", ylim=(0, None))
     return ax
@@ -43,7 +43,7 @@ def plot_mass_by_loop(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 def plot_log_odds_by_loop(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Log-odds of masked against clean keys over `loop`, a line a mask ratio; 0 = indifferent.
 
-    `df`: rows of one model and layer with loop nominal_mask_ratio log_odds log_odds_se.
+    `df`: rows of one model and layer with loop nominal_mask_ratio log_odds low high.
     """
     ax = ax or plt.gca()
     for ratio, look in RATIO_STYLE.items():
@@ -51,7 +51,7 @@ def plot_log_odds_by_loop(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         if part.empty:
             continue
         x = part["loop"].astype(int) + 1
-        error_band(ax, x, part, "log_odds", "log_odds_se", label=f"{ratio:.0%} masked", **look)
+        interval_band(ax, x, part, "log_odds", label=f"{ratio:.0%} masked", **look)
     ax.axhline(0, **NULL)
     ax.set(xlabel="loop (1 = first)", ylabel="log-odds masked : clean")
     return ax
@@ -70,7 +70,7 @@ def plot_other_seeds(frames: Sequence[pd.DataFrame], *, ax: Axes) -> Axes:
 def plot_by_s_max(df: pd.DataFrame, *, axes: Sequence[Axes]) -> None:
     """Log-odds over loops, and their rise since the first loop over loop / S_max; a line an S_max of training.
 
-    Seeds beyond the first are thin. `df`: arm seed s_max loop log_odds log_odds_se.
+    Seeds beyond the first are thin. `df`: arm seed s_max loop log_odds low high.
     """
     for arm in [name for name in AMOUNT_STYLE if name in set(df["arm"])]:
         for seed, part in df[df["arm"] == arm].groupby("seed"):
@@ -81,7 +81,7 @@ def plot_by_s_max(df: pd.DataFrame, *, axes: Sequence[Axes]) -> None:
                 look = {"color": look["color"], "linewidth": 0.5, "zorder": 1}
                 axes[0].plot(x, y, **look)
             else:
-                error_band(axes[0], x, part, "log_odds", "log_odds_se", **look)
+                interval_band(axes[0], x, part, "log_odds", **look)
                 last = x == part["s_max"]
                 axes[0].plot(x[last], y[last], marker="o", markersize=7, fillstyle="none", color=look["color"])
             axes[1].plot(x / part["s_max"], rise, **look)
@@ -94,14 +94,17 @@ def plot_by_s_max(df: pd.DataFrame, *, axes: Sequence[Axes]) -> None:
 
 @of_rows
 def plot_log_odds_by_layer(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Log-odds of the layers outside the loop, a mark a mask ratio, with 95% intervals."""
+    """Log-odds of the layers outside the loop, a mark a mask ratio.
+
+    `df`: rows of one model with segment layer nominal_mask_ratio log_odds low high.
+    """
     ax = ax or plt.gca()
     layers = sorted(df["layer"].unique())
     for offset, (ratio, look) in enumerate(RATIO_STYLE.items()):
         part = df[np.isclose(df["nominal_mask_ratio"], ratio)].sort_values("layer")
         x = [layers.index(layer) + 0.18 * (offset - 1) for layer in part["layer"]]
         bars = {"color": look["color"], "marker": look["marker"], "linestyle": "none"}
-        ax.errorbar(x, part["log_odds"], yerr=half_width(part, "log_odds_se"), label=f"{ratio:.0%} masked", **bars)
+        ax.errorbar(x, part["log_odds"], yerr=reach(part, "log_odds"), label=f"{ratio:.0%} masked", **bars)
     names = [df.loc[df["layer"] == layer, "segment"].iloc[0] for layer in layers]
     ax.set_xticks(
         range(len(layers)), [f"{name}\nlayer {layer}" for name, layer in zip(names, layers, strict=True)]
@@ -176,23 +179,26 @@ def plot_maps(maps: Maps) -> Figure:
 def plot_content_by_loop(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """What the masked keys' values move into masked queries, over `loop`, a line a mask ratio.
 
-    `df`: rows of one model and layer with loop nominal_mask_ratio content content_se.
+    `df`: rows of one model and layer with loop nominal_mask_ratio content low high.
     """
     ax = ax or plt.gca()
     for ratio, look in RATIO_STYLE.items():
         part = df[np.isclose(df["nominal_mask_ratio"], ratio)].sort_values("loop")
         x = part["loop"].astype(int) + 1
-        error_band(ax, x, part, "content", "content_se", label=f"{ratio:.0%} masked", **look)
+        interval_band(ax, x, part, "content", label=f"{ratio:.0%} masked", **look)
     ax.set(xlabel="loop (1 = first)", ylabel="content (norm)", ylim=(0, None))
     return ax
 
 
 @of_rows
 def plot_by_step(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Log-odds masked : clean as a heat map, denoising step x loop; `df`: step mask_ratio loop log_odds."""
+    """Log-odds masked : clean as a heat map, denoising step x loop; `df`: step mask_ratio loop log_odds.
+
+    A step has one mask ratio.
+    """
     ax = ax or plt.gca()
     table = df.pivot(index="step", columns="loop", values="log_odds").dropna(how="all")
-    ratios = df.groupby("step")["mask_ratio"].mean()
+    ratios = df.groupby("step")["mask_ratio"].first()
     most = float(np.nanmax(np.abs(table.to_numpy(dtype=float))))
     image = ax.imshow(table.astype(float), cmap="PuOr_r", vmin=-most, vmax=most, aspect="auto")
     for (row, column), value in np.ndenumerate(table.to_numpy(dtype=float)):
@@ -211,11 +217,10 @@ def plot_specifications(df: pd.DataFrame, axes: Sequence[Axes]) -> None:
     """Every definition of the rise, a column a definition: estimates above in the measure's own units of error,
     choices below.
 
-    `df`: rows of one model: measure self sinks heads nominal_mask_ratio estimate standard_error low high verdict.
+    `df`: rows of one model: measure self sinks heads nominal_mask_ratio estimate standard_error score verdict.
     """
     above, below = axes
     df = df.drop_duplicates(["measure", "nominal_mask_ratio", "estimate", "standard_error"])
-    df = df.assign(score=df["estimate"] / df["standard_error"])
     order = df.sort_values(["measure", "score"]).reset_index(drop=True)
     colours = {"rises": "#1b4f8f", "undecided": "#bbbbbb", "falls": "#e08214"}
     markers = {"rises": "^", "undecided": "o", "falls": "v"}
@@ -247,14 +252,14 @@ def plot_specifications(df: pd.DataFrame, axes: Sequence[Axes]) -> None:
 def plot_heads(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Growth of each head, as ranked on one half of the sequences (hollow) and measured on the other (full).
 
-    `df`: rows of one model: layer head rank growth_ranked growth standard_error.
+    `df`: rows of one model: layer head rank growth_ranked growth low high.
     """
     ax = ax or plt.gca()
     df = df.sort_values("rank")
     place = np.arange(len(df))
     ax.plot(place - 0.1, df["growth_ranked"], linestyle="none", marker="o", markerfacecolor="white",
             color="#8c8c8c", label="half that ranks")  # fmt: skip
-    ax.errorbar(place + 0.1, df["growth"], yerr=half_width(df, "standard_error"), linestyle="none", marker="o",
+    ax.errorbar(place + 0.1, df["growth"], yerr=reach(df, "growth"), linestyle="none", marker="o",
                 color="#1b4f8f", linewidth=0.9, label="half that tests")  # fmt: skip
     ax.axhline(0, **NULL)
     ax.set_xticks(place, [f"{row.layer}.{row.head}" for row in df.itertuples()])

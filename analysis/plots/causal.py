@@ -5,8 +5,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from loopmdm.analysis.plots.quality import band_over_seeds
-from loopmdm.analysis.plots.style import ARM_STYLE, NULL, half_width, of_rows
+from loopmdm.analysis.plots.style import ARM_STYLE, NULL, interval_band, of_rows, reach
 
 DAMPING_STYLE = {
     "none": {"color": "#8c8c8c", "marker": "s", "linestyle": "--", "label": "full steps"},
@@ -38,11 +37,10 @@ def plot_shares(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     for row, (edges, matched, _) in enumerate(ARMS_CUT):
         part = df[(df["edges"] == edges) & (df["matched"] == matched)].set_index("model").reindex(models)
         place = row + 0.12 * (np.arange(len(models)) - (len(models) - 1) / 2)
-        error = np.abs(part[["low", "high"]].to_numpy().T - part["share"].to_numpy())
         ax.errorbar(
             part["share"],
             place,
-            xerr=error,
+            xerr=reach(part, "share"),
             linestyle="none",
             marker="o",
             color=ARM_STYLE["loop"]["color"],
@@ -60,16 +58,19 @@ def plot_shares(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 @of_rows
 def plot_effects(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Heat map loop x mask ratio of an effect, thousandths of a nat; brackets where its 95% interval holds 0."""
+    """Heat map loop x mask ratio of an effect, thousandths of a nat; brackets where its interval holds 0.
+
+    `df`: rows of one model: loop mask_ratio effect low high.
+    """
     ax = ax or plt.gca()
-    table = 1e3 * df.pivot(index="mask_ratio", columns="loop", values="effect").sort_index(ascending=False)
-    half = 1e3 * df.assign(half=half_width(df, "effect_se")).pivot(
-        index="mask_ratio", columns="loop", values="half"
-    ).sort_index(ascending=False)
+    table, low, high = (
+        1e3 * df.pivot(index="mask_ratio", columns="loop", values=name).sort_index(ascending=False)
+        for name in ("effect", "low", "high")
+    )
     most = float(np.nanmax(np.abs(table.to_numpy())))
     ax.imshow(table, cmap="PuOr_r", vmin=-most, vmax=most, aspect="auto")
     for (row, column), value in np.ndenumerate(table.to_numpy()):
-        sure = abs(value) > half.to_numpy()[row, column]
+        sure = low.iat[row, column] > 0 or high.iat[row, column] < 0
         colour = "white" if abs(value) > 0.6 * most else "black"
         shown = f"{round(value)}"  # no -0
         text = shown if sure else f"({shown})"
@@ -82,10 +83,10 @@ def plot_effects(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 @of_rows
-def plot_arms(df: pd.DataFrame, by: str, labels: dict[str, str], *, ax: Axes | None = None) -> Axes:
+def plot_arms(df: pd.DataFrame, by: str, labels: dict[str, str], level: float, *, ax: Axes | None = None) -> Axes:
     """Nats that edges cost, a row for each value of the column `by` in `labels`, one mark a model and kind.
 
-    `df`: model kind effect effect_se, and `by`; the dashed line is the mean of the kind "one loop".
+    `df`: model kind effect low high, and `by`; `level` is where the dashed line goes: what all loops are worth.
     """
     ax = ax or plt.gca()
     for number, (kind, look) in enumerate(KIND_STYLE.items()):
@@ -93,10 +94,10 @@ def plot_arms(df: pd.DataFrame, by: str, labels: dict[str, str], *, ax: Axes | N
         row = part[by].map({value: row for row, value in enumerate(labels)})
         seed = part.groupby(by, sort=False).cumcount() - (part["model"].nunique() - 1) / 2
         place = row + 0.26 * (number - 1) + 0.045 * seed
-        ax.errorbar(part["effect"], place, xerr=half_width(part, "effect_se"), linestyle="none", markersize=2.6,
+        ax.errorbar(part["effect"], place, xerr=reach(part, "effect"), linestyle="none", markersize=2.6,
                     linewidth=0.6, **look)  # fmt: skip
     ax.axvline(0, **NULL)
-    ax.axvline(df.loc[df["kind"] == "one loop", "effect"].mean(), color="black", linewidth=0.9, linestyle="--")
+    ax.axvline(level, color="black", linewidth=0.9, linestyle="--")
     ax.set_yticks(range(len(labels)), list(labels.values()))
     ax.set(xlabel="NELBO lost (nats per token)", ylim=(len(labels) - 0.5, -0.5))
     return ax
@@ -104,25 +105,27 @@ def plot_arms(df: pd.DataFrame, by: str, labels: dict[str, str], *, ax: Axes | N
 
 @of_rows
 def plot_dose(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Nats lost over the share of edges, a line a kind, a thin one a model; `df`: model kind share effect."""
+    """Nats lost over the share of edges, a line a kind, a thin one a model; `df`: model kind share effect mean."""
     ax = ax or plt.gca()
     for kind, look in KIND_STYLE.items():
-        table = df[df["kind"] == kind].pivot(index="share", columns="model", values="effect")
+        part = df[df["kind"] == kind]
+        table = part.pivot(index="share", columns="model", values="effect")
+        table["mean"] = part.drop_duplicates("share").set_index("share")["mean"]
         table.loc[0.0] = 0.0
         table = table.sort_index()
-        ax.plot(table.index, table, color=look["color"], linewidth=0.4, alpha=0.6)
-        ax.plot(table.index, table.mean(axis=1), **look)
+        ax.plot(table.index, table.drop(columns="mean"), color=look["color"], linewidth=0.4, alpha=0.6)
+        ax.plot(table.index, table["mean"], **look)
     ax.set(xlabel="share of the edges", ylabel="NELBO lost\n(nats per token)", xlim=(0, 1))
     return ax
 
 
 @of_rows
-def plot_training_free(df: pd.DataFrame, value: str, *, ax: Axes | None = None) -> Axes:
-    """A column of `training-free` over n_loops, naive and damped, mean over seeds; `df`: seed damping n_loops."""
+def plot_training_free(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """A column of `training-free` over n_loops, naive and damped; `df`: damping n_loops mean low high."""
     ax = ax or plt.gca()
     for damping, look in DAMPING_STYLE.items():
-        part = df[df["damping"] == damping]
-        band_over_seeds(part, "n_loops", value, ax, **look)
+        part = df[df["damping"] == damping].drop_duplicates("n_loops").sort_values("n_loops")
+        interval_band(ax, part["n_loops"], part, "mean", **look)
     ax.axhline(0, **NULL)
     ax.set(xlabel="n_loops (S)")
     return ax

@@ -8,8 +8,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullFormatter
 
-from loopmdm.analysis.plots.quality import band_over_seeds
-from loopmdm.analysis.plots.style import of_rows
+from loopmdm.analysis.plots.style import interval_band, of_rows, reach
 
 METRIC_STYLE = {
     "clue_conflicts": {
@@ -40,11 +39,11 @@ CHANGE_STYLE = {
 
 @of_rows
 def plot_metrics(df: pd.DataFrame, looks: dict, *, ax: Axes | None = None) -> Axes:
-    """Some metrics of boards over loops, means over seeds; `df`: model loop metric value standard_error."""
+    """Some metrics of boards over loops, means over seeds; `df`: loop metric mean low high."""
     ax = ax or plt.gca()
     for metric, look in looks.items():
-        part = df[df["metric"] == metric].rename(columns={"standard_error": "value_se"}).dropna(subset=["value"])
-        band_over_seeds(part.assign(loop=part["loop"] + 1), "loop", "value", ax, **look)
+        part = df[df["metric"] == metric].drop_duplicates("loop").sort_values("loop")
+        interval_band(ax, part["loop"] + 1, part, "mean", **look)
     ax.set(xlabel="loop (1 = first)", ylabel="share", ylim=(0, None))
     return ax
 
@@ -66,11 +65,10 @@ def plot_orders(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         for number, model in enumerate(models):
             own = part[part["model"] == model].set_index("order").loc[orders]
             place = np.arange(len(orders)) + (side - 0.5) * 0.34 + 0.05 * (number - (len(models) - 1) / 2)
-            error = np.abs(own[["low", "high"]].to_numpy().T - own["solve_rate"].to_numpy())
             ax.errorbar(
                 place,
                 own["solve_rate"],
-                yerr=error,
+                yerr=reach(own, "solve_rate"),
                 linestyle="none",
                 marker=marker,
                 color=colour,
@@ -91,13 +89,13 @@ NEAR = 1.01
 def plot_excess(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Excess KL (thousandths of a nat) as a heat map, hops x loop, after the base model's column.
 
-    `df`: rows of one task, means over seeds are taken: arm n_loops hops excess_kl.
+    `df`: rows of one task: arm n_loops hops and the `mean` over seeds.
     """
     ax = ax or plt.gca()
     df = df.loc[df["n_loops"].isin(SHOWN_LOOPS) & (df["hops"] <= MOST_HOPS)]
-    mean = df.groupby(["arm", "n_loops", "hops"], as_index=False)["excess_kl"].mean()
-    looped = mean[mean["arm"] == "loop"].pivot(index="hops", columns="n_loops", values="excess_kl")
-    base = mean[(mean["arm"] == "base") & (mean["n_loops"] == 1)].set_index("hops")["excess_kl"]
+    df = df.drop_duplicates(["arm", "n_loops", "hops"])
+    looped = df[df["arm"] == "loop"].pivot(index="hops", columns="n_loops", values="mean")
+    base = df[(df["arm"] == "base") & (df["n_loops"] == 1)].set_index("hops")["mean"]
     looped.insert(0, 0, base)
     _heat(ax, 1e3 * looped, "base", "KL(exact || read-out), nats / 1000")
     ax.set(xlabel="n_loops (S)", ylabel="hops (rounds until all is heard)")

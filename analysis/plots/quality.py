@@ -6,50 +6,24 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from scipy import stats as distributions
 
-from loopmdm.analysis.plots.style import AMOUNT_STYLE, ARM_STYLE, NULL, band, half_width, mark_s_max, of_rows
-
-
-def over_seeds(df: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
-    """Mean of `y` over training seeds at each `x`, `low` and `high` of Student's 95% interval, and n.
-
-    With one seed the bounds are those of the items it was measured on: columns `low` and `high` if there are
-    any, else `y`_se.
-    """
-    rows = []
-    for value, part in df.groupby(x):
-        mean, n = part[y].mean(), len(part)
-        if n > 1:
-            half = distributions.t.ppf(0.975, n - 1) * part[y].std(ddof=1) / np.sqrt(n)
-            low, high = mean - half, mean + half
-        elif "low" in part:
-            low, high = part["low"].iloc[0], part["high"].iloc[0]
-        else:
-            half = np.nan_to_num(half_width(part, f"{y}_se").iloc[0])
-            low, high = mean - half, mean + half
-        rows.append((value, mean, low, high, n))
-    return pd.DataFrame(rows, columns=[x, y, "low", "high", "n"])
-
-
-def band_over_seeds(df: pd.DataFrame, x: str, y: str, ax: Axes, **look) -> None:
-    """`y` over `x`: the mean over seeds as a line, its interval as a shade."""
-    summary = over_seeds(df, x, y)
-    band(ax, summary[x], summary[y], summary["low"], summary["high"], **look)
+from loopmdm.analysis.plots.style import AMOUNT_STYLE, ARM_STYLE, NULL, interval_band, mark_s_max, of_rows, reach
 
 
 @of_rows
 def plot_by_arm(df: pd.DataFrame, x: str, y: str, *, ax: Axes | None = None, **look) -> Axes:
-    """`y` over `x` for each arm: mean over seeds with its interval, and a thin line a seed."""
+    """`y` over `x` for each arm: mean over seeds with its interval where all have one, and a thin line a seed.
+
+    `df`: arm seed x y mean low high n_seeds.
+    """
     ax = ax or plt.gca()
     for arm in [name for name in ARM_STYLE if name in set(df["arm"])]:
         part = df[df["arm"] == arm]
         style = ARM_STYLE[arm] | look
         n = part["seed"].nunique()
-        summary = over_seeds(part, x, y)
-        summary = summary[summary["n"] == n]
+        line = part[part["n_seeds"] == n].drop_duplicates(x).sort_values(x)
         label = f"{arm} ({n} seed{'s' if n > 1 else ''})"
-        band(ax, summary[x], summary[y], summary["low"], summary["high"], label=label, **style)
+        interval_band(ax, line[x], line, "mean", label=label, **style)
         for _, single in part.groupby("seed") if n > 1 else ():
             ax.plot(single[x], single[y], color=style["color"], linewidth=0.4, alpha=0.6, zorder=1)
     return ax
@@ -57,10 +31,10 @@ def plot_by_arm(df: pd.DataFrame, x: str, y: str, *, ax: Axes | None = None, **l
 
 @of_rows
 def plot_nll_by_loops(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Test NELBO over n_loops; `df`: arm seed n_loops nll nll_se s_max."""
+    """Test NELBO over n_loops; `df`: arm seed n_loops nll mean low high n_seeds s_max."""
     ax = ax or plt.gca()
     plot_by_arm(df, "n_loops", "nll", ax=ax)
-    _base_level(df, "nll", ax)
+    _base_level(df, ax)
     mark_s_max(ax, df["s_max"].iloc[0], df["n_loops"].max())
     ax.set(xlabel="n_loops (S)", ylabel="test NELBO (nats per token)")
     return ax
@@ -68,7 +42,10 @@ def plot_nll_by_loops(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 @of_rows
 def plot_change_by_loops(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """NELBO minus NELBO at S = 1, paired by sequence and mask; below 0 = looping helps."""
+    """NELBO minus NELBO at S = 1, paired by sequence and mask; below 0 = looping helps.
+
+    `df`: arm seed n_loops change_from_s1 mean low high n_seeds s_max.
+    """
     ax = ax or plt.gca()
     plot_by_arm(df, "n_loops", "change_from_s1", ax=ax)
     ax.axhline(0, **NULL)
@@ -79,10 +56,10 @@ def plot_change_by_loops(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 @of_rows
 def plot_solve_rate(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Solve rate over n_loops; `df`: arm seed n_loops solve_rate low high s_max."""
+    """Solve rate over n_loops; `df`: arm seed n_loops solve_rate mean low high n_seeds s_max."""
     ax = ax or plt.gca()
     plot_by_arm(df, "n_loops", "solve_rate", ax=ax)
-    _base_level(df, "solve_rate", ax)
+    _base_level(df, ax)
     mark_s_max(ax, df["s_max"].iloc[0], df["n_loops"].max())
     ax.set(xlabel="n_loops (S)", ylabel="puzzles solved in one shot", ylim=(-0.02, 1.02))
     return ax
@@ -103,8 +80,8 @@ def plot_accuracy(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     arms = [arm for arm in ARM_STYLE if arm in set(df["arm"])]
     for shift, arm in zip(side_by_side(0, len(arms)), arms, strict=True):
         part = df[df["arm"] == arm].sort_values("n_loops")
-        reach = np.abs(part[["low", "high"]].to_numpy().T - part["accuracy"].to_numpy())
-        ax.errorbar(part["n_loops"] + shift, part["accuracy"], yerr=reach, label=arm, **ARM_STYLE[arm])
+        bars = reach(part, "accuracy")
+        ax.errorbar(part["n_loops"] + shift, part["accuracy"], yerr=bars, label=arm, **ARM_STYLE[arm])
     ax.axhline(df["chance"].iloc[0], **NULL)
     mark_s_max(ax, df["s_max"].iloc[0], df["n_loops"].max())
     ax.set(xlabel="n_loops (S)", ylabel="right answers", ylim=(-0.05 * df["high"].max(), None))
@@ -113,11 +90,9 @@ def plot_accuracy(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 @of_rows
 def plot_learning_curves(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Validation NELBO over training FLOPs, each arm at its S_max; `df`: arm seed point flops nelbo nelbo_se."""
+    """Validation NELBO over training FLOPs; `df`: arm seed flops nelbo mean low high n_seeds."""
     ax = ax or plt.gca()
-    own = df[df["n_loops"] == df["max_loops"]]
-    flops = own.groupby(["arm", "point"])["flops"].transform("mean")  # seeds differ by less than a step's cost
-    plot_by_arm(own.assign(flops=flops), "flops", "nelbo", ax=ax)
+    plot_by_arm(df, "flops", "nelbo", ax=ax)
     ax.set(xlabel="training FLOPs", ylabel="validation NELBO (nats per token)")
     return ax
 
@@ -126,13 +101,13 @@ def plot_learning_curves(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 def plot_gain_by_noise(df: pd.DataFrame, s_max: int, *, ax: Axes | None = None) -> Axes:
     """Gain over S = 1 by mask ratio, mean over seeds, a line a loop count; the interval of S_max only.
 
-    `df`: seed n_loops mask_ratio gain gain_standard_error.
+    `df`: n_loops mask_ratio mean low high.
     """
     ax = ax or plt.gca()
-    df = df.drop(columns=["low", "high"]).rename(columns={"gain_standard_error": "gain_se"})
+    df = df.drop_duplicates(["n_loops", "mask_ratio"]).sort_values("mask_ratio")
     counts = sorted(count for count in df["n_loops"].unique() if count > 1)
     for shade, (count, marker) in enumerate(zip(counts, "v^sD", strict=False)):
-        part = over_seeds(df[df["n_loops"] == count], "mask_ratio", "gain")
+        part = df[df["n_loops"] == count]
         look = {"color": plt.get_cmap("Blues")(0.35 + 0.6 * shade / max(1, len(counts) - 1)), "marker": marker}
         if count == s_max:
             look = ARM_STYLE["loop"] | {"color": "#d95f02"}
@@ -140,7 +115,7 @@ def plot_gain_by_noise(df: pd.DataFrame, s_max: int, *, ax: Axes | None = None) 
                 part["mask_ratio"], part["low"], part["high"], color="#d95f02", alpha=0.15, linewidth=0
             )
         name = "$S_{max}$" if count == s_max else "S"
-        ax.plot(part["mask_ratio"], part["gain"], label=f"{name} = {count}", **look)
+        ax.plot(part["mask_ratio"], part["mean"], label=f"{name} = {count}", **look)
     ax.axhline(0, **NULL)
     ax.set(xlabel="mask ratio (bin's middle)", ylabel="gain over S = 1 (nats per token)")
     return ax
@@ -148,7 +123,7 @@ def plot_gain_by_noise(df: pd.DataFrame, s_max: int, *, ax: Axes | None = None) 
 
 @of_rows
 def plot_zero_shot(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """NELBO of each corpus by model and loop count, with intervals; `df`: label corpus nelbo standard_error."""
+    """NELBO of each corpus by model and loop count, with intervals; `df`: label corpus nelbo low high."""
     ax = ax or plt.gca()
     corpora, labels = list(dict.fromkeys(df["corpus"])), list(dict.fromkeys(df["label"]))
     looks = [
@@ -161,7 +136,7 @@ def plot_zero_shot(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ax.errorbar(
             part["nelbo"],
             place,
-            xerr=half_width(part, "standard_error"),
+            xerr=reach(part, "nelbo"),
             label=label,
             linewidth=0.9,
             **dict(look) | {"linestyle": "none"},
@@ -172,25 +147,26 @@ def plot_zero_shot(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def _base_level(df: pd.DataFrame, column: str, ax: Axes) -> None:
+def _base_level(df: pd.DataFrame, ax: Axes) -> None:
     """The base arm as it was trained, at S = 1, carried across as a thin line."""
     base = df[(df["arm"] == "base") & (df["n_loops"] == 1)]
     if len(base):
-        ax.axhline(base[column].mean(), color=ARM_STYLE["base"]["color"], linewidth=0.8, linestyle="--", zorder=0)
+        level = base["mean"].iloc[0]
+        ax.axhline(level, color=ARM_STYLE["base"]["color"], linewidth=0.8, linestyle="--", zorder=0)
 
 
 @of_rows
 def plot_arms(
     df: pd.DataFrame, value: str, looks: Mapping[str, Mapping] = ARM_STYLE, *, ax: Axes | None = None, **more
 ) -> Axes:
-    """A mark a training seed and a bar at the mean for each arm of `looks`; `df`: arm seed and column `value`."""
+    """A mark a training seed and a bar at the mean for each arm of `looks`; `df`: arm mean and column `value`."""
     ax = ax or plt.gca()
     arms = [arm for arm in looks if arm in set(df["arm"])]
     for place, arm in enumerate(arms):
-        values = df.loc[df["arm"] == arm, value]
-        ax.plot(side_by_side(place, len(values)), values, **{**looks[arm], "linestyle": "none", **more})
-        if len(values) > 1:
-            ax.hlines(values.mean(), place - 0.32, place + 0.32, color="#444444", linewidth=1.2)
+        part = df[df["arm"] == arm]
+        ax.plot(side_by_side(place, len(part)), part[value], **{**looks[arm], "linestyle": "none", **more})
+        if len(part) > 1:
+            ax.hlines(part["mean"].iloc[0], place - 0.32, place + 0.32, color="#444444", linewidth=1.2)
     labels = [looks[arm].get("label", arm.replace("-", "\n")) + f"\n({(df['arm'] == arm).sum()})" for arm in arms]
     ax.set_xticks(range(len(arms)), labels)
     ax.set_xlim(-0.6, len(arms) - 0.4)
@@ -199,20 +175,23 @@ def plot_arms(
 
 @of_rows
 def plot_amounts(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Test NELBO over n_loops, a line an S_max of training (its place ringed); `df`: arm n_loops nll s_max."""
+    """Test NELBO over n_loops, a line an S_max of training (its place ringed).
+
+    `df`: arm seed n_loops nll mean s_max.
+    """
     ax, ticks = ax or plt.gca(), [1, 2, 4, 6, 8, 12, 24, 36]
     for arm, look in AMOUNT_STYLE.items():
         part = df[df["arm"] == arm]
         if part.empty:
             continue
-        mean = part.groupby("n_loops")["nll"].mean()
+        mean = part.drop_duplicates("n_loops").set_index("n_loops")["mean"].sort_index()
         ticked = [place for place, count in enumerate(mean.index) if count in ticks]
         ax.plot(mean.index, mean, **look, markersize=2.8, linewidth=1, markevery=ticked)
         for _, single in part.groupby("seed") if part["seed"].nunique() > 1 else ():
             ax.plot(single["n_loops"], single["nll"], color=look["color"], linewidth=0.4, alpha=0.6, zorder=1)
         most = part["s_max"].iloc[0]
         ax.plot(most, mean[most], marker="o", markersize=7, fillstyle="none", color=look["color"])
-    _base_level(df, "nll", ax)
+    _base_level(df, ax)
     ax.set_xscale("log", base=2)
     ax.set_xticks(ticks, [str(tick) for tick in ticks])
     ax.set_xticks([], minor=True)
@@ -257,13 +236,13 @@ def plot_flops_ratio(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 def plot_generative(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Judge's NLL of samples: n_loops x denoising steps as numbers on a heat map, contours of equal FLOPs.
 
-    `df`: samples of one model: n_loops steps flops judge_nll judge_nll_se.
+    `df`: samples of one model: n_loops steps flops judge_nll high.
     """
     ax = ax or plt.gca()
-    df = df.assign(half=half_width(df, "judge_nll_se"))
-    table, half, flops = (
-        df.pivot(index="n_loops", columns="steps", values=name) for name in ("judge_nll", "half", "flops")
+    table, high, flops = (
+        df.pivot(index="n_loops", columns="steps", values=name) for name in ("judge_nll", "high", "flops")
     )
+    half = high - table
     image = ax.imshow(table, cmap="Greys", aspect="auto", origin="lower", alpha=0.6)
     for (row, column), value in np.ndenumerate(table.to_numpy()):
         spent = f"{flops.to_numpy()[row, column] / 1e9:.1f} GFLOPs"
@@ -284,7 +263,7 @@ def plot_generative(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 def plot_loops_or_steps(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Quality of samples against FLOPs of a whole sampling run, a line an n_loops.
 
-    `df`: rows of one model and measure: n_loops budget flops quality quality_se.
+    `df`: rows of one model and measure: n_loops budget flops quality low high.
     """
     ax = ax or plt.gca()
     counts = sorted(df["n_loops"].unique())
@@ -292,8 +271,8 @@ def plot_loops_or_steps(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         part = df[df["n_loops"] == count].sort_values("flops")
         colour = plt.get_cmap("Blues")(0.35 + 0.6 * shade / max(1, len(counts) - 1))
         look = {"color": colour, "marker": marker, "linestyle": "-", "linewidth": 1}
-        error = half_width(part, "quality_se")
-        ax.errorbar(part["flops"] / 1e9, part["quality"], yerr=error, label=f"S = {count}", **look)
+        bars = reach(part, "quality")
+        ax.errorbar(part["flops"] / 1e9, part["quality"], yerr=bars, label=f"S = {count}", **look)
     budgets = sorted(set(df["budget"] / 1e9))
     ax.set_xscale("log")
     ax.set_xticks(budgets, [f"{budget:.2g}" for budget in budgets])

@@ -6,19 +6,19 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from loopmdm.analysis.plots.style import NULL, RATIO_STYLE, error_band, of_rows, plainly, style
+from loopmdm.analysis.plots.style import NULL, RATIO_STYLE, interval_band, of_rows, plainly, reach, style
 
 
 @of_rows
 def plot_metric_by_loop(df: pd.DataFrame, metric: str, *, ax: Axes | None = None) -> Axes:
     """One metric over loops, a line a mask ratio, 95% intervals.
 
-    `df`: rows of one model and token group with loop nominal_mask_ratio metric value standard_error.
+    `df`: rows of one model and token group with loop nominal_mask_ratio metric value low high.
     """
     ax = ax or plt.gca()
     for ratio, look in RATIO_STYLE.items():
         part = df[np.isclose(df["nominal_mask_ratio"], ratio) & (df["metric"] == metric)].sort_values("loop")
-        error_band(ax, part["loop"] + 1, part, "value", "standard_error", label=f"{ratio:.0%} masked", **look)
+        interval_band(ax, part["loop"] + 1, part, "value", label=f"{ratio:.0%} masked", **look)
     ax.set(xlabel="loop (1 = first)")
     return ax
 
@@ -68,11 +68,11 @@ LENS_STYLE = {
 
 @of_rows
 def plot_lenses(df: pd.DataFrame, metric: str, *, ax: Axes | None = None) -> Axes:
-    """One metric of the read-outs by both lenses; `df`: loop metric value standard_error at one mask ratio."""
+    """One metric of the read-outs by both lenses; `df`: loop metric value low high at one mask ratio."""
     ax = ax or plt.gca()
     for prefix, look in LENS_STYLE.items():
         part = df[df["metric"] == f"{prefix}{metric}"].sort_values("loop")
-        error_band(ax, part["loop"] + 1, part, "value", "standard_error", **look)
+        interval_band(ax, part["loop"] + 1, part, "value", **look)
     ax.set(xlabel="loop (1 = first)")
     return ax
 
@@ -111,9 +111,8 @@ def plot_far_out(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     for side, (metric, (colour, marker, label)) in enumerate(looks.items()):
         part = df[df["metric"] == metric].set_index("model").reindex(models)
         place = np.arange(len(models)) + 0.22 * (side - 0.5)
-        error = np.abs(part[["low", "high"]].to_numpy().T - part["value"].to_numpy())
-        ax.errorbar(part["value"], place, xerr=error, linestyle="none", color=colour, marker=marker, linewidth=0.9,
-                    label=label)  # fmt: skip
+        ax.errorbar(part["value"], place, xerr=reach(part, "value"), linestyle="none", color=colour, marker=marker,
+                    linewidth=0.9, label=label)  # fmt: skip
         ax.axvline(0 if metric == "step_norm" else -1, **NULL | {"color": colour})
     ax.set_yticks(range(len(models)), models)
     ax.set(xlabel="slope of log change against log loop", ylim=(len(models) - 0.5, -0.5))

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from loopmdm.analysis.plots.style import NULL, error_band, half_width, of_rows
+from loopmdm.analysis.plots.style import NULL, interval_band, of_rows, reach
 
 RULE_STYLE = {
     "fixed": {"color": "#444444", "marker": "s", "linestyle": "--", "label": "fixed S"},
@@ -32,11 +32,11 @@ def plot_frontier(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 @of_rows
 def plot_loops_by_step(df: pd.DataFrame, most: int, *, ax: Axes | None = None) -> Axes:
-    """Loops used before each denoising step, 95% over samples; `df`: step mask_ratio value standard_error."""
+    """Loops used before each denoising step, 95% over samples; `df`: step mask_ratio value low high."""
     ax = ax or plt.gca()
     part = df.sort_values("step")
     look = RULE_STYLE["state-delta"] | {"label": "loops used"}
-    error_band(ax, part["step"] + 1, part, "value", "standard_error", **look)
+    interval_band(ax, part["step"] + 1, part, "value", **look)
     ax.axhline(most, **NULL)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel="denoising step (1 = first)", ylabel="loops used", ylim=(0, most + 0.5))
@@ -45,7 +45,7 @@ def plot_loops_by_step(df: pd.DataFrame, most: int, *, ax: Axes | None = None) -
 
 @of_rows
 def plot_usage(df: pd.DataFrame, most: int, *, ax: Axes | None = None) -> Axes:
-    """Loops used by group, both scopes; `df`: rows of one model: scope by group value standard_error."""
+    """Loops used by group, both scopes; `df`: rows of one model: scope by group value low high."""
     ax = ax or plt.gca()
     df = df.loc[df["by"] != "all"]
     groups = list(dict.fromkeys(zip(df["by"], df["group"], strict=True)))
@@ -53,7 +53,7 @@ def plot_usage(df: pd.DataFrame, most: int, *, ax: Axes | None = None) -> Axes:
     for side, (scope, (colour, marker)) in enumerate(looks.items()):
         part = df[df["scope"] == scope].set_index(["by", "group"]).reindex(pd.MultiIndex.from_tuples(groups))
         place = np.arange(len(groups)) + 0.22 * (side - 0.5)
-        ax.errorbar(part["value"], place, xerr=half_width(part, "standard_error"), linestyle="none", color=colour,
+        ax.errorbar(part["value"], place, xerr=reach(part, "value"), linestyle="none", color=colour,
                     marker=marker, linewidth=0.9, label=f"scope {scope}")  # fmt: skip
     names = {"mask_ratio": lambda group: f"{float(group):.0%} masked", "difficulty": lambda group: f"{group} loss"}
     ax.set_yticks(range(len(groups)), [names.get(by, str)(group) for by, group in groups])

@@ -13,7 +13,6 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy import stats
 
 Plot = TypeVar("Plot", bound=Callable[..., Any])
 COLUMN, PAGE = 3.35, 6.9
@@ -130,16 +129,14 @@ def band(ax: Axes, x, y, low, high, **line) -> None:
         ax.fill_between(x, low, high, color=line.get("color"), alpha=0.18, linewidth=0)
 
 
-def half_width(df: pd.DataFrame, error: str) -> pd.Series:
-    """Half of the 95% interval of the standard errors in a column: Student's t over the table's `n_units`."""
-    units = np.asarray(df.get("n_units", np.inf), dtype=float)
-    return df[error] * np.where(units > 1, stats.t.ppf(0.975, np.maximum(units - 1, 1)), np.nan)
+def interval_band(ax: Axes, x, df: pd.DataFrame, value: str, **line) -> None:
+    """A column as a line, with the interval `low` to `high` as a shade."""
+    band(ax, x, df[value], df["low"], df["high"], **line)
 
 
-def error_band(ax: Axes, x, df: pd.DataFrame, value: str, error: str, **line) -> None:
-    """A column as a line, with the 95% interval of its standard errors as a shade."""
-    half = half_width(df, error)
-    band(ax, x, df[value], df[value] - half, df[value] + half, **line)
+def reach(df: pd.DataFrame, value: str) -> np.ndarray:
+    """How far `low` and `high` lie from a column [2, row], as error bars want it."""
+    return np.abs(df[["low", "high"]].to_numpy().T - df[value].to_numpy())
 
 
 def mark_s_max(ax: Axes, s_max: int, last: int) -> None:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from loopmdm.model import flops, stats
+from loopmdm.model import flops, means
 from loopmdm.model.corpora.windows import sliding_windows
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.masking import hide, pick_positions
@@ -367,7 +367,7 @@ def summarise(
     scatter = (square - per_sequence**2).clamp(min=0) / max(1, n_samples - 1)
     own_error = scatter.sqrt() if n_samples > 1 else torch.full_like(scatter, float("nan"))
     lengths = sequences.lengths.cpu()
-    mean, error, n = stats.weighted_mean_and_error(
+    mean, error, n = means.weighted_mean_and_error(
         per_sequence.numpy(), lengths.double().numpy(), sequences.clusters
     )
     return NelboResult(float(mean), float(error), per_sequence, int(n), mean_loops, lengths, cost, own_error)

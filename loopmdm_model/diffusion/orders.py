@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from loopmdm.model.errors import UsageError, check_count, check_number, unknown_name
+from loopmdm.model.information import entropy
 
 TIE = 2e-6
 """Runs of scores closer than this are ties: equal in exact arithmetic, apart by rounding (all-masked input)."""
@@ -202,7 +203,7 @@ class LowEntropy(Commit):
 
     def scores(self, log_probs: Tensor) -> Tensor:
         """Minus the entropy, in nats."""
-        return (log_probs.exp() * log_probs.clamp(min=-1e9)).sum(-1)
+        return -entropy(log_probs)
 
 
 class ByDraw(Commit):

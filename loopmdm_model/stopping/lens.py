@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loopmdm.model.errors import UsageError
+from loopmdm.model.information import entropy, kl
 from loopmdm.model.precision import wide
 from loopmdm.model.stopping.rule import Lens, StoppingRule
 
@@ -56,7 +57,7 @@ class KLDelta(LensRule):
 
     def change(self, now: Tensor, before: Tensor) -> Tensor:
         """In nats; [MASK] has probability 0 in both."""
-        return (now.exp() * (now - before).nan_to_num(0.0)).sum(-1).clamp(min=0.0)
+        return kl(now, before).clamp(min=0.0)
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class EntropyDelta(LensRule):
 
     def read(self, logits: Tensor) -> Tensor:
         """Entropies [row]."""
-        return entropy(logits)
+        return entropy(wide(logits).log_softmax(-1))
 
     def change(self, now: Tensor, before: Tensor) -> Tensor:
         """In nats."""
@@ -92,12 +93,6 @@ class ArgmaxStable(LensRule):
     def change(self, now: Tensor, before: Tensor) -> Tensor:
         """1 where it changed, else 0."""
         return (now != before).float()
-
-
-def entropy(logits: Float[Tensor, "row d_vocab"]) -> Float[Tensor, " row"]:
-    """Entropy in nats of softmax(logits), in float32; -inf logits count nothing."""
-    log_probs = wide(logits).log_softmax(-1)
-    return -(log_probs.exp() * log_probs.clamp(min=-1e9)).sum(-1)
 
 
 RULES = (KLDelta, EntropyDelta, ArgmaxStable)

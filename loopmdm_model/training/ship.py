@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from loopmdm.model import stats
+from loopmdm.model import means
 from loopmdm.model.corpora.tokenizer import load_tokenizer
 from loopmdm.model.diffusion.likelihood import nelbo
 from loopmdm.model.files import read_json_lines, write_json
@@ -67,6 +67,6 @@ def evaluate(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
         ngrams = NGrams.fit(tokenizer, task)
         for name in ("unigram", "bigram"):
             values = getattr(ngrams, f"{name}_nll")(test.tokens.numpy())
-            mean, error, _ = stats.mean_and_error(values, test.clusters)
+            mean, error, _ = means.mean_and_error(values, test.clusters)
             result |= {f"{name}_nll": float(mean), f"{name}_nll_se": float(error)}
     return result

@@ -8,8 +8,8 @@ from loopmdm.analysis.measures import MEASURES, evaluate, question
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.quality.decomposition import by_noise_level
 from loopmdm.analysis.measures.quality.likelihoods import at
+from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.numbers.store import Question, Store
-from loopmdm.model import stats
 from loopmdm.model.diffusion.likelihood import draw_counts, nelbo_by_loop
 from loopmdm.model.flops import flops_per_token
 from loopmdm.model.network.checkpoints import CONFIG, resolve
@@ -83,7 +83,7 @@ def noise_level_table(models: Select, zoo: Zoo) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def over_seeds(model: Run, zoo: Zoo) -> list[Question]:
+def asked_over_seeds(model: Run, zoo: Zoo) -> list[Question]:
     """What the tables over seeds ask of one run; of those without weights it was asked before they went."""
     counts = read_at(model, zoo)
     asked = [_by_sequence(model, counts)]
@@ -95,14 +95,14 @@ def over_seeds(model: Run, zoo: Zoo) -> list[Question]:
 
 
 def keep(model: Run, zoo: Zoo) -> None:
-    """Answer `over_seeds` beside the record of a run, before its weights go."""
-    for asked in over_seeds(model, zoo):
+    """Answer `asked_over_seeds` beside the record of a run, before its weights go."""
+    for asked in asked_over_seeds(model, zoo):
         asked.answer(Store.beside(model.name))
 
 
 def is_kept(model: Run, zoo: Zoo) -> bool:
-    """Whether `over_seeds` is answered beside the record of a run."""
-    return all(asked.key in Store.beside(model.name) for asked in over_seeds(model, zoo))
+    """Whether `asked_over_seeds` is answered beside the record of a run."""
+    return all(asked.key in Store.beside(model.name) for asked in asked_over_seeds(model, zoo))
 
 
 def _sequence_nll(model: Run, counts: list[int]) -> tuple[np.ndarray, np.ndarray]:

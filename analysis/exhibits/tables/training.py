@@ -6,7 +6,7 @@ import math
 import pandas as pd
 
 from loopmdm.analysis.measures.quality import efficiency
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.network.checkpoints import METRICS, resolve
 from loopmdm.model.zoo.runs import Zoo
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from loopmdm.analysis.measures.attention.record import check_loops, log_odds_growth, record
 from loopmdm.analysis.measures.attention.sinks import halves
 from loopmdm.analysis.measures.registry import Measure, plain
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.randomness import step_generator

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from loopmdm.analysis.measures.registry import Measure, plain
-from loopmdm.analysis.numbers.moments import Moments
+from loopmdm.analysis.numbers.moments import Moments, propagated
 from loopmdm.analysis.watch.groups import (
     MASKED_OR_CLEAN,
     QUERY_GROUPS,
@@ -175,9 +175,7 @@ class GroupTable:
     def _error(self, parts: dict[int, np.ndarray]) -> np.ndarray:
         places = list(parts)
         gradient = np.stack([np.broadcast_to(parts[p], self.means.shape[:-1]) for p in places], axis=-1)
-        inner = self.covariance[..., places, :][..., places]
-        with np.errstate(invalid="ignore"):
-            return np.sqrt(np.maximum(np.einsum("...i,...ij,...j->...", gradient, inner, gradient), 0))
+        return propagated(gradient, self.covariance[..., places, :][..., places])
 
 
 def mask_attention(

@@ -7,11 +7,11 @@ Only the chosen loops are kept, so the record does not grow with S. No coda is r
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.watch.groups import (
     MASKED_OR_CLEAN,
     KeyGroups,
@@ -23,7 +23,6 @@ from loopmdm.analysis.watch.groups import (
     output_gram,
 )
 from loopmdm.analysis.watch.walk import walk
-from loopmdm.model import stats
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.sequences import MaskedBatch
@@ -99,10 +98,5 @@ def log_odds_growth(masked: NDArray, clean: NDArray) -> tuple[NDArray, NDArray]:
 
     The chances are the same at both loops and cancel. NaN where a mass vanishes.
     """
-    value, influence = np.zeros(masked.shape[2:]), np.zeros((len(masked), *masked.shape[2:]))
-    for part, loop, sign in ((masked, -1, 1), (clean, -1, -1), (masked, 0, -1), (clean, 0, 1)):
-        mean = stats.mean_and_error(part[:, loop])[0]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            value = value + sign * np.log(mean)
-            influence = influence + sign * (part[:, loop] - mean) / mean
-    return np.where(np.isfinite(value), value, np.nan), influence
+    parts = ((masked, -1, 1), (clean, -1, -1), (masked, 0, -1), (clean, 0, 1))
+    return stats.log_ratio((part[:, loop], sign) for part, loop, sign in parts)

@@ -22,6 +22,7 @@ from loopmdm.analysis.numbers.moments import Moments
 from loopmdm.analysis.watch.groups import QUERY_GROUPS, Seen
 from loopmdm.analysis.watch.walk import PlaceSums, summed
 from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.information import entropy
 from loopmdm.model.layout import By, check_by
 from loopmdm.model.sequences import MaskedBatch, as_batch
 
@@ -68,13 +69,12 @@ def _distances(length: int, device: torch.device) -> Tensor:
 def _rows(pattern: Tensor) -> tuple[Tensor, Tensor]:
     """Entropy and mean distance of every row, [batch, head, query]; a sequence at a time: no second pattern."""
     apart = _distances(pattern.shape[-1], pattern.device)
-    entropy, distance = [], []
+    entropies, distances = [], []
     for one in pattern:
         rows = one.float()
-        logs = rows.clamp(min=torch.finfo(rows.dtype).tiny).log_()  # five times faster than torch.special.entr
-        entropy.append(-logs.mul_(rows).sum(-1))
-        distance.append((rows * apart).sum(-1))
-    return torch.stack(entropy), torch.stack(distance)
+        entropies.append(entropy(rows.log(), rows))
+        distances.append((rows * apart).sum(-1))
+    return torch.stack(entropies), torch.stack(distances)
 
 
 def attention_shape(

@@ -28,7 +28,7 @@ from loopmdm.analysis.measures.attention.record import LoopRecord, check_loops, 
 from loopmdm.analysis.measures.attention.sinks import halves, received_attention
 from loopmdm.analysis.measures.attention.toggle import Keys, toggled
 from loopmdm.analysis.measures.registry import Measure, plain
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.sequences import MaskedBatch, as_batch

@@ -36,7 +36,7 @@ from loopmdm.analysis.measures.interventions.values import (
     replace_values,
 )
 from loopmdm.analysis.measures.registry import Measure
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.context import Context
 from loopmdm.model.diffusion.likelihood import Read, draws, row_cross_entropy, row_sums
 from loopmdm.model.errors import UsageError, check_count, unknown_name

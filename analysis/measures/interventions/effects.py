@@ -13,7 +13,7 @@ from loopmdm.analysis.measures.interventions.contexts import cut, stale
 from loopmdm.analysis.measures.interventions.places import Chosen, Loops
 from loopmdm.analysis.measures.quality.decomposition import noise_bins
 from loopmdm.analysis.measures.registry import Measure
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.diffusion.likelihood import Read, estimates_after, losses_after, row_sums
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.hooks.hooked import HookedLoopMDM

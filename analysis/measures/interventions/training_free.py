@@ -25,7 +25,7 @@ from loopmdm.analysis.measures.attention import mask_attention
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.interventions import damp
 from loopmdm.analysis.measures.registry import Measure
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.diffusion.likelihood import NelboResult, Read, estimate, estimates_after
 from loopmdm.model.errors import UsageError, check_count, unknown_name
 from loopmdm.model.hooks.hooked import HookedLoopMDM

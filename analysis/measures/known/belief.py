@@ -28,8 +28,9 @@ from torch import Tensor
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.options import RATIOS
 from loopmdm.analysis.measures.registry import Measure
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.errors import UsageError, check_count, unknown_name
+from loopmdm.model.information import kl
 from loopmdm.model.protocol import LoopedModel
 from loopmdm.model.sequences import MaskedBatch, as_batch
 from loopmdm.model.tasks.trees import TREE_TASKS, TreeModel
@@ -168,17 +169,13 @@ def _sums(m: LoopedModel, b: MaskedBatch, task: TreeModel, asked: _Asked) -> tup
         exact = torch.stack([belief[rows] for belief in beliefs(task, part.tokens, part.masked, most)])
         for loop, (state, context) in enumerate(m.states(part.tokens, n_loops)):
             logits = m.readout(state, context, rows=rows.to(part.tokens.device)).double().cpu()
-            kl = _divergence(exact, logits.log_softmax(-1)[:, : task.n_states].exp())
-            reverse = _divergence(logits[:, : task.n_states].softmax(-1), exact)
-            for index, values in enumerate((kl, reverse)):
+            read = logits.log_softmax(-1)[:, : task.n_states].exp()
+            onward = kl(exact.log(), read.log(), exact)
+            read = logits[:, : task.n_states].softmax(-1)
+            reverse = kl(read.log(), exact.log(), read)
+            for index, values in enumerate((onward, reverse)):
                 np.add.at(sums[index, :, loop], owner, values.T.numpy())
     return sums, chosen.sum(-1).double().numpy(), n_loops
-
-
-def _divergence(p: Tensor, q: Tensor) -> Float[Tensor, "round row"]:
-    """KL(p || q) over the last axis, in nats."""
-    tiny = 1e-300
-    return (p * (p.clamp(min=tiny).log() - q.clamp(min=tiny).log())).sum(-1)
 
 
 def _mean(sums: np.ndarray, number: np.ndarray, clusters: np.ndarray | None) -> tuple[float, float, int]:

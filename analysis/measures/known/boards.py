@@ -31,7 +31,7 @@ from torch import Tensor
 
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.registry import Measure
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.protocol import LoopedModel
 from loopmdm.model.sequences import MaskedBatch, as_batch

@@ -29,7 +29,7 @@ from torch import Tensor
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.known.boards import board_of, puzzles_of
 from loopmdm.analysis.measures.registry import Measure
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.diffusion.orders import Commit, Order, StepView, as_order, lowest
 from loopmdm.model.diffusion.sampling import sample
 from loopmdm.model.errors import UsageError, check_count

@@ -24,7 +24,7 @@ from scipy.stats import rankdata
 
 from loopmdm.analysis.measures.known.boards import board_of, boards_after_loops, on_puzzles
 from loopmdm.analysis.measures.registry import Measure
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.protocol import LoopedModel
 from loopmdm.model.randomness import row_uniforms

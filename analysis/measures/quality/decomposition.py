@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.diffusion.likelihood import Read, loop_counts, losses_after, row_sums
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.protocol import LoopedModel

@@ -10,7 +10,7 @@ reaches the target there is no ratio, and `n_reached` says so.
 import numpy as np
 import pandas as pd
 
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.quality.judge import judge_nats
 from loopmdm.analysis.measures.registry import Measure
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.diffusion.sampling import sample
+from loopmdm.model.information import entropy
 from loopmdm.model.tasks.batches import spread
 
 COLUMNS = ["source", "n_loops", "steps", "order", "temperature", "top_p", "flops", "judge_nll", "judge_nll_se",
@@ -64,7 +65,7 @@ def _judged(case: Case, tokens: Int[Tensor, "n pos"]) -> tuple:
 def unigram_entropy(tokens: Int[Tensor, "n pos"]) -> np.ndarray:
     """Entropy in nats of each sequence's own token frequencies [n]; at most log(pos)."""
     shares = [torch.bincount(row).double() / len(row) for row in tokens]
-    return np.array([float(torch.special.entr(share).sum()) for share in shares])
+    return np.array([float(entropy(share.log(), share)) for share in shares])
 
 
 def distinct_pairs(tokens: Int[Tensor, "n pos"]) -> float:

@@ -7,12 +7,13 @@ import torch
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.quality.decomposition import nelbo_decomposition
 from loopmdm.analysis.measures.registry import Measure
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.corpora import documents as corpora
 from loopmdm.model.corpora.fetch import sources
 from loopmdm.model.corpora.windows import sliding_windows
 from loopmdm.model.diffusion.likelihood import loop_counts, masked_draw, nelbo, nelbo_by_loop
 from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.information import kl
 from loopmdm.model.tasks.batches import encode
 from loopmdm.model.tasks.trees import TREE_TASKS
 
@@ -91,8 +92,8 @@ def excess_kl(case: Case, counts: list[int], n_samples: int = 2, batch_size: int
                 if loop in counts:
                     logits = case.m.readout(state, context, rows=part.masked)
                     log_probs = logits.double().log_softmax(-1)[:, : task.n_states]
-                    kl = (exact * (exact.clamp(min=1e-300).log() - log_probs)).sum(-1).numpy()
-                    np.add.at(total[counts.index(loop)], (owner, hops), kl)
+                    divergence = kl(exact.log(), log_probs, exact).numpy()
+                    np.add.at(total[counts.index(loop)], (owner, hops), divergence)
     rows = []
     for index, count in enumerate(counts):
         for hop in np.flatnonzero(number.sum(0)):

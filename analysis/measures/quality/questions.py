@@ -8,7 +8,7 @@ import torch
 
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.registry import Measure
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.diffusion.likelihood import continuation_nelbo
 from loopmdm.model.diffusion.sampling import sample
 from loopmdm.model.errors import UsageError

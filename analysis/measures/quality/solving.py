@@ -7,7 +7,7 @@ import pandas as pd
 
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.registry import Measure
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.diffusion.sampling import sample
 from loopmdm.model.errors import UsageError
 from loopmdm.model.tasks.puzzles import puzzles

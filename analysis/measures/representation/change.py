@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loopmdm.analysis.measures.registry import Measure, plain
-from loopmdm.analysis.measures.representation.lenses import LENSES, kl, read, readout_metrics
+from loopmdm.analysis.measures.representation.lenses import LENSES, read, readout_metrics
+from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.watch.states import TOKEN_GROUPS, check_loops, group_mean, row_mean, token_groups, walk
-from loopmdm.model import stats
 from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.information import kl
 from loopmdm.model.layout import By, check_by
 from loopmdm.model.sequences import MaskedBatch, as_batch
 from loopmdm.model.stopping.rules import relative_change

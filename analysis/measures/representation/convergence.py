@@ -24,8 +24,8 @@ from torch import Tensor
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.registry import Measure
 from loopmdm.analysis.measures.representation.fixed_points import FLOOR
+from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.watch.states import TOKEN_GROUPS, check_loops, group_mean, token_groups, walk
-from loopmdm.model import stats
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.sequences import MaskedBatch, as_batch

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.registry import Measure
+from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.watch.states import check_loops, token_groups, walk
-from loopmdm.model import stats
 from loopmdm.model.context import Context
 from loopmdm.model.errors import UsageError, check_count, check_seed
 from loopmdm.model.hooks.hooked import HookedLoopMDM

@@ -17,6 +17,7 @@ from torch import Tensor
 from loopmdm.model.context import Context
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.information import entropy, kl
 from loopmdm.model.precision import wide
 from loopmdm.model.stopping.rules import Lens
 
@@ -40,12 +41,6 @@ def read(
     return wide(logits).log_softmax(-1)
 
 
-def kl(left: Float[Tensor, "*row d_vocab"], right: Float[Tensor, "*row d_vocab"]) -> Float[Tensor, "*row"]:
-    """KL(left || right) in nats over the last axis; [MASK]'s zero probability contributes nothing."""
-    terms = left.exp() * (left - right)
-    return terms.masked_fill(left == float("-inf"), 0.0).sum(-1)
-
-
 def readout_metrics(
     log_probs: Float[Tensor, "*row d_vocab"],
     previous: Float[Tensor, "*row d_vocab"] | None,
@@ -54,7 +49,7 @@ def readout_metrics(
     """Metrics of one read-out, against the one before if there is one."""
     top = log_probs.argmax(-1)
     metrics = {
-        "entropy": -(log_probs.exp() * log_probs).masked_fill(log_probs == float("-inf"), 0.0).sum(-1),
+        "entropy": entropy(log_probs),
         "p_true": log_probs.gather(-1, clean[..., None].long())[..., 0].exp(),
         "accuracy": (top == clean).float(),
     }

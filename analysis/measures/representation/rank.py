@@ -23,9 +23,10 @@ from loopmdm.analysis.measures.representation.moments import (
     check_unit,
     group_states,
 )
+from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.watch.states import TOKEN_GROUPS, check_loops
-from loopmdm.model import stats
 from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.information import entropy
 from loopmdm.model.sequences import MaskedBatch, as_batch
 
 COLUMNS = [
@@ -42,9 +43,9 @@ def rank_of(covariance: Float[Tensor, "d_model d_model"]) -> tuple[float, Float[
     share = values / values.sum()
     known = share > 1e-12
     logs = torch.where(known, share.clamp(min=1e-300).log(), 0.0)
-    entropy = -(share * logs).sum()
-    slope = torch.where(known, logs + entropy, 0.0)
-    rank = entropy.exp()
+    spread = entropy(logs, share)
+    slope = torch.where(known, logs + spread, 0.0)
+    rank = spread.exp()
     return float(rank), -rank / values.sum() * (vectors * slope) @ vectors.T
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.registry import Measure
 from loopmdm.analysis.measures.representation.lenses import check_lens, read
+from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.watch.states import check_loops, token_groups
-from loopmdm.model import stats
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.sequences import MaskedBatch, as_batch

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loopmdm.analysis.measures.stopping.controls import Ladder, best_schedules, fitted_schedules, shuffled
 from loopmdm.analysis.measures.stopping.record import Data, LoopRecord, as_data, noise_bins, record
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.diffusion.likelihood import Read
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.protocol import LoopedModel

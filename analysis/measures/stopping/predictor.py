@@ -26,7 +26,9 @@ from loopmdm.analysis.measures.stopping.controls import prices
 from loopmdm.analysis.measures.stopping.frontier import Contest, check_pair
 from loopmdm.analysis.measures.stopping.record import LoopRecord
 from loopmdm.model.errors import UsageError, check_count
-from loopmdm.model.stopping.rules import Lens, LoopView, SecondDifference, StateDelta, StoppingRule, entropy
+from loopmdm.model.information import entropy
+from loopmdm.model.precision import wide
+from loopmdm.model.stopping.rules import Lens, LoopView, SecondDifference, StateDelta, StoppingRule
 
 Features = Literal["state", "lens"]
 NAMES = {"state": ("state-delta", "second-difference"), "lens": ("DirectEntropy", "DirectBest")}
@@ -48,7 +50,7 @@ class DirectEntropy(StoppingRule):
 
     def values(self, view: LoopView) -> Tensor:
         """Per position of the group, NaN elsewhere."""
-        return self._spread(view, entropy)
+        return self._spread(view, lambda logits: entropy(wide(logits).log_softmax(-1)))
 
     def _spread(self, view: LoopView, number) -> Tensor:
         rows = self.group(view.masked, view.real)

@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from loopmdm.model import stats
+from loopmdm.analysis.measures.quality.generation import unigram_entropy
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.diffusion.sampling import SampleResult, sample
 from loopmdm.model.errors import UsageError
 from loopmdm.model.protocol import LoopedModel
@@ -97,7 +98,7 @@ def sample_quality(
             raise UsageError(f"{board.name} has {board.n_cells} cells, the samples {tokens.shape[1]} tokens")
         return [Quality("solve-rate", board.is_valid(tokens).double().cpu().numpy(), even)]
     found = [
-        Quality("unigram-entropy", _unigram_entropy(tokens), even),
+        Quality("unigram-entropy", unigram_entropy(tokens), even),
         Quality("distinct-2", _distinct_pairs(tokens), even),
     ]
     if judge is not None:
@@ -107,11 +108,6 @@ def sample_quality(
         known = np.where(lengths > 0, nats / np.maximum(lengths, 1), np.nan)
         found.append(Quality("judge-nll", known, lengths))
     return found
-
-
-def _unigram_entropy(tokens: Tensor) -> Float[np.ndarray, " n"]:
-    shares = (torch.bincount(row).double() / len(row) for row in tokens)
-    return np.array([float(torch.special.entr(share).sum()) for share in shares])
 
 
 def _distinct_pairs(tokens: Tensor) -> Float[np.ndarray, " n"]:

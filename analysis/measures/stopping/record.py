@@ -16,6 +16,7 @@ from torch import Tensor
 from loopmdm.model import flops
 from loopmdm.model.diffusion.likelihood import Read, draws, row_sums
 from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.information import entropy, kl
 from loopmdm.model.layout import Facts, asked
 from loopmdm.model.network.config import LoopMDMConfig
 from loopmdm.model.protocol import LoopedModel, core_of
@@ -262,7 +263,7 @@ BLOCK = 2**18
 
 @dataclass(frozen=True)
 class Answers:
-    """One read-out: `log_probs` [row, d_vocab], [MASK] at -1e9; `entropy` and `kl` to the last one [row]."""
+    """One read-out: `log_probs` [row, d_vocab]; `entropy` and `kl` to the last one [row]."""
 
     log_probs: Float[Tensor, "row d_vocab"]
     entropy: Float[Tensor, " row"]
@@ -278,17 +279,15 @@ class Answers:
         """From logits, as the rules would compute it, block by block of rows."""
         size = max(1, BLOCK // logits.shape[-1])
         log_probs = torch.empty_like(logits, dtype=torch.float32)
-        closed = torch.isneginf(logits[:1]).any(0)  # [MASK]: of the same columns in every row
         parts = []
         for start in range(0, len(logits), size):
             span = slice(start, start + size)
             block = logits[span].float().log_softmax(-1)
-            block[:, closed] = -1e9
             log_probs[span], p = block, block.exp()
-            kl = torch.full_like(block[:, 0], float("nan"))
+            divergence = torch.full_like(block[:, 0], float("nan"))
             if before is not None:
-                kl = torch.linalg.vecdot(p, block - before.log_probs[span]).clamp_(min=0.0)
-            parts.append((-torch.linalg.vecdot(p, block), kl))
+                divergence = kl(block, before.log_probs[span], p).clamp_(min=0.0)
+            parts.append((entropy(block, p), divergence))
         return cls(log_probs, *(torch.cat(column) for column in zip(*parts, strict=True)))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loopmdm.analysis.measures.stopping.quality import Judge, Samples
 from loopmdm.analysis.measures.stopping.record import rule_name
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.diffusion.sampling import SampleLoop, SampleResult, sample
 from loopmdm.model.errors import check_count
 from loopmdm.model.protocol import LoopedModel

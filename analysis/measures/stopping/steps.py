@@ -12,7 +12,8 @@ import pandas as pd
 from torch import Tensor
 
 from loopmdm.analysis.measures.stopping.quality import Judge, Quality, Samples
-from loopmdm.model import flops, stats
+from loopmdm.analysis.numbers import stats
+from loopmdm.model import flops
 from loopmdm.model.diffusion.likelihood import Read, estimates_after
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.network.config import LoopMDMConfig

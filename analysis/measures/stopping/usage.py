@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from loopmdm.analysis.measures.stopping.record import Data, as_data, masked_draws, rule_name
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.diffusion.likelihood import Read, row_cross_entropy
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.protocol import LoopedModel

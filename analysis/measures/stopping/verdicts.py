@@ -11,7 +11,7 @@ from scipy import stats as distributions
 
 from loopmdm.analysis.measures.stopping.frontier import frontier, stopped_at, thresholds
 from loopmdm.analysis.measures.stopping.record import LoopRecord
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.errors import UsageError
 
 CONTROLS = ("fixed", "schedule", "shuffled")
@@ -108,7 +108,7 @@ def judge_usefulness(table: pd.DataFrame, chosen: pd.DataFrame | None = None, le
 
 def _verdict(row: pd.Series, least: float, tests: int) -> tuple[str, dict[str, float]]:
     units = int(row["n_units"])
-    half = float(distributions.t.ppf(1 - 0.025 / tests, units - 1)) if units > 1 else float("nan")
+    half = stats.t95(units, tests)
     bounds: dict[str, float] = {}
     for name in CONTROLS:
         value, error = float(row[f"against_{name}"]), float(row[f"against_{name}_se"])

@@ -10,9 +10,9 @@ from scipy import stats as distributions
 from loopmdm.analysis import exhibits as figures
 from loopmdm.analysis.exhibits import answers, causal, inference, tables
 from loopmdm.analysis.exhibits import verdicts as claims
-from loopmdm.analysis.exhibits.answers import Answer, NotRun, between_arms, over_seeds
+from loopmdm.analysis.exhibits.answers import Answer, NotRun, answer_of, between_arms
 from loopmdm.analysis.exhibits.verdicts import load_claims, verdict
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.errors import UsageError
 
 
@@ -44,15 +44,15 @@ def test_margins_move_the_verdict():
 
 def test_seeds_give_students_interval_and_one_seed_its_units():
     values = np.array([1.0, 2.0, 6.0])
-    found = over_seeds(values, np.zeros(3), 100, 8)
+    found = answer_of(values, np.zeros(3), 100, 8)
     low, high = distributions.t.interval(0.95, 2, loc=3.0, scale=distributions.sem(values))
     assert (found.low, found.high, found.n_seeds) == pytest.approx((low, high, 3))
-    one = over_seeds(np.array([2.0]), np.array([0.5]), 100, 8)
+    one = answer_of(np.array([2.0]), np.array([0.5]), 100, 8)
     assert one.high - one.estimate == pytest.approx(0.5 * distributions.t.ppf(0.975, 7))
-    unknown = over_seeds(np.array([2.0]), np.array([np.nan]), 100, 8)
+    unknown = answer_of(np.array([2.0]), np.array([np.nan]), 100, 8)
     assert verdict(unknown, 0.0, "above") == "undecided"
     with pytest.raises(NotRun):
-        over_seeds(np.array([]), np.array([]), 0, 0)
+        answer_of(np.array([]), np.array([]), 0, 0)
 
 
 def test_arms_are_compared_over_seeds_or_paired_in_one():
@@ -80,7 +80,7 @@ def test_interactions_are_estimated_and_covered():
 def test_intervals_over_seeds_cover_the_truth():
     generator, hits, runs = np.random.default_rng(1), 0, 4000
     for _ in range(runs):
-        found = over_seeds(generator.normal(1.0, 1.0, 5), np.zeros(5), 100, 100)
+        found = answer_of(generator.normal(1.0, 1.0, 5), np.zeros(5), 100, 100)
         hits += found.low <= 1.0 <= found.high
     assert 0.93 <= hits / runs <= 0.97
 

@@ -7,7 +7,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats as distributions
 
 from loopmdm.analysis.exhibits import measuring, tables
 from loopmdm.analysis.exhibits.tables import quality, training
@@ -15,9 +14,7 @@ from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.quality.decomposition import nelbo_decomposition
 from loopmdm.analysis.numbers import frames
 from loopmdm.analysis.numbers.store import Question
-from loopmdm.analysis.plots.quality import over_seeds
-from loopmdm.analysis.plots.style import band, half_width
-from loopmdm.model import stats
+from loopmdm.analysis.plots.style import band
 from loopmdm.model.errors import UsageError
 from loopmdm.model.training.spec import DataSpec
 from loopmdm.model.zoo.runs import Zoo, select
@@ -54,24 +51,6 @@ def test_arms_of_a_comparison_had_equal_training_flops():
         spent = np.array([record["training_flops"]["realised"] for record in records])
         assert spent.max() / spent.min() < 1.001, task
         assert len({DataSpec(**record["spec"]["data"]) for record in records}) == 1
-
-
-def test_welch_is_scipys():
-    a, b = np.array([1.0, 2.0, 4.0]), np.array([0.0, 0.5, 0.25, 0.1])
-    interval = distributions.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
-    assert stats.welch(a, b) == pytest.approx((a.mean() - b.mean(), *interval))
-    difference, low, high = stats.welch(a[:1], b)
-    assert difference == pytest.approx(1 - b.mean()) and np.isnan(low) and np.isnan(high)
-
-
-def test_means_over_seeds_have_students_interval_and_one_seed_its_own():
-    df = pd.DataFrame({"x": [1, 1, 1, 2, 2, 2], "y": [1.0, 2.0, 6.0, 0.0, 0.0, 0.0], "y_se": 9.0})
-    first, second = over_seeds(df, "x", "y").itertuples(index=False)
-    low, high = distributions.t.interval(0.95, 2, loc=3.0, scale=distributions.sem([1.0, 2.0, 6.0]))
-    assert (first.y, first.low, first.high, first.n) == pytest.approx((3.0, low, high, 3))
-    assert (second.low, second.high) == (0.0, 0.0)
-    (single,) = over_seeds(df[:1], "x", "y").itertuples(index=False)
-    assert single.high - single.y == pytest.approx(stats.Z95 * 9)
 
 
 def test_contrasts_recover_planted_differences():
@@ -128,14 +107,6 @@ def test_missing_archives_are_named_before_anything_is_measured(tmp_path, monkey
     with pytest.raises(UsageError, match=r"zero-shot, generative .* `loopmdm data fetch zero-shot judge`"):
         list(measuring.measure_all(["learning-curves", "zero-shot", "generative"], workers=1))
     assert not (tmp_path / "tables").exists()
-
-
-def test_half_widths_are_students_where_the_table_names_its_units():
-    df = pd.DataFrame({"y_se": [0.1, 0.1, 0.1], "n_units": [8, 1000, 1]})
-    halves = half_width(df, "y_se")
-    assert halves[0] == pytest.approx(0.1 * distributions.t.ppf(0.975, 7)) and np.isnan(halves[2])
-    assert halves[1] == pytest.approx(0.1962, abs=1e-4)
-    assert half_width(df[["y_se"]], "y_se")[0] == pytest.approx(0.1 * stats.Z95)
 
 
 def test_a_single_point_shows_its_interval():

@@ -29,7 +29,7 @@ from loopmdm.analysis.measures.interventions.causal import mean_over_draws, stan
 from loopmdm.analysis.measures.interventions.edges import edges
 from loopmdm.analysis.measures.interventions.selections import RELATIONS, equal_mass, relation_of
 from loopmdm.analysis.measures.interventions.values import donors
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.diffusion.likelihood import nelbo
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM

@@ -19,7 +19,7 @@ from loopmdm.analysis.measures.interventions import (
 )
 from loopmdm.analysis.measures.interventions.edges import edges, matched_edges
 from loopmdm.analysis.measures.interventions.effects import share_of_gain
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.diffusion.likelihood import nelbo
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM

@@ -9,7 +9,7 @@ import torch
 from loopmdm.analysis.measures.attention import mask_attention
 from loopmdm.analysis.measures.interventions import damp
 from loopmdm.analysis.measures.interventions.training_free import _groups, middle_blocks, training_free
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.diffusion.likelihood import nelbo
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM

@@ -14,7 +14,7 @@ from loopmdm.analysis.measures.known import (
 )
 from loopmdm.analysis.measures.known.boards import board_of, violations
 from loopmdm.analysis.measures.known.settling import NEVER, partial, settled_at
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.masking import hide

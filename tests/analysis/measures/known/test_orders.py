@@ -7,7 +7,7 @@ from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.known import order_interaction
 from loopmdm.analysis.measures.known.orders import RankedOrder, _contrast, _places
 from loopmdm.analysis.measures.quality.solving import solve_rate
-from loopmdm.model import stats
+from loopmdm.analysis.numbers import stats
 from loopmdm.model.diffusion.sampling import sample
 from loopmdm.model.errors import UsageError
 from loopmdm.model.masking import mask_tokens

@@ -1,0 +1,104 @@
+"""What is done with means: ratios of them, intervals, and means over training seeds.
+
+Means and errors over sequences are `loopmdm.model.means`', and can be had here, too. Intervals are 95% ones, by
+Student's t over independent units wherever a spread is estimated.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from loopmdm.model.means import Array, count_units, influence_error, mean_and_error, weighted_mean_and_error
+
+__all__ = [
+    "Z95",
+    "count_units",
+    "influence_error",
+    "interaction",
+    "log_ratio",
+    "mean_and_error",
+    "over_seeds",
+    "t95",
+    "t_quantile",
+    "weighted_mean_and_error",
+    "welch",
+    "wilson",
+]
+
+Z95 = 1.959963984540054
+
+
+def log_ratio(parts: Iterable[tuple[Array, int]]) -> tuple[Array, Array]:
+    """Sum of sign * log(mean) [..] over (values [n, ..], sign), and each sequence's influence on it [n, ..].
+
+    With signs 1 and -1 the log of a ratio of means. NaN where a mean vanishes.
+    """
+    value, influence = np.asarray(0.0), np.asarray(0.0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for part, sign in parts:
+            mean, _, _ = mean_and_error(part)
+            value = value + sign * np.log(mean)
+            influence = influence + sign * (part - mean) / mean
+    return np.where(np.isfinite(value), value, np.nan), np.asarray(influence)
+
+
+def t_quantile(freedom: float, share: float = 0.975) -> float:
+    """Quantile of Student's t; scipy's distributions take half a second to import, so late."""
+    from scipy import stats as distributions
+
+    return float(distributions.t.ppf(share, freedom))
+
+
+def t95(n_units: float, tests: int = 1) -> float:
+    """Half-width of a 95% interval in standard errors over independent units; NaN below two.
+
+    Of several `tests` all intervals together hold at 95% (Bonferroni's).
+    """
+    return t_quantile(n_units - 1, 1 - 0.025 / tests) if n_units > 1 else float("nan")
+
+
+def over_seeds(values: Array, alone: tuple[float, float] = (np.nan, np.nan)) -> tuple[float, float, float]:
+    """Mean over training seeds and the bounds of its 95% interval; of one seed the bounds are those given."""
+    values = np.asarray(values, dtype=float)
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, *alone
+    half = t95(len(values)) * float(values.std(ddof=1)) / len(values) ** 0.5
+    return mean, mean - half, mean + half
+
+
+def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
+    """Wilson's 95% interval of a share."""
+    share = successes / n
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    low = 0.0 if successes == 0 else float(centre - half)
+    return low, 1.0 if successes == n else float(centre + half)
+
+
+def welch(ours: Array, theirs: Array) -> tuple[float, float, float]:
+    """Difference of two means with Welch's 95% interval; NaN bounds for fewer than two values on a side."""
+    difference = float(np.mean(ours) - np.mean(theirs))
+    if min(len(ours), len(theirs)) < 2:
+        return difference, float("nan"), float("nan")
+    a, b = np.var(ours, ddof=1) / len(ours), np.var(theirs, ddof=1) / len(theirs)
+    if a + b == 0:
+        return difference, difference, difference
+    freedom = (a + b) ** 2 / (a**2 / (len(ours) - 1) + b**2 / (len(theirs) - 1))
+    half = float(t_quantile(float(freedom)) * np.sqrt(a + b))
+    return difference, difference - half, difference + half
+
+
+def interaction(a: Array, b: Array, c: Array, d: Array) -> tuple[float, float, float]:
+    """(a - b) - (c - d) of the means of four independent groups, with Welch's 95% interval.
+
+    For arms of a 2 x 2: each is [seed], of two values at least.
+    """
+    groups = [np.asarray(group, dtype=float) for group in (a, b, c, d)]
+    estimate = float(sum(sign * group.mean() for sign, group in zip((1, -1, -1, 1), groups, strict=True)))
+    parts = np.array([group.var(ddof=1) / len(group) for group in groups])
+    if parts.sum() == 0:
+        return estimate, estimate, estimate
+    freedom = parts.sum() ** 2 / sum(part**2 / (len(group) - 1) for part, group in zip(parts, groups, strict=True))
+    half = float(t_quantile(freedom) * parts.sum() ** 0.5)
+    return estimate, estimate - half, estimate + half
