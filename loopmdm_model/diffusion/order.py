@@ -2,8 +2,8 @@
 
 Those that need no logits choose first, so that only what is drawn is ever unembedded; those that rank by the
 model's confidence (`reads_logits`) see the log-probabilities of their candidates. Of these, some rank by the token
-that was drawn for each candidate (`reads_draws`): good decoding, but no longer the model's law, as what is revealed
-are the luckier draws.
+that was drawn for each candidate (`reads_draws`): good decoding, but no longer the model's law, as what is
+revealed are the luckier draws.
 """
 
 from collections.abc import Callable
@@ -53,10 +53,13 @@ class Order:
     reads_logits = False
     reads_draws = False
     """Whether it ranks candidates by the token drawn for each; such an order reads logits, too."""
-    hides = False
-    """Whether it may hide filled positions again."""
     dial = ""
     """The field that a number sets in an order's name, as in "remask:0.2"."""
+
+    @property
+    def hides(self) -> bool:
+        """Whether it may hide filled positions again."""
+        return type(self).remask is not Order.remask
 
     def n_steps(self, steps: int, most: int) -> int:  # noqa: ARG002
         """Steps to take if the caller asks for `steps` and a sequence has at most `most` free positions."""
@@ -92,6 +95,10 @@ class Order:
     ) -> Bool[Tensor, "batch pos"] | None:
         """Which filled free positions to hide again, decided on the ids before the step; `scores` as `choose`."""
         return None
+
+    def decide(self, view: StepView, scores: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What to reveal and what to hide again; to override where one computation gives both."""
+        return self.choose(view, scores), self.remask(view, scores)
 
     def advance(self, view: StepView) -> Float[Tensor, " batch"]:
         """The diffusion time after the step; NaN for orders that have none."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from loopmdm.model.diffusion.order import Order, StepView, best
 from loopmdm.model.errors import UsageError, check_number
+from loopmdm.model.stopping.lens import entropy_of
 
 
 class Commit(Order):
@@ -63,7 +64,7 @@ class LowEntropy(Commit):
 
     def scores(self, log_probs: Tensor) -> Tensor:
         """Minus the entropy, in nats."""
-        return (log_probs.exp() * log_probs.clamp(min=-1e9)).sum(-1)
+        return -entropy_of(log_probs)
 
 
 class ByDraw(Commit):
@@ -110,10 +111,10 @@ class Noised(Commit):
     dial = "temperature"
 
     def __post_init__(self):
-        """A temperature, and an inner order that ranks by logits and reveals an even share."""
+        """A temperature, and an inner order that only ranks: by logits, for an even share at every step."""
         check_number("temperature", self.temperature, 0)
         inner = self.inner
-        if not (isinstance(inner, Commit) and inner.reads_logits and type(inner).due is Commit.due):
+        if not (isinstance(inner, Commit) and inner.reads_logits and _only_ranks(type(inner))):
             raise UsageError(f"noise cannot rank {inner!r:.60}; give an order such as Confidence() as inner=")
 
     @property
@@ -135,3 +136,9 @@ class Noised(Commit):
         left = view.interval[1] if self.annealed else torch.ones_like(scores[:, :1])
         noise = -(-view.uniforms("noise").clamp(min=1e-300).log()).log()
         return super().choose(view, scores + self.temperature * left * noise)
+
+
+def _only_ranks(kind: type[Commit]) -> bool:
+    """Whether a class differs from `Commit` in its scores alone: all else would be lost inside another order."""
+    others = ("choose", "due", "decide", "remask", "candidates", "advance", "n_steps", "check")
+    return all(getattr(kind, name) is getattr(Commit, name) for name in others)

@@ -19,12 +19,11 @@ class PathPlanning(ByDraw):
 
     After step k of K floor((1 - k / K) N) of the N free positions are masked: those with the lowest score, log p
     of the drawn token where it is masked and `eta` log p of the token that is there where it is filled (the model
-    is its own planner). eta 0 never hides a filled position again, which is `DrawnConfidence`; large eta hides
-    whatever is not certain.
+    is its own planner). eta 0 never hides a filled position again; where K divides N that is `DrawnConfidence`,
+    which else rounds its shares up where this rounds down. Large eta hides whatever is not certain.
     """
 
     eta: float = 1.0
-    hides = True
     dial = "eta"
 
     def __post_init__(self):
@@ -39,22 +38,22 @@ class PathPlanning(ByDraw):
         """All free positions."""
         return view.free
 
-    def _kept(self, view: StepView, scores: Tensor) -> Bool[Tensor, "batch pos"]:
-        """What is filled after the step; of equals the filled ones stay."""
+    def decide(self, view: StepView, scores: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Masked ones among the best, and filled ones not among them; of equals the filled ones stay."""
+        assert scores is not None
         n_free = view.free.sum(-1)
-        kept = n_free - n_free * (view.steps - view.step - 1) // view.steps
+        count = n_free - n_free * (view.steps - view.step - 1) // view.steps
         planned = torch.where(view.masked, scores, self.eta * scores.clamp(min=-1e300))  # 0 * inf is no number
-        return best(planned, view.free, kept, (view.uniforms("reveal") + view.masked) / 2)
+        kept = best(planned, view.free, count, (view.uniforms("reveal") + view.masked) / 2)
+        return view.masked & kept, view.free & ~view.masked & ~kept
 
     def choose(self, view: StepView, scores: Tensor | None) -> Tensor:
-        """Masked ones among the best."""
-        assert scores is not None
-        return view.masked & self._kept(view, scores)
+        """The first of `decide`."""
+        return self.decide(view, scores)[0]
 
     def remask(self, view: StepView, scores: Tensor | None = None) -> Tensor:
-        """Filled ones not among the best."""
-        assert scores is not None
-        return view.free & ~view.masked & ~self._kept(view, scores)
+        """The second of `decide`."""
+        return self.decide(view, scores)[1]
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,6 @@ class Remask(Ancestral):
     eta: float | None = None
     schedule: Literal["cap", "rescale", "confidence", "loop"] = "cap"
     plateau: tuple[float, float, float] = (0.55, 0.05, 0.9)
-    hides = True
     dial = "eta"
 
     def __post_init__(self):

@@ -8,7 +8,7 @@ import torch
 from loopmdm.model.diffusion.sampling import SampleLoop
 from loopmdm.model.errors import UsageError
 from loopmdm.model.precision import wide
-from loopmdm.model.stopping.rules import Lens, entropy, relative_change
+from loopmdm.model.stopping.rules import Lens, entropy_of, relative_change
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,7 +62,7 @@ class Trajectory:
             view.masked[rows],
             top,
             log_probs.gather(-1, top[:, None])[:, 0].exp(),
-            entropy(logits),
+            entropy_of(log_probs),
             relative_change(view.state, view.previous)[rows],
         )
         self._parts.append({name: value.cpu().numpy() for name, value in zip(COLUMNS, values, strict=True)})

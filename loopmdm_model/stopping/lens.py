@@ -96,7 +96,11 @@ class ArgmaxStable(LensRule):
 
 def entropy(logits: Float[Tensor, "row d_vocab"]) -> Float[Tensor, " row"]:
     """Entropy in nats of softmax(logits), in float32; -inf logits count nothing."""
-    log_probs = wide(logits).log_softmax(-1)
+    return entropy_of(wide(logits).log_softmax(-1))
+
+
+def entropy_of(log_probs: Float[Tensor, "row d_vocab"]) -> Float[Tensor, " row"]:
+    """As `entropy`, from log-probabilities that are there already."""
     return -(log_probs.exp() * log_probs.clamp(min=-1e9)).sum(-1)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from loopmdm.model.errors import UsageError, unknown_name
 from loopmdm.model.registry import Registry
 from loopmdm.model.stopping.gate import ExitGate
-from loopmdm.model.stopping.lens import ArgmaxStable, EntropyDelta, KLDelta, LensRule, entropy
+from loopmdm.model.stopping.lens import ArgmaxStable, EntropyDelta, KLDelta, LensRule, entropy, entropy_of
 from loopmdm.model.stopping.rule import FixedLoops, Lens, LoopView, StoppingRule, as_rule, unknown
 from loopmdm.model.stopping.schedule import NoiseSchedule
 from loopmdm.model.stopping.state import SecondDifference, StateDelta, relative_change
@@ -32,6 +32,7 @@ __all__ = [
     "StoppingRule",
     "as_rule",
     "entropy",
+    "entropy_of",
     "oracle_loops",
     "parse_rule",
     "relative_change",

@@ -426,6 +426,20 @@ def test_options_keep_a_sequence_what_it_is_alone(model, order, options):
 # --- names and misuse ---
 
 
+class Timed(Margin):
+    """An order with a diffusion time of its own."""
+
+    def advance(self, view):
+        return view.interval[1][:, 0]
+
+
+class Hiding(Margin):
+    """An order that hides, and does not say so."""
+
+    def remask(self, view, scores=None):
+        return view.free & ~view.masked
+
+
 def test_orders_by_name_and_number():
     assert as_order("threshold:0.7", 8) == Threshold(0.7) and as_order("factor", 8) == Factor(1.0)
     assert parse_order("blocks:8:threshold:0.9") == Blocks(8, Threshold(0.9))
@@ -445,6 +459,11 @@ def test_orders_by_name_and_number():
         (lambda: Noised(-0.1), "temperature"),
         (lambda: Noised(1.0, FixedOrder()), "noise cannot rank"),
         (lambda: Noised(1.0, Threshold()), "noise cannot rank"),
+        (lambda: Noised(1.0, PathPlanning()), "noise cannot rank PathPlanning"),
+        (lambda: Noised(1.0, Noised()), "noise cannot rank Noised"),
+        (lambda: Noised(1.0, EvenRandom()), "noise cannot rank EvenRandom"),
+        (lambda: Noised(1.0, Timed()), "noise cannot rank Timed"),
+        (lambda: Blocks(4, Hiding()), "blocks cannot hold Hiding"),
         (lambda: PathPlanning(-1), "eta"),
         (lambda: Remask(1.1), "eta"),
         (lambda: Remask(schedule="switch"), "cap, rescale, confidence or loop"),
