@@ -18,6 +18,7 @@ from torch import nn
 
 from loopmdm.model.adapters import shims
 from loopmdm.model.adapters.families import Family, family_named, name_of_class
+from loopmdm.model.corpora.tokenizer import reading_text
 from loopmdm.model.errors import UsageError
 
 OLDEST, TOO_NEW = (5, 0), (6, 0)
@@ -257,15 +258,26 @@ def mask_of(native: nn.Module, family: Family, tokenizer: Any) -> int | None:
 
 
 def plain_tokenizer(tokenizer: Any) -> Tokenizer | None:
-    """The tokenizer of the `tokenizers` library that is inside one of transformers'."""
-    if tokenizer is None or isinstance(tokenizer, Tokenizer):
-        return tokenizer
-    inside = getattr(tokenizer, "backend_tokenizer", None)
+    """A copy of the tokenizer of the `tokenizers` library that is inside one of transformers'.
+
+    The copy reads text as text, special tokens spelled out in it included, and neither cuts nor fills up.
+    """
+    if tokenizer is None:
+        return None
+    inside = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(inside, Tokenizer):
         raise UsageError(
             f"{type(tokenizer).__name__} holds no fast tokenizer; load it with use_fast=True, or give none"
         )
-    return inside
+    try:
+        found = Tokenizer.from_str(inside.to_str())
+    except Exception as error:  # the library raises bare Exception
+        raise UsageError(
+            f"{type(tokenizer).__name__} cannot be copied ({_line(error)}); give none, and ids for texts"
+        ) from error
+    found.no_truncation()
+    found.no_padding()
+    return reading_text(found)
 
 
 def pad_of(tokenizer: Any) -> str | None:

@@ -65,7 +65,7 @@ def _specimen(
     loading.check_transformers()
     native, tokenizer, record = specimen.load()
     m = hook_model(native.to(device, dtype), tokenizer=tokenizer, **changes)
-    m.model_name = specimen.name
+    m.model_name, m.gap_words = specimen.name, (*m.gap_words, *specimen.gaps)
     m.record |= record
     return m
 
