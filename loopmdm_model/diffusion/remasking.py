@@ -35,8 +35,8 @@ class PathPlanning(ByDraw):
         return log_probs.gather(-1, tokens[:, None])[:, 0]
 
     def candidates(self, view: StepView) -> Tensor:
-        """All free positions."""
-        return view.free
+        """All free positions, while something is masked: from then on all is kept."""
+        return view.free & view.masked.any(-1, keepdim=True)
 
     def decide(self, view: StepView, scores: Tensor | None) -> tuple[Tensor, Tensor]:
         """Masked ones among the best, and filled ones not among them; of equals the filled ones stay."""

@@ -47,6 +47,18 @@ def test_fairseqs_weights_are_the_same_model_under_other_names(sapiens):
     assert len(m.record["revision"]) == 64 and m.facts.trained_to == 0.15
 
 
+def test_a_specimen_takes_names_of_dtypes_and_no_revision(sapiens):
+    assert open_model("sapiens-heavy", dtype="bfloat16").model.dtype == torch.bfloat16
+    for given, says in (
+        ({"dtype": "float3"}, "float3"),
+        ({"dtype": "int32"}, "int32"),
+        ({"revision": "main"}, "pinned by its hash and brings no code; leave revision and trust out"),
+        ({"trust_remote_code": True}, "leave revision and trust out"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            open_model("sapiens-heavy", **given)
+
+
 def test_a_bert_beside_its_config(tmp_path, monkeypatch):
     native = natives.native("Bert", **SIZES)
     out, words = io.BytesIO(), ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *RESIDUES]

@@ -450,6 +450,18 @@ def test_time_goes_on_where_nothing_is_masked_any_more(model):
     ]
 
 
+def test_path_planning_runs_no_forward_once_all_is_filled(model):
+    clues = torch.arange(12).repeat(2, 1)
+    clues[0, 3], clues[1, :8] = -1, -1
+    r = sample(model, clues=clues, steps=16, order="path-planning", n_loops=1)
+    masked = (r.history[:-1] == 22).sum(-1)
+    assert (
+        torch.equal(r.loops_used > 0, masked > 0)
+        and masked[:, 0].sum() == 1
+        and 8 < masked[:, 1].count_nonzero() < 16
+    )
+
+
 def test_path_planning_ranks_once_a_step(model, monkeypatch):
     from loopmdm.model.diffusion import remasking
 
