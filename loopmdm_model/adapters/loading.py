@@ -198,11 +198,16 @@ def check_loaded(native: nn.Module) -> None:
 def check_uncompiled(native: nn.Module) -> None:
     """UsageError for a model of which anything was compiled: detours over its modules would not be noticed."""
     for name, module in native.named_modules():
-        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+        if is_compiled(module):
             raise UsageError(
                 f"{name or type(native).__name__} is compiled and hears nobody; give the model as it was before "
                 "torch.compile (the hooked model can be compiled)"
             )
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether it is compiled in place, or stands for one that torch.compile was given."""
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 
 def provenance(native: nn.Module) -> dict[str, Any]:
