@@ -70,7 +70,7 @@ class LowEntropy(Commit):
 class ByDraw(Commit):
     """Base: highest probability p(x_i | ids) of the token x_i drawn at each masked position first.
 
-    p is the model's own, whatever the temperature that drew.
+    p is that of the logits drawn from, guided and without suppressed ids, before temperature, top k and top p.
     """
 
     reads_logits = True

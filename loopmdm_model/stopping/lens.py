@@ -95,7 +95,7 @@ class ArgmaxStable(LensRule):
 
 
 def entropy(logits: Float[Tensor, "row d_vocab"]) -> Float[Tensor, " row"]:
-    """Entropy in nats of softmax(logits), in float32; -inf logits count nothing."""
+    """Entropy in nats of softmax(logits), in float32 at least; -inf logits count nothing."""
     return entropy_of(wide(logits).log_softmax(-1))
 
 
