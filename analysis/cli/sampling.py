@@ -70,7 +70,7 @@ def sample(
     rule = parse_rule(stop, m.cfg.max_loops if n_loops is None else n_loops) if stop else None
     board = board_of_model(m.cfg)
     given = clues if board and ":" not in clues and len(clues) > board.size else _clues(clues)
-    with interruptible("nothing was written; --partial keeps the finished batches"), m.words_only():
+    with interruptible("nothing was written; --partial keeps the finished batches"):
         r = run(
             m,
             n=n,

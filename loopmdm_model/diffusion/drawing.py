@@ -40,18 +40,19 @@ class Drawing:
         if self.top_k is not None:
             check_count("top_k", self.top_k)
 
-    def check(self, d_vocab: int, mask_token_id: int) -> None:
-        """UsageError for ids that the model does not have, or if none is left to draw."""
+    def never(self, d_vocab: int, mask_token_id: int, special: frozenset[int] = frozenset()) -> list[int]:
+        """Ids that are not drawn: [MASK], those suppressed, and `special` ones that end no text.
+
+        UsageError for ids that the model does not have, or if none is left to draw.
+        """
         for name in ("suppress", "end"):
             for token in getattr(self, name):
                 if token >= d_vocab:
                     raise UsageError(f"{name} has id {token}, which is outside 0..{d_vocab - 1}")
-        if len(self.never(mask_token_id)) == d_vocab:
+        found = {mask_token_id, *self.suppress, *(special - {*self.end})}
+        if len(found) == d_vocab:
             raise UsageError("suppress leaves no id to draw; suppress fewer")
-
-    def never(self, mask_token_id: int) -> list[int]:
-        """Ids that are not drawn: those suppressed, and [MASK]."""
-        return sorted({*self.suppress, mask_token_id})
+        return sorted(found)
 
     def __call__(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """One token a row, and its probability; see `draw_tokens`."""

@@ -127,11 +127,12 @@ def sample(
     "threshold:0.9" or alone, "blocks:SIZE", "blocks:SIZE:NAME", a permutation or an Order.
 
     `temperature` 0 takes the best token; `top_k` keeps the k most probable tokens, `top_p` of these the smallest
-    set with at least that probability; the ids `suppress` are never drawn. `guidance` w > 0 reads, in float32,
+    set with at least that probability. The ids `suppress` are never drawn, nor is what a tokenizer puts around
+    texts (`m.special`) unless it ends them. `end` are ids that end a text: where one was filled and nothing before
+    it is masked, it fills what is masked behind. `guidance` w > 0 reads, in float32 at least,
     logits + w (logits - logits with all that is given masked), two forwards a step where something is given
     (classifier-free guidance that needs no training for it; arXiv 2410.18514): loops and callbacks are those of
-    the first, FLOPs of both. `end` are ids that end a text: where one was filled and nothing before it is masked,
-    it fills what is masked behind. A step in which nothing is masked any more runs nothing: 0 loops, same ids.
+    the first, FLOPs of both. A step in which nothing is masked any more runs nothing: 0 loops, same ids.
 
     Sequences run in batches of `batch_size`. With `partial` an interruption (Ctrl-C) returns the batches
     that are finished; callbacks have then seen part of the next one, too. `callback` sees every (step, loop);
@@ -147,13 +148,13 @@ def sample(
     check_seed(seed)
     callbacks = _callbacks(callback)
     start = Start.of(model, prompt, infilled(model, infill, prompt, clues, length), n, length)
-    drawing.check(model.cfg.d_vocab, model.cfg.mask_token_id)
     plan = as_order(order, start.tokens.shape[1])
     if ends and plan.hides:
         raise UsageError(f"end= needs an order that keeps what it filled, got {plan!r}; give another order")
     most = int(start.free.sum(-1).max())
     steps = plan.n_steps(steps, most) if most else 0
-    never = torch.tensor(drawing.never(model.cfg.mask_token_id), device=start.tokens.device)
+    never = drawing.never(model.cfg.d_vocab, model.cfg.mask_token_id, getattr(model, "special", frozenset()))
+    never = torch.tensor(never, device=start.tokens.device)
     sampler = _Sampler(model, plan, steps, n_loops, stop, drawing, seed, callbacks, never)
     parts: list[SampleResult] = []
     bar = tqdm(total=len(start) * sampler.steps, disable=not progress, unit="step", leave=False)

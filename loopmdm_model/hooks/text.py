@@ -1,8 +1,6 @@
 """Text in and out of a hooked model: tokens, pieces, padding masks, masked batches."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,7 +28,6 @@ class TextEntries:
     """Ids that are neither hidden nor drawn, where a tokenizer puts such tokens around every text."""
     gap_words: tuple[str, ...] = (MASK,)
     """What stands for a token to fill where gaps are asked for, beside the tokenizer's own word for [MASK]."""
-    hooks: Any
 
     def _inputs(self, tokens: Tensor | str | list[str], mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Token ids of text or ids, and the padding mask that [PAD] implies unless one is given."""
@@ -219,16 +216,6 @@ class TextEntries:
         if not self.special:
             return None
         return torch.isin(tokens, torch.tensor(sorted(self.special), device=tokens.device), invert=True)
-
-    @contextmanager
-    def words_only(self) -> Iterator[None]:
-        """No token of `special` is drawn or counted inside: their logits are -inf."""
-
-        def closed(logits: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-            return logits.index_fill(-1, torch.tensor(sorted(self.special), device=logits.device), float("-inf"))
-
-        with self.hooks([("hook_logits", closed)] if self.special else []):
-            yield
 
 
 def _texts(text: object, says: str) -> list[str]:
