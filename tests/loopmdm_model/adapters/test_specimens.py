@@ -12,6 +12,7 @@ from loopmdm.model import UsageError, mask_tokens, nelbo, open_model, sample
 from loopmdm.model.adapters import specimens
 from loopmdm.model.adapters.specimens import SPECIMENS
 from loopmdm.model.corpora import antibodies
+from loopmdm.model.tasks.test_sets import text_set
 from tests.loopmdm_model.adapters import archives, natives
 from tests.loopmdm_model.adapters.archives import RESIDUES, SIZES, zipped
 
@@ -133,6 +134,8 @@ def test_gaps_in_a_text_are_filled(sapiens):
     with pytest.raises(UsageError, match=r"'QVQL' has no gap; write \[MASK\]"):
         m.with_gaps("QVQL")
     assert 24 not in m.to_tokens(["QV*L", "QV<mask>L", "[MASK]"])
+    lines = text_set("own.txt", ["QV*L", "QV<mask>L", "Q</s>[MASK]"], m)
+    assert not bool((lines.tokens == 24).any()) and (lines.tokens == 2).sum(-1).tolist() == [1, 1, 1]
 
 
 def test_each_way_in_stands_between_what_the_tokenizer_puts_around_texts(sapiens):
