@@ -83,7 +83,7 @@ class TextEntries:
         return torch.tensor([row + [pad] * (longest - len(row)) for row in rows]).to(self.model.device)
 
     def _check_symbols(self, texts: list[str], rows: list[list[int]]) -> None:
-        """A task's tokenizer takes whatever is no symbol for [MASK]; that is for gaps alone (`with_gaps`)."""
+        """UsageError for signs that are no symbols: a task's tokenizer takes them for [MASK]."""
         unknown = getattr(self._text().model, "unk_token", None)
         if unknown != MASK:
             return
@@ -121,7 +121,8 @@ class TextEntries:
             pieces[:-1] = [piece.rstrip() for piece in pieces[:-1]]
         if word is not None and word.rstrip:
             pieces[1:] = [piece.lstrip() for piece in pieces[1:]]
-        first, *others = encode_texts(self._text(), pieces, framed=False)
+        first, *others = rows = encode_texts(self._text(), pieces, framed=False)
+        self._check_symbols(pieces, rows)
         begin, end = self.around()
         return [*begin, *first, *(token for ids in others for token in (mask, *ids)), *end]
 
@@ -135,7 +136,7 @@ class TextEntries:
 
     def around(self) -> tuple[list[int], list[int]]:
         """What the tokenizer puts before and after a text."""
-        if self.tokenizer is None:
+        if self.tokenizer is None or not self.tokenizer.num_special_tokens_to_add(False):
             return [], []
         found = self.tokenizer.encode("a")
         inside = [at for at, added in enumerate(found.special_tokens_mask) if not added]
