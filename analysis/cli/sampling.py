@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def sample(
     model: Annotated[str, typer.Argument(help=MODEL)],
     n: Annotated[int, typer.Option(help="sequences")] = 1,
-    length: Annotated[int | None, typer.Option(help="tokens a sequence; default the model's n_ctx")] = None,
+    length: Annotated[int | None, typer.Option(help="tokens of a text; default: as many as fit")] = None,
     steps: Annotated[int, typer.Option(help="denoising steps")] = 64,
     n_loops: Annotated[int | None, typer.Option(help="loops, or with --stop the most; default S_max")] = None,
     stop: Annotated[str, typer.Option(help="stopping rule, such as state-delta:0.03")] = "",
@@ -36,9 +36,7 @@ def sample(
         str, typer.Option(help="random, confidence, threshold:0.9, blocks:8, blocks:8:threshold:0.9, ...")
     ] = "random",
     infill: Annotated[str, typer.Option(help="a whole text with [MASK] for each token to fill")] = "",
-    prompt: Annotated[
-        str, typer.Option(help="text to begin with; of a model of whole texts (BERT's kind), a text with [MASK]s")
-    ] = "",
+    prompt: Annotated[str, typer.Option(help="text to begin with")] = "",
     clues: Annotated[
         str, typer.Option(help="POSITION:ID,.. that stay; a Sudoku model also takes a board, 0 or . where empty")
     ] = "",
@@ -68,15 +66,30 @@ def sample(
     rule = parse_rule(stop, m.cfg.max_loops if n_loops is None else n_loops) if stop else None
     board = board_of_model(m.cfg)
     given = clues if board and ":" not in clues and len(clues) > board.size else _clues(clues)
-    if m.special and not given:  # its texts begin and end with tokens of their own
-        given, prompt, length = m.gaps(prompt, n) if prompt else m.blank(length, n), "", None
-    with interruptible("nothing was written; --partial keeps the finished batches"), m.words_only():
+    with interruptible("nothing was written; --partial keeps the finished batches"):
         r = run(
-            m, n, length, steps, None if rule else n_loops, rule, order, prompt or None, given,
-            temperature, top_p, seed, first_index, None, batch_size, err.is_terminal, partial,
-            infill=infill or None, top_k=top_k, guidance=guidance,
-            suppress=_ids(suppress, "--suppress"), end=_ids(end, "--end"),
-        )  # fmt: skip
+            m,
+            n=n,
+            length=length,
+            steps=steps,
+            n_loops=None if rule else n_loops,
+            stop=rule,
+            order=order,
+            prompt=prompt or None,
+            clues=given,
+            infill=infill or None,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            guidance=guidance,
+            suppress=_ids(suppress, "--suppress"),
+            end=_ids(end, "--end"),
+            seed=seed,
+            first_index=first_index,
+            batch_size=batch_size,
+            partial=partial,
+            progress=err.is_terminal,
+        )
     ran = r.loops_used > 0
     columns = ["sequence", "forwards", "mean_loops", "flops", "text"]
     rows = []

@@ -158,8 +158,7 @@ class Case:
         """
         check_count("steps", steps)
         start = self.masked(1.0)
-        with self.m.words_only():
-            result = sample(self.m, clues=start, steps=steps, n_loops=self.n_loops, order=order, seed=self.seed)
+        result = sample(self.m, clues=start, steps=steps, n_loops=self.n_loops, order=order, seed=self.seed)
         history, last = result.history, result.tokens
         chosen = sorted({int(step) for step in np.linspace(0, len(history) - 2, 5)}) if at is None else at
         for step in chosen:

@@ -55,6 +55,8 @@ def to_loopmdm(model: LoopRuns | ForeignCore) -> HookedLoopMDM:
     hooked = HookedLoopMDM(made, model.tokenizer if isinstance(model, LoopRuns) and same_ids else None)
     if isinstance(model, LoopRuns):
         hooked.model_name, hooked.record = model.model_name, model.record | {"converted": core.family.name}
+        hooked.pad, hooked.gap_words = model.pad, model.gap_words
+        hooked.special = frozenset(traded(torch.tensor(sorted(model.special)), core.cfg).tolist())
     return hooked
 
 
@@ -102,7 +104,7 @@ def _check(core: ForeignCore, made: LoopMDM) -> None:
     for n_loops in {1, core.cfg.max_loops}:
         wanted = core(tokens, n_loops)
         off = apart(core, made(traded(tokens, core.cfg), n_loops)[..., order], wanted)
-        allowed = tolerance(wanted.masked_fill(wanted.isinf(), 0.0))
+        allowed = tolerance(wanted.masked_fill(wanted.isinf(), 0.0).float())  # rotary tables are float32 in both
         if not off <= allowed:
             raise UsageError(
                 f"{_name(core)} computes something else than a LoopMDM with its weights (logits differ by "

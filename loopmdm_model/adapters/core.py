@@ -24,7 +24,7 @@ from loopmdm.model.adapters.detours import Detour
 from loopmdm.model.adapters.families import Family
 from loopmdm.model.adapters.layout import ForeignLayout
 from loopmdm.model.adapters.listening import listening, out_weight
-from loopmdm.model.adapters.loading import check_uncompiled
+from loopmdm.model.adapters.loading import check_uncompiled, is_compiled
 from loopmdm.model.context import Context
 from loopmdm.model.errors import UsageError
 from loopmdm.model.protocol import Core, check_attention_mask, check_tokens
@@ -101,6 +101,7 @@ class ForeignCore(Core):
         super().__init__()
         self.native, self.family, self.cfg = native, family, cfg
         self.blocks: list[nn.Module] = family.find_blocks(native)
+        self._parts = [{"": native}, *(module._modules for module in native.modules() if module._modules)]
         self.cycle, self.seed = family.cycle(), 0
         self.training = native.training
         self._kinds: dict[int, int] = {}  # by layer, how long a tuple its block returns; 0 for a tensor
@@ -110,10 +111,17 @@ class ForeignCore(Core):
     def context(self, tokens: Tensor, attention_mask: Tensor | None = None) -> ForeignContext:
         """Run the native forward up to its last block."""
         check_tokens(self.cfg, tokens)
-        check_uncompiled(self.native)
+        self._check_uncompiled()
         keys = check_attention_mask(attention_mask, tokens)
         first, calls = self.record(tokens, keys)
         return ForeignContext(tokens, self.cfg.mask_token_id, keys, core=self, calls=calls, first=first)
+
+    def _check_uncompiled(self) -> None:
+        """As `check_uncompiled`, for what was compiled since; a walk by names would cost a small model dear."""
+        for parts in self._parts:
+            for part in parts.values():
+                if part is not None and is_compiled(part):
+                    check_uncompiled(self.native)
 
     def record(self, tokens: Tensor, keys: Tensor | None) -> tuple[Tensor, dict[int, BlockCall]]:
         """What the first block sees, and how every block is called; nothing runs after the last block."""

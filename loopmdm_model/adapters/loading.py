@@ -18,6 +18,7 @@ from torch import nn
 
 from loopmdm.model.adapters import shims
 from loopmdm.model.adapters.families import Family, family_named, name_of_class
+from loopmdm.model.corpora.tokenizer import reading_text
 from loopmdm.model.errors import UsageError
 
 OLDEST, TOO_NEW = (5, 0), (6, 0)
@@ -197,11 +198,16 @@ def check_loaded(native: nn.Module) -> None:
 def check_uncompiled(native: nn.Module) -> None:
     """UsageError for a model of which anything was compiled: detours over its modules would not be noticed."""
     for name, module in native.named_modules():
-        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+        if is_compiled(module):
             raise UsageError(
                 f"{name or type(native).__name__} is compiled and hears nobody; give the model as it was before "
                 "torch.compile (the hooked model can be compiled)"
             )
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether it is compiled in place, or stands for one that torch.compile was given."""
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 
 def provenance(native: nn.Module) -> dict[str, Any]:
@@ -257,15 +263,26 @@ def mask_of(native: nn.Module, family: Family, tokenizer: Any) -> int | None:
 
 
 def plain_tokenizer(tokenizer: Any) -> Tokenizer | None:
-    """The tokenizer of the `tokenizers` library that is inside one of transformers'."""
-    if tokenizer is None or isinstance(tokenizer, Tokenizer):
-        return tokenizer
-    inside = getattr(tokenizer, "backend_tokenizer", None)
+    """A copy of the tokenizer of the `tokenizers` library that is inside one of transformers'.
+
+    The copy reads text as text, special tokens spelled out in it included, and neither cuts nor fills up.
+    """
+    if tokenizer is None:
+        return None
+    inside = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(inside, Tokenizer):
         raise UsageError(
             f"{type(tokenizer).__name__} holds no fast tokenizer; load it with use_fast=True, or give none"
         )
-    return inside
+    try:
+        found = Tokenizer.from_str(inside.to_str())
+    except Exception as error:  # the library raises bare Exception
+        raise UsageError(
+            f"{type(tokenizer).__name__} cannot be copied ({_line(error)}); give none, and ids for texts"
+        ) from error
+    found.no_truncation()
+    found.no_padding()
+    return reading_text(found)
 
 
 def pad_of(tokenizer: Any) -> str | None:

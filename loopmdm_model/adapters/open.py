@@ -17,6 +17,7 @@ from loopmdm.model.adapters.layout import read_layout
 from loopmdm.model.adapters.specimens import SPECIMENS, Specimen
 from loopmdm.model.errors import UsageError, check_keys, unknown_name
 from loopmdm.model.files import read_json
+from loopmdm.model.hooks.doors import floating
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.network.checkpoints import CONFIG, check_device, list_models, list_runs
 
@@ -26,7 +27,7 @@ HUB = "hf:"
 def open_model(
     name: Path | str,
     device: str | torch.device = "auto",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     **changes: Any,
@@ -35,13 +36,17 @@ def open_model(
 
     Specimens are pretrained models that `loopmdm data fetch` brings: sapiens-heavy, sapiens-light, antiberty.
 
-    `dtype` None: as stored; `device` "auto": a GPU if there is one, "meta": sizes and sites without weights.
-    `trust_remote_code` lets code run that lies beside the weights; `revision` pins it. `changes`: as `hook_model`.
+    `dtype` (torch's, or its name) None: as stored; `device` "auto": a GPU if there is one, "meta": sizes and sites
+    without weights. `trust_remote_code` lets code run that lies beside the weights; `revision` pins it. `changes`:
+    as `hook_model`.
     """
+    dtype = None if dtype is None else floating(dtype)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     check_device(device)
     if name in SPECIMENS:
+        if revision or trust_remote_code:
+            raise UsageError(f"{name} is pinned by its hash and brings no code; leave revision and trust out")
         return _specimen(SPECIMENS[str(name)], torch.device(device), dtype, changes)
     wanted = loading.Wanted(str(name).removeprefix(HUB), torch.device(device), dtype, revision, trust_remote_code)
     config = {} if is_ours(name) else loading.config_of(wanted)
@@ -65,7 +70,7 @@ def _specimen(
     loading.check_transformers()
     native, tokenizer, record = specimen.load()
     m = hook_model(native.to(device, dtype), tokenizer=tokenizer, **changes)
-    m.model_name = specimen.name
+    m.model_name, m.gap_words = specimen.name, (*m.gap_words, *specimen.gaps)
     m.record |= record
     return m
 

@@ -16,14 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
-from loopmdm.model.corpora.antibodies import LENGTHS
 from loopmdm.model.corpora.fetch import Source, cached_archive, source
-from loopmdm.model.diffusion.sampling import sample
 from loopmdm.model.errors import UsageError
-from loopmdm.model.hooks.hooked import HookedLoopMDM
 
 Weights = Mapping[str, Tensor]
 
@@ -33,7 +30,8 @@ class Specimen:
     """A pretrained model inside an archive.
 
     `archive` is the name it is fetched by, `folder` and `file` where in it the weights lie, `corpus` the test set
-    that goes with it, `layers` its number. `build` makes the native model of transformers and its tokenizer.
+    that goes with it, `layers` its number, `gaps` the letters by which its authors write a hidden residue. `build`
+    makes the native model of transformers and its tokenizer.
     """
 
     name: str
@@ -43,7 +41,7 @@ class Specimen:
     corpus: str
     layers: int
     d_model: int
-    family: str
+    gaps: str
     build: Callable[["Opened"], tuple[nn.Module, Tokenizer]]
 
     @property
@@ -88,16 +86,15 @@ class Opened:
             return torch.load(raw, map_location="cpu", weights_only=True)
 
 
-def residues(words: list[str], around: tuple[str, str], mask: str, wild: str) -> Tokenizer:
-    """One token a residue between begin and end; the letters `wild` stand for the [MASK]."""
+def residues(words: list[str], around: tuple[str, str]) -> Tokenizer:
+    """One token a residue between begin and end."""
     vocabulary = {word: number for number, word in enumerate(words)}
     unknown = next(word for word in words if "unk" in word.lower())
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(letter, mask) for letter in wild])  # pyright: ignore
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.decoder = decoders.Fuse()  # pyright: ignore[reportAttributeAccessIssue]
     special = [word for word in words if not word.isalpha()]
-    tokenizer.add_special_tokens([AddedToken(word, normalized=word == mask) for word in special])
+    tokenizer.add_special_tokens([AddedToken(word, normalized=False) for word in special])
     begin, end = around
     tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
         single=f"{begin} $A {end}", special_tokens=[(word, vocabulary[word]) for word in around]
@@ -156,7 +153,7 @@ def _sapiens(opened: Opened) -> tuple[nn.Module, Tokenizer]:
     native = RobertaForMaskedLM(config)
     weights["roberta.embeddings.token_type_embeddings.weight"] = torch.zeros(1, told.encoder_embed_dim)
     native.load_state_dict(weights)
-    return native, residues(words, ("<s>", "</s>"), "<mask>", "*X")
+    return native, residues(words, ("<s>", "</s>"))
 
 
 def _antiberty(opened: Opened) -> tuple[nn.Module, Tokenizer]:
@@ -168,7 +165,7 @@ def _antiberty(opened: Opened) -> tuple[nn.Module, Tokenizer]:
     native = BertForMaskedLM(config)
     others = ("bert.pooler.", "cls.species.", "cls.chain.", "cls.graft.", "bert.embeddings.position_ids")
     native.load_state_dict({name: w for name, w in opened.weights().items() if not name.startswith(others)})
-    return native, residues(words, ("[CLS]", "[SEP]"), "[MASK]", "_")
+    return native, residues(words, ("[CLS]", "[SEP]"))
 
 
 # fmt: off
@@ -176,19 +173,11 @@ SPECIMENS = {
     specimen.name: specimen
     for specimen in (
         Specimen("sapiens-heavy", "sapiens", "sapiens/models/v1", "checkpoint_vh.pt", "antibody-heavy", 4, 128,
-                 "roberta", _sapiens),
+                 "*X", _sapiens),
         Specimen("sapiens-light", "sapiens", "sapiens/models/v1", "checkpoint_vl.pt", "antibody-light", 4, 128,
-                 "roberta", _sapiens),
+                 "*X", _sapiens),
         Specimen("antiberty", "antiberty", "antiberty/trained_models/AntiBERTy_md_smooth", "pytorch_model.bin",
-                 "antibody-heavy", 8, 512, "bert", _antiberty),
+                 "antibody-heavy", 8, 512, "_", _antiberty),
     )
 }
 # fmt: on
-
-
-def sampled(m: HookedLoopMDM, task: str, first: int, n: int) -> list[str]:
-    """Antibody chains number `first` .. first + n - 1 as `m` samples them; by antiberty those of the test set."""
-    length = LENGTHS[task]
-    with m.words_only():
-        r = sample(m, clues=m.blank(length, n), steps=length, order="confidence", seed=0, first_index=first)
-    return [m.tokenizer.decode(row) for row in r.tokens.tolist()] if m.tokenizer else []

@@ -24,10 +24,10 @@ def reading_text(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Ids of each text; UsageError where the tokenizer's own pattern gives up."""
+def encode_texts(tokenizer: Tokenizer, texts: list[str], framed: bool = True) -> list[list[int]]:
+    """Ids of each text, with what the tokenizer puts around it; UsageError where its own pattern gives up."""
     try:
-        return [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+        return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=framed)]
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # the library's, of no class that can be imported
             raise

@@ -108,19 +108,6 @@ def masked_draw(sequences: Sequences, mask_token_id: int, seed: int, draw: int, 
     return hide(sequences, masked, mask_token_id)
 
 
-def draw_masks(
-    tokens: Tensor,
-    mask_token_id: int,
-    maskable: Tensor,
-    seed: int,
-    draw: int,
-    n_draws: int = 1,
-    attention_mask: Tensor | None = None,
-) -> MaskedBatch:
-    """As `masked_draw`, of clean tokens [batch, pos] and what of them may be masked."""
-    return masked_draw(Sequences.of(tokens, maskable, attention_mask), mask_token_id, seed, draw, n_draws)
-
-
 def _uniforms(sequences: Sequences, seed: int, draw: int) -> Float[Tensor, "batch pos"]:
     tokens = sequences.tokens
     return row_uniforms(seed, "positions", *tokens.shape, step=draw).to(tokens.device)
@@ -154,7 +141,7 @@ def draws(
 
 
 def masked_cross_entropy(logits: Tensor, batch: MaskedBatch) -> Float[Tensor, " batch"]:
-    """Mean cross-entropy over the masked positions of each sequence, float32; NaN where none is."""
+    """Mean cross-entropy over the masked positions of each sequence, in float32 at least; NaN where none is."""
     losses = F.cross_entropy(wide(logits).flatten(0, 1), batch.clean.flatten().long(), reduction="none")
     losses = losses.view(batch.clean.shape).masked_fill(~batch.masked, 0.0)
     return losses.sum(-1) / batch.masked.sum(-1)
@@ -237,30 +224,14 @@ def loop_counts(n_loops: int | Sequence[int]) -> list[int]:
     return counts
 
 
-def loop_losses(
-    model: LoopedModel,
-    tokens: Int[Tensor, "batch pos"] | Sequences,
-    n_loops: int | Sequence[int],
-    n_samples: int = 8,
-    maskable: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    seed: int = 0,
-    batch_size: int = 32,
-) -> Iterator[tuple[slice, MaskedBatch, Float[Tensor, "loop row"]]]:
-    """Cross-entropies at the masked positions after every loop of `loop_counts`, off one trajectory a batch.
-
-    Yields the span of sequences, their masks, and the losses in reading order; each draw visits all
-    sequences. The draws are those of `nelbo`.
-    """
-    counts = loop_counts(n_loops)
-    sequences = Sequences.of(tokens, maskable, attention_mask).clean_for(model)
-    yield from losses_after(model, sequences, counts, Read(n_samples=n_samples, seed=seed, batch_size=batch_size))
-
-
 def losses_after(
     model: LoopedModel, sequences: Sequences, counts: list[int], read: Read
 ) -> Iterator[tuple[slice, MaskedBatch, Float[Tensor, "loop row"]]]:
-    """`loop_losses` of sequences that `model` can read, after each of `counts` loops in rising order."""
+    """Cross-entropies at the masked positions after each of `counts` loops in rising order, off one trajectory.
+
+    Of sequences that `model` can read. Yields the span of sequences, their masks, and the losses in reading order;
+    each draw visits all sequences. The draws are those of `nelbo`.
+    """
     for batch, _ in draws(model, sequences, read):
         for start, part in batch.batches(read.batch_size):
             trajectory = model.states(part.tokens, counts[-1], part.attention_mask)

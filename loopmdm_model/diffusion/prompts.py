@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from loopmdm.model.errors import UsageError, check_count, check_data, shown
+from loopmdm.model.layout import Layout
 from loopmdm.model.protocol import LoopedModel
 from loopmdm.model.sequences import MaskedBatch
 from loopmdm.model.tasks.sudoku import board_of_model
@@ -24,25 +25,23 @@ from loopmdm.model.tasks.sudoku import board_of_model
 class Start:
     """Ids `tokens` [n, pos] with [MASK] where something is to be filled: the positions `free` [n, pos].
 
-    `real` [n, pos]: what is not padding, None without any.
+    `given` [n, pos]: what prompts and clues say, without what a tokenizer puts around texts; `real` [n, pos]: what
+    is not padding, None without any.
     """
 
     tokens: Int[Tensor, "n pos"]
     free: Bool[Tensor, "n pos"]
+    given: Bool[Tensor, "n pos"]
     real: Bool[Tensor, "n pos"] | None = None
 
     def __len__(self) -> int:
         """Sequences."""
         return len(self.tokens)
 
-    @property
-    def given(self) -> Bool[Tensor, "n pos"]:
-        """Where prompts and clues are."""
-        return ~self.free if self.real is None else ~self.free & self.real.to(self.free.device)
-
     def rows(self, keep: slice) -> "Start":
         """Some of the sequences."""
-        return Start(self.tokens[keep], self.free[keep], None if self.real is None else self.real[keep])
+        real = None if self.real is None else self.real[keep]
+        return Start(self.tokens[keep], self.free[keep], self.given[keep], real)
 
     @classmethod
     def of(
@@ -55,24 +54,25 @@ class Start:
     ) -> "Start":
         """Read what `sample` is given; UsageError for what does not fit the model or each other."""
         model.cfg.facts.need("masks", by="sample")
-        cfg, prompts = model.cfg, _prompts(model, prompt)
+        cfg, frame = model.cfg, _frame(model, prompt, clues)
         real = clues.sequences.real if isinstance(clues, MaskedBatch) else None
-        clues = _clues(model, clues)
+        prompts, clues = _prompts(model, prompt), _clues(model, clues)
         n = _count(n, prompts, clues)
-        if length is None:
-            length = clues.shape[1] if isinstance(clues, Tensor) else cfg.n_ctx
-        if check_count("length", length) > cfg.n_ctx:
-            raise UsageError(f"length {length} exceeds n_ctx = {cfg.n_ctx}; shorten it")
-        known = torch.full((n, length), -1, dtype=torch.long, device=_device(model))
+        known = _framed(n, _inside(cfg, frame, clues, length), frame).to(_device(model))
         if prompts is not None:
-            _begin(known, prompts, cfg.n_ctx)
+            _begin(known, prompts, known.shape[1] - len(frame[1]), cfg.n_ctx)
         known = _place(known, clues)
         _check_known(known, cfg.d_vocab, cfg.mask_token_id)
-        free = known < 0 if real is None else (known < 0) & real.to(known.device)
-        return cls(known.masked_fill(known < 0, cfg.mask_token_id), free, real)
+        tokens, free = known.masked_fill(known < 0, cfg.mask_token_id), known < 0
+        words = getattr(model, "words", lambda _: None)(tokens)
+        given = ~free if words is None else ~free & words
+        if real is None:
+            return cls(tokens, free, given)
+        real = real.to(free.device).expand_as(free)
+        return cls(tokens, free & real, given & real, real)
 
 
-def gaps(model: LoopedModel, infill: Any, prompt: Any, clues: Any, length: Any) -> Any:
+def infilled(model: LoopedModel, infill: Any, prompt: Any, clues: Any, length: Any) -> Any:
     """The clues that `infill` gives, or those that were given; UsageError for it beside others."""
     if infill is None:
         return clues
@@ -87,6 +87,41 @@ def gaps(model: LoopedModel, infill: Any, prompt: Any, clues: Any, length: Any) 
     return with_gaps(infill)
 
 
+Frame = tuple[list[int], list[int]]
+"""Ids before and after a text."""
+
+
+def _frame(model: LoopedModel, prompt: Any, clues: Any) -> Frame:
+    """What stands around the sequences; nothing where ids or whole rows are given, which are what they are."""
+    texts = [prompt] if prompt is None or isinstance(prompt, str) else prompt
+    written = isinstance(texts, list | tuple) and all(text is None or isinstance(text, str) for text in texts)
+    if not written or not (clues is None or isinstance(clues, Mapping)):
+        return [], []
+    return _around(model)
+
+
+def _around(model: LoopedModel) -> Frame:
+    around = getattr(model, "around", None)
+    return ([], []) if around is None else around()
+
+
+def _inside(cfg: Layout, frame: Frame, clues: dict | Tensor | None, length: int | None) -> int:
+    """How many positions stand inside the frame."""
+    room = cfg.n_ctx - sum(map(len, frame))
+    if length is None:
+        length = clues.shape[1] if isinstance(clues, Tensor) else room
+    if check_count("length", length) > room:
+        less = f" less {cfg.n_ctx - room} around a text" if any(frame) else ""
+        raise UsageError(f"length {length} exceeds n_ctx = {cfg.n_ctx}{less}; shorten it")
+    return length
+
+
+def _framed(n: int, inside: int, frame: Frame) -> Int[Tensor, "n pos"]:
+    """Ids with -1 where nothing is known: all but the frame."""
+    begin, end = frame
+    return torch.tensor([*begin, *[-1] * inside, *end], dtype=torch.long).repeat(n, 1)
+
+
 def _device(model: LoopedModel) -> torch.device:
     return next(model.parameters()).device if isinstance(model, torch.nn.Module) else torch.device("cpu")
 
@@ -99,9 +134,9 @@ def _count(n: int | None, prompts: list | None, clues: dict | Tensor | None) -> 
     return held.pop() if held else check_count("n", 1 if n is None else n)
 
 
-def _begin(known: Tensor, prompts: list[list[int]], n_ctx: int) -> None:
-    """Write the prompts into `known` [n, pos], each at the beginning of its sequences."""
-    longest, length = max(len(ids) for ids in prompts), known.shape[1]
+def _begin(known: Tensor, prompts: list[list[int]], length: int, n_ctx: int) -> None:
+    """Write the prompts into `known` [n, pos], each at the beginning of its sequences, up to `length`."""
+    longest = max(len(ids) for ids in prompts)
     if longest > length:
         raise UsageError(f"the prompt of {longest} tokens exceeds the length of {length} (n_ctx = {n_ctx})")
     for row in range(len(known)):
@@ -134,7 +169,8 @@ def _check_apart(known: Tensor, placed: Tensor) -> None:
         row, position = clash[0].tolist()
         token, given = int(placed[row, position]), int(known[row, position])
         raise UsageError(
-            f"the clue {token} stands at position {position}, where the prompt has {given}; leave one out"
+            f"the clue {token} stands at position {position}, which holds {given} already (of the prompt, or "
+            "around every text); leave it out"
         )
 
 
@@ -167,6 +203,7 @@ def _prompts(model: LoopedModel, prompt: Any) -> list[list[int]] | None:
             if to_tokens is None:
                 raise UsageError("a text prompt needs a tokenizer: use HookedLoopMDM, or give token ids")
             item = to_tokens(item)[0].tolist() if item else []
+            item = item[: len(item) - len(_around(model)[1])]  # the text goes on
         if not isinstance(item, Sequence) or not all(map(_is_id, item)):
             raise UsageError(f"a prompt must be a text or token ids, got {item!r:.80}")
         rows.append(_unpadded(model, [int(token) for token in item]))

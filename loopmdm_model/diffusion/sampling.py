@@ -1,4 +1,4 @@
-"""Sampling: which positions (`orders.py`), how many loops (`stopping.py`), which tokens (here).
+"""Sampling: which positions (`orders.py`), how many loops (`stopping/`), which tokens (`drawing.py`).
 
 Reveal-first: a step first chooses the positions it will fill, then unembeds and draws only there. For the
 random order this has the law of the joint draw of token-or-[MASK], without its logits at every position
@@ -18,14 +18,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from loopmdm.model.diffusion.drawing import Drawing, close, draw_tokens, listed
 from loopmdm.model.diffusion.orders import Order, StepView, as_order
-from loopmdm.model.diffusion.prompts import Start, gaps
+from loopmdm.model.diffusion.prompts import Start, infilled
 from loopmdm.model.errors import UsageError, check_count, check_seed
 from loopmdm.model.precision import check_logits, wide
 from loopmdm.model.protocol import LoopedModel, LoopOutput, check_model
 from loopmdm.model.randomness import row_uniforms
 from loopmdm.model.stopping.halting import OnLoop
 from loopmdm.model.stopping.rules import LoopView, StoppingRule, as_rule
+
+__all__ = ["Callback", "Drawing", "SampleLoop", "SampleResult", "draw_tokens", "sample"]
 
 
 @dataclass(frozen=True)
@@ -112,21 +115,24 @@ def sample(
     end: int | Iterable[int] = (),
     infill: str | Sequence[str] | None = None,
 ) -> SampleResult:
-    """Fill `n` sequences of `length` tokens (default n_ctx) in `steps` denoising steps.
+    """Fill `n` sequences of `length` tokens (default: as many as fit) in `steps` denoising steps.
 
     `prompt` is a text (a HookedLoopMDM has the tokenizer), ids, or one of these for each sequence;
     `clues` stay where they are: {position: id}, ids [pos] or [n, pos] with -1 where free, a
     MaskedBatch, whose clean positions are the clues, or a Sudoku board as people write it (`Board.read`) for a
     model of that size. `infill` is a whole text, or several, with [MASK] for each token to fill; in a prompt these
-    letters are text. [PAD] in a prompt is no part of it. `n` defaults to what they hold, else 1. `order` is
-    a name of `orders.ORDERS`, with its number as in "threshold:0.9" or alone, "blocks:SIZE",
-    "blocks:SIZE:NAME", a permutation or an Order.
+    letters are text. [PAD] in a prompt is no part of it. Where a tokenizer puts tokens around every text, they
+    stand around each sequence, and `length` counts what is between; ids as prompt and rows of clues are taken as
+    they are. `n` defaults to what they hold, else 1. `order` is a name of `orders.ORDERS`, with its number as in
+    "threshold:0.9" or alone, "blocks:SIZE", "blocks:SIZE:NAME", a permutation or an Order.
 
     `temperature` 0 takes the best token; `top_k` keeps the k most probable tokens, `top_p` of these the smallest
-    set with at least that probability; the ids `suppress` are never drawn. `guidance` w > 0 reads
-    logits + w (logits - logits with all that is given masked), two forwards a step (classifier-free guidance that
-    needs no training for it; arXiv 2410.18514): loops and callbacks are those of the first, FLOPs of both. `end`
-    are ids that end a text: where one was filled and nothing before it is masked, it fills what is masked behind.
+    set with at least that probability. The ids `suppress` are never drawn, nor is what a tokenizer puts around
+    texts (`m.special`) unless it ends them. `end` are ids that end a text: where one was filled and nothing before
+    it is masked, it fills what is masked behind. `guidance` w > 0 reads, in float32 at least,
+    logits + w (logits - logits with all that is given masked), two forwards a step where something is given
+    (classifier-free guidance that needs no training for it; arXiv 2410.18514): loops and callbacks are those of
+    the first, FLOPs of both. A step in which nothing is masked any more runs nothing: 0 loops, same ids.
 
     Sequences run in batches of `batch_size`. With `partial` an interruption (Ctrl-C) returns the batches
     that are finished; callbacks have then seen part of the next one, too. `callback` sees every (step, loop);
@@ -137,20 +143,19 @@ def sample(
     for name, value in (("steps", steps), ("batch_size", batch_size)):
         check_count(name, value)
     check_count("first_index", first_index, least=0)
-    ends = _listed(end, "end")
-    drawing = Drawing(temperature, top_p, top_k, _listed(suppress, "suppress"), guidance, ends)
-    drawing.check(model.cfg.d_vocab)
+    ends = listed(end, "end")
+    drawing = Drawing(temperature, top_p, top_k, listed(suppress, "suppress"), guidance, ends)
     check_seed(seed)
     callbacks = _callbacks(callback)
-    start = Start.of(model, prompt, gaps(model, infill, prompt, clues, length), n, length)
+    start = Start.of(model, prompt, infilled(model, infill, prompt, clues, length), n, length)
     plan = as_order(order, start.tokens.shape[1])
     if ends and plan.hides:
         raise UsageError(f"end= needs an order that keeps what it filled, got {plan!r}; give another order")
     most = int(start.free.sum(-1).max())
-    sampler = _Sampler(
-        model, plan, plan.n_steps(steps, most) if most else 0, n_loops, stop, drawing, seed,
-        callbacks,
-    )  # fmt: skip
+    steps = plan.n_steps(steps, most) if most else 0
+    never = drawing.never(model.cfg.d_vocab, model.cfg.mask_token_id, getattr(model, "special", frozenset()))
+    never = torch.tensor(never, device=start.tokens.device)
+    sampler = _Sampler(model, plan, steps, n_loops, stop, drawing, seed, callbacks, never)
     parts: list[SampleResult] = []
     bar = tqdm(total=len(start) * sampler.steps, disable=not progress, unit="step", leave=False)
     try:
@@ -165,66 +170,6 @@ def sample(
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """How tokens are drawn from logits, and where a text ends; see `sample`."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int | None = None
-    suppress: tuple[int, ...] = ()
-    guidance: float = 0.0
-    end: tuple[int, ...] = ()
-
-    def __post_init__(self):
-        """Refuse what cannot be drawn with."""
-        for name in ("temperature", "top_p", "guidance"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise UsageError(f"{name} must be a number, got {value!r}")
-        if not (self.temperature == 0 or 1e-4 <= self.temperature < float("inf")):
-            raise UsageError(
-                f"temperature must be 0 (best token) or at least 1e-4 and finite, got {self.temperature!r}"
-            )
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p must lie in (0, 1], got {self.top_p!r}")
-        if not 0 <= self.guidance < float("inf"):
-            raise UsageError(f"guidance must be at least 0 and finite, got {self.guidance!r}")
-        if self.top_k is not None:
-            check_count("top_k", self.top_k)
-
-    def check(self, d_vocab: int) -> None:
-        """UsageError for ids that the model does not have, or if none is left to draw."""
-        for name in ("suppress", "end"):
-            for token in getattr(self, name):
-                if token >= d_vocab:
-                    raise UsageError(f"{name} has id {token}, which is outside 0..{d_vocab - 1}")
-        if len(set(self.suppress)) >= d_vocab - 1:
-            raise UsageError("suppress leaves no id to draw; suppress fewer")
-
-    def __call__(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """One token a row, and its probability; see `draw_tokens`."""
-        return draw_tokens(logits, uniforms, self.temperature, self.top_p, self.top_k)
-
-    def guided(self, logits: Tensor, without: Tensor) -> Tensor:
-        """Logits + guidance * (logits - without); what is -inf stays."""
-        return torch.where(logits.isinf(), logits, logits + self.guidance * (logits - without))
-
-    def allowed(self, logits: Tensor) -> Tensor:
-        """Logits with those of suppressed ids at -inf."""
-        if not self.suppress:
-            return logits
-        return logits.index_fill(-1, torch.tensor(self.suppress, device=logits.device), float("-inf"))
-
-    def ended(self, tokens: Tensor, free: Tensor, mask_id: int) -> Tensor:
-        """`tokens` [batch, pos] with what is masked behind a text's end filled with the id that ended it."""
-        masked = free & (tokens == mask_id)
-        ends = free & torch.isin(tokens, torch.tensor(self.end, device=tokens.device))
-        over = (ends & (masked.cumsum(-1) == 0)).cumsum(-1) > 0
-        first = tokens.gather(1, ends.long().argmax(-1, keepdim=True))
-        return torch.where(masked & over, first, tokens)
-
-
-@dataclass(frozen=True)
 class _Sampler:
     model: LoopedModel
     order: Order
@@ -234,6 +179,7 @@ class _Sampler:
     drawing: Drawing
     seed: int
     callbacks: list[Callback]
+    never: Int[Tensor, " id"]
 
     def run(self, start: Start, first_index: int, bar: tqdm) -> SampleResult:
         tokens, mask_id = start.tokens.clone(), self.model.cfg.mask_token_id
@@ -250,42 +196,49 @@ class _Sampler:
                 return row_uniforms(self.seed, stream, n, width, first_index, at).to(device)
 
             at, of = torch.full_like(loops[0], step), torch.full_like(loops[0], self.steps)
-            view = StepView(at, of, (tokens == mask_id) & start.free, start.free, time, confidence, uniforms)
-            now = _Step(step, first_index, tokens, start, loops[step], cost[step])
-            chosen, hidden, drawn, sure = self._reveal(view, now)
+            masked = (tokens == mask_id) & start.free
+            view = StepView(at, of, masked, start.free, time, confidence, uniforms)
             before, time = tokens, self.order.advance(view)
-            if hidden is not None:
-                tokens = tokens.masked_fill(hidden, mask_id)
-            tokens = tokens.masked_scatter(chosen, drawn.to(tokens.dtype))
-            if self.drawing.end:
-                tokens = self.drawing.ended(tokens, start.free, mask_id)
-            confidence = confidence.masked_scatter(chosen, sure)
+            if self.order.hides or bool(masked.any()):
+                now = _Step(step, first_index, tokens, start, loops[step], cost[step])
+                tokens, confidence = self._filled(view, now)
             row, position = (tokens != before).nonzero().T
             events.append(torch.stack([torch.full_like(row, step), row, position, tokens[row, position]], dim=1))
             times.append(time)
             bar.update(n)
         return SampleResult(tokens, start.tokens, torch.cat(events), loops, cost, torch.stack(times))
 
+    def _filled(self, view: StepView, now: "_Step") -> tuple[Int[Tensor, "batch pos"], Float[Tensor, "batch pos"]]:
+        """Ids after the step, and the probability with which each was drawn."""
+        chosen, hidden, drawn, sure = self._reveal(view, now)
+        mask_id = self.model.cfg.mask_token_id
+        tokens = now.tokens if hidden is None else now.tokens.masked_fill(hidden, mask_id)
+        tokens = tokens.masked_scatter(chosen, drawn.to(tokens.dtype))
+        if self.drawing.end:
+            tokens = self.drawing.ended(tokens, now.start.free, mask_id)
+        return tokens, view.confidence.masked_scatter(chosen, sure)
+
     def _reveal(
         self, view: StepView, now: "_Step"
     ) -> tuple[Bool[Tensor, "batch pos"], Bool[Tensor, "batch pos"] | None, Tensor, Tensor]:
         """Positions to fill, those to hide, what to fill with and its probability; notes loops and FLOPs."""
         order, uniforms = self.order, view.uniforms("tokens")
-        rows = order.candidates(view) if order.reads_logits else order.choose(view, None)
-        logits = self._logits(rows, now)
         if not order.reads_logits:
-            return rows, order.remask(view), *self.drawing(logits, uniforms[rows])
+            chosen, hidden = order.decide(view, None)
+            return chosen, hidden, *self.drawing(self._logits(chosen, now), uniforms[chosen])
+        rows = order.candidates(view)
+        logits = self._logits(rows, now)
         scores = torch.zeros(rows.shape, dtype=torch.float64, device=rows.device)
         log_probs = wide(logits).log_softmax(-1)
         if not order.reads_draws:
             scores[rows] = order.scores(log_probs).double()
-            chosen = order.choose(view, scores)
-            return chosen, order.remask(view, scores), *self.drawing(logits[chosen[rows]], uniforms[chosen])
+            chosen, hidden = order.decide(view, scores)
+            return chosen, hidden, *self.drawing(logits[chosen[rows]], uniforms[chosen])
         drawn, sure = self.drawing(logits, uniforms[rows])
         there = torch.where(view.masked[rows], drawn, now.tokens[rows])
         scores[rows] = order.drawn_scores(log_probs, there).double()
-        chosen = order.choose(view, scores)
-        return chosen, order.remask(view, scores), drawn[chosen[rows]], sure[chosen[rows]]
+        chosen, hidden = order.decide(view, scores)
+        return chosen, hidden, drawn[chosen[rows]], sure[chosen[rows]]
 
     def _logits(self, rows: Bool[Tensor, "batch pos"], now: "_Step") -> Float[Tensor, "row d_vocab"]:
         """Logits at `rows` as tokens are drawn from them; notes loops and FLOPs [batch]."""
@@ -301,14 +254,24 @@ class _Sampler:
 
         run = self._run(now.tokens, rows, active, now, on_loop if self.callbacks else None)
         now.loops[active], now.cost[active] = run.loops_used, run.flops
-        logits = run.logits
+        logits = run.logits.clone()  # the model's own may be kept by a hook
         if self.drawing.guidance:
-            blind = now.tokens.masked_fill(now.start.given, self.model.cfg.mask_token_id)
-            without = self._run(blind, rows, active, now)
-            now.cost[active] += without.flops
-            logits = self.drawing.guided(logits, without.logits)
-        never = torch.tensor([self.model.cfg.mask_token_id], device=logits.device)
-        return self.drawing.allowed(logits.index_fill(-1, never, float("-inf")))  # whatever a hook said of [MASK]
+            logits = self._guided(logits, rows, now)
+        close(logits, self.never)
+        return logits
+
+    def _guided(self, logits: Tensor, rows: Tensor, now: "_Step") -> Float[Tensor, "row d_vocab"]:
+        """Logits with guidance in the sequences in which something is given; elsewhere there is none."""
+        told = rows & now.start.given.any(-1, keepdim=True)
+        active = told.any(-1).nonzero()[:, 0]
+        if not len(active):
+            return logits
+        blind = now.tokens.masked_fill(now.start.given, self.model.cfg.mask_token_id)
+        without = self._run(blind, told, active, now)
+        now.cost[active] += without.flops
+        among, logits = told[rows], wide(logits)
+        logits[among] = self.drawing.guided(logits[among], without.logits)
+        return logits
 
     def _run(
         self, tokens: Tensor, rows: Tensor, active: Tensor, now: "_Step", on_loop: OnLoop | None = None
@@ -336,46 +299,6 @@ class _Step:
     start: Start
     loops: Tensor
     cost: Tensor
-
-
-def _listed(ids: Any, name: str) -> tuple[int, ...]:
-    listed = ids if isinstance(ids, Iterable) else [ids]
-    return tuple(check_count(f"an id of {name}", token, least=0) for token in listed)
-
-
-def draw_tokens(
-    logits: Float[Tensor, "row d_vocab"],
-    uniforms: Float[Tensor, " row"],
-    temperature: float,
-    top_p: float,
-    top_k: int | None = None,
-) -> tuple[Int[Tensor, " row"], Float[Tensor, " row"]]:
-    """One token a row by the inverse of its cumulative distribution in float64, and its probability.
-
-    Of the `top_k` most probable tokens (None: of all), `top_p` keeps the first that reach that share.
-    """
-    logits = logits.double()
-    if temperature == 0:
-        tokens = logits.argmax(-1)
-        return tokens, logits.softmax(-1).gather(-1, tokens[:, None])[:, 0]
-    probabilities = (logits / temperature).softmax(-1)
-    if top_p < 1 or (top_k is not None and top_k < logits.shape[-1]):
-        probabilities = _most_probable(probabilities, top_p, top_k)
-    total = probabilities.cumsum(-1)
-    goal = uniforms[:, None] * total[:, -1:]
-    tokens = torch.searchsorted(total, goal, right=True).clamp(max=logits.shape[-1] - 1)
-    return tokens[:, 0], (probabilities.gather(-1, tokens) / total[:, -1:])[:, 0]
-
-
-def _most_probable(probabilities: Tensor, top_p: float, top_k: int | None) -> Tensor:
-    """`probabilities` [row, d_vocab] with those beyond top k and top p at 0, not summing to 1."""
-    ordered, index = probabilities.sort(dim=-1, descending=True)
-    if top_k is not None:
-        ordered[:, top_k:] = 0.0
-    if top_p < 1:
-        goal = top_p if top_k is None else top_p * ordered.sum(-1, keepdim=True)
-        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= goal, 0.0)
-    return torch.zeros_like(ordered).scatter(-1, index, ordered)
 
 
 def _callbacks(callback: Callback | Sequence[Callback] | None) -> list[Callback]:

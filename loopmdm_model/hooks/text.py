@@ -1,7 +1,6 @@
 """Text in and out of a hooked model: tokens, pieces, padding masks, masked batches."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from loopmdm.model.corpora.tokenizer import MASK, PAD, encode_texts, reading_text
-from loopmdm.model.errors import UsageError, check_count, check_data
+from loopmdm.model.errors import UsageError, check_data
 from loopmdm.model.layout import Layout
 from loopmdm.model.masking import mask_tokens
 from loopmdm.model.protocol import Core
@@ -27,7 +26,8 @@ class TextEntries:
     """The token that fills short texts up."""
     special: frozenset[int] = frozenset()
     """Ids that are neither hidden nor drawn, where a tokenizer puts such tokens around every text."""
-    hooks: Any
+    gap_words: tuple[str, ...] = (MASK,)
+    """What stands for a token to fill where gaps are asked for, beside the tokenizer's own word for [MASK]."""
 
     def _inputs(self, tokens: Tensor | str | list[str], mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Token ids of text or ids, and the padding mask that [PAD] implies unless one is given."""
@@ -64,10 +64,7 @@ class TextEntries:
 
     def to_tokens(self, text: str | list[str]) -> Tensor:
         """Token ids [batch, pos] of a text or several; shorter ones are padded with [PAD]."""
-        texts = [text] if isinstance(text, str) else text
-        if not texts or not isinstance(texts, list | tuple) or not all(isinstance(item, str) for item in texts):
-            raise UsageError("give a text or a list of texts; token ids go in as a tensor")
-        texts = list(texts)
+        texts = _texts(text, "give a text or a list of texts; token ids go in as a tensor")
         board = board_of_model(self.cfg)
         if board is None:
             rows = encode_texts(self._text(), texts)
@@ -75,17 +72,18 @@ class TextEntries:
         else:  # its tokenizer takes whatever is no symbol for [MASK]
             hidden = self.cfg.mask_token_id
             rows = [[hidden if token < 0 else token for token in board.ids(text)] for text in texts]
-        longest = max(len(row) for row in rows)
-        pad = self._text().token_to_id(self.pad)
+        return self._padded(rows)
+
+    def _padded(self, rows: list[list[int]]) -> Tensor:
+        longest, pad = max(map(len, rows)), self._text().token_to_id(self.pad)
         if pad is None and any(len(row) != longest for row in rows):
             raise UsageError(f"this tokenizer has no {self.pad}; give texts of one length")
         if longest == 0:
             raise UsageError("the text is empty; give at least one token")
-        tokens = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
-        return tokens.to(self.model.device)
+        return torch.tensor([row + [pad] * (longest - len(row)) for row in rows]).to(self.model.device)
 
     def _check_symbols(self, texts: list[str], rows: list[list[int]]) -> None:
-        """A task's tokenizer takes whatever is no symbol for [MASK]; that is for gaps alone (`with_gaps`)."""
+        """UsageError for signs that are no symbols: a task's tokenizer takes them for [MASK]."""
         unknown = getattr(self._text().model, "unk_token", None)
         if unknown != MASK:
             return
@@ -98,31 +96,51 @@ class TextEntries:
     def with_gaps(self, text: str | list[str]) -> MaskedBatch:
         """Texts in which each [MASK] is one token to fill: a batch whose hidden tokens nobody knows.
 
-        The one place where [MASK] in a text is not text; `sample(m, infill=text)` fills it.
+        The tokenizer's own word for it does as well, and a specimen's sign (`gap_words`); elsewhere these letters
+        are text. `sample(m, infill=text)` fills them; a Sudoku model also takes boards.
         """
-        texts = [text] if isinstance(text, str) else text
-        if not texts or not isinstance(texts, list | tuple) or not all(isinstance(item, str) for item in texts):
-            raise UsageError("infill takes a text or a list of texts, with [MASK] for each token to fill")
-        rows = [self._gapped(item) for item in texts]
-        longest, pad = max(map(len, rows)), self._text().token_to_id(self.pad)
-        if pad is None and any(len(row) != longest for row in rows):
-            raise UsageError(f"this tokenizer has no {self.pad}; give texts of one length")
-        tokens = torch.tensor([row + [pad] * (longest - len(row)) for row in rows]).to(self.model.device)
-        real, masked = self.padding_mask(tokens), tokens == self.cfg.mask_token_id
-        return MaskedBatch(tokens, tokens, masked, real, real)
+        self.cfg.facts.need("masks", by="infill")
+        texts = _texts(text, "infill takes a text or a list of texts, with [MASK] for each token to fill")
+        board = board_of_model(self.cfg)
+        tokens = self._padded([self._gapped(item) for item in texts]) if board is None else self.to_tokens(texts)
+        for item, row in zip(texts, tokens, strict=True):
+            if self.cfg.mask_token_id not in row:
+                raise UsageError(f"{item!r:.60} has no gap; write [MASK] for each token to fill")
+        return self._as_hidden(tokens)
+
+    def _as_hidden(self, tokens: Tensor, attention_mask: Tensor | None = None) -> MaskedBatch:
+        """Ids with [MASK] among them, as a batch."""
+        real = self.padding_mask(tokens) if attention_mask is None else attention_mask
+        return MaskedBatch(tokens, tokens, tokens == self.cfg.mask_token_id, self.words(tokens), real)
 
     def _gapped(self, text: str) -> list[int]:
-        if MASK not in text:
-            raise UsageError(f"{text!r:.60} has no gap; write [MASK] for each token to fill")
-        if board_of_model(self.cfg) is not None:
-            return self.to_tokens(text)[0].tolist()
-        ids: list[int] = []
-        for number, piece in enumerate(text.split(MASK)):
-            ids += [self.cfg.mask_token_id] if number else []
-            ids += self._text().encode(piece, add_special_tokens=False).ids
-        plain, whole = (self._text().encode("a", add_special_tokens=framed).ids for framed in (False, True))
-        start = next(at for at in range(len(whole)) if whole[at : at + len(plain)] == plain)
-        return whole[:start] + ids + whole[start + len(plain) :]  # in [CLS] and [SEP], where a tokenizer has them
+        """Ids of a text with gaps; the blanks that a tokenizer's own [MASK] takes in go with each."""
+        pieces, mask = self._gaps.split(text), self.cfg.mask_token_id
+        word = self._text().get_added_tokens_decoder().get(mask)
+        if word is not None and word.lstrip:
+            pieces[:-1] = [piece.rstrip() for piece in pieces[:-1]]
+        if word is not None and word.rstrip:
+            pieces[1:] = [piece.lstrip() for piece in pieces[1:]]
+        first, *others = rows = encode_texts(self._text(), pieces, framed=False)
+        self._check_symbols(pieces, rows)
+        begin, end = self.around()
+        return [*begin, *first, *(token for ids in others for token in (mask, *ids)), *end]
+
+    @property
+    def _gaps(self) -> re.Pattern[str]:
+        """What stands for a gap in a text."""
+        mask = self.cfg.mask_token_id
+        own = None if mask is None else self._text().id_to_token(mask)
+        words = {*self.gap_words, *([own] if own else [])}
+        return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))))
+
+    def around(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before and after a text."""
+        if self.tokenizer is None or not self.tokenizer.num_special_tokens_to_add(False):
+            return [], []
+        found = self.tokenizer.encode("a")
+        inside = [at for at, added in enumerate(found.special_tokens_mask) if not added]
+        return found.ids[: inside[0]], found.ids[inside[-1] + 1 :]
 
     def padding_mask(self, tokens: Tensor) -> Tensor | None:
         """The attention mask that [PAD] in `tokens` implies, [batch, pos]; None if there is none."""
@@ -170,12 +188,14 @@ class TextEntries:
         """Text in, MaskedBatch out: hide an exact share `ratio`, or each token with probability `t`.
 
         A Sudoku model also takes boards as people write them (`Board.read`). With neither `ratio` nor `t`, what
-        holds [MASK] already (a puzzle, ids) is taken as it is: nobody knows what is hidden.
+        holds [MASK] already (a puzzle, ids, a text with gaps) is taken as it is: nobody knows what is hidden.
         """
+        as_it_is = ratio is None and t is None and maskable is None
+        if as_it_is and self._has_gaps(text):
+            return self.with_gaps(text)  # pyright: ignore[reportArgumentType]
         tokens, attention_mask = self._inputs(text, None)
-        hidden = tokens == self.cfg.mask_token_id
-        if ratio is None and t is None and maskable is None and bool(hidden.any()):
-            return MaskedBatch(tokens, tokens, hidden, attention_mask=attention_mask)
+        if as_it_is and bool((tokens == self.cfg.mask_token_id).any()):
+            return self._as_hidden(tokens, attention_mask)
         maskable = self.words(tokens) if maskable is None else maskable
         return mask_tokens(
             tokens,
@@ -187,43 +207,21 @@ class TextEntries:
             seed=seed,
         )
 
+    def _has_gaps(self, text: object) -> bool:
+        texts = [text] if isinstance(text, str) else text
+        written = isinstance(texts, list | tuple) and texts and all(isinstance(item, str) for item in texts)
+        return bool(written) and self.tokenizer is not None and any(map(self._gaps.search, texts))  # pyright: ignore
+
     def words(self, tokens: Tensor) -> Tensor | None:
         """Where `tokens` are none of `special`, [batch, pos]; None if the model has none."""
         if not self.special:
             return None
         return torch.isin(tokens, torch.tensor(sorted(self.special), device=tokens.device), invert=True)
 
-    def blank(self, length: int | None = None, n: int = 1) -> MaskedBatch:
-        """`n` sequences of `length` [MASK]s (default: as fit) between what the tokenizer puts around texts."""
-        begin, end = self._around()
-        length = self.cfg.n_ctx - len(begin) - len(end) if length is None else check_count("length", length)
-        return self._template([*begin, *[self.cfg.mask_token_id] * length, *end], n)
 
-    def gaps(self, text: str, n: int = 1) -> MaskedBatch:
-        """`n` times a text with [MASK]s in it, as `sample` takes them for clues."""
-        b = self._template(self.to_tokens(text)[0].tolist(), n)
-        if not bool(b.masked.any()):
-            raise UsageError(f"{text[:30]!r} has no [MASK] to fill; write some where the model shall")
-        return b
-
-    def _template(self, row: list[int], n: int) -> MaskedBatch:
-        tokens = torch.tensor(row, device=self.model.device).expand(check_count("n", n), -1)
-        return MaskedBatch(tokens, tokens, tokens == self.cfg.mask_token_id)
-
-    def _around(self) -> tuple[list[int], list[int]]:
-        """What the tokenizer puts before and after a text."""
-        if not self.special:
-            return [], []
-        found = self._text().encode("a")
-        inside = [at for at, added in enumerate(found.special_tokens_mask) if not added]
-        return found.ids[: inside[0]], found.ids[inside[-1] + 1 :]
-
-    @contextmanager
-    def words_only(self) -> Iterator[None]:
-        """No token of `special` is drawn or counted inside: their logits are -inf."""
-
-        def closed(logits: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-            return logits.index_fill(-1, torch.tensor(sorted(self.special), device=logits.device), float("-inf"))
-
-        with self.hooks([("hook_logits", closed)] if self.special else []):
-            yield
+def _texts(text: object, says: str) -> list[str]:
+    """A text or several, as a list; UsageError with what is wanted."""
+    texts = [text] if isinstance(text, str) else text
+    if not texts or not isinstance(texts, list | tuple) or not all(isinstance(item, str) for item in texts):
+        raise UsageError(says)
+    return list(texts)

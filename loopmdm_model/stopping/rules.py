@@ -2,7 +2,8 @@
 
 To add a rule: a file in this folder with a subclass of `StoppingRule` that has a `name` and gives `values`, or of
 `LensRule` that gives `read` and `change`, and `RULES = (TheRule,)`; from another package, an entry point of the
-group "loopmdm.rules" that names the class. What a rule does not ask for is not computed.
+group "loopmdm.rules" that names the class. Logits that a rule does not ask for are not computed; the exit gate of
+a model that has one is.
 """
 
 from jaxtyping import Float

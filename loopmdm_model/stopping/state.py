@@ -23,7 +23,7 @@ class StateDelta(StoppingRule):
     threshold: float = 0.03
 
     def values(self, view: LoopView) -> Tensor:
-        """Per position, in float32."""
+        """Per position, in float32 at least."""
         return relative_change(view.state, view.previous) if view.loop > 0 else unknown(view)
 
 
@@ -36,7 +36,7 @@ class SecondDifference(StoppingRule):
     threshold: float = 0.03
 
     def values(self, view: LoopView) -> Tensor:
-        """Per position, in float32."""
+        """Per position, in float32 at least."""
         if view.loop < 2 or view.earlier is None:
             return unknown(view)
         state, previous, earlier = wide(view.state), wide(view.previous), wide(view.earlier)
@@ -44,7 +44,7 @@ class SecondDifference(StoppingRule):
 
 
 def relative_change(state: Tensor, previous: Tensor) -> Float[Tensor, "batch pos"]:
-    """||state - previous|| / ||state|| per position, in float32."""
+    """||state - previous|| / ||state|| per position, in float32 at least."""
     state, previous = wide(state), wide(previous)
     return (state - previous).norm(dim=-1) / state.norm(dim=-1)
 

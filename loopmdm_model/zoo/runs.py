@@ -200,6 +200,9 @@ class Select:
         """The runs meant, part by part in the zoo's order."""
         return tuple(dict.fromkeys(run for part in self.parts for run in zoo if part.takes(run)))
 
+    def __contains__(self, run: Run) -> bool:
+        return any(part.takes(run) for part in self.parts)
+
     def names(self, zoo: Zoo) -> tuple[str, ...]:
         """Names of `of`."""
         return tuple(run.name for run in self.of(zoo))

@@ -1,6 +1,7 @@
 """The commands on other people's models: folders, the hub, specimens; and one line for what is wrong."""
 
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -11,8 +12,9 @@ from loopmdm.analysis import mask_attention
 from loopmdm.analysis.cli import app
 from loopmdm.analysis.numbers import frames
 from loopmdm.model import UsageError, mask_tokens, open_model
+from loopmdm.model.adapters import specimens
 from loopmdm.model.adapters.specimens import SPECIMENS
-from tests.loopmdm_model.adapters import natives
+from tests.loopmdm_model.adapters import archives, natives
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*extrapolation")
 SET = ["--set", "mask_token_id=103"]
@@ -60,6 +62,45 @@ def test_evaluate_sample_and_report(places, tmp_path):
     run("report", places / "bert", *SET, "--text", places / "own.txt", "--out", out)
     page = out.read_text()
     assert page.count('"tokens":') == 3 and "Attention explorer: bert" in page
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (["--length", 4], "<s>....</s>"),
+        (["--prompt", "QV", "--length", 4], "<s>QV..</s>"),
+        (["--infill", "QV[MASK]L"], "<s>QV.L</s>"),
+        (["--infill", "Q*L"], "<s>Q.L</s>"),
+        (["--clues", "2:21,3:13", "--length", 4], "<s>.VL.</s>"),
+        (["--prompt", "Q", "--clues", "3:13", "--length", 4], "<s>Q.L.</s>"),
+        (["--prompt", "QVQ"], "<s>QVQ" + "." * 33 + "</s>"),
+    ],
+)
+def test_sample_stands_between_the_tokens_around_a_text(given, text, tmp_path, monkeypatch):
+    _, path = archives.sapiens(tmp_path)
+    monkeypatch.setattr(specimens, "cached_archive", lambda item: path)
+    rows = run("sample", "sapiens-heavy", *given, "--steps", 2, "--n", 2)
+    assert len(rows) == 2
+    for row in rows:
+        assert re.fullmatch(text.replace(".", f"[{archives.RESIDUES}]"), row["text"])
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--infill", "Q*L", "--length", 4], "infill is a whole text; leave length out"),
+        (["--infill", "Q*L", "--prompt", "Q"], "infill is a whole text; leave prompt out"),
+        (["--infill", "Q*L", "--clues", "2:21"], "infill is a whole text; leave clues out"),
+        (["--infill", "QVL"], "has no gap; write"),
+        (["--clues", "0:21", "--length", 4], "position 0, which holds 0 already"),
+        (["--prompt", "QVQL", "--length", 3], "exceeds the length of 4"),
+    ],
+)
+def test_sample_says_what_does_not_go_together(given, says, tmp_path, monkeypatch):
+    _, path = archives.sapiens(tmp_path)
+    monkeypatch.setattr(specimens, "cached_archive", lambda item: path)
+    with pytest.raises(UsageError, match=says):
+        run("sample", "sapiens-heavy", *given, "--steps", 2)
 
 
 def test_training_free_at_its_blocks_and_counts(places):

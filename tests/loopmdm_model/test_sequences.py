@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from loopmdm.model import MaskedBatch, Sequences, mask_tokens, nelbo, nelbo_by_loop
-from loopmdm.model.diffusion.likelihood import loop_losses
+from loopmdm.model.diffusion.likelihood import Read, losses_after
 from loopmdm.model.errors import UsageError
 
 DOCUMENTS = np.array(["a", "a", "b", "c"])
@@ -77,7 +77,7 @@ def test_likelihoods_of_sequences_are_those_of_their_parts(model, clean, sequenc
         nelbo(model, sequences, n_loops=2).standard_error
         != nelbo(model, clean, n_loops=2, maskable=maskable, attention_mask=real).standard_error
     )
-    (_, part, losses), *_ = loop_losses(model, sequences, 2, n_samples=1)
+    (_, part, losses), *_ = losses_after(model, sequences, [1, 2], Read(n_samples=1))
     assert part.clusters.tolist() == DOCUMENTS.tolist() and losses.shape == (2, int(part.masked.sum()))
 
 

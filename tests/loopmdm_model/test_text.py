@@ -59,6 +59,9 @@ def test_an_unknown_symbol_is_not_mask():
     for text, wrong in (("12[MASK]", r"'\['"), ("1x", "'x'"), ("15", "'5'")):
         with pytest.raises(UsageError, match=f"{wrong} is no symbol of this model: 1 2 3 4"):
             m.to_tokens(text)
+    assert m.with_gaps("12[MASK]4").tokens.tolist() == [[0, 1, 4, 3]]
+    with pytest.raises(UsageError, match="'x' is no symbol of this model: 1 2 3 4"):
+        m.with_gaps("1x[MASK]")
 
 
 def test_gaps_are_filled_and_the_rest_stays(sotu):
@@ -72,6 +75,8 @@ def test_gaps_are_filled_and_the_rest_stays(sotu):
     assert torch.equal(alone.tokens[0], r.tokens[0, : alone.tokens.shape[1]])
     by_ids = sample(sotu, clues=sotu.with_gaps(texts[0]), steps=3, n_loops=1)
     assert torch.equal(by_ids.tokens, alone.tokens)
+    assert torch.equal(sotu.mask(texts).tokens, b.tokens) and torch.equal(sotu.mask(texts).masked, b.masked)
+    assert sample(sotu, 3, infill=texts[0], steps=3, n_loops=1).start.tolist() == [alone.start[0].tolist()] * 3
     told = sotu.to_string(alone.tokens[0])
     assert told.startswith("The state of our") and told.endswith(" is strong.")
 
@@ -94,6 +99,7 @@ def test_gaps_of_a_framed_tokenizer_stand_inside_the_frame(sotu):
         ({"infill": []}, "a text or a list of texts"),
         ({"infill": "a [MASK]", "prompt": "x"}, "leave prompt out"),
         ({"infill": "a [MASK]", "length": 9}, "leave length out"),
+        ({"infill": "a [MASK]", "clues": {0: 1}}, "leave clues out"),
     ],
 )
 def test_infill_says_what_it_takes(sotu, given, says):

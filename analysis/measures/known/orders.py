@@ -30,7 +30,7 @@ from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.known.boards import board_of, puzzles_of
 from loopmdm.analysis.measures.registry import Measure
 from loopmdm.analysis.numbers import stats
-from loopmdm.model.diffusion.orders import Commit, Order, StepView, as_order, lowest
+from loopmdm.model.diffusion.orders import Order, StepView, as_order, lowest
 from loopmdm.model.diffusion.sampling import sample
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.protocol import LoopedModel
@@ -44,7 +44,7 @@ BY_DEPTH = {"deepest-first": -1, "shallowest-first": 1}
 
 
 @dataclass(frozen=True, eq=False)
-class RankedOrder(Commit):
+class RankedOrder(Order):
     """Each sequence of a batch in its own order: the lowest `place` [batch, pos] first."""
 
     place: Float[Tensor, "batch pos"]

@@ -75,8 +75,11 @@ def test_samples_are_the_same(pair, order, temperature):
 def test_what_only_a_loopmdm_can_do(pair, tmp_path):
     m, ours = pair
     ids = traded(words(m).masked_fill(words(m) % 3 == 0, m.cfg.mask_token_id), m.cfg)
-    _, cache = ours.run_with_cache(ids, n_loops=2)
-    assert cache.unrolled() is not None
+    logits, cache = ours.run_with_cache(ids, n_loops=2)
+    unrolled = cache.unrolled()
+    stream, _ = unrolled.accumulated_resid(return_labels=True, apply_ln=True)
+    found = stream[-1] @ ours.W_U + ours.b_U
+    torch.testing.assert_close(found[..., :-1], logits[..., :-1], rtol=0.0, atol=1e-5)
     ours.model.save_pretrained(tmp_path)
     again = HookedLoopMDM.from_pretrained(tmp_path)
     torch.testing.assert_close(again(ids, 2), ours(ids, 2))
@@ -87,6 +90,27 @@ def test_what_only_a_loopmdm_can_do(pair, tmp_path):
         for parameter in ours.model.parameters():
             parameter += 1.0  # copies: the model that was opened stays what it was
     assert all(torch.equal(one, two) for one, two in zip(before, m.model.native.parameters(), strict=True))
+
+
+def test_what_the_model_knows_of_texts_goes_along():
+    m = opened("LLaDAModelLM")
+    last = m.cfg.d_vocab - 1
+    m.pad, m.special, m.gap_words = "<pad>", frozenset({3, last}), ("[MASK]", "_")
+    ours = to_loopmdm(m)
+    assert (ours.pad, ours.gap_words, ours.special) == ("<pad>", ("[MASK]", "_"), {3, m.cfg.mask_token_id})
+    ids = traded(words(m), m.cfg)
+    theirs, converted = (sample(each, 2, 8, steps=3, n_loops=2, temperature=0) for each in (m, ours))
+    assert torch.equal(traded(converted.tokens, m.cfg), theirs.tokens)
+    assert torch.equal(ours.words(ids), m.words(words(m)))
+
+
+def test_a_model_in_float64_converts_as_far_as_its_rotary_tables_go():
+    native = standins.prepared(standins.LLaDAModelLM()).double()
+    m = hook_model(native, **LOOPED)
+    ours = to_loopmdm(m)
+    assert ours.model.dtype == torch.float64
+    order = traded(torch.arange(m.cfg.d_vocab), m.cfg)
+    torch.testing.assert_close(ours(words(m), 3)[..., order], m(words(m), 3), rtol=0.0, atol=1e-3)
 
 
 def test_a_model_in_which_nothing_loops():

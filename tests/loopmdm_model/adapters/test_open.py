@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from loopmdm.model import LoopMDM, UsageError, open_model, sites
+from loopmdm.model import LoopMDM, UsageError, open_model, sample, sites
 from loopmdm.model.adapters import FAMILIES, hook_model, loading
 from loopmdm.model.errors import UnknownNameError
 from tests.conftest import toy_model
@@ -87,6 +87,43 @@ def test_text_by_a_tokenizer_of_transformers():
     torch.testing.assert_close(logits[1, :1], m("w48")[0], rtol=0.0, atol=1e-5)
     batch = m.mask("w45 w46 w47 w48", ratio=0.5)
     assert int(batch.masked.sum()) == 2 and m.to_str_tokens(batch.clean)[0] == "w45"
+
+
+def framed_tokenizer(mask: str, lstrip: bool) -> Tokenizer:
+    """Bytes, and special tokens around every text; texts are cut and filled up, as a saved tokenizer may say."""
+    begin, end, pad = "<s>", "</s>", "<pad>"
+    letters = [*map(chr, range(33, 127)), "\u0120"]
+    words = {word: number for number, word in enumerate([begin, end, pad, mask, *letters])}
+    found = Tokenizer(models.BPE(words, [], unk_token=letters[0]))
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found.decoder = decoders.ByteLevel()
+    found.add_special_tokens([begin, end, pad, AddedToken(mask, lstrip=lstrip, special=True)])
+    found.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A {end}", special_tokens=[(word, words[word]) for word in (begin, end)]
+    )
+    found.enable_padding(pad_id=2, pad_token=pad, length=60)
+    found.enable_truncation(60)
+    return found
+
+
+@pytest.mark.parametrize(("mask", "lstrip"), [("[MASK]", False), ("<mask>", True)])
+def test_text_is_text_to_other_peoples_tokenizers_but_where_gaps_are_asked_for(mask, lstrip):
+    given = framed_tokenizer(mask, lstrip)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=given, mask_token=mask, pad_token="<pad>")
+    m = hook_model(natives.native("Bert"), tokenizer=theirs, loop=(1, 2))
+    text = f"the {mask} state{mask}."
+    wanted = [token for token in given.encode(text).ids if token != 2]
+    for ids in (m.to_tokens(text)[0], hook_model(natives.native("Bert"), tokenizer=given).to_tokens(text)[0]):
+        assert 3 not in ids and m.to_string(ids) == f"<s>{text}</s>" and wanted.count(3) == 2
+    spelled = m.to_tokens("a</s><pad>")[0].tolist()
+    assert (spelled[0], spelled[-1]) == (0, 1) and not {0, 1, 2} & set(spelled[1:-1])
+    for written in (text, text.replace(mask, "[MASK]")):
+        for b in (m.with_gaps(written), m.mask(written)):
+            assert b.tokens.tolist() == [wanted]
+        assert sample(m, infill=written, steps=1).start.tolist() == [wanted]
+    assert m.mask(text, 0.5).masked.sum() == round((len(m.to_tokens(text)[0]) - 2) / 2)
+    assert m.to_tokens("a" * 70).shape == (1, 72)
+    assert given.encode(mask).ids[1] == 3 and theirs(mask)["input_ids"][1] == 3  # theirs reads as it did
 
 
 def test_flops_are_those_that_torch_counts():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from loopmdm.model import HookedLoopMDM, sample
+from loopmdm.model import HookedLoopMDM, mask_tokens, sample
 from loopmdm.model.diffusion.prompts import Start
 from loopmdm.model.errors import UsageError
 from loopmdm.model.tasks.sudoku import BOARDS, board_of_model
@@ -128,3 +128,15 @@ def test_rows_of_a_start():
     start = Start.of(model, clues=torch.tensor([[1, -1, 3], [-1, 5, -1]]))
     assert len(start) == 2 and start.real is None and start.rows(slice(1, 2)).tokens.tolist() == [[22, 5, 22]]
     assert start.rows(slice(1)).free.tolist() == [[False, True, False]]
+
+
+def test_one_padded_row_serves_any_number(model):
+    real = torch.ones(1, 8, dtype=torch.long)
+    real[0, 6:] = 0
+    b = mask_tokens(torch.arange(8)[None], 22, mask_ratio=0.5, attention_mask=real)
+    r = sample(model, 5, clues=b, steps=2, batch_size=2)
+    assert torch.equal(r.start, b.tokens.expand(5, -1)) and torch.equal(
+        r.tokens[:, 6:], b.clean[:, 6:].expand(5, -1)
+    )
+    (alone,) = sample(model, 1, clues=b, steps=2, first_index=4).tokens
+    assert torch.equal(r.tokens[4], alone)

@@ -26,13 +26,14 @@ from loopmdm.model.diffusion.orders import (
     StepView,
     Threshold,
     as_order,
+    best,
     parse_order,
 )
 from loopmdm.model.diffusion.sampling import draw_tokens, sample
 from loopmdm.model.errors import UsageError
 from loopmdm.model.protocol import LoopOutput
 from loopmdm.model.stopping.rules import StateDelta
-from tests.conftest import toy_config
+from tests.conftest import toy_config, toy_model
 from tests.loopmdm_model.diffusion.test_sampling_laws import MASK, L, V, agrees, independent, push
 
 N = 6000
@@ -381,6 +382,95 @@ def test_guidance_costs_a_second_forward(model):
     assert not torch.equal(guided.tokens, plain.tokens) and (guided.tokens[:, 0] == 3).all()
 
 
+def test_guidance_of_nothing_costs_nothing_and_changes_nothing(model):
+    clues = torch.full((4, 12), -1)
+    clues[2:, 0] = 3
+    arguments = {"clues": clues, "steps": 5, "seed": 1}
+    plain, guided = (sample(model, **arguments, guidance=w) for w in (0.0, 2.0))
+    assert torch.equal(guided.step_flops[:, :2], plain.step_flops[:, :2])
+    assert torch.equal(guided.step_flops[:, 2:], 2 * plain.step_flops[:, 2:])
+    assert torch.equal(guided.tokens[:2], plain.tokens[:2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_guidance_in_half_precision_overflows_nowhere(dtype):
+    m = toy_model().to(dtype)
+    with torch.no_grad():
+        m.unembed.weight *= 300  # logits of some hundreds: 1000 times their differences is beyond float16
+    r = sample(m, 4, 12, clues={0: 3}, guidance=1000, steps=4, n_loops=1)
+    assert not bool((r.tokens == 22).any())
+
+
+def test_all_but_one_word_may_be_suppressed_mask_or_not(model):
+    for suppress in (range(1, 22), range(1, 23)):
+        assert sample(model, 2, 8, suppress=suppress, steps=2).tokens.unique().tolist() == [0]
+
+
+@pytest.mark.parametrize("order", ["random", "confidence", "path-planning"])
+def test_no_mask_is_drawn_where_a_hook_leaves_nothing_else(hooked, order):
+    """Of the ids that are not suppressed; the run itself would not see it."""
+
+    def closed(logits, hook):
+        return logits.index_fill(-1, torch.arange(5), float("-inf"))
+
+    with hooked.hooks([("hook_logits", closed)]), pytest.raises(UsageError, match="is left to draw"):
+        sample(hooked, 2, 8, order=order, suppress=range(5, 22), steps=2)
+
+
+def test_the_logits_that_a_hook_keeps_stay_what_they_were(hooked):
+    kept = []
+    with hooked.hooks([("hook_logits", lambda logits, hook: kept.append((logits, logits.clone())))]):
+        sample(hooked, 2, 8, suppress=[1, 2], clues={0: 3}, guidance=0.5, steps=2)
+    assert kept and all(torch.equal(one, two) and bool(one[..., 1].isfinite().all()) for one, two in kept)
+
+
+class Counted(Threshold):
+    """Counts how often it is asked."""
+
+    asked = 0
+
+    def choose(self, view, scores):
+        type(self).asked += 1
+        return super().choose(view, scores)
+
+
+def test_steps_without_a_masked_position_ask_nobody(model):
+    r = sample(model, 3, 12, order=Counted(0.0), n_loops=2)
+    assert Counted.asked == 1 and r.loops_used.shape == (12, 3)
+    assert r.loops_used[0].tolist() == [2, 2, 2] and not r.loops_used[1:].any() and not r.step_flops[1:].any()
+    assert r.times.shape == (13, 3) and (r.history[1:] == r.tokens).all()
+
+
+def test_time_goes_on_where_nothing_is_masked_any_more(model):
+    arguments = {"n": 2, "length": 8, "steps": 8, "order": "random", "n_loops": 1}
+    stopped = sample(model, **arguments, end=range(22))  # the first token ends all before it is masked
+    assert torch.equal(stopped.times, sample(model, **arguments).times) and stopped.times[-1].tolist() == [
+        0.0,
+        0.0,
+    ]
+
+
+def test_path_planning_runs_no_forward_once_all_is_filled(model):
+    clues = torch.arange(12).repeat(2, 1)
+    clues[0, 3], clues[1, :8] = -1, -1
+    r = sample(model, clues=clues, steps=16, order="path-planning", n_loops=1)
+    masked = (r.history[:-1] == 22).sum(-1)
+    assert (
+        torch.equal(r.loops_used > 0, masked > 0)
+        and masked[:, 0].sum() == 1
+        and 8 < masked[:, 1].count_nonzero() < 16
+    )
+
+
+def test_path_planning_ranks_once_a_step(model, monkeypatch):
+    from loopmdm.model.diffusion import remasking
+
+    ranked = []
+    monkeypatch.setattr(remasking, "best", lambda *given: ranked.append(1) or best(*given))
+    sample(model, 2, 12, steps=4, order="path-planning", n_loops=1)
+    assert len(ranked) == 4
+
+
 @pytest.mark.parametrize("order", ["left-to-right", "blocks:4", "confidence", "first-hitting", "entropy-bound"])
 def test_a_text_ends_where_it_would_have_ended(model, order):
     arguments = {"n": 24, "length": 12, "steps": 12, "order": order, "n_loops": 1, "seed": 2}
@@ -426,6 +516,20 @@ def test_options_keep_a_sequence_what_it_is_alone(model, order, options):
 # --- names and misuse ---
 
 
+class Timed(Margin):
+    """An order with a diffusion time of its own."""
+
+    def advance(self, view):
+        return view.interval[1][:, 0]
+
+
+class Hiding(Margin):
+    """An order that hides, and does not say so."""
+
+    def remask(self, view, scores=None):
+        return view.free & ~view.masked
+
+
 def test_orders_by_name_and_number():
     assert as_order("threshold:0.7", 8) == Threshold(0.7) and as_order("factor", 8) == Factor(1.0)
     assert parse_order("blocks:8:threshold:0.9") == Blocks(8, Threshold(0.9))
@@ -445,6 +549,11 @@ def test_orders_by_name_and_number():
         (lambda: Noised(-0.1), "temperature"),
         (lambda: Noised(1.0, FixedOrder()), "noise cannot rank"),
         (lambda: Noised(1.0, Threshold()), "noise cannot rank"),
+        (lambda: Noised(1.0, PathPlanning()), "noise cannot rank PathPlanning"),
+        (lambda: Noised(1.0, Noised()), "noise cannot rank Noised"),
+        (lambda: Noised(1.0, EvenRandom()), "noise cannot rank EvenRandom"),
+        (lambda: Noised(1.0, Timed()), "noise cannot rank Timed"),
+        (lambda: Blocks(4, Hiding()), "blocks cannot hold Hiding"),
         (lambda: PathPlanning(-1), "eta"),
         (lambda: Remask(1.1), "eta"),
         (lambda: Remask(schedule="switch"), "cap, rescale, confidence or loop"),
@@ -478,6 +587,8 @@ def test_orders_refuse_in_one_line(make, says):
         ({"suppress": None}, "an id of suppress must be an integer"),
         ({"end": 1.5}, "an id of end must be an integer"),
         ({"suppress": range(22)}, "leaves no id"),
+        ({"suppress": [*range(23)]}, "leaves no id"),
+        ({"guidance": 1e5, "clues": {0: 3}}, "guidance must be a number in 0..1000"),
         ({"end": -1}, "an id of end"),
         ({"end": [40]}, "end has id 40"),
         ({"end": 3, "order": "remask"}, "an order that keeps what it filled"),

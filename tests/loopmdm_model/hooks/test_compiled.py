@@ -131,6 +131,11 @@ def test_somebody_elses_compiled_parts_are_refused_before_and_after_hooking():
     given.bert.encoder.layer[1].compile(backend="eager")
     with pytest.raises(UsageError, match=r"bert\.encoder\.layer\.1 is compiled and hears nobody"):
         m(tokens())
+    replaced = native("Bert")
+    m = hook_model(replaced, loop=(1, 2), max_loops=3, mask_token_id=4)
+    replaced.bert.encoder.layer[2] = compiled(replaced.bert.encoder.layer[2])
+    with pytest.raises(UsageError, match=r"bert\.encoder\.layer\.2 is compiled and hears nobody"):
+        m(tokens())
     with pytest.raises(UsageError, match="is compiled and hears nobody; give the model as it was before"):
         hook_model(given, loop=(1, 2), max_loops=3, mask_token_id=4)
     with pytest.raises(UsageError, match="is compiled and hears nobody"):
