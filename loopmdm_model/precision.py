@@ -12,10 +12,10 @@ def wide(x: Tensor) -> Tensor:
 
 
 def check_state(state: Tensor, real: Tensor, where: str) -> None:
-    """NotFiniteError unless `state` [batch, pos, d_model] is finite at the `real` positions [batch, pos]."""
+    """NotFiniteError unless `state` [batch, pos, ..] is finite at the `real` positions [batch, pos]."""
     if bool(state.isfinite().all()):
         return
-    finite = state[real].isfinite().all(-1)
+    finite = state[real].isfinite().flatten(1).all(-1)
     if not bool(finite.all()):
         n = int((~finite).sum())
         raise NotFiniteError(f"{where} is not finite at {n} of {len(finite)} positions; {OVERFLOWN}")

@@ -17,7 +17,7 @@ from torch import Tensor
 from loopmdm.model.context import Context
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
-from loopmdm.model.precision import wide
+from loopmdm.model.precision import check_logits, wide
 from loopmdm.model.stopping.rules import Lens
 
 LENSES: tuple[Lens, ...] = get_args(Lens)
@@ -32,11 +32,15 @@ def check_lens(lens: str) -> None:
 def read(
     m: HookedLoopMDM, state: Tensor, context: Context, lens: Lens, rows: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, "row d_vocab"]:
-    """Log-probabilities at the positions `rows`, in reading order, float32 or wider; [MASK] has -inf."""
+    """Log-probabilities at the positions `rows`, in reading order, float32 or wider; [MASK] has -inf.
+
+    NotFiniteError if the logits say nothing.
+    """
     state = state.to(m.model.dtype)
     if not bool(rows.any()):
         return torch.zeros(0, m.cfg.d_vocab, device=state.device)
     logits = m.readout(state, context, rows=rows) if lens == "coda" else m.model.unembedding(state, rows=rows)
+    check_logits(logits)
     return wide(logits).log_softmax(-1)
 
 
