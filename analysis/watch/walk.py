@@ -54,8 +54,8 @@ def walk(
 ) -> None:
     """One forward of a batch; each application in `where` is shown to every reducer, queries grouped `by`.
 
-    Where no coda layer is, coda and unembedding are not run. NotFiniteError for patterns, states or logits that are
-    not finite: to a reducer a NaN is a sequence without such queries.
+    Where no coda layer is, coda and unembedding are not run. NotFiniteError for patterns, states or logits that
+    are not finite: to a reducer a NaN is a sequence without such queries.
     """
     states, values = States.of(m, b, by), {}
     for reducer in reducers:

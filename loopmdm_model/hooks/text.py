@@ -170,7 +170,8 @@ class TextEntries:
         """Text in, MaskedBatch out: hide an exact share `ratio`, or each token with probability `t`.
 
         A Sudoku model also takes boards as people write them (`Board.read`). With neither `ratio` nor `t`, what
-        holds [MASK] already (a puzzle, ids) is taken as it is: nobody knows what is hidden.
+        holds [MASK] already (a puzzle, ids) is taken as it is: nobody knows what is hidden,
+        and what needs to know it says so.
         """
         tokens, attention_mask = self._inputs(text, None)
         hidden = tokens == self.cfg.mask_token_id

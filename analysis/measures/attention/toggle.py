@@ -104,7 +104,7 @@ def _flip(
     at = torch.arange(len(b), device=position.device), position
     masked = b.masked.clone()
     masked[at] = masked[at] ^ known
-    tokens = b.clean.masked_fill(masked, m.cfg.mask_token_id)
+    tokens = b.truth("attention_toggle").masked_fill(masked, m.cfg.mask_token_id)
     return MaskedBatch(tokens, b.clean, masked, None, b.attention_mask)
 
 

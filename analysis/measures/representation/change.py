@@ -63,7 +63,7 @@ def _last_readouts(m: HookedLoopMDM, b: MaskedBatch, n_loops: int, masked: Tenso
 def _batch_metrics(m: HookedLoopMDM, b: MaskedBatch, n_loops: int, by: By) -> Rows:
     """Per-sequence means [batch] by (loop, token group, metric, lens); NaN where a group is empty."""
     groups, masked, rows = token_groups(m, b, by), token_groups(m, b)["masked"], {}
-    clean, last = b.clean[masked], _last_readouts(m, b, n_loops, masked)
+    clean, last = b.clean.masked_fill(b.unknown, -1)[masked], _last_readouts(m, b, n_loops, masked)
     before = previous = None
     reads: dict[str, Tensor] = {}
     for loop, state, context in walk(m, b, n_loops):
@@ -96,7 +96,8 @@ def representation_change(
     Read-out metrics exist for masked positions only; `lens` is "coda", "direct" (metric "direct_..") or "" for
     metrics of the state. Errors are over sequences, or over `clusters` [batch] of them. A group without members
     is NaN with n = 0. In a shifted model `by="predicts"` groups states by the token that they predict; read-outs
-    are those of masked tokens either way.
+    are those of masked tokens either way. p_true and accuracy leave out sequences of which nobody knows what is
+    hidden.
     """
     check_by(m.facts, by, "representation_change")
     b, n_loops = as_batch("representation_change", b, clusters), check_loops(m, n_loops)

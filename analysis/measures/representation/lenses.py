@@ -55,13 +55,17 @@ def readout_metrics(
     previous: Float[Tensor, "*row d_vocab"] | None,
     clean: Int[Tensor, "*row"],
 ) -> dict[str, Float[Tensor, "*row"]]:
-    """Metrics of one read-out, against the one before if there is one."""
-    top = log_probs.argmax(-1)
+    """Metrics of one read-out, against the one before if there is one.
+
+    Where `clean` is below 0 nobody knows the true token: p_true and accuracy are NaN.
+    """
+    top, unknown = log_probs.argmax(-1), clean < 0
     metrics = {
         "entropy": -(log_probs.exp() * log_probs).masked_fill(log_probs == float("-inf"), 0.0).sum(-1),
-        "p_true": log_probs.gather(-1, clean[..., None].long())[..., 0].exp(),
+        "p_true": log_probs.gather(-1, clean[..., None].long().clamp(min=0))[..., 0].exp(),
         "accuracy": (top == clean).float(),
     }
+    metrics |= {name: metrics[name].masked_fill(unknown, float("nan")) for name in ("p_true", "accuracy")}
     if previous is not None:
         metrics["kl_previous"] = kl(log_probs, previous)
         metrics["top1_flips"] = (top != previous.argmax(-1)).float()

@@ -217,7 +217,7 @@ class _Recorder:
         self, rules: dict[str, StoppingRule], part: MaskedBatch, read: Callable[[Tensor], Tensor], facts: Facts
     ):
         self.rules, self.part, self.read = rules, part, read
-        clean = part.clean.roll(-1, 1) if facts.causal else part.clean
+        clean = part.clean.roll(-1, 1) if facts.causal else part.truth("a record of losses")
         self.truth = clean[part.masked]
         self.losses: list[Tensor] = []
         self.correct: list[Tensor] = []
