@@ -24,6 +24,8 @@ from loopmdm.model.sequences import Sequences
 
 Values = dict[tuple[int, int], Tensor]
 """By (loop, looped layer): what the keys hand on, [batch, pos, head, d_head]."""
+VALUE, PATTERN, REPLACED = "values: value", "values: pattern", "values: edges, and what they hand on"
+"""Notes of the layer that runs, shared by nested blocks."""
 
 
 @torch.no_grad()
@@ -57,28 +59,34 @@ def replace_values(
 ) -> Iterator[HookedLoopMDM]:
     """Along the edges `what` keys hand on `values` (`record_values` of as many sequences) in place of their own.
 
-    Attention is explicit in all layers, as under `cut`: cut(m, "none") is what it is compared with. UsageError
-    where a loop runs of which no values are there.
+    Attention is explicit in all layers, as under `cut`: cut(m, "none") is what it is compared with. Blocks nest in
+    any order: values and patterns are what all of them made, and where two replace values along an edge, the inner
+    one does. UsageError where a loop runs of which no values are there.
     """
     places = {leaf: applications(m.cfg, loops, None, leaf) for leaf in ("v", "pattern", "z")}
     chosen = several("head", heads, m.cfg.n_heads)
     if isinstance(what, str):
         check_edges(what)
 
-    def keep(value: Tensor, hook: Any) -> None:  # noqa: ARG001
-        m.call.notes[keep] = value
+    def keep(value: Tensor, hook: Any) -> None:
+        if (other := _there(values, hook)).shape != value.shape:
+            raise UsageError(f"the values have shape {list(other.shape)}, the run's {list(value.shape)}")
+        m.call.notes[VALUE] = value
 
-    def weigh(pattern: Tensor, hook: Any) -> None:  # noqa: ARG001
+    def weigh(pattern: Tensor, hook: Any) -> None:
         context = m.context
         found = edges(context, what)[:, None] if isinstance(what, str) else what(pattern, context)
-        m.call.notes[weigh] = pattern * in_heads(found, chosen, m.cfg.n_heads)
+        found = in_heads(found, chosen, m.cfg.n_heads)
+        before = [(on & ~found, other) for on, other in m.call.notes.get(REPLACED, ())]
+        m.call.notes |= {PATTERN: pattern, REPLACED: [*before, (found, _there(values, hook))]}
 
-    def add(z: Tensor, hook: Any) -> Tensor:
-        other, own = _there(values, hook), m.call.notes[keep]
-        if other.shape != own.shape:
-            raise UsageError(f"the values have shape {list(other.shape)}, the run's {list(own.shape)}")
-        return z + torch.einsum("bhqk,bkhd->bqhd", m.call.notes[weigh], other - own)
+    def add(z: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        notes = m.call.notes
+        for on, other in notes.pop(REPLACED, ()):  # of all blocks, by the outermost
+            z = z + torch.einsum("bhqk,bkhd->bqhd", notes[PATTERN] * on, other - notes[VALUE])
+        return z
 
+    keep.hears_last = weigh.hears_last = True  # pyright: ignore[reportFunctionMemberAccess]
     with m.attention_path("eager"), m.hooks([(places["v"], keep), (places["pattern"], weigh), (places["z"], add)]):
         yield m
 

@@ -4,6 +4,7 @@ Positions hand on the token that they know; [MASK] and the blank know none. In t
 the answer from the clean position 0 in loop 0, and 2 has to get it from 1 later on. 3 is a blank.
 """
 
+import contextlib
 import math
 from dataclasses import replace
 
@@ -281,6 +282,41 @@ def test_values_are_replaced_on_the_chosen_edges_alone(hooked, batch):
     torch.testing.assert_close(changed["z", "loop", 1, 1][:, :, 1], by_hand[:, :, 1])
     torch.testing.assert_close(changed["z", "loop", 1, 1][:, :, 0], cache["z", "loop", 1, 1][:, :, 0])
     assert torch.equal(mean_values([own, other])[1, 1], (own[1, 1] + other[1, 1]) / 2)
+
+
+def test_values_are_replaced_whatever_blocks_stand_inside(hooked, batch):
+    """What hands on is what other blocks, inner or outer, made of values and patterns; an inner replacement wins."""
+    with cut(hooked, "none"):
+        own = record_values(hooked, batch.tokens, 1)
+    one, two = ({place: v.roll(by, 0) for place, v in own.items()} for by in (1, 2))
+    place, layer = slice(0, None), hooked.cfg.layers("loop")[0]
+    halve = [(f"loop.0.blocks.{layer}.attn.hook_{leaf}", lambda x, hook: x / 2) for leaf in ("v", "pattern")]
+
+    def z(*blocks):
+        with contextlib.ExitStack() as stack:
+            for block in blocks:
+                stack.enter_context(block)
+            _, cache = hooked.run_with_cache(batch.tokens, 1, names_filter=f"loop.0.blocks.{layer}.attn.hook_z")
+        return cache["z", "loop", 0, layer]
+
+    with cut(hooked, "none"):
+        _, cache = hooked.run_with_cache(batch.tokens, 1, names_filter=lambda n: n.endswith("pattern"))
+    pattern, context = cache["pattern", "loop", 0, layer], hooked.model.context(batch.tokens)
+    masked, clean = (edges(context, f"masked->{group}")[:, None] for group in ("masked", "clean"))
+
+    def mixed(pattern, v, *replaced):
+        parts = [(pattern * on, values[0, layer]) for on, values in replaced]
+        rest = pattern - sum(part for part, _ in parts)
+        return sum(torch.einsum("bhqk,bkhd->bqhd", part, values) for part, values in [(rest, v), *parts])
+
+    outer, inner = replace_values(hooked, one, loops=place), hooked.hooks(halve)
+    expected = mixed(pattern / 2, own[0, layer] / 2, (masked, one))
+    torch.testing.assert_close(z(outer, inner), expected)
+    torch.testing.assert_close(z(hooked.hooks(halve), replace_values(hooked, one, loops=place)), expected)
+    nested = z(replace_values(hooked, one, "masked->any", place), replace_values(hooked, two, loops=place))
+    torch.testing.assert_close(nested, mixed(pattern, own[0, layer], (clean, one), (masked, two)))
+    nested = z(replace_values(hooked, two, loops=place), replace_values(hooked, one, "masked->any", place))
+    torch.testing.assert_close(nested, mixed(pattern, own[0, layer], (masked | clean, one)))
 
 
 def test_hidden_masked_keys_are_those_of_the_model_that_forbids_them(model, hooked, batch):
