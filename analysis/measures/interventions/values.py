@@ -5,7 +5,7 @@
 Resample ablation takes w from another sequence under the same mask, mean ablation the mean of several such.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from loopmdm.analysis.measures.interventions.places import Chosen, Loops, applic
 from loopmdm.analysis.measures.interventions.selections import Choose
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.precision import wide
 from loopmdm.model.randomness import row_uniforms
 from loopmdm.model.sequences import Sequences
 
@@ -30,23 +31,34 @@ VALUE, PATTERN, REPLACED = "values: value", "values: pattern", "values: edges, a
 
 @torch.no_grad()
 def record_values(
-    m: HookedLoopMDM, tokens: Int[Tensor, "batch pos"], n_loops: int, attention_mask: Tensor | None = None
+    m: HookedLoopMDM,
+    tokens: Int[Tensor, "batch pos"],
+    n_loops: int,
+    attention_mask: Tensor | None = None,
+    loops: Loops = None,
 ) -> Values:
-    """The values of the looped layers in every loop of one run; under the open contexts, if there are any."""
+    """The values of the looped layers in the chosen loops (default: every) of one run; under the open contexts."""
     found: Values = {}
 
     def keep(value: Tensor, hook: Any) -> None:
         found[hook.loop(), hook.layer()] = value.clone()
 
-    with m.hooks([(applications(m.cfg, None, None, "v"), keep)]):
+    with m.hooks([(applications(m.cfg, loops, None, "v"), keep)]):
         for _ in m.states(tokens, n_loops, attention_mask):
             pass
     return found
 
 
-def mean_values(several: Sequence[Values]) -> Values:
-    """Their mean, place by place."""
-    return {place: torch.stack([values[place] for values in several]).mean(0) for place in several[0]}
+def mean_values(several: Iterable[Values]) -> Values:
+    """Their mean, place by place; of an iterator no more than two runs and the sum are held."""
+    total: Values = {}
+    number, dtype = 0, torch.float32
+    for values in several:
+        number, dtype = number + 1, next(iter(values.values())).dtype
+        total = {place: total[place] + wide(v) if total else wide(v) for place, v in values.items()}
+    if not number:
+        raise UsageError("a mean of values needs one run at least; give record_values of some")
+    return {place: (value / number).to(dtype) for place, value in total.items()}
 
 
 @contextmanager
@@ -98,6 +110,9 @@ def _there(values: Values, hook: Any) -> Tensor:
     return values[place]
 
 
+CUT_ALONE = 'cut edges only, with kinds=["cut"] or arms of kind "cut"'
+
+
 def donors(sequences: Sequences, seed: int, draw: int) -> Int[np.ndarray, " batch"]:
     """For each sequence the number of another one, of another document where several share one, at random.
 
@@ -107,10 +122,12 @@ def donors(sequences: Sequences, seed: int, draw: int) -> Int[np.ndarray, " batc
     if sequences.real is not None or not bool((allowed == allowed[:1]).all()):
         raise UsageError(
             "values of another sequence need sequences that may be masked at the same positions, without padding; "
-            'these differ: use arms of kind "cut"'
+            f"these differ: {CUT_ALONE}"
         )
     others = [np.flatnonzero(owners != owner) for owner in owners]
     if not all(map(len, others)):
-        raise UsageError("values of another sequence need sequences of two documents at least, got one")
+        raise UsageError(
+            f"values of another sequence need sequences of two documents at least, got one: {CUT_ALONE}"
+        )
     place = row_uniforms(seed, "donors", len(owners), 1, step=draw)[:, 0].numpy()
     return np.array([some[int(u * len(some))] for some, u in zip(others, place, strict=True)])

@@ -6,6 +6,7 @@ the answer from the clean position 0 in loop 0, and 2 has to get it from 1 later
 
 import contextlib
 import math
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -13,12 +14,13 @@ import pytest
 import torch
 from torch import nn
 
-from loopmdm.analysis.measures import interventions
+from loopmdm.analysis.measures import MEASURES, Case
 from loopmdm.analysis.measures.interventions import (
     Arm,
     Draw,
     EdgeSet,
     Trial,
+    causal,
     causal_effects,
     choice,
     cut,
@@ -26,7 +28,7 @@ from loopmdm.analysis.measures.interventions import (
     record_values,
     replace_values,
 )
-from loopmdm.analysis.measures.interventions.causal import mean_over_draws, standard_arms
+from loopmdm.analysis.measures.interventions.causal import KINDS, mean_over_draws, standard_arms
 from loopmdm.analysis.measures.interventions.edges import edges
 from loopmdm.analysis.measures.interventions.selections import RELATIONS, equal_mass, relation_of
 from loopmdm.analysis.measures.interventions.values import donors
@@ -37,6 +39,7 @@ from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.network.model import LoopMDM
 from loopmdm.model.sequences import Sequences
 from loopmdm.model.tasks.sudoku import BOARDS
+from loopmdm.model.tasks.test_sets import TestSet
 from tests.conftest import toy_config, toy_model
 
 N_TOKENS, BLANK, GAIN = 12, 10, 20.0  # logits: those of ten answers, the blank, [MASK] (never)
@@ -260,6 +263,60 @@ def test_batches_do_not_matter(hooked):
     np.testing.assert_allclose(one["mass"], other["mass"], atol=1e-6)
 
 
+def test_only_values_that_arms_feed_are_run_and_held(hooked, clean, monkeypatch):
+    """Of ten runs for a mean those that are fed one by one stay, and two more; of none the loops left intact."""
+    recorded, held = [], []
+
+    def watched(*args):
+        values = record_values(*args)
+        recorded.append(weakref.ref(next(iter(values.values()))))
+        held.append(sum(one() is not None for one in recorded))
+        assert {loop for loop, _ in values} == {2, 3}
+        return values
+
+    monkeypatch.setattr(causal, "record_values", watched)
+    for kinds, runs, most in ((KINDS, 10, 4), (["cut", "resample"], 2, 2), (["mean"], 10, 2), (["cut"], 0, 0)):
+        recorded.clear(), held.clear()
+        arms = [Arm(kind, EdgeSet()) for kind in kinds]
+        causal_effects(hooked, clean, arms, Trial(4, first=2, n_bins=1))
+        assert (len(recorded), max(held, default=0)) == (runs, most)
+
+
+def test_a_running_mean_is_the_mean(hooked, batch):
+    runs = [record_values(hooked, batch.tokens.roll(by, 0), 2) for by in range(10)]
+    assert all(torch.equal(value, torch.stack([run[place] for run in runs]).mean(0))
+               for place, value in mean_values(iter(runs)).items())  # fmt: skip
+    assert set(record_values(hooked, batch.tokens, 3, None, slice(1, None))) == {
+        (i, k) for i in (1, 2) for k in (1, 2)
+    }
+    narrow = [{place: value.bfloat16() for place, value in run.items()} for run in runs]
+    exact = torch.stack([run[0, 1] for run in narrow]).double().mean(0)
+    assert torch.equal(mean_values(narrow)[0, 1], exact.bfloat16())  # summed in float32
+    with pytest.raises(UsageError, match="one run at least"):
+        mean_values([])
+
+
+@pytest.mark.parametrize("given", ["ragged", "padded", "one document"])
+def test_where_values_cannot_be_swapped_the_remedy_can_be_reached(given, hooked, clean):
+    """By the measure's own option, which is what the message names."""
+    real = torch.ones_like(clean, dtype=torch.bool)
+    real[0, -3:] = False
+    sequences = {
+        "ragged": Sequences.of(clean, real),
+        "padded": Sequences.of(clean, None, real),
+        "one document": Sequences.of(clean, clusters=np.zeros(4)),
+    }[given]
+    item = MEASURES["causal-edges"]
+    ask = lambda **own: item.of(Case(hooked, TestSet("own", sequences), item.options.of(item.name, own)))  # noqa: E731
+    with pytest.raises(UsageError, match=r'kinds=\["cut"\]'):
+        ask()
+    table = ask(kinds=["cut"], n_draws=2)
+    assert set(table["kind"]) == {"one loop", "cut"} and table["effect"].notna().all()
+    for wrong, says in (([], "kinds is empty"), (["cuts"], '"cut"|cut')):
+        with pytest.raises(UsageError, match=says):
+            ask(kinds=wrong)
+
+
 def test_values_are_replaced_on_the_chosen_edges_alone(hooked, batch):
     """By hand from pattern and values; own values change nothing."""
     names = lambda n: n.endswith(("hook_pattern", "attn.hook_v", "attn.hook_z"))  # noqa: E731
@@ -285,7 +342,7 @@ def test_values_are_replaced_on_the_chosen_edges_alone(hooked, batch):
 
 
 def test_values_are_replaced_whatever_blocks_stand_inside(hooked, batch):
-    """What hands on is what other blocks, inner or outer, made of values and patterns; an inner replacement wins."""
+    """What is handed on is what other blocks, inner or outer, made of it; an inner replacement wins."""
     with cut(hooked, "none"):
         own = record_values(hooked, batch.tokens, 1)
     one, two = ({place: v.roll(by, 0) for place, v in own.items()} for by in (1, 2))
@@ -421,4 +478,5 @@ def test_the_usual_arms_hold_every_kind_of_every_edge_set(hooked, sudoku_toy):
     assert {arm.edges.relation for arm in board} - {arm.edges.relation for arm in plain} == set(RELATIONS)
     for arms in (plain, board):
         assert len(arms) == 3 * len({arm.edges for arm in arms}) == len(set(arms))
-    assert interventions.Arm is Arm
+        for kind in KINDS:
+            assert standard_arms(hooked, [kind]) == [arm for arm in plain if arm.kind == kind]
