@@ -6,7 +6,7 @@ with less the loss without, at S = n_loops, paired by sequence and mask; above 0
 
     kind       cut: attention to the edges is forbidden, their mass goes to the other keys
                resample: keys hand on another sequence's values under the same mask; pattern, mass, scale are kept
-               mean: the mean of such values over `n_draws` other sequences
+               mean: the mean of such values over `n_draws` draws of other sequences
     edges      masked->masked; clean->masked (a relay's first half); any->masked (both: masked keys are hidden from
                all other queries); masked->clean. By relation on boards. A random share: dose and response.
     side       within, outside: random ones of these edges, and of all others of the same queries, with equal mass:
@@ -68,8 +68,8 @@ class Arm:
 class Trial:
     """How arms are tried: in loops `first` .. n_loops - 1 (None: S_max), masks, draws, seed.
 
-    `n_draws`: of cut edges of equal mass, and of sequences in a mean; `n_resamples`: of resampled values, and of
-    the edges of equal mass that get other values. Random shares are drawn once: every sequence has its own edges.
+    `n_draws`: of cut edges of equal mass, and of other sequences in a mean; `n_resamples`: of resampled values, and
+    of the edges of equal mass that get other values. Random shares are drawn once: every sequence has its own edges.
     """
 
     n_loops: int | None = None
