@@ -68,8 +68,8 @@ class Arm:
 class Trial:
     """How arms are tried: in loops `first` .. n_loops - 1 (None: S_max), masks, draws, seed.
 
-    `n_draws`: of cut edges of equal mass, and of other sequences in a mean; `n_resamples`: of resampled values, and
-    of the edges of equal mass that get other values. Random shares are drawn once: every sequence has its own edges.
+    `n_draws`: of cut edges of equal mass, and of other sequences in a mean; `n_resamples`: of resampled values,
+    and of edges of equal mass that get other values. Random shares are drawn once: each sequence has its own edges.
     """
 
     n_loops: int | None = None
