@@ -32,7 +32,7 @@ app = typer.Typer(
 err = Console(stderr=True)
 
 MODEL = "shipped name, run folder or hub id; somebody else's: hf:owner/name, a folder, a name of `loopmdm models`"
-Device = Annotated[str, typer.Option(help="where the model runs, such as cuda")]
+Device = Annotated[str, typer.Option(help="where the model runs, such as cuda; auto: a GPU if there is one")]
 Dtype = Annotated[str, typer.Option(help="of the weights, such as bfloat16; default as stored")]
 Revision = Annotated[str, typer.Option(help="of a model of the hub")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="let code run that lies beside the weights")]

@@ -38,12 +38,10 @@ def open_model(
     `dtype` None: as stored; `device` "auto": a GPU if there is one, "meta": sizes and sites without weights.
     `trust_remote_code` lets code run that lies beside the weights; `revision` pins it. `changes`: as `hook_model`.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(device)
+    place = check_device(device)
     if name in SPECIMENS:
-        return _specimen(SPECIMENS[str(name)], torch.device(device), dtype, changes)
-    wanted = loading.Wanted(str(name).removeprefix(HUB), torch.device(device), dtype, revision, trust_remote_code)
+        return _specimen(SPECIMENS[str(name)], place, dtype, changes)
+    wanted = loading.Wanted(str(name).removeprefix(HUB), place, dtype, revision, trust_remote_code)
     config = {} if is_ours(name) else loading.config_of(wanted)
     if looks_like(config) is None and "family" not in changes:
         if changes or revision or trust_remote_code:
@@ -51,7 +49,7 @@ def open_model(
         if "/" not in str(name) and not Path(name).exists() and name not in list_runs():
             known = [*list_models(), *SPECIMENS]
             raise unknown_name("model", str(name), known, "A run folder or a hub id owner/name works too.")
-        return HookedLoopMDM.from_pretrained(name if is_ours(name) else wanted.name, device, dtype)
+        return HookedLoopMDM.from_pretrained(name if is_ours(name) else wanted.name, place, dtype)
     native, tokenizer, record = loading.load(wanted, config, changes.get("family"))
     m = hook_model(native, tokenizer=tokenizer, **changes)
     m.model_name = wanted.name.rstrip("/").rpartition("/")[2]

@@ -105,10 +105,12 @@ def check_hash(folder: Path) -> None:
         )
 
 
-def check_device(device: Any) -> None:
-    """UsageError for a device that is none, or is not here."""
+def check_device(device: Any) -> torch.device:
+    """The device meant, "auto" being a GPU if there is one; UsageError for one that is none, or is not here."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:
         why = " ".join(str(error).split())
         raise UsageError(f"device {str(device)!r} cannot be used here ({why:.80}); take cpu") from error

@@ -69,7 +69,7 @@ class Trial:
     """How arms are tried: in loops `first` .. n_loops - 1 (None: S_max), masks, draws, seed.
 
     `n_draws`: of cut edges of equal mass, and of other sequences in a mean; `n_resamples`: of resampled values,
-    and of edges of equal mass that get other values. Random shares are drawn once: each sequence has its own edges.
+    and of edges of equal mass that get other values. Shares are drawn once: each sequence has its own edges.
     """
 
     n_loops: int | None = None
