@@ -68,6 +68,7 @@ class TextEntries:
         if not texts or not isinstance(texts, list | tuple) or not all(isinstance(item, str) for item in texts):
             raise UsageError("give a text or a list of texts; token ids go in as a tensor")
         texts = list(texts)
+        _check_whole(texts)
         board = board_of_model(self.cfg)
         if board is None:
             rows = encode_texts(self._text(), texts)
@@ -138,10 +139,7 @@ class TextEntries:
 
     def _readable(self, tokens: Any) -> Tensor:
         """Ids as a tensor; UsageError for what are none of this model's."""
-        try:
-            ids = torch.as_tensor(tokens)
-        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-            raise UsageError(f"ids must be integers in rows of one length; got {str(tokens)[:60]}") from error
+        ids = as_ids(tokens)
         check_data("ids", ids)
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise UsageError(f"ids must be integers, got {ids.dtype}")
@@ -151,12 +149,14 @@ class TextEntries:
             raise UsageError(f"token id {int(wrong[0])} is outside 0..{most}; use this model's own tokenizer")
         return ids
 
-    def to_string(self, tokens: Tensor) -> str | list[str]:
+    def to_string(self, tokens: Tensor | list[int]) -> str | list[str]:
         """Text of ids [pos], or a list of texts of ids [batch, pos]."""
-        tokens = self._readable(tokens)
-        if tokens.ndim == 1:
-            return self._text().decode(tokens.tolist(), skip_special_tokens=False)
-        return self._text().decode_batch(tokens.tolist(), skip_special_tokens=False)
+        ids = self._readable(tokens)
+        if ids.ndim not in (1, 2):
+            raise UsageError(f"to_string takes ids [pos] or [batch, pos], got {list(ids.shape)}; pick one step")
+        if ids.ndim == 1:
+            return self._text().decode(ids.tolist(), skip_special_tokens=False)
+        return self._text().decode_batch(ids.tolist(), skip_special_tokens=False)
 
     def mask(
         self,
@@ -228,3 +228,21 @@ class TextEntries:
 
         with self.hooks([("hook_logits", closed)] if self.special else []):
             yield
+
+
+def as_ids(tokens: Any, device: torch.device | None = None) -> Tensor:
+    """A tensor of what may be ids; UsageError for what makes none."""
+    try:
+        return torch.as_tensor(tokens, device=device)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise UsageError(f"ids must be integers in rows of one length; got {str(tokens)[:60]}") from error
+
+
+def _check_whole(texts: list[str]) -> None:
+    """UsageError for half a surrogate pair, which no encoding has."""
+    for number, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            which = "the text" if len(texts) == 1 else f"text {number}"
+            raise UsageError(f"{which} holds half a surrogate pair ({error}); decode it again") from error
