@@ -27,7 +27,7 @@ from loopmdm.model.hooks.scopes import AttnPath, Call, Scope, check_path, untrac
 from loopmdm.model.hooks.text import TextEntries
 from loopmdm.model.hooks.unrolled import UnrolledLoopMDM, unroll
 from loopmdm.model.layout import Facts
-from loopmdm.model.network.checkpoints import RECORD, TOKENIZER, read_record, resolve
+from loopmdm.model.network.checkpoints import EVALUATION, RECORD, TOKENIZER, read_record, resolve
 from loopmdm.model.network.config import LoopMDMConfig
 from loopmdm.model.network.model import LoopMDM
 from loopmdm.model.protocol import Core, LoopOutput
@@ -76,7 +76,7 @@ class LoopRuns(TextEntries, LoopHooks):
         layers = f"{cfg.n_prelude_layers} + {cfg.n_loop_layers} x S + {cfg.n_coda_layers} layers"
         parts = [layers, f"S_max = {cfg.max_loops}", f"d_model = {cfg.d_model}", f"{cfg.n_heads} heads"]
         parts.append(f"{self.model.n_parameters / 1e6:.2f} M parameters")
-        reached = self.record.get("evaluation", {})
+        reached = self.record.get(EVALUATION, {})
         if "bits_per_byte" in reached:
             parts.append(f"{reached['bits_per_byte']:.3f} bits per byte")
         elif "test_nelbo" in reached:

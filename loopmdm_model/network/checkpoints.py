@@ -24,6 +24,8 @@ WEIGHTS, CONFIG, TOKENIZER, RECORD, METRICS = (
 )
 WEIGHTS_HASH = "weights_sha256"
 """What the record calls the hash of the weights."""
+EVALUATION = "evaluation"
+"""What it calls what these weights reach."""
 
 
 def list_models() -> list[str]:
@@ -90,8 +92,12 @@ def weights_hash(folder: Path) -> str:
 
 
 def with_hash(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record that holds the hash of the weights in `folder`."""
-    return {**record, WEIGHTS_HASH: sha256(need(folder, WEIGHTS))}
+    """A record that holds the hash of the weights in `folder`; what was measured on others goes."""
+    now = sha256(need(folder, WEIGHTS))
+    others = record.get(WEIGHTS_HASH, now) != now
+    return {key: value for key, value in record.items() if not (others and key == EVALUATION)} | {
+        WEIGHTS_HASH: now
+    }
 
 
 def check_hash(folder: Path) -> None:
@@ -142,19 +148,11 @@ def _check_names(path: Path, expected: Collection[str], found: Collection[str]) 
 
 
 def load_weights(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Read `model.safetensors`, strict on hash, names, shapes and kinds; converted to the expected dtypes."""
-    path = need(folder, WEIGHTS)
-    try:
-        found = load_file(path)
-    except SafetensorError as error:
-        raise UsageError(f"{path} is damaged or truncated ({error}); copy or train it again") from error
+    """Read `model.safetensors`, which passed `check_sizes`: strict on hash and kinds, in the expected dtypes."""
+    path = folder / WEIGHTS
     check_hash(folder)
-    _check_names(path, expected, found)
-    for name, tensor in expected.items():
-        if found[name].shape != tensor.shape:
-            raise UsageError(
-                f"{path}: {name} has shape {list(found[name].shape)}, {CONFIG} asks for {list(tensor.shape)}"
-            )
+    found = load_file(path)
+    for name in expected:
         check_weight(f"{path}: {name}", found[name])
     return {name: found[name].to(expected[name].dtype) for name in expected}
 
@@ -170,9 +168,15 @@ def check_weight(what: str, tensor: Tensor) -> None:
 def save_weights(
     folder: Path | str, cfg: LoopMDMConfig, state: Mapping[str, Tensor], dtype: torch.dtype | None = None
 ) -> None:
-    """Write weights and config into `folder`, each file atomically; tied weights are written once a name."""
+    """Write weights and config into `folder`, each file atomically; tied weights are written once a name.
+
+    A record that lies there gets their hash, and loses its evaluation if it was of other weights.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    record = read_record(folder) if (folder / RECORD).is_file() else None
+    if record is not None and (folder / WEIGHTS).is_file():
+        record = {WEIGHTS_HASH: sha256(folder / WEIGHTS)} | record
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
         whole = tensor.detach().to("cpu", dtype).contiguous()
@@ -182,8 +186,8 @@ def save_weights(
         tensors[name] = whole.clone() if tied else whole
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     write_atomic(folder / CONFIG, cfg.save)
-    if (folder / RECORD).is_file():  # of other weights until now
-        write_json(folder / RECORD, with_hash(folder, read_json(folder / RECORD)))
+    if record is not None:
+        write_json(folder / RECORD, with_hash(folder, record))
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
