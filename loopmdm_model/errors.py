@@ -78,8 +78,8 @@ def check_number(
     name: str, value: object, least: int | float, most: int | float = float("inf"), above: bool = False
 ) -> None:
     """UsageError unless `value` is a number (no bool, no NaN) in least..most; `above`: finite, and not `least`."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and least <= value <= most and not (above and value in (least, float("inf"))):
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else float("nan")
+    if least <= number <= most and not (above and number in (least, float("inf"))):
         return
     expected = f"in {least}..{most}" if most < float("inf") else f"of at least {least}"
     if above:

@@ -6,9 +6,14 @@ from torch import Tensor
 from loopmdm.model.errors import NotFiniteError
 
 
+def width(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in for numbers of `dtype`: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def wide(x: Tensor) -> Tensor:
     """`x` in float32 if it is narrower; float64 stays what it is."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return x.to(width(x.dtype))
 
 
 def check_state(state: Tensor, real: Tensor, where: str) -> None:

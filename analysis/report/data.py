@@ -21,6 +21,7 @@ from torch import Tensor
 from loopmdm.analysis.measures.representation.lenses import readout_metrics
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.hooks.cache import LoopCache
+from loopmdm.model.precision import wide
 from loopmdm.model.sequences import MaskedBatch
 from loopmdm.model.sites import Site
 from loopmdm.model.tasks.sudoku import BOARDS
@@ -220,7 +221,7 @@ def _read(
 
 def _answers(cache: LoopCache, logits: Tensor, truth: Tensor | None) -> dict[str, list]:
     """One loop's read-out [row, d_vocab]: best token, its probability, entropy; p(true) and whether it is best."""
-    log_probs = logits.float().log_softmax(-1)
+    log_probs = wide(logits).log_softmax(-1)
     best, top = log_probs.max(-1)
     metrics = readout_metrics(log_probs, None, torch.full_like(top, -1) if truth is None else truth)
     found = {"top1": list(_pieces(cache, top)), "p_top1": best.exp(), "entropy": metrics["entropy"]}

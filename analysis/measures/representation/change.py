@@ -24,7 +24,8 @@ from torch import Tensor
 
 from loopmdm.analysis.measures.registry import Measure, plain
 from loopmdm.analysis.measures.representation.lenses import LENSES, kl, read, readout_metrics
-from loopmdm.analysis.watch.states import TOKEN_GROUPS, check_loops, group_mean, row_mean, token_groups, walk
+from loopmdm.analysis.watch.groups import TOKEN_GROUPS
+from loopmdm.analysis.watch.states import check_loops, group_mean, row_mean, token_groups, walk
 from loopmdm.model import stats
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.layout import By, check_by
