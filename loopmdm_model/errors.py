@@ -74,11 +74,17 @@ def check_count(name: str, value: object, least: int = 1, most: int | None = Non
     return number
 
 
-def check_number(name: str, value: object, least: int | float, most: int | float = float("inf")) -> None:
-    """UsageError unless `value` is a number (no bool, no NaN) in least..most."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-        expected = f"in {least}..{most}" if most < float("inf") else f"of at least {least}"
-        raise UsageError(f"{name} must be a number {expected}, got {value!r}")
+def check_number(
+    name: str, value: object, least: int | float, most: int | float = float("inf"), above: bool = False
+) -> None:
+    """UsageError unless `value` is a number (no bool, no NaN) in least..most; `above`: finite, and not `least`."""
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else float("nan")
+    if least <= number <= most and not (above and number in (least, float("inf"))):
+        return
+    expected = f"in {least}..{most}" if most < float("inf") else f"of at least {least}"
+    if above:
+        expected = f"above {least}" + (f" and of at most {most}" if most < float("inf") else "")
+    raise UsageError(f"{name} must be a number {expected}, got {value!r}")
 
 
 def check_seed(seed: object) -> int:

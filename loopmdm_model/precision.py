@@ -6,16 +6,21 @@ from torch import Tensor
 from loopmdm.model.errors import NotFiniteError
 
 
+def width(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in for numbers of `dtype`: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def wide(x: Tensor) -> Tensor:
     """`x` in float32 if it is narrower; float64 stays what it is."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return x.to(width(x.dtype))
 
 
 def check_state(state: Tensor, real: Tensor, where: str) -> None:
-    """NotFiniteError unless `state` [batch, pos, d_model] is finite at the `real` positions [batch, pos]."""
+    """NotFiniteError unless `state` [batch, pos, ..] is finite at the `real` positions [batch, pos]."""
     if bool(state.isfinite().all()):
         return
-    finite = state[real].isfinite().all(-1)
+    finite = state[real].isfinite().flatten(1).all(-1)
     if not bool(finite.all()):
         n = int((~finite).sum())
         raise NotFiniteError(f"{where} is not finite at {n} of {len(finite)} positions; {OVERFLOWN}")

@@ -210,6 +210,21 @@ class MaskedBatch(_Rows):
         """Which positions could have been hidden."""
         return self.sequences.allowed
 
+    @cached_property
+    def unknown(self) -> Bool[Tensor, "batch pos"]:
+        """Where nobody knows what is hidden: `clean` shows what `tokens` show, as in a puzzle without solution."""
+        return self.masked & (self.clean == self.tokens)
+
+    def truth(self, by: str) -> Int[Tensor, "batch pos"]:
+        """`clean`; UsageError, said by `by`, where nobody knows what is hidden."""
+        if bool(self.unknown.any()):
+            n, of = int(self.unknown.sum()), int(self.masked.sum())
+            raise UsageError(
+                f"{by} needs what is hidden, which is unknown at {n} of {of} masked positions; give it too: "
+                "MaskedBatch(b.tokens, solution, b.masked)"
+            )
+        return self.clean
+
     @property
     def mask_ratio(self) -> float:
         """Realised share of maskable positions that are masked, over the whole batch."""

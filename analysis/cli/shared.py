@@ -148,7 +148,7 @@ def opens(*, text: bool = True, changes: str = SET) -> Callable[[Callable[..., N
     options: dict[str, tuple[Any, Any]] = {
         "text": (Annotated[Path | None, TEXT], None),
         "device": (
-            Annotated[str, typer.Option(help="where the model runs, such as cuda; auto: where it can")],
+            Annotated[str, typer.Option(help="where the model runs, such as cuda; auto: a GPU if there is one")],
             "cpu",
         ),
         "dtype": (Annotated[str, typer.Option(help="of the weights, such as bfloat16; default as stored")], ""),

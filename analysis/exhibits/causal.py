@@ -211,14 +211,15 @@ EXHIBITS = (
         "causal-edges",
         ("causal-edges",),
         causal_edges,
-        f"""What attention edges of the looped layer carry, in nats per token at S_max, with the first loop intact:
-        they are cut, or their keys hand on another sequence's values under the same mask (pattern, mass and scale
-        are kept), or the mean of ten such. Any → masked also closes relays through clean positions. The lower two
-        groups: random edges of masked queries, to masked and to clean keys, of equal mass for each query and head
-        (ten draws where cut, else two). Below, Sudoku: by where two cells meet (a box before a row or column), and
-        random shares of masked → masked. One mark a training seed, 95% over 64 test grids (text: over 8 speeches),
-        four masks each; dashed: the mean gain of looping; shares: means, and thin lines for single seeds. If loops
-        did not use what masked positions tell each other, another sequence's values would cost nothing there.
+        f"""What attention edges of the looped layer carry, in nats per token at S_max, with the first loop
+        intact: they are cut, or their keys hand on another sequence's values under the same mask (pattern, mass
+        and scale are kept), or the mean of ten draws of such. Any → masked also closes relays through clean
+        positions. The lower two groups: random edges of masked queries, to masked and to clean keys, of equal
+        mass for each query and head (ten draws where cut, else two). Below, Sudoku: by where two cells meet (a
+        box before a row or column), and random shares of masked → masked. One mark a training seed, 95% over 64
+        test grids (text: over 8 speeches), four masks each; dashed: the mean gain of looping; shares: means, and
+        thin lines for single seeds. If loops did not use what masked positions tell each other, another
+        sequence's values would cost nothing there.
         {OURS}""",
         (
             Reading("masked-positions-interact", _interact, ("causal-edges",)),

@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from loopmdm.model.adapters import open_model
 from loopmdm.model.corpora import antibodies
 from loopmdm.model.corpora.documents import Split
@@ -35,9 +33,7 @@ class Access:
     def open(self, name: Path | str) -> HookedLoopMDM:
         """The model; UsageError for a device or dtype that does not exist."""
         dtype = None if self.dtype is None else floating(self.dtype)
-        return open_model(
-            name, place(self.device), dtype, self.revision, self.trust_remote_code, **dict(self.changes)
-        )
+        return open_model(name, self.device, dtype, self.revision, self.trust_remote_code, **dict(self.changes))
 
     def test_set(self, m: HookedLoopMDM, split: Split = "test") -> TestSet:
         """One's own texts if there are any, else what the model's record names."""
@@ -54,11 +50,3 @@ class Access:
         else:
             found = load_test_set(task_of(m.record), m.cfg.n_ctx, m.tokenizer, split)
         return found.to(m.model.device)
-
-
-def place(device: str) -> torch.device:
-    """A torch device by name; UsageError if there is none."""
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"no device {device!r} here ({str(error).splitlines()[0]}); use --device cpu") from None

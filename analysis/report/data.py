@@ -21,6 +21,7 @@ from torch import Tensor
 from loopmdm.analysis.measures.representation.lenses import readout_metrics
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.hooks.cache import LoopCache
+from loopmdm.model.precision import wide
 from loopmdm.model.sequences import MaskedBatch
 from loopmdm.model.sites import Site
 from loopmdm.model.tasks.sudoku import BOARDS
@@ -93,7 +94,7 @@ class Run:
 
 
 def run_of(cache: LoopCache, clean: MaskedBatch | Tensor | None = None, sequence: int = 0, name: str = "") -> Run:
-    """One sequence of a cached run; `clean` the masked batch, or clean token ids, for p(true).
+    """One sequence of a cached run; `clean` the masked batch, or clean token ids, for p(true) if they are known.
 
     UsageError if the cache holds no whole patterns, or if `clean` is of other tokens.
     """
@@ -103,6 +104,8 @@ def run_of(cache: LoopCache, clean: MaskedBatch | Tensor | None = None, sequence
     padding = m.padding_mask(tokens[None]) if given is None else given[sequence : sequence + 1]
     real = torch.ones_like(tokens, dtype=torch.bool) if padding is None else padding[0] != 0
     truth = None if clean is None else _truth(clean, cache)[sequence]
+    if truth is not None and bool(m.cfg.hidden(truth[real]).any()):
+        truth = None  # nobody knows it: the answers are shown without
     n_loops = int(cache.loops_used[sequence])
     cached = dict(_cached(cache, sequence, n_loops))
     _check_maps(cached, len(real), n_loops if "loop.0.hook_out" in cache else 1)
@@ -218,9 +221,9 @@ def _read(
 
 def _answers(cache: LoopCache, logits: Tensor, truth: Tensor | None) -> dict[str, list]:
     """One loop's read-out [row, d_vocab]: best token, its probability, entropy; p(true) and whether it is best."""
-    log_probs = logits.float().log_softmax(-1)
+    log_probs = wide(logits).log_softmax(-1)
     best, top = log_probs.max(-1)
-    metrics = readout_metrics(log_probs, None, top if truth is None else truth)
+    metrics = readout_metrics(log_probs, None, torch.full_like(top, -1) if truth is None else truth)
     found = {"top1": list(_pieces(cache, top)), "p_top1": best.exp(), "entropy": metrics["entropy"]}
     if truth is not None:
         found |= {"p_true": metrics["p_true"], "correct": (top == truth).int()}

@@ -20,9 +20,15 @@ from torch import Tensor
 
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.layout import By, asked
+from loopmdm.model.precision import wide, width
 from loopmdm.model.sequences import MaskedBatch
 
-QUERY_GROUPS = ("masked", "clean")
+TOKEN_GROUPS = ("masked", "clean")
+
+
+def members(masked: Tensor, real: Tensor) -> dict[str, Bool[Tensor, "batch pos"]]:
+    """Which positions are in each group: those of `TOKEN_GROUPS`, and "any" that are no padding."""
+    return {"masked": masked & real, "clean": ~masked & real, "any": real}
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class States:
     """Which positions of a batch hold [MASK] and which are real, [batch, pos]; `clusters` [batch] or None.
 
     `hidden` and `could` count masked and maskable positions (their ratio is the mask ratio). `by` says how queries
-    are grouped (`layout.By`); keys go by what they hold.
+    are grouped (`layout.By`); keys go by what they hold. Numbers are in `dtype`, float32 or wider.
     """
 
     masked: Bool[Tensor, "batch pos"]
@@ -39,25 +45,30 @@ class States:
     hidden: int = 0
     could: int = 0
     by: By = "holds"
+    dtype: torch.dtype = torch.float32
 
     @classmethod
     def of(cls, m: HookedLoopMDM, b: MaskedBatch, by: By = "holds") -> "States":
         """Of a batch that `m` is to read."""
         holds = m.cfg.hidden(b.tokens)
-        return cls(holds, b.real, b.clusters, int(b.masked.sum()), int(b.allowed.sum()), by)
+        hidden, could = int(b.masked.sum()), int(b.allowed.sum())
+        return cls(holds, b.real, b.clusters, hidden, could, by, width(m.model.dtype))
 
     @cached_property
     def members(self) -> Float[Tensor, "batch pos 2"]:
         """1 where a position is masked or clean, and real."""
-        return torch.stack([self.masked & self.real, ~self.masked & self.real], dim=-1).float()
+        return self._in_columns(self.masked, self.real)
 
     @cached_property
     def asking(self) -> Float[Tensor, "batch pos 2"]:
         """1 where a position asks as masked or clean."""
         if self.by == "holds":
             return self.members
-        masked, real = asked(self.masked, self.real, self.by)
-        return torch.stack([masked & real, ~masked & real], dim=-1).float()
+        return self._in_columns(*asked(self.masked, self.real, self.by))
+
+    def _in_columns(self, masked: Tensor, real: Tensor) -> Float[Tensor, "batch pos 2"]:
+        found = members(masked, real)
+        return torch.stack([found[group] for group in TOKEN_GROUPS], dim=-1).to(self.dtype)
 
     @cached_property
     def queries(self) -> Float[Tensor, "batch pos 2"]:
@@ -71,7 +82,8 @@ class States:
 
     def mean(self, per_query: Float[Tensor, "batch head pos"]) -> Float[Tensor, "batch head 2"]:
         """Mean over each group's queries; NaN where there are none."""
-        means = torch.einsum("bqg,bhq->bhg", self.queries, per_query.float())
+        values = wide(per_query)
+        means = torch.einsum("bqg,bhq->bhg", self.queries.to(values.dtype), values)
         return means.masked_fill(self.empty[:, None], float("nan"))
 
 
@@ -80,7 +92,7 @@ class Seen:
     """One layer application of one batch, while it runs.
 
     `pattern` [batch, head, query, key], `value` [batch, key, head, d_head] or None; `received`
-    [batch, head, 2, key] and `own` [batch, head, query] are in float32.
+    [batch, head, 2, key] and `own` [batch, head, query] are in float32 or wider.
     """
 
     prefix: str
@@ -94,12 +106,12 @@ class Seen:
     def received(self) -> Float[Tensor, "batch head 2 key"]:
         """Mean attention that each key gets from the queries of each group."""
         weights = self.states.queries.transpose(1, 2)[:, None].to(self.pattern.dtype)
-        return (weights @ self.pattern).float()
+        return wide(weights @ self.pattern)
 
     @cached_property
     def own(self) -> Float[Tensor, "batch head query"]:
         """Attention of each position to itself."""
-        return self.pattern.diagonal(dim1=-2, dim2=-1).float()
+        return wide(self.pattern.diagonal(dim1=-2, dim2=-1))
 
 
 Members = Callable[[Seen], Tensor]
@@ -123,7 +135,7 @@ MASKED_OR_CLEAN = KeyGroups(("masked", "clean"), lambda seen: seen.states.member
 
 def group_masses(seen: Seen, keys: Float[Tensor, "batch one key group"]) -> Float[Tensor, "batch head 2 kinds"]:
     """Masses over self and each group of others; NaN where a sequence has no such query."""
-    queries = seen.states.queries
+    queries, keys = seen.states.queries.to(seen.own.dtype), keys.to(seen.own.dtype)
     own = torch.einsum("bqg,bhq->bhg", queries, seen.own)[..., None]
     twice = torch.einsum("bqg,bhq,bhqk->bhgk", queries, seen.own, keys.expand(-1, seen.own.shape[1], -1, -1))
     others = (seen.received @ keys - twice).clamp(min=0)  # what float32 leaves of nothing may be negative
@@ -132,7 +144,7 @@ def group_masses(seen: Seen, keys: Float[Tensor, "batch one key group"]) -> Floa
 
 def group_chances(states: States, keys: Tensor) -> Float[Tensor, "batch head 2 kinds"]:
     """Mean share of each group among the real keys, per query group: masses of uniform rows."""
-    n_keys = states.real.sum(-1).float()[:, None, None, None]
+    n_keys = states.real.sum(-1).to(states.dtype)[:, None, None, None]
     overlap = torch.einsum("bqg,bhqk->bhgk", states.queries, keys)
     others = (keys.sum(dim=2)[:, :, None] - overlap) / n_keys
     chance = torch.cat([(1 / n_keys).expand(-1, others.shape[1], 2, 1), others], dim=-1)
@@ -146,7 +158,8 @@ def group_contents(seen: Seen, keys: Tensor, gram: Tensor) -> Float[Tensor, "bat
     """
     assert seen.value is not None
     norms = []
-    value, pattern = seen.value.float().transpose(1, 2), seen.pattern.float()
+    value, pattern = wide(seen.value).transpose(1, 2), wide(seen.pattern)
+    keys = keys.to(pattern.dtype)
     own = seen.own[..., None]
     masses = pattern @ keys - own * keys
     for group, mass in zip(keys.unbind(-1), masses.unbind(-1), strict=True):
@@ -164,5 +177,5 @@ def group_contents(seen: Seen, keys: Tensor, gram: Tensor) -> Float[Tensor, "bat
 def output_gram(m: HookedLoopMDM, layer: int) -> Float[Tensor, "head d_head d_head"]:
     """W_O W_O^T per head."""
     weight = m.model.output_weight(layer)
-    per_head = weight.float().T.unflatten(0, (m.cfg.n_heads, m.cfg.d_head))
+    per_head = wide(weight).T.unflatten(0, (m.cfg.n_heads, m.cfg.d_head))
     return per_head @ per_head.transpose(-1, -2)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from loopmdm.analysis.watch.groups import TOKEN_GROUPS, members
 from loopmdm.model.context import Context
 from loopmdm.model.errors import check_count
 from loopmdm.model.hooks.hooked import HookedLoopMDM
@@ -16,8 +17,6 @@ from loopmdm.model.hooks.scopes import AttnPath
 from loopmdm.model.layout import By, asked
 from loopmdm.model.precision import wide
 from loopmdm.model.sequences import MaskedBatch
-
-TOKEN_GROUPS = ("masked", "clean")
 
 
 def check_loops(m: HookedLoopMDM, n_loops: int | None) -> int:
@@ -27,8 +26,8 @@ def check_loops(m: HookedLoopMDM, n_loops: int | None) -> int:
 
 def token_groups(m: HookedLoopMDM, b: MaskedBatch, by: By = "holds") -> dict[str, Bool[Tensor, "batch pos"]]:
     """Real positions that hold (or predict) [MASK] and those that hold (or predict) a token."""
-    masked, real = asked(m.cfg.hidden(b.tokens), b.real, by)
-    return {"masked": masked & real, "clean": ~masked & real}
+    found = members(*asked(m.cfg.hidden(b.tokens), b.real, by))
+    return {group: found[group] for group in TOKEN_GROUPS}
 
 
 def group_mean(values: Float[Tensor, "batch pos"], member: Bool[Tensor, "batch pos"]) -> Float[Tensor, " batch"]:

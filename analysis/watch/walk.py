@@ -18,6 +18,7 @@ from loopmdm.analysis.watch.groups import Seen, States
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.layout import By
+from loopmdm.model.precision import check_logits, check_state
 from loopmdm.model.sequences import MaskedBatch, as_batch
 from loopmdm.model.sites import Filter, Site, at
 
@@ -53,7 +54,8 @@ def walk(
 ) -> None:
     """One forward of a batch; each application in `where` is shown to every reducer, queries grouped `by`.
 
-    Where no coda layer is, coda and unembedding are not run.
+    Where no coda layer is, coda and unembedding are not run. NotFiniteError for patterns, states or logits that
+    are not finite: to a reducer a NaN is a sequence without such queries.
     """
     states, values = States.of(m, b, by), {}
     for reducer in reducers:
@@ -65,6 +67,7 @@ def walk(
     def show(pattern: Tensor, hook: object) -> None:
         site = _site(hook)
         assert site.layer is not None
+        check_state(pattern.transpose(1, 2), states.real, f"{site.prefix}attn.hook_pattern")
         seen = Seen(site.prefix, site.layer, site.loop, pattern, values.pop(site.prefix, None), states)
         for reducer in reducers:
             reducer.see(seen)
@@ -73,11 +76,10 @@ def walk(
     if any(reducer.needs_values for reducer in reducers):
         hooks.append((where & at(leaf="v"), keep))
     with m.hooks(fwd_hooks=hooks):
+        for state, context in m.states(b.tokens, n_loops, b.attention_mask):
+            last = state, context
         if any(where.holds(Site(None, layer, "pattern")) for layer in m.cfg.layers("coda")):
-            m(b.tokens, n_loops=n_loops, attention_mask=b.attention_mask)
-            return
-        for _ in m.states(b.tokens, n_loops, b.attention_mask):
-            pass
+            check_logits(m.readout(*last, rows=states.real))
 
 
 def _site(hook: object) -> Site:

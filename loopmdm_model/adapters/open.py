@@ -41,14 +41,12 @@ def open_model(
     as `hook_model`.
     """
     dtype = None if dtype is None else floating(dtype)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(device)
+    place = check_device(device)
     if name in SPECIMENS:
         if revision or trust_remote_code:
             raise UsageError(f"{name} is pinned by its hash and brings no code; leave revision and trust out")
-        return _specimen(SPECIMENS[str(name)], torch.device(device), dtype, changes)
-    wanted = loading.Wanted(str(name).removeprefix(HUB), torch.device(device), dtype, revision, trust_remote_code)
+        return _specimen(SPECIMENS[str(name)], place, dtype, changes)
+    wanted = loading.Wanted(str(name).removeprefix(HUB), place, dtype, revision, trust_remote_code)
     config = {} if is_ours(name) else loading.config_of(wanted)
     if looks_like(config) is None and "family" not in changes:
         if changes or revision or trust_remote_code:
@@ -56,7 +54,7 @@ def open_model(
         if "/" not in str(name) and not Path(name).exists() and name not in list_runs():
             known = [*list_models(), *SPECIMENS]
             raise unknown_name("model", str(name), known, "A run folder or a hub id owner/name works too.")
-        return HookedLoopMDM.from_pretrained(name if is_ours(name) else wanted.name, device, dtype)
+        return HookedLoopMDM.from_pretrained(name if is_ours(name) else wanted.name, place, dtype)
     native, tokenizer, record = loading.load(wanted, config, changes.get("family"))
     m = hook_model(native, tokenizer=tokenizer, **changes)
     m.model_name = wanted.name.rstrip("/").rpartition("/")[2]

@@ -150,10 +150,10 @@ def masked_cross_entropy(logits: Tensor, batch: MaskedBatch) -> Float[Tensor, " 
 def row_cross_entropy(logits: Float[Tensor, "row d_vocab"], batch: MaskedBatch) -> Float[Tensor, " row"]:
     """Cross-entropies at the masked positions of a batch, in reading order, float64.
 
-    NotFiniteError if the logits say nothing.
+    NotFiniteError if the logits say nothing; UsageError if nobody knows what is hidden.
     """
     check_logits(logits)
-    return F.cross_entropy(wide(logits), batch.clean[batch.masked].long(), reduction="none").double()
+    return F.cross_entropy(wide(logits), batch.truth("a loss")[batch.masked].long(), reduction="none").double()
 
 
 def row_sums(values: Float[Tensor, "*loop row"], batch: MaskedBatch) -> Float[Tensor, "*loop batch"]:

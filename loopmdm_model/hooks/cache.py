@@ -9,6 +9,7 @@ from torch import Tensor
 
 from loopmdm.model import sites
 from loopmdm.model.errors import MissingAttribute, UnknownNameError, UsageError, unknown_name
+from loopmdm.model.network.checkpoints import check_device
 
 if TYPE_CHECKING:
     from transformer_lens import ActivationCache
@@ -141,8 +142,8 @@ class LoopCache(Mapping[str, Tensor]):
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "LoopCache":
         """A copy on another device or in another floating dtype."""
-        check_kept(dtype)
-        moved = {name: value.to(device, dtype, copy=True) for name, value in self.items()}
+        form = check_form(device, dtype)
+        moved = {name: value.to(*form, copy=True) for name, value in self.items()}
         return LoopCache(moved, self.owner, self.loops_used, self.tokens, self.has_batch_dim, self.token_loops)
 
     def unrolled(self) -> "ActivationCache":
@@ -161,6 +162,15 @@ def check_kept(dtype: torch.dtype | None) -> None:
         raise UsageError(f"activations are kept in a floating dtype of 16 bits or more, got dtype={dtype}")
 
 
+def check_form(device: Any, dtype: torch.dtype | None = None) -> "Form":
+    """Where and in which dtype activations are kept, checked; None: as they are."""
+    check_kept(dtype)
+    return None if device is None else check_device(device), dtype
+
+
+Form = tuple[torch.device | None, torch.dtype | None]
+
+
 @dataclass(frozen=True)
 class Keeper:
     """A hook that puts a copy of what it sees into a cache, as slice, place and dtype want it."""
@@ -169,7 +179,7 @@ class Keeper:
     suffix: str
     piece: "Slice"
     remove_batch_dim: bool
-    form: tuple[Any, torch.dtype | None]
+    form: Form
 
     reads_only = True
 

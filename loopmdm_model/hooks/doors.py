@@ -20,7 +20,7 @@ from loopmdm.model.hooks.depth import depth_of, stream_at
 from loopmdm.model.hooks.folded import FoldedWeights
 from loopmdm.model.hooks.points import LoopHooks
 from loopmdm.model.hooks.scopes import AttnPath, Call, check_path, untraced
-from loopmdm.model.hooks.text import TextEntries
+from loopmdm.model.hooks.text import TextEntries, as_ids
 from loopmdm.model.masking import MaskedBatch
 from loopmdm.model.network.checkpoints import RECORD, TOKENIZER, with_hash
 from loopmdm.model.network.model import LoopMDM
@@ -124,7 +124,7 @@ class Doors(FoldedWeights, TextEntries, LoopHooks):
         boards = self._boards(tokens)
         tokens = tokens if boards is None else boards
         if isinstance(tokens, np.ndarray | list | tuple) and len(tokens) and not isinstance(tokens[0], str):
-            tokens = _ids(tokens, self.device)
+            tokens = as_ids(tokens, self.device)
         if isinstance(tokens, Tensor) and tokens.ndim == 1:
             tokens, mask = tokens[None], mask if mask is None else mask.reshape(1, -1)
         return tokens, mask
@@ -133,10 +133,6 @@ class Doors(FoldedWeights, TextEntries, LoopHooks):
         """Token ids [batch, pos] of a text or several; shorter ones are padded with [PAD]. There is no BOS."""
         if prepend_bos:
             raise UsageError("there is no BOS token here; leave prepend_bos out")
-        try:
-            str(text).encode()
-        except UnicodeEncodeError as error:
-            raise UsageError(f"the text holds half a surrogate pair ({error}); decode it again") from error
         return super().to_tokens(text)
 
     def to_single_token(self, text: str) -> int:
@@ -167,13 +163,6 @@ class Doors(FoldedWeights, TextEntries, LoopHooks):
         if not found:
             raise UsageError(f"token {single_token!r} (id {wanted}) is not in the sequence")
         return found[0 if mode == "first" else -1]
-
-    def to_string(self, tokens: Tensor | list[int]) -> str | list[str]:
-        """Text of ids [pos], or a list of texts of ids [batch, pos]."""
-        ids = self._readable(tokens)
-        if ids.ndim not in (1, 2):
-            raise UsageError(f"to_string takes ids [pos] or [batch, pos], got {list(ids.shape)}; pick one step")
-        return super().to_string(ids)
 
     # --- answers ---
 
@@ -310,10 +299,3 @@ class LoopDoors(Doors):
             write_atomic(Path(folder) / TOKENIZER, lambda path: self.tokenizer.save(str(path)))
         if self.record:
             write_json(Path(folder) / RECORD, with_hash(Path(folder), self.record))
-
-
-def _ids(tokens: Any, device: torch.device | None) -> Tensor:
-    try:
-        return torch.as_tensor(tokens, device=device)
-    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        raise UsageError(f"ids must be integers in rows of one length; got {str(tokens)[:60]}") from error

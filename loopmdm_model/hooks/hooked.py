@@ -20,14 +20,14 @@ from loopmdm.model import sites
 from loopmdm.model.context import Context
 from loopmdm.model.corpora.tokenizer import load_tokenizer
 from loopmdm.model.errors import UsageError, check_count
-from loopmdm.model.hooks.cache import Keeper, LoopCache, check_kept
+from loopmdm.model.hooks.cache import Keeper, LoopCache, check_form, check_kept
 from loopmdm.model.hooks.doors import LoopDoors, in_dtype
 from loopmdm.model.hooks.points import LoopHooks
 from loopmdm.model.hooks.scopes import AttnPath, Call, Scope, check_path, untraced, warn_unfired
 from loopmdm.model.hooks.text import TextEntries
 from loopmdm.model.hooks.unrolled import UnrolledLoopMDM, unroll
 from loopmdm.model.layout import Facts
-from loopmdm.model.network.checkpoints import RECORD, TOKENIZER, check_device, read_record, resolve
+from loopmdm.model.network.checkpoints import EVALUATION, RECORD, TOKENIZER, read_record, resolve
 from loopmdm.model.network.config import LoopMDMConfig
 from loopmdm.model.network.model import LoopMDM
 from loopmdm.model.protocol import Core, LoopOutput
@@ -76,7 +76,7 @@ class LoopRuns(TextEntries, LoopHooks):
         layers = f"{cfg.n_prelude_layers} + {cfg.n_loop_layers} x S + {cfg.n_coda_layers} layers"
         parts = [layers, f"S_max = {cfg.max_loops}", f"d_model = {cfg.d_model}", f"{cfg.n_heads} heads"]
         parts.append(f"{self.model.n_parameters / 1e6:.2f} M parameters")
-        reached = self.record.get("evaluation", {})
+        reached = self.record.get(EVALUATION, {})
         if "bits_per_byte" in reached:
             parts.append(f"{reached['bits_per_byte']:.3f} bits per byte")
         elif "test_nelbo" in reached:
@@ -174,11 +174,9 @@ class LoopRuns(TextEntries, LoopHooks):
         dtype: torch.dtype | None = None,
     ) -> tuple[dict, list, list]:
         """One predicate pair that caches what `names_filter` chooses, also in loops born later."""
-        check_kept(dtype)
-        check_device(device)
         store: dict[str, Tensor] = {} if cache is None else cache
-        chosen, piece = self._filter(names_filter), Slice.unwrap(pos_slice)
-        kept = [Keeper(store, suffix, piece, remove_batch_dim, (device, dtype)) for suffix in ("", "_grad")]
+        chosen, piece, form = self._filter(names_filter), Slice.unwrap(pos_slice), check_form(device, dtype)
+        kept = [Keeper(store, suffix, piece, remove_batch_dim, form) for suffix in ("", "_grad")]
         return store, [(chosen, kept[0])], [(chosen, kept[1])] if incl_bwd else []
 
     def _filter(self, names_filter: Names, path: AttnPath | None = None) -> Callable[[str], bool]:

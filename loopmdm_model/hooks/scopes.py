@@ -88,12 +88,17 @@ def own_copy(point: HookPoint, x: Tensor) -> Tensor:
 
 
 class Listener:
-    """A scope's hooks at one site: forward ones are called, backward ones hang on a point of their own."""
+    """A scope's hooks at one site: forward ones are called, backward ones hang on a point of their own.
 
-    __slots__ = ("backward", "forward", "point")
+    Those with an attribute `hears_last` are called after the hooks of all scopes, inner ones included.
+    """
+
+    __slots__ = ("backward", "forward", "last", "point")
 
     def __init__(self, point: HookPoint, forward: list[Callable], backward: list[Callable]):
-        self.point, self.forward, self.backward = point, forward, None
+        self.point, self.backward = point, None
+        self.last = [hook for hook in forward if getattr(hook, "hears_last", False)]
+        self.forward = [hook for hook in forward if not getattr(hook, "hears_last", False)]
         if backward:
             self.backward = SitePoint()
             self.backward.name, self.backward.ctx = point.name, point.ctx
@@ -108,13 +113,21 @@ class Listener:
         return cls(point, *sides) if meant else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Run the hooks as a HookPoint would."""
-        for hook in self.forward:
+        """Run the hooks as a HookPoint would, but those that hear last."""
+        x = self._run(self.forward, x)
+        return x if self.backward is None else self.backward(x)
+
+    def end(self, x: Tensor) -> Tensor:
+        """Run those that hear last."""
+        return self._run(self.last, x)
+
+    def _run(self, hooks: list[Callable], x: Tensor) -> Tensor:
+        for hook in hooks:
             reads = getattr(hook, "reads_only", False)
             given = x if reads else own_copy(self.point, x)
             out = hook(given, hook=self.point)
             x = out if out is not None else x if reads else given
-        return x if self.backward is None else self.backward(x)
+        return x
 
 
 class Scope:
@@ -274,6 +287,9 @@ class HookTap(Tap):
             if name in listeners:
                 x = self._fire(point, listeners[name], x)
                 scope.fired.add(point.name or "")
+        for _, listeners in self.heard:
+            if name in listeners and listeners[name].last:
+                x = self._fire(point, listeners[name].end, x)
         return x
 
     def _fire(self, point: HookPoint, hooks: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -156,10 +156,7 @@ class TextEntries:
 
     def _readable(self, tokens: Any) -> Tensor:
         """Ids as a tensor; UsageError for what are none of this model's."""
-        try:
-            ids = torch.as_tensor(tokens)
-        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-            raise UsageError(f"ids must be integers in rows of one length; got {str(tokens)[:60]}") from error
+        ids = as_ids(tokens)
         check_data("ids", ids)
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise UsageError(f"ids must be integers, got {ids.dtype}")
@@ -169,12 +166,14 @@ class TextEntries:
             raise UsageError(f"token id {int(wrong[0])} is outside 0..{most}; use this model's own tokenizer")
         return ids
 
-    def to_string(self, tokens: Tensor) -> str | list[str]:
+    def to_string(self, tokens: Tensor | list[int]) -> str | list[str]:
         """Text of ids [pos], or a list of texts of ids [batch, pos]."""
-        tokens = self._readable(tokens)
-        if tokens.ndim == 1:
-            return self._text().decode(tokens.tolist(), skip_special_tokens=False)
-        return self._text().decode_batch(tokens.tolist(), skip_special_tokens=False)
+        ids = self._readable(tokens)
+        if ids.ndim not in (1, 2):
+            raise UsageError(f"to_string takes ids [pos] or [batch, pos], got {list(ids.shape)}; pick one step")
+        if ids.ndim == 1:
+            return self._text().decode(ids.tolist(), skip_special_tokens=False)
+        return self._text().decode_batch(ids.tolist(), skip_special_tokens=False)
 
     def mask(
         self,
@@ -188,7 +187,8 @@ class TextEntries:
         """Text in, MaskedBatch out: hide an exact share `ratio`, or each token with probability `t`.
 
         A Sudoku model also takes boards as people write them (`Board.read`). With neither `ratio` nor `t`, what
-        holds [MASK] already (a puzzle, ids, a text with gaps) is taken as it is: nobody knows what is hidden.
+        holds [MASK] already (a puzzle, ids, a text with gaps) is taken as it is: nobody knows what is hidden,
+        and what needs to know it says so.
         """
         as_it_is = ratio is None and t is None and maskable is None
         if as_it_is and self._has_gaps(text):
@@ -219,9 +219,28 @@ class TextEntries:
         return torch.isin(tokens, torch.tensor(sorted(self.special), device=tokens.device), invert=True)
 
 
+def as_ids(tokens: Any, device: torch.device | None = None) -> Tensor:
+    """A tensor of what may be ids; UsageError for what makes none."""
+    try:
+        return torch.as_tensor(tokens, device=device)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise UsageError(f"ids must be integers in rows of one length; got {str(tokens)[:60]}") from error
+
+
 def _texts(text: object, says: str) -> list[str]:
     """A text or several, as a list; UsageError with what is wanted."""
     texts = [text] if isinstance(text, str) else text
     if not texts or not isinstance(texts, list | tuple) or not all(isinstance(item, str) for item in texts):
         raise UsageError(says)
+    _check_whole(list(texts))
     return list(texts)
+
+
+def _check_whole(texts: list[str]) -> None:
+    """UsageError for half a surrogate pair, which no encoding has."""
+    for number, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            which = "the text" if len(texts) == 1 else f"text {number}"
+            raise UsageError(f"{which} holds half a surrogate pair ({error}); decode it again") from error

@@ -16,7 +16,7 @@ from transformer_lens.utilities import Slice
 
 from loopmdm.model import sites
 from loopmdm.model.errors import UnknownNameError, UsageError
-from loopmdm.model.hooks.cache import Keeper, LoopCache
+from loopmdm.model.hooks.cache import Keeper, LoopCache, check_form
 from loopmdm.model.hooks.depth import Relay, depth_of, stream_at
 from loopmdm.model.hooks.doors import Doors, Given, refuse
 from loopmdm.model.hooks.folded import BlockWeights, plain, weighted
@@ -240,7 +240,7 @@ class UnrolledLoopMDM(Doors):
         """As in TransformerLens; what is kept is a copy, and slices take the position axis of every leaf."""
         store: dict[str, Tensor] = {} if cache is None else cache
         piece, chosen = Slice.unwrap(pos_slice), self._chosen(names_filter)
-        kept = [Keeper(store, suffix, piece, remove_batch_dim, (device, None)) for suffix in ("", "_grad")]
+        kept = [Keeper(store, suffix, piece, remove_batch_dim, check_form(device)) for suffix in ("", "_grad")]
         forward, backward = ([(name, keeper) for name in chosen] for keeper in kept)
         return store, forward, backward if incl_bwd else []
 

@@ -24,6 +24,8 @@ WEIGHTS, CONFIG, TOKENIZER, RECORD, METRICS = (
 )
 WEIGHTS_HASH = "weights_sha256"
 """What the record calls the hash of the weights."""
+EVALUATION = "evaluation"
+"""What it calls what these weights reach."""
 
 
 def list_models() -> list[str]:
@@ -95,8 +97,12 @@ def model_hash(folder: Path) -> str:
 
 
 def with_hash(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record that holds the hash of the weights in `folder`."""
-    return {**record, WEIGHTS_HASH: sha256(need(folder, WEIGHTS))}
+    """A record that holds the hash of the weights in `folder`; what was measured on others goes."""
+    now = sha256(need(folder, WEIGHTS))
+    others = record.get(WEIGHTS_HASH, now) != now
+    return {key: value for key, value in record.items() if not (others and key == EVALUATION)} | {
+        WEIGHTS_HASH: now
+    }
 
 
 def check_hash(folder: Path) -> None:
@@ -110,10 +116,12 @@ def check_hash(folder: Path) -> None:
         )
 
 
-def check_device(device: Any) -> None:
-    """UsageError for a device that is none, or is not here."""
+def check_device(device: Any) -> torch.device:
+    """The device meant, "auto" being a GPU if there is one; UsageError for one that is none, or is not here."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:
         why = " ".join(str(error).split())
         raise UsageError(f"device {str(device)!r} cannot be used here ({why:.80}); take cpu") from error
@@ -145,19 +153,11 @@ def _check_names(path: Path, expected: Collection[str], found: Collection[str]) 
 
 
 def load_weights(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Read `model.safetensors`, strict on hash, names, shapes and kinds; converted to the expected dtypes."""
-    path = need(folder, WEIGHTS)
-    try:
-        found = load_file(path)
-    except SafetensorError as error:
-        raise UsageError(f"{path} is damaged or truncated ({error}); copy or train it again") from error
+    """Read `model.safetensors`, which passed `check_sizes`: strict on hash and kinds, in the expected dtypes."""
+    path = folder / WEIGHTS
     check_hash(folder)
-    _check_names(path, expected, found)
-    for name, tensor in expected.items():
-        if found[name].shape != tensor.shape:
-            raise UsageError(
-                f"{path}: {name} has shape {list(found[name].shape)}, {CONFIG} asks for {list(tensor.shape)}"
-            )
+    found = load_file(path)
+    for name in expected:
         check_weight(f"{path}: {name}", found[name])
     return {name: found[name].to(expected[name].dtype) for name in expected}
 
@@ -173,9 +173,15 @@ def check_weight(what: str, tensor: Tensor) -> None:
 def save_weights(
     folder: Path | str, cfg: LoopMDMConfig, state: Mapping[str, Tensor], dtype: torch.dtype | None = None
 ) -> None:
-    """Write weights and config into `folder`, each file atomically; tied weights are written once a name."""
+    """Write weights and config into `folder`, each file atomically; tied weights are written once a name.
+
+    A record that lies there gets their hash, and loses its evaluation if it was of other weights.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    record = read_record(folder) if (folder / RECORD).is_file() else None
+    if record is not None and (folder / WEIGHTS).is_file():
+        record = {WEIGHTS_HASH: sha256(folder / WEIGHTS)} | record
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
         whole = tensor.detach().to("cpu", dtype).contiguous()
@@ -185,8 +191,8 @@ def save_weights(
         tensors[name] = whole.clone() if tied else whole
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     write_atomic(folder / CONFIG, cfg.save)
-    if (folder / RECORD).is_file():  # of other weights until now
-        write_json(folder / RECORD, with_hash(folder, read_json(folder / RECORD)))
+    if record is not None:
+        write_json(folder / RECORD, with_hash(folder, record))
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -154,14 +154,14 @@ class LoopMDM(Core):
     @classmethod
     def from_pretrained(cls, name: Path | str, device: str | torch.device = "cpu") -> "LoopMDM":
         """Load a shipped name, a run folder or a hub id; strict on names and shapes; float32, eval mode."""
-        checkpoints.check_device(device)
+        place = checkpoints.check_device(device)
         folder = checkpoints.resolve(name)
         cfg = LoopMDMConfig.load(checkpoints.need(folder, "config.json"))
         with torch.device("meta"):
             checkpoints.check_sizes(folder, cls(cfg).state_dict())
         model = cls(cfg)
         model.load_state_dict(checkpoints.load_weights(folder, model.state_dict()))
-        return model.to(device).eval()
+        return model.to(place).eval()
 
 
 def _and_itself(allowed: Tensor, keys: Tensor | None) -> Tensor:

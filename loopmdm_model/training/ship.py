@@ -12,6 +12,7 @@ from loopmdm.model.corpora.tokenizer import load_tokenizer
 from loopmdm.model.diffusion.likelihood import nelbo
 from loopmdm.model.files import read_json_lines, write_json
 from loopmdm.model.network.checkpoints import (
+    EVALUATION,
     METRICS,
     RECORD,
     TOKENIZER,
@@ -35,7 +36,7 @@ def ship(run: Path, target: Path | None = None) -> Path:
     model.save_pretrained(home, dtype=torch.float16)
     for name in (TOKENIZER, METRICS):
         shutil.copyfile(need(run, name), home / name)
-    write_json(home / RECORD, with_hash(home, record) | {"evaluation": evaluate(home, record)})
+    write_json(home / RECORD, with_hash(home, record) | {EVALUATION: evaluate(home, record)})
     return home
 
 

@@ -134,7 +134,7 @@ WRONG = {
         "nll needs a model",
     ),
     "causal looping": (["training-free", LLAMA, "--text", OWN], UsageError, "needs a model with a"),
-    "no device": (["sample", BERT, "--device", "moon"], UsageError, "no device 'moon' here"),
+    "no device": (["sample", BERT, "--device", "moon"], UsageError, "device 'moon' cannot be used here"),
     "no dtype": (["report", BERT, "--dtype", "float3"], UsageError, 'as "bfloat16"'),
     "bad set": (["sample", BERT, "--set", "mask_token_id"], UsageError, "KEY=VALUE such as mask_token"),
     "unknown key": (["sample", BERT, "--set", "maks_token_id=3"], UsageError, "did you mean mask_token_id"),

@@ -104,7 +104,7 @@ def test_evaluations_of_others(places):
 def test_what_is_wrong_is_said_in_a_line(places):
     for how, said in (
         (BERT, "Bert has no test set of its own; give --text FILE, a sequence a line"),
-        (Access(device="nowhere"), "no device 'nowhere' here"),
+        (Access(device="nowhere"), "device 'nowhere' cannot be used here"),
         (Access(dtype="int8"), "as \"bfloat16\"; got 'int8'"),
         (Access(text=places / "none.txt", changes=BERT.changes), "none.txt is no file"),
         (Access(changes={"mask_tokn_id": 3}), "did you mean mask_token_id"),

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from loopmdm.analysis import read_loops
+from loopmdm.analysis.measures import Access
 from loopmdm.analysis.plots.attention import plot_mass_by_loop
 from loopmdm.analysis.plots.quality import plot_nll_by_loops
+from loopmdm.model.adapters import open_model
 from loopmdm.model.diffusion.likelihood import nelbo
 from loopmdm.model.diffusion.sampling import sample
 from loopmdm.model.errors import UsageError
@@ -105,9 +107,28 @@ def test_devices_that_are_not_here(hooked, batch, device):
     for ask in (
         lambda: LoopMDM.from_pretrained("markov-loop", device),
         lambda: HookedLoopMDM.from_pretrained("markov-loop", device),
+        lambda: open_model("markov-loop", device),
+        lambda: Access(device=device).open("markov-loop"),
         lambda: hooked.run_with_cache(batch.tokens, device=device),
+        lambda: hooked.run_with_cache(batch.tokens)[1].to(device),
+        lambda: hooked.unrolled(1).run_with_cache(batch.tokens, device=device),
     ):
-        refused("device .* cannot be used here", ask)
+        refused("device .* cannot be used here .*; take cpu", ask)
+
+
+def test_a_device_may_be_left_to_what_is_there(hooked, batch):
+    """Wherever a device is named, "auto" is a GPU if there is one."""
+    wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    for found in (
+        LoopMDM.from_pretrained("markov-loop", "auto").device,
+        HookedLoopMDM.from_pretrained("markov-loop", "auto").device,
+        open_model("markov-loop", "auto").device,
+        Access(device="auto").open("markov-loop").device,
+        hooked.run_with_cache(batch.tokens, device="auto")[1]["hook_embed"].device,
+        hooked.run_with_cache(batch.tokens)[1].to("auto")["hook_embed"].device,
+        hooked.unrolled(1).run_with_cache(batch.tokens, device="auto")[1]["hook_embed"].device,
+    ):
+        assert found.type == wanted
 
 
 @pytest.mark.parametrize("mask_id", [None, "a", 6.5, -1, 2**70])

@@ -24,6 +24,7 @@ from loopmdm.analysis.watch.groups import Seen, States
 from loopmdm.analysis.watch.walk import PlaceSums, summed
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.precision import wide, width
 from loopmdm.model.sequences import MaskedBatch, as_batch
 
 
@@ -36,7 +37,7 @@ class ChangeSums(PlaceSums):
         super().__init__(m, n_loops, by_head)
         if not m.cfg.layers("loop"):
             raise UsageError("the model has no looped layers, so no maps of successive loops; take a looped model")
-        self.rank = rank
+        self.rank, self._dtype = rank, width(m.model.dtype)
         self._before: dict[int, Float[Tensor, "head row key"]] = {}  # of masked queries, all sequences in turn
         self._rows: list[Tensor] = []
         self._ranks: dict[int, Tensor] = {}
@@ -48,7 +49,7 @@ class ChangeSums(PlaceSums):
         self._rows = [rows.nonzero()[:, 0] for rows in states.members[..., 0]]
         shape = self.m.cfg.n_heads, sum(len(rows) for rows in self._rows), states.real.shape[1]
         for layer in self.m.cfg.layers("loop"):
-            self._before[layer] = torch.zeros(shape, device=states.real.device)
+            self._before[layer] = torch.zeros(shape, dtype=self._dtype, device=states.real.device)
 
     def vectors(self, seen: Seen) -> Tensor | None:
         """[sequence, head, metric, 1]; each metric has its own gaps."""
@@ -72,7 +73,7 @@ class ChangeSums(PlaceSums):
         distances = []
         kept = self._before[seen.layer].split([len(rows) for rows in self._rows], dim=1)
         for one, rows, before in zip(seen.pattern, self._rows, kept, strict=True):
-            now = one.index_select(1, rows).float()  # [head, masked query, key]
+            now = wide(one.index_select(1, rows))  # [head, masked query, key]
             size = now.square().sum((1, 2)).sqrt()
             moved = (
                 before.sub_(now).square_().sum((1, 2)).sqrt() if seen.loop else torch.full_like(size, torch.nan)
@@ -101,7 +102,7 @@ def key_ranks(
     pattern: Float[Tensor, "batch head query key"], real: Tensor
 ) -> Float[Tensor, "batch head query key"]:  # fmt: skip
     """Rank of every key in its row, ties at their mean rank; padding takes the lowest ranks."""
-    rows = pattern.float().masked_fill(~real[:, None, None], -1.0)
+    rows = wide(pattern).masked_fill(~real[:, None, None], -1.0)
     ordered = rows.sort(dim=-1).values
     below = torch.searchsorted(ordered, rows.contiguous(), right=False)
     upto = torch.searchsorted(ordered, rows, right=True)

@@ -25,7 +25,7 @@ from loopmdm.analysis.measures.registry import Measure, plain
 from loopmdm.analysis.numbers.moments import Moments, propagated
 from loopmdm.analysis.watch.groups import (
     MASKED_OR_CLEAN,
-    QUERY_GROUPS,
+    TOKEN_GROUPS,
     KeyGroups,
     Seen,
     group_chances,
@@ -85,7 +85,7 @@ class AttentionSums(PlaceSums):
 
     def groups(self) -> dict[str, Sequence[str]]:
         """Query groups by key groups."""
-        return {"query_group": QUERY_GROUPS, "key_group": self.keys.all_names}
+        return {"query_group": TOKEN_GROUPS, "key_group": self.keys.all_names}
 
     def columns(self, moments: Moments) -> dict[str, np.ndarray]:
         """Columns [head, query group, key group]."""
@@ -146,7 +146,7 @@ class GroupTable:
         """Mass with self where query and key group agree, its error, and the lift of it."""
         mass, error, chance = self.mean("mass").copy(), self.error("mass").copy(), self.mean("chance").copy()
         one = np.ones(mass.shape[:-2])
-        for query, name in enumerate(QUERY_GROUPS):
+        for query, name in enumerate(TOKEN_GROUPS):
             key = self.names.index(name)
             mass[..., query, key] += mass[..., query, 0]
             chance[..., query, key] += chance[..., query, 0]
@@ -214,7 +214,7 @@ class NoGroups(AttentionSums):
 
     def vectors(self, seen: Seen) -> Tensor:
         """Nothing counts."""
-        shape = *seen.own.shape[:2], len(QUERY_GROUPS), 2 * len(self.keys.all_names)
+        shape = *seen.own.shape[:2], len(TOKEN_GROUPS), 2 * len(self.keys.all_names)
         return torch.full(shape, torch.nan)
 
 

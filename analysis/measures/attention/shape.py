@@ -19,11 +19,12 @@ from torch import Tensor
 
 from loopmdm.analysis.measures.registry import Measure, plain
 from loopmdm.analysis.numbers.moments import Moments
-from loopmdm.analysis.watch.groups import QUERY_GROUPS, Seen
+from loopmdm.analysis.watch.groups import TOKEN_GROUPS, Seen
 from loopmdm.analysis.watch.walk import PlaceSums, summed
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.information import entropy
 from loopmdm.model.layout import By, check_by
+from loopmdm.model.precision import wide
 from loopmdm.model.sequences import MaskedBatch, as_batch
 
 METRICS = ("entropy", "distance", "concentration")
@@ -36,9 +37,9 @@ class ShapeSums(PlaceSums):
     def vectors(self, seen: Seen) -> Tensor:
         """[sequence, head, query group, metric and null]."""
         entropy, distance = _rows(seen.pattern)
-        real = seen.states.real.float()
+        real = seen.states.real.to(entropy.dtype)
         lengths = real.sum(-1)
-        apart = _distances(real.shape[1], real.device)
+        apart = _distances(real.shape[1], real.device).to(real.dtype)
         uniform = (real @ apart / lengths[:, None])[:, None].expand_as(entropy)
         log_length = lengths.log()[:, None, None].expand_as(entropy)
         concentration = seen.received.amax(-1).masked_fill(seen.states.empty[:, None], float("nan"))
@@ -49,7 +50,7 @@ class ShapeSums(PlaceSums):
 
     def groups(self) -> dict[str, Sequence[str]]:
         """Query groups."""
-        return {"query_group": QUERY_GROUPS}
+        return {"query_group": TOKEN_GROUPS}
 
     def columns(self, moments: Moments) -> dict[str, np.ndarray]:
         """Columns [head, query group]."""
@@ -71,7 +72,7 @@ def _rows(pattern: Tensor) -> tuple[Tensor, Tensor]:
     apart = _distances(pattern.shape[-1], pattern.device)
     entropies, distances = [], []
     for one in pattern:
-        rows = one.float()
+        rows = wide(one)
         entropies.append(entropy(rows.log(), rows))
         distances.append((rows * apart).sum(-1))
     return torch.stack(entropies), torch.stack(distances)

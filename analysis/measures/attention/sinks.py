@@ -22,7 +22,7 @@ from torch import Tensor
 
 from loopmdm.analysis.measures.attention.masses import AttentionSums
 from loopmdm.analysis.measures.registry import Measure, plain
-from loopmdm.analysis.watch.groups import QUERY_GROUPS, KeyGroups, Seen, States
+from loopmdm.analysis.watch.groups import TOKEN_GROUPS, KeyGroups, Seen, States
 from loopmdm.analysis.watch.walk import walk
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.hooks.hooked import HookedLoopMDM
@@ -197,7 +197,7 @@ def _numbers(sums: AttentionSums, halves_sinks: list[Sinks]) -> np.ndarray:
     for prefix in sums.moments:
         counts = torch.stack([s.places[prefix].any(-1).sum(-1).double() for s in halves_sinks]).mean(0)
         counts = counts if sums.by_head else counts.mean(0, keepdim=True)
-        columns.append(np.repeat(counts.numpy(), len(QUERY_GROUPS) * len(sums.keys.all_names)))
+        columns.append(np.repeat(counts.numpy(), len(TOKEN_GROUPS) * len(sums.keys.all_names)))
     return np.concatenate(columns)
 
 

@@ -29,6 +29,7 @@ from loopmdm.analysis.watch.groups import Seen, States
 from loopmdm.analysis.watch.walk import EVERYWHERE, PlaceSums, walk
 from loopmdm.model.errors import check_count, check_seed
 from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.precision import wide
 from loopmdm.model.randomness import row_uniforms
 from loopmdm.model.sequences import MaskedBatch, as_batch
 from loopmdm.model.sites import Filter
@@ -42,8 +43,7 @@ class Columns:
     def __init__(self, drawn: Int[Tensor, "batch draw"], masked: Bool[Tensor, "batch pos"]):
         self.drawn = drawn
         position = torch.arange(masked.shape[1], device=masked.device)
-        weights = (masked[:, :, None] & (position[:, None] != drawn[:, None])).float()
-        self.weights = weights / weights.sum(1, keepdim=True)  # without other masked queries: NaN
+        self.queries = masked[:, :, None] & (position[:, None] != drawn[:, None])
         self.found: dict[str, Float[Tensor, "batch head draw"]] = {}
 
     def begin(self, states: States) -> None:
@@ -52,8 +52,10 @@ class Columns:
     def see(self, seen: Seen) -> None:
         """Keep the columns of one application."""
         index = self.drawn[:, None, None].expand(*seen.pattern.shape[:3], -1)
-        attention = seen.pattern.gather(-1, index).float()
-        self.found[seen.prefix] = torch.einsum("bhqd,bqd->bhd", attention, self.weights)
+        attention = wide(seen.pattern.gather(-1, index))
+        weights = self.queries.to(attention.dtype)
+        weights = weights / weights.sum(1, keepdim=True)  # without other masked queries: NaN
+        self.found[seen.prefix] = torch.einsum("bhqd,bqd->bhd", attention, weights)
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def _flip(
     at = torch.arange(len(b), device=position.device), position
     masked = b.masked.clone()
     masked[at] = masked[at] ^ known
-    tokens = b.clean.masked_fill(masked, m.cfg.mask_token_id)
+    tokens = b.truth("attention_toggle").masked_fill(masked, m.cfg.mask_token_id)
     return MaskedBatch(tokens, b.clean, masked, None, b.attention_mask)
 
 

@@ -6,7 +6,7 @@ with less the loss without, at S = n_loops, paired by sequence and mask; above 0
 
     kind       cut: attention to the edges is forbidden, their mass goes to the other keys
                resample: keys hand on another sequence's values under the same mask; pattern, mass, scale are kept
-               mean: the mean of such values over `n_draws` other sequences
+               mean: the mean of such values over `n_draws` draws of other sequences
     edges      masked->masked; clean->masked (a relay's first half); any->masked (both: masked keys are hidden from
                all other queries); masked->clean. By relation on boards. A random share: dose and response.
     side       within, outside: random ones of these edges, and of all others of the same queries, with equal mass:
@@ -16,7 +16,8 @@ with less the loss without, at S = n_loops, paired by sequence and mask; above 0
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from itertools import chain
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -67,8 +68,8 @@ class Arm:
 class Trial:
     """How arms are tried: in loops `first` .. n_loops - 1 (None: S_max), masks, draws, seed.
 
-    `n_draws`: of cut edges of equal mass, and of sequences in a mean; `n_resamples`: of resampled values, and of
-    the edges of equal mass that get other values. Random shares are drawn once: every sequence has its own edges.
+    `n_draws`: of cut edges of equal mass, and of other sequences in a mean; `n_resamples`: of resampled values,
+    and of edges of equal mass that get other values. Shares are drawn once: each sequence has its own edges.
     """
 
     n_loops: int | None = None
@@ -99,12 +100,12 @@ class Trial:
         return n_loops
 
 
-def standard_arms(m: HookedLoopMDM) -> list[Arm]:
-    """Every kind on: the four groups; of masked->masked both sides, shares and, on a board, relations."""
+def standard_arms(m: HookedLoopMDM, kinds: Sequence[str] = KINDS) -> list[Arm]:
+    """Each of `kinds` on: the four groups; of masked->masked both sides, shares and, on a board, relations."""
     relations = RELATIONS if board_of_model(m.cfg) else ()
     chosen = [EdgeSet(groups) for groups in GROUPS] + [EdgeSet(side=side) for side in ("within", "outside")]
     chosen += [EdgeSet(share=share) for share in SHARES] + [EdgeSet(relation=name) for name in relations]
-    return [Arm(kind, edges) for edges in chosen for kind in KINDS]
+    return [Arm(kind, edges) for edges in chosen for kind in cast(Sequence[Kind], kinds)]
 
 
 @torch.no_grad()
@@ -139,7 +140,6 @@ class _Study:
         self.intact, self.once = np.full((2, trial.n_bins, n), np.nan)
         self.sets = list(dict.fromkeys(arm.edges for arm in arms))
         self.mass = {edges: np.full(trial.n_bins, np.nan) for edges in self.sets}
-        self.needs_values = any(arm.kind != "cut" for arm in arms)
         self.start: dict[int, tuple[Tensor, Context]] = {}
 
     # --- running ---
@@ -161,11 +161,10 @@ class _Study:
     def act(self, place: int, batch: MaskedBatch) -> None:
         """All arms, from the intact states on."""
         for start, part in batch.batches(self.trial.batch_size):
-            given = self._values(place, start, part) if self.needs_values else []
-            mean = mean_values(given) if any(arm.kind == "mean" for arm in self.arms) else {}
+            given, mean = self._values(place, start, part)
             for arm in self.arms:
                 for number in range(self.trial.draws_of(arm)):
-                    values = mean if arm.kind == "mean" else given[number] if given else {}
+                    values = given[number] if arm.kind == "resample" else mean
                     with self._intervening(arm, self._draw(place, number, start), values):
                         found = self._onward(start, part)
                     self.losses[arm][place, number, start : start + len(part)] = found
@@ -194,16 +193,22 @@ class _Study:
             return cut(self.m, choose, self._loops)
         return replace_values(self.m, values, choose, self._loops)
 
-    def _values(self, place: int, start: int, part: MaskedBatch) -> list[Values]:
-        """Of `n_draws` other sequences each, under the masks of `part`."""
-        found = []
-        for number in range(self.trial.n_draws):
-            other = donors(self.sequences, self.trial.seed, place * self.trial.n_draws + number)
-            clean = self.sequences.tokens[torch.from_numpy(other[start : start + len(part)])]
-            tokens = clean.masked_fill(part.masked, self.m.cfg.mask_token_id)
-            with self.m.attention_path("eager"):
-                found.append(record_values(self.m, tokens, self.n_loops, part.attention_mask))
-        return found
+    def _values(self, place: int, start: int, part: MaskedBatch) -> tuple[list[Values], Values]:
+        """Those that arms feed one by one, and the mean of `n_draws`; what no arm asks for is not run."""
+        single = max((self.trial.draws_of(arm) for arm in self.arms if arm.kind == "resample"), default=0)
+        given = [self._of_others(place, number, start, part) for number in range(single)]
+        if not any(arm.kind == "mean" for arm in self.arms):
+            return given, {}
+        rest = (self._of_others(place, number, start, part) for number in range(single, self.trial.n_draws))
+        return given, mean_values(chain(given, rest))
+
+    def _of_others(self, place: int, number: int, start: int, part: MaskedBatch) -> Values:
+        """One other sequence's values each, under the masks of `part`."""
+        other = donors(self.sequences, self.trial.seed, place * self.trial.n_draws + number)
+        clean = self.sequences.tokens[torch.from_numpy(other[start : start + len(part)])]
+        tokens = clean.masked_fill(part.masked, self.m.cfg.mask_token_id)
+        with self.m.attention_path("eager"):
+            return record_values(self.m, tokens, self.n_loops, part.attention_mask, self._loops)
 
     def _weighing(self, weights: dict, draw: Draw) -> AbstractContextManager:
         pairs = [(choice(self.m, edges, draw), edges, found) for edges, found in weights.items()]
@@ -299,10 +304,12 @@ def mean_over_draws(
     return float(mean), float(np.sqrt(error**2 + shared / draws)), float(np.sqrt(spread)), int(n)
 
 
-def of_case(case: Case, n_draws: int = 10, n_resamples: int = 2) -> pd.DataFrame:
+def of_case(case: Case, n_draws: int = 10, n_resamples: int = 2, kinds: tuple[str, ...] = KINDS) -> pd.DataFrame:
     """What edges carry in nats, by mask ratio: cuts, resample and mean ablation, controls; loop 0 intact."""
+    if not kinds:
+        raise UsageError(f"kinds is empty; name some of {', '.join(KINDS)}")
     trial = Trial(case.n_loops, n_draws=n_draws, n_resamples=n_resamples, seed=case.seed)
-    return causal_effects(case.m, case.sequences, trial=trial)
+    return causal_effects(case.m, case.sequences, standard_arms(case.m, kinds), trial)
 
 
 MEASURES = (

@@ -17,7 +17,7 @@ from loopmdm.analysis.measures.interventions.places import (
     several,
 )
 from loopmdm.analysis.measures.interventions.selections import Choose
-from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.errors import UsageError, check_count, check_number
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 
 Group = Literal["masked", "clean"]
@@ -129,8 +129,7 @@ def freeze(m: HookedLoopMDM, group: Group = "clean", loops: Loops = None) -> Ite
 @contextmanager
 def damp(m: HookedLoopMDM, strength: float, loops: Loops = None) -> Iterator[HookedLoopMDM]:
     """H(i) = H(i-1) + strength x what the loop adds; 1 changes nothing, 1/K makes K loops one step in length."""
-    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength < float("inf"):
-        raise UsageError(f"strength must be a positive number, got {strength!r}")
+    check_number("strength", strength, 0, above=True)
     with _between(m, loops, lambda before, after: before + strength * (after - before)):
         yield m
 

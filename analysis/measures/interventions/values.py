@@ -5,7 +5,7 @@
 Resample ablation takes w from another sequence under the same mask, mean ablation the mean of several such.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,32 +19,46 @@ from loopmdm.analysis.measures.interventions.places import Chosen, Loops, applic
 from loopmdm.analysis.measures.interventions.selections import Choose
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.precision import wide
 from loopmdm.model.randomness import row_uniforms
 from loopmdm.model.sequences import Sequences
 
 Values = dict[tuple[int, int], Tensor]
 """By (loop, looped layer): what the keys hand on, [batch, pos, head, d_head]."""
+VALUE, PATTERN, REPLACED = "values: value", "values: pattern", "values: edges, and what they hand on"
+"""Notes of the layer that runs, shared by nested blocks."""
 
 
 @torch.no_grad()
 def record_values(
-    m: HookedLoopMDM, tokens: Int[Tensor, "batch pos"], n_loops: int, attention_mask: Tensor | None = None
+    m: HookedLoopMDM,
+    tokens: Int[Tensor, "batch pos"],
+    n_loops: int,
+    attention_mask: Tensor | None = None,
+    loops: Loops = None,
 ) -> Values:
-    """The values of the looped layers in every loop of one run; under the open contexts, if there are any."""
+    """The values of the looped layers in the chosen loops (default: every) of one run; under the open contexts."""
     found: Values = {}
 
     def keep(value: Tensor, hook: Any) -> None:
         found[hook.loop(), hook.layer()] = value.clone()
 
-    with m.hooks([(applications(m.cfg, None, None, "v"), keep)]):
+    with m.hooks([(applications(m.cfg, loops, None, "v"), keep)]):
         for _ in m.states(tokens, n_loops, attention_mask):
             pass
     return found
 
 
-def mean_values(several: Sequence[Values]) -> Values:
-    """Their mean, place by place."""
-    return {place: torch.stack([values[place] for values in several]).mean(0) for place in several[0]}
+def mean_values(several: Iterable[Values]) -> Values:
+    """Their mean, place by place; of an iterator no more than two runs and the sum are held."""
+    total: Values = {}
+    number, dtype = 0, torch.float32
+    for values in several:
+        number, dtype = number + 1, next(iter(values.values())).dtype
+        total = {place: total[place] + wide(v) if total else wide(v) for place, v in values.items()}
+    if not number:
+        raise UsageError("a mean of values needs one run at least; give record_values of some")
+    return {place: (value / number).to(dtype) for place, value in total.items()}
 
 
 @contextmanager
@@ -57,28 +71,34 @@ def replace_values(
 ) -> Iterator[HookedLoopMDM]:
     """Along the edges `what` keys hand on `values` (`record_values` of as many sequences) in place of their own.
 
-    Attention is explicit in all layers, as under `cut`: cut(m, "none") is what it is compared with. UsageError
-    where a loop runs of which no values are there.
+    Attention is explicit in all layers, as under `cut`: cut(m, "none") is what it is compared with. Blocks nest in
+    any order: values and patterns are what all of them made, and where two replace values along an edge, the inner
+    one does. UsageError where a loop runs of which no values are there.
     """
     places = {leaf: applications(m.cfg, loops, None, leaf) for leaf in ("v", "pattern", "z")}
     chosen = several("head", heads, m.cfg.n_heads)
     if isinstance(what, str):
         check_edges(what)
 
-    def keep(value: Tensor, hook: Any) -> None:  # noqa: ARG001
-        m.call.notes[keep] = value
+    def keep(value: Tensor, hook: Any) -> None:
+        if (other := _there(values, hook)).shape != value.shape:
+            raise UsageError(f"the values have shape {list(other.shape)}, the run's {list(value.shape)}")
+        m.call.notes[VALUE] = value
 
-    def weigh(pattern: Tensor, hook: Any) -> None:  # noqa: ARG001
+    def weigh(pattern: Tensor, hook: Any) -> None:
         context = m.context
         found = edges(context, what)[:, None] if isinstance(what, str) else what(pattern, context)
-        m.call.notes[weigh] = pattern * in_heads(found, chosen, m.cfg.n_heads)
+        found = in_heads(found, chosen, m.cfg.n_heads)
+        before = [(on & ~found, other) for on, other in m.call.notes.get(REPLACED, ())]
+        m.call.notes |= {PATTERN: pattern, REPLACED: [*before, (found, _there(values, hook))]}
 
-    def add(z: Tensor, hook: Any) -> Tensor:
-        other, own = _there(values, hook), m.call.notes[keep]
-        if other.shape != own.shape:
-            raise UsageError(f"the values have shape {list(other.shape)}, the run's {list(own.shape)}")
-        return z + torch.einsum("bhqk,bkhd->bqhd", m.call.notes[weigh], other - own)
+    def add(z: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        notes = m.call.notes
+        for on, other in notes.pop(REPLACED, ()):  # of all blocks, by the outermost
+            z = z + torch.einsum("bhqk,bkhd->bqhd", notes[PATTERN] * on, other - notes[VALUE])
+        return z
 
+    keep.hears_last = weigh.hears_last = True  # pyright: ignore[reportFunctionMemberAccess]
     with m.attention_path("eager"), m.hooks([(places["v"], keep), (places["pattern"], weigh), (places["z"], add)]):
         yield m
 
@@ -90,6 +110,9 @@ def _there(values: Values, hook: Any) -> Tensor:
     return values[place]
 
 
+CUT_ALONE = 'cut edges only, with kinds=["cut"] or arms of kind "cut"'
+
+
 def donors(sequences: Sequences, seed: int, draw: int) -> Int[np.ndarray, " batch"]:
     """For each sequence the number of another one, of another document where several share one, at random.
 
@@ -99,10 +122,12 @@ def donors(sequences: Sequences, seed: int, draw: int) -> Int[np.ndarray, " batc
     if sequences.real is not None or not bool((allowed == allowed[:1]).all()):
         raise UsageError(
             "values of another sequence need sequences that may be masked at the same positions, without padding; "
-            'these differ: use arms of kind "cut"'
+            f"these differ: {CUT_ALONE}"
         )
     others = [np.flatnonzero(owners != owner) for owner in owners]
     if not all(map(len, others)):
-        raise UsageError("values of another sequence need sequences of two documents at least, got one")
+        raise UsageError(
+            f"values of another sequence need sequences of two documents at least, got one: {CUT_ALONE}"
+        )
     place = row_uniforms(seed, "donors", len(owners), 1, step=draw)[:, 0].numpy()
     return np.array([some[int(u * len(some))] for some, u in zip(others, place, strict=True)])

@@ -25,7 +25,8 @@ from torch import Tensor
 from loopmdm.analysis.measures.registry import Measure, plain
 from loopmdm.analysis.measures.representation.lenses import LENSES, read, readout_metrics
 from loopmdm.analysis.numbers import stats
-from loopmdm.analysis.watch.states import TOKEN_GROUPS, check_loops, group_mean, row_mean, token_groups, walk
+from loopmdm.analysis.watch.groups import TOKEN_GROUPS
+from loopmdm.analysis.watch.states import check_loops, group_mean, row_mean, token_groups, walk
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.information import kl
 from loopmdm.model.layout import By, check_by
@@ -64,7 +65,7 @@ def _last_readouts(m: HookedLoopMDM, b: MaskedBatch, n_loops: int, masked: Tenso
 def _batch_metrics(m: HookedLoopMDM, b: MaskedBatch, n_loops: int, by: By) -> Rows:
     """Per-sequence means [batch] by (loop, token group, metric, lens); NaN where a group is empty."""
     groups, masked, rows = token_groups(m, b, by), token_groups(m, b)["masked"], {}
-    clean, last = b.clean[masked], _last_readouts(m, b, n_loops, masked)
+    clean, last = b.clean.masked_fill(b.unknown, -1)[masked], _last_readouts(m, b, n_loops, masked)
     before = previous = None
     reads: dict[str, Tensor] = {}
     for loop, state, context in walk(m, b, n_loops):
@@ -97,7 +98,8 @@ def representation_change(
     Read-out metrics exist for masked positions only; `lens` is "coda", "direct" (metric "direct_..") or "" for
     metrics of the state. Errors are over sequences, or over `clusters` [batch] of them. A group without members
     is NaN with n = 0. In a shifted model `by="predicts"` groups states by the token that they predict; read-outs
-    are those of masked tokens either way.
+    are those of masked tokens either way. p_true and accuracy leave out sequences of which nobody knows what is
+    hidden.
     """
     check_by(m.facts, by, "representation_change")
     b, n_loops = as_batch("representation_change", b, clusters), check_loops(m, n_loops)

@@ -25,7 +25,8 @@ from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.registry import Measure
 from loopmdm.analysis.measures.representation.fixed_points import FLOOR
 from loopmdm.analysis.numbers import stats
-from loopmdm.analysis.watch.states import TOKEN_GROUPS, check_loops, group_mean, token_groups, walk
+from loopmdm.analysis.watch.groups import TOKEN_GROUPS
+from loopmdm.analysis.watch.states import check_loops, group_mean, token_groups, walk
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.sequences import MaskedBatch, as_batch
@@ -76,7 +77,7 @@ def verdict(relative: tuple[float, float], steps: tuple[float, float], margin: f
 def _changes(m: HookedLoopMDM, b: MaskedBatch, n_loops: int) -> Tensor:
     """Per-sequence means [group, metric, batch, loop]."""
     groups = token_groups(m, b)
-    out = torch.empty(len(TOKEN_GROUPS), len(METRICS), len(b), n_loops)
+    out = torch.empty(len(TOKEN_GROUPS), len(METRICS), len(b), n_loops, dtype=torch.float64)
     previous = None
     for loop, state, _ in walk(m, b, n_loops):
         if previous is not None:

@@ -18,7 +18,7 @@ from loopmdm.model.context import Context
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.information import entropy, kl
-from loopmdm.model.precision import wide
+from loopmdm.model.precision import check_logits, wide
 from loopmdm.model.stopping.rules import Lens
 
 LENSES: tuple[Lens, ...] = get_args(Lens)
@@ -33,11 +33,15 @@ def check_lens(lens: str) -> None:
 def read(
     m: HookedLoopMDM, state: Tensor, context: Context, lens: Lens, rows: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, "row d_vocab"]:
-    """Log-probabilities at the positions `rows`, in reading order, float32 or wider; [MASK] has -inf."""
+    """Log-probabilities at the positions `rows`, in reading order, float32 or wider; [MASK] has -inf.
+
+    NotFiniteError if the logits say nothing.
+    """
     state = state.to(m.model.dtype)
     if not bool(rows.any()):
         return torch.zeros(0, m.cfg.d_vocab, device=state.device)
     logits = m.readout(state, context, rows=rows) if lens == "coda" else m.model.unembedding(state, rows=rows)
+    check_logits(logits)
     return wide(logits).log_softmax(-1)
 
 
@@ -46,13 +50,17 @@ def readout_metrics(
     previous: Float[Tensor, "*row d_vocab"] | None,
     clean: Int[Tensor, "*row"],
 ) -> dict[str, Float[Tensor, "*row"]]:
-    """Metrics of one read-out, against the one before if there is one."""
-    top = log_probs.argmax(-1)
+    """Metrics of one read-out, against the one before if there is one.
+
+    Where `clean` is below 0 nobody knows the true token: p_true and accuracy are NaN.
+    """
+    top, unknown = log_probs.argmax(-1), clean < 0
     metrics = {
         "entropy": entropy(log_probs),
-        "p_true": log_probs.gather(-1, clean[..., None].long())[..., 0].exp(),
+        "p_true": log_probs.gather(-1, clean[..., None].long().clamp(min=0))[..., 0].exp(),
         "accuracy": (top == clean).float(),
     }
+    metrics |= {name: metrics[name].masked_fill(unknown, float("nan")) for name in ("p_true", "accuracy")}
     if previous is not None:
         metrics["kl_previous"] = kl(log_probs, previous)
         metrics["top1_flips"] = (top != previous.argmax(-1)).float()

@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from loopmdm.analysis.measures.registry import Measure, plain
-from loopmdm.analysis.watch.states import TOKEN_GROUPS, check_loops, token_groups, walk
+from loopmdm.analysis.watch.groups import TOKEN_GROUPS
+from loopmdm.analysis.watch.states import check_loops, token_groups, walk
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.sequences import MaskedBatch, as_batch

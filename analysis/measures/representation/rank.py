@@ -24,7 +24,8 @@ from loopmdm.analysis.measures.representation.moments import (
     group_states,
 )
 from loopmdm.analysis.numbers import stats
-from loopmdm.analysis.watch.states import TOKEN_GROUPS, check_loops
+from loopmdm.analysis.watch.groups import TOKEN_GROUPS
+from loopmdm.analysis.watch.states import check_loops
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.information import entropy
 from loopmdm.model.sequences import MaskedBatch, as_batch

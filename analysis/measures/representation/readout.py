@@ -30,12 +30,13 @@ def read_loops(m: HookedLoopMDM, b: MaskedBatch, n_loops: int | None = None, len
 
     Columns: sequence position loop masked true top1 (token pieces, ids without a tokenizer) true_id
     top1_id p_top1 p_true entropy (nats) correct flipped (best token differs from the loop before) lens.
+    UsageError where nobody knows what is hidden; `explore(cache)` shows what loops answer without it.
     """
     b, n_loops = as_batch("read_loops", b), check_loops(m, n_loops)
     check_lens(lens)
     real = b.real
     sequence, position = (index.cpu() for index in torch.nonzero(real, as_tuple=True))
-    clean, frames, before = b.clean[real], [], None
+    clean, frames, before = b.truth("read_loops")[real], [], None
     for loop, (state, context) in enumerate(m.states(b.tokens, n_loops, b.attention_mask)):
         log_probs = read(m, state, context, lens, real)
         metrics = readout_metrics(log_probs, None, clean)

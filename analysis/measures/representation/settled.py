@@ -58,7 +58,7 @@ def settled_loops(
     """One row a hidden position: n_loops mask_ratio lens sequence position final_id correct, and
 
     appears settled first_right right_settled (0-based loops). `correct`: the final answer is the true token.
-    UsageError if nothing is masked.
+    UsageError if nothing is masked, or nobody knows what is.
     """
     b, n_loops = as_batch("settled_loops", b), check_loops(m, n_loops)
     check_lens(lens)
@@ -68,7 +68,7 @@ def settled_loops(
         states = m.states(part.tokens, n_loops, part.attention_mask)
         answers = torch.stack([read(m, state, context, lens, masked).argmax(-1) for state, context in states])
         sequence, position = masked.nonzero().cpu().numpy().T
-        truth = part.clean[masked]
+        truth = part.truth("settled_loops")[masked]
         columns = {"sequence": start + sequence, "position": position, "final_id": answers[-1].cpu().numpy()}
         columns |= {"correct": (answers[-1] == truth).cpu().numpy()} | first_loops(answers, truth)
         frames.append(pd.DataFrame(columns))

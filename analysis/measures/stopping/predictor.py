@@ -54,10 +54,9 @@ class DirectEntropy(StoppingRule):
 
     def _spread(self, view: LoopView, number) -> Tensor:
         rows = self.group(view.masked, view.real)
-        values = torch.full(rows.shape, float("nan"), device=rows.device)
         assert view.read is not None
-        values[rows] = number(view.read("direct", rows))
-        return values
+        found = number(view.read("direct", rows))
+        return found.new_full(rows.shape, float("nan")).masked_scatter(rows, found)
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class DirectBest(DirectEntropy):
 
     def values(self, view: LoopView) -> Tensor:
         """Per position of the group, NaN elsewhere."""
-        return self._spread(view, lambda logits: logits.float().softmax(-1).amax(-1))
+        return self._spread(view, lambda logits: wide(logits).softmax(-1).amax(-1))
 
 
 def feature_rules(max_loops: int) -> list[StoppingRule]:

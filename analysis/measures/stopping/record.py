@@ -19,6 +19,7 @@ from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.information import entropy, kl
 from loopmdm.model.layout import Facts, asked
 from loopmdm.model.network.config import LoopMDMConfig
+from loopmdm.model.precision import wide, width
 from loopmdm.model.protocol import LoopedModel, core_of
 from loopmdm.model.sequences import MaskedBatch, Sequences, as_batch
 from loopmdm.model.stopping.halting import spread_change
@@ -218,7 +219,7 @@ class _Recorder:
         self, rules: dict[str, StoppingRule], part: MaskedBatch, read: Callable[[Tensor], Tensor], facts: Facts
     ):
         self.rules, self.part, self.read = rules, part, read
-        clean = part.clean.roll(-1, 1) if facts.causal else part.clean
+        clean = part.clean.roll(-1, 1) if facts.causal else part.truth("a record of losses")
         self.truth = clean[part.masked]
         self.losses: list[Tensor] = []
         self.correct: list[Tensor] = []
@@ -242,14 +243,15 @@ class _Recorder:
             value = self._lens(name, rule, view, last) if isinstance(rule, LensRule) else rule.criterion(view)
             if value is None:
                 value = torch.full((len(masked),), float("nan"))
-            self.criteria[name].append(value.float())
+            self.criteria[name].append(wide(value))
 
     def _lens(self, name: str, rule: LensRule, view: LoopView, last: dict[str, "Answers"]) -> Tensor:
         rows = rule.group(view.masked, view.real)
         if type(rule) in SHARED and torch.equal(rows, self.part.masked):
             values = torch.full(rows.shape, float("nan"), device=rows.device)
             if last:
-                values[rows] = SHARED[type(rule)](self.answers[rule.lens], last[rule.lens])
+                found = SHARED[type(rule)](self.answers[rule.lens], last[rule.lens])
+                values = values.to(found.dtype).masked_scatter(rows, found)
             return rule.reduce(values, rows)
         assert view.read is not None
         reading, before = rule.read(view.read(rule.lens, rows)), self.before[name]
@@ -278,11 +280,11 @@ class Answers:
     def of(cls, logits: Float[Tensor, "row d_vocab"], before: "Answers | None") -> "Answers":
         """From logits, as the rules would compute it, block by block of rows."""
         size = max(1, BLOCK // logits.shape[-1])
-        log_probs = torch.empty_like(logits, dtype=torch.float32)
+        log_probs = torch.empty_like(logits, dtype=width(logits.dtype))
         parts = []
         for start in range(0, len(logits), size):
             span = slice(start, start + size)
-            block = logits[span].float().log_softmax(-1)
+            block = wide(logits[span]).log_softmax(-1)
             log_probs[span], p = block, block.exp()
             divergence = torch.full_like(block[:, 0], float("nan"))
             if before is not None:

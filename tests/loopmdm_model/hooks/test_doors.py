@@ -300,7 +300,14 @@ SAYS = {
     'm.hook_dict["loop.2.hook_in"].layer()': "belongs to no layer",
     "m.run_with_cache(b)[1].decompose_resid()": r"use cache\.unrolled\(\)\.decompose_resid",
     "m.to_string(np.zeros((2, 2, 3), dtype=int))": "pick one step",
-    r'm.to_tokens("a\ud800b")': "surrogate",
+    r'm.to_tokens("a\ud800b")': "^the text holds half a surrogate pair",
+    r'm.to_tokens(["fine", "a\ud800b"])': "^text 1 holds half a surrogate pair",
+    r'm.to_tokens(("a\udfff", "fine"))': "^text 0 holds half a surrogate pair",
+    r'm(["fine", "a\ud800b"])': "text 1 holds half a surrogate pair",
+    r'm.mask(["fine", "a\ud800b"], 0.5)': "text 1 holds half a surrogate pair",
+    r'm.to_str_tokens("a\ud800b")': "half a surrogate pair",
+    r'u.to_tokens(["fine", "a\ud800b"])': "text 1 holds half a surrogate pair",
+    r'HookedLoopMDM.from_pretrained("sudoku-loop").to_tokens(["1" * 36, "\ud800" * 36])': "text 1 holds half",
     "u(b, n_loops=2)": "unknown argument 'n_loops'",
 }
 

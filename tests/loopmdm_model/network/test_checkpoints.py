@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loopmdm.model.errors import UsageError
-from loopmdm.model.files import read_json, write_atomic
+from loopmdm.model.files import read_json, sha256, write_atomic, write_json
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.network.checkpoints import ZOO, list_models
 from loopmdm.model.network.model import LoopMDM
@@ -95,6 +95,41 @@ def test_what_is_saved_beside_a_record_is_believed_again(tmp_path):
     m.model.embed.weight.mul_(2)
     m.model.save_pretrained(tmp_path)
     assert torch.equal(LoopMDM.from_pretrained(tmp_path).embed.weight, m.model.embed.weight)
+
+
+def test_an_evaluation_goes_with_the_weights_that_it_is_of(tmp_path):
+    """Other weights beside a record have not been evaluated; the same ones have."""
+    m, shipped = HookedLoopMDM.from_pretrained("markov-loop"), ZOO / "markov-loop"
+    for name in ("model.safetensors", "config.json", "train.json"):
+        shutil.copyfile(shipped / name, tmp_path / name)
+    kept = read_json(tmp_path / "train.json")
+    m.model.save_pretrained(tmp_path, torch.float16)  # as it is shipped
+    assert read_json(tmp_path / "train.json") == kept and "evaluation" in kept
+    m.model.embed.weight.mul_(2)
+    for save in (m.model.save_pretrained, m.save_pretrained):
+        write_json(tmp_path / "train.json", kept)
+        save(tmp_path, torch.float16)
+        record = read_json(tmp_path / "train.json")
+        assert record["weights_sha256"] == sha256(tmp_path / "model.safetensors") != kept["weights_sha256"]
+        assert record == {key: value for key, value in kept.items() if key != "evaluation"} | {
+            "weights_sha256": record["weights_sha256"]
+        }
+        assert "test NELBO" not in repr(HookedLoopMDM.from_pretrained(tmp_path))
+
+
+def test_a_record_without_a_hash_is_of_the_weights_beside_it(tmp_path):
+    m = HookedLoopMDM.from_pretrained("markov-loop")
+    m.model.save_pretrained(tmp_path)
+    write_json(tmp_path / "train.json", {"evaluation": {"test_nelbo": 1.0}})
+    m.model.save_pretrained(tmp_path)
+    assert read_json(tmp_path / "train.json")["evaluation"] == {"test_nelbo": 1.0}
+    write_json(tmp_path / "train.json", {"evaluation": {"test_nelbo": 1.0}})
+    m.model.embed.weight.mul_(2)
+    m.model.save_pretrained(tmp_path)
+    assert read_json(tmp_path / "train.json").keys() == {"weights_sha256"}
+    (tmp_path / "train.json").write_text("[1]")
+    with pytest.raises(UsageError, match="no record"):
+        m.model.save_pretrained(tmp_path)
 
 
 def test_truncated_weights_and_damaged_configs_are_refused(folder):

@@ -4,7 +4,9 @@ Positions hand on the token that they know; [MASK] and the blank know none. In t
 the answer from the clean position 0 in loop 0, and 2 has to get it from 1 later on. 3 is a blank.
 """
 
+import contextlib
 import math
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -12,12 +14,13 @@ import pytest
 import torch
 from torch import nn
 
-from loopmdm.analysis.measures import interventions
+from loopmdm.analysis.measures import MEASURES, Case
 from loopmdm.analysis.measures.interventions import (
     Arm,
     Draw,
     EdgeSet,
     Trial,
+    causal,
     causal_effects,
     choice,
     cut,
@@ -25,7 +28,7 @@ from loopmdm.analysis.measures.interventions import (
     record_values,
     replace_values,
 )
-from loopmdm.analysis.measures.interventions.causal import mean_over_draws, standard_arms
+from loopmdm.analysis.measures.interventions.causal import KINDS, mean_over_draws, standard_arms
 from loopmdm.analysis.measures.interventions.edges import edges
 from loopmdm.analysis.measures.interventions.selections import RELATIONS, equal_mass, relation_of
 from loopmdm.analysis.measures.interventions.values import donors
@@ -36,6 +39,7 @@ from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.network.model import LoopMDM
 from loopmdm.model.sequences import Sequences
 from loopmdm.model.tasks.sudoku import BOARDS
+from loopmdm.model.tasks.test_sets import TestSet
 from tests.conftest import toy_config, toy_model
 
 N_TOKENS, BLANK, GAIN = 12, 10, 20.0  # logits: those of ten answers, the blank, [MASK] (never)
@@ -259,6 +263,60 @@ def test_batches_do_not_matter(hooked):
     np.testing.assert_allclose(one["mass"], other["mass"], atol=1e-6)
 
 
+def test_only_values_that_arms_feed_are_run_and_held(hooked, clean, monkeypatch):
+    """Of ten runs for a mean those that are fed one by one stay, and two more; of none the loops left intact."""
+    recorded, held = [], []
+
+    def watched(*args):
+        values = record_values(*args)
+        recorded.append(weakref.ref(next(iter(values.values()))))
+        held.append(sum(one() is not None for one in recorded))
+        assert {loop for loop, _ in values} == {2, 3}
+        return values
+
+    monkeypatch.setattr(causal, "record_values", watched)
+    for kinds, runs, most in ((KINDS, 10, 4), (["cut", "resample"], 2, 2), (["mean"], 10, 2), (["cut"], 0, 0)):
+        recorded.clear(), held.clear()
+        arms = [Arm(kind, EdgeSet()) for kind in kinds]
+        causal_effects(hooked, clean, arms, Trial(4, first=2, n_bins=1))
+        assert (len(recorded), max(held, default=0)) == (runs, most)
+
+
+def test_a_running_mean_is_the_mean(hooked, batch):
+    runs = [record_values(hooked, batch.tokens.roll(by, 0), 2) for by in range(10)]
+    assert all(torch.equal(value, torch.stack([run[place] for run in runs]).mean(0))
+               for place, value in mean_values(iter(runs)).items())  # fmt: skip
+    assert set(record_values(hooked, batch.tokens, 3, None, slice(1, None))) == {
+        (i, k) for i in (1, 2) for k in (1, 2)
+    }
+    narrow = [{place: value.bfloat16() for place, value in run.items()} for run in runs]
+    exact = torch.stack([run[0, 1] for run in narrow]).double().mean(0)
+    assert torch.equal(mean_values(narrow)[0, 1], exact.bfloat16())  # summed in float32
+    with pytest.raises(UsageError, match="one run at least"):
+        mean_values([])
+
+
+@pytest.mark.parametrize("given", ["ragged", "padded", "one document"])
+def test_where_values_cannot_be_swapped_the_remedy_can_be_reached(given, hooked, clean):
+    """By the measure's own option, which is what the message names."""
+    real = torch.ones_like(clean, dtype=torch.bool)
+    real[0, -3:] = False
+    sequences = {
+        "ragged": Sequences.of(clean, real),
+        "padded": Sequences.of(clean, None, real),
+        "one document": Sequences.of(clean, clusters=np.zeros(4)),
+    }[given]
+    item = MEASURES["causal-edges"]
+    ask = lambda **own: item.of(Case(hooked, TestSet("own", sequences), item.options.of(item.name, own)))  # noqa: E731
+    with pytest.raises(UsageError, match=r'kinds=\["cut"\]'):
+        ask()
+    table = ask(kinds=["cut"], n_draws=2)
+    assert set(table["kind"]) == {"one loop", "cut"} and table["effect"].notna().all()
+    for wrong, says in (([], "kinds is empty"), (["cuts"], '"cut"|cut')):
+        with pytest.raises(UsageError, match=says):
+            ask(kinds=wrong)
+
+
 def test_values_are_replaced_on_the_chosen_edges_alone(hooked, batch):
     """By hand from pattern and values; own values change nothing."""
     names = lambda n: n.endswith(("hook_pattern", "attn.hook_v", "attn.hook_z"))  # noqa: E731
@@ -281,6 +339,41 @@ def test_values_are_replaced_on_the_chosen_edges_alone(hooked, batch):
     torch.testing.assert_close(changed["z", "loop", 1, 1][:, :, 1], by_hand[:, :, 1])
     torch.testing.assert_close(changed["z", "loop", 1, 1][:, :, 0], cache["z", "loop", 1, 1][:, :, 0])
     assert torch.equal(mean_values([own, other])[1, 1], (own[1, 1] + other[1, 1]) / 2)
+
+
+def test_values_are_replaced_whatever_blocks_stand_inside(hooked, batch):
+    """What is handed on is what other blocks, inner or outer, made of it; an inner replacement wins."""
+    with cut(hooked, "none"):
+        own = record_values(hooked, batch.tokens, 1)
+    one, two = ({place: v.roll(by, 0) for place, v in own.items()} for by in (1, 2))
+    place, layer = slice(0, None), hooked.cfg.layers("loop")[0]
+    halve = [(f"loop.0.blocks.{layer}.attn.hook_{leaf}", lambda x, hook: x / 2) for leaf in ("v", "pattern")]
+
+    def z(*blocks):
+        with contextlib.ExitStack() as stack:
+            for block in blocks:
+                stack.enter_context(block)
+            _, cache = hooked.run_with_cache(batch.tokens, 1, names_filter=f"loop.0.blocks.{layer}.attn.hook_z")
+        return cache["z", "loop", 0, layer]
+
+    with cut(hooked, "none"):
+        _, cache = hooked.run_with_cache(batch.tokens, 1, names_filter=lambda n: n.endswith("pattern"))
+    pattern, context = cache["pattern", "loop", 0, layer], hooked.model.context(batch.tokens)
+    masked, clean = (edges(context, f"masked->{group}")[:, None] for group in ("masked", "clean"))
+
+    def mixed(pattern, v, *replaced):
+        parts = [(pattern * on, values[0, layer]) for on, values in replaced]
+        rest = pattern - sum(part for part, _ in parts)
+        return sum(torch.einsum("bhqk,bkhd->bqhd", part, values) for part, values in [(rest, v), *parts])
+
+    outer, inner = replace_values(hooked, one, loops=place), hooked.hooks(halve)
+    expected = mixed(pattern / 2, own[0, layer] / 2, (masked, one))
+    torch.testing.assert_close(z(outer, inner), expected)
+    torch.testing.assert_close(z(hooked.hooks(halve), replace_values(hooked, one, loops=place)), expected)
+    nested = z(replace_values(hooked, one, "masked->any", place), replace_values(hooked, two, loops=place))
+    torch.testing.assert_close(nested, mixed(pattern, own[0, layer], (clean, one), (masked, two)))
+    nested = z(replace_values(hooked, two, loops=place), replace_values(hooked, one, "masked->any", place))
+    torch.testing.assert_close(nested, mixed(pattern, own[0, layer], (masked | clean, one)))
 
 
 def test_hidden_masked_keys_are_those_of_the_model_that_forbids_them(model, hooked, batch):
@@ -358,7 +451,9 @@ def test_donors_come_from_other_documents():
         (lambda m, x: EdgeSet("masked->mask"), "masked->masked"),
         (lambda m, x: EdgeSet(relation="rows"), "row"),
         (lambda m, x: EdgeSet(side="outsid"), "outside"),
-        (lambda m, x: EdgeSet(share=0.0), r"\(0, 1\]"),
+        (lambda m, x: EdgeSet(share=0.0), r"share must be a number above 0 and of at most 1, got 0\.0"),
+        (lambda m, x: EdgeSet(share="half"), "above 0 and of at most 1"),
+        (lambda m, x: EdgeSet(share=True), "above 0 and of at most 1"),
         (lambda m, x: Arm("resampled", EdgeSet()), "resample"),
         (lambda m, x: Trial(first=0), "first"),
         (lambda m, x: causal_effects(m, x, [Arm("cut", EdgeSet())], Trial(1)), "exceed"),
@@ -385,4 +480,5 @@ def test_the_usual_arms_hold_every_kind_of_every_edge_set(hooked, sudoku_toy):
     assert {arm.edges.relation for arm in board} - {arm.edges.relation for arm in plain} == set(RELATIONS)
     for arms in (plain, board):
         assert len(arms) == 3 * len({arm.edges for arm in arms}) == len(set(arms))
-    assert interventions.Arm is Arm
+        for kind in KINDS:
+            assert standard_arms(hooked, [kind]) == [arm for arm in plain if arm.kind == kind]

@@ -270,7 +270,11 @@ def test_effects_by_loop_are_differences_of_nelbos(hooked, clean):
         (lambda m: cut(m, loops=[]), "loops is empty"),
         (lambda m: cut(m, loops=slice(-2, None)), "from the front"),
         (lambda m: freeze(m, "all"), "masked"),
-        (lambda m: damp(m, 0.0), "positive"),
+        (lambda m: damp(m, 0.0), "strength must be a number above 0, got 0.0"),
+        (lambda m: damp(m, True), "above 0"),
+        (lambda m: damp(m, float("nan")), "above 0"),
+        (lambda m: damp(m, float("inf")), "above 0"),
+        (lambda m: damp(m, "half"), "above 0"),
         (lambda m: patch(m, -1, torch.zeros(1)), "loop"),
     ],
 )
