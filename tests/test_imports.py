@@ -121,8 +121,8 @@ def test_plots_know_no_torch():
 
 
 STATISTICS = {
-    "agg", "aggregate", "apply", "average", "corr", "cov", "describe", "mean", "median", "nanmean", "nanstd", "nanvar",
-    "ppf", "quantile", "sem", "std", "transform", "var",
+    "agg", "aggregate", "apply", "average", "corr", "cov", "describe", "mean", "median", "nanmean", "nanstd",
+    "nanvar", "ppf", "quantile", "sem", "std", "transform", "var",
 }  # fmt: skip
 """What plots ask of no frame, array or library: their frames hold means and intervals as columns."""
 
