@@ -147,9 +147,9 @@ def test_plots_hold_no_statistics():
         assert statistics_in(source), source
 
 
-def test_importing_the_model_is_light():
+def test_importing_the_model_and_the_statistics_is_light():
     code = (
-        "import sys, loopmdm.model; "
+        "import sys, loopmdm.model, loopmdm.analysis.numbers.stats; "
         "heavy = {'transformer_lens', 'transformers', 'pandas', 'accelerate', 'matplotlib', 'scipy'}; "
         "heavy &= sys.modules.keys(); "
         "assert not heavy, heavy"

@@ -58,7 +58,10 @@ def t95(n_units: float, tests: int = 1) -> float:
 
 
 def over_seeds(values: Array, alone: tuple[float, float] = (np.nan, np.nan)) -> tuple[float, float, float]:
-    """Mean over training seeds and the bounds of its 95% interval; of one seed the bounds are those given."""
+    """Mean over training seeds and the bounds of its 95% interval; of one seed the bounds are those given.
+
+    All NaN where a seed has no value: the others are another population.
+    """
     values = np.asarray(values, dtype=float)
     mean = float(values.mean())
     if len(values) < 2:

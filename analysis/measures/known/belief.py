@@ -171,8 +171,8 @@ def _sums(m: LoopedModel, b: MaskedBatch, task: TreeModel, asked: _Asked) -> tup
             logits = m.readout(state, context, rows=rows.to(part.tokens.device)).double().cpu()
             read = logits.log_softmax(-1)[:, : task.n_states].exp()
             onward = kl(exact.log(), read.log(), exact)
-            read = logits[:, : task.n_states].softmax(-1)
-            reverse = kl(read.log(), exact.log(), read)
+            among = logits[:, : task.n_states].softmax(-1)
+            reverse = kl(among.log(), exact.log(), among)
             for index, values in enumerate((onward, reverse)):
                 np.add.at(sums[index, :, loop], owner, values.T.numpy())
     return sums, chosen.sum(-1).double().numpy(), n_loops

@@ -80,6 +80,7 @@ def test_the_mean_over_seeds_by_hand():
     assert stats.over_seeds(np.array([2.0]), (1.0, 5.0)) == (2.0, 1.0, 5.0)
     assert np.isnan(stats.over_seeds(np.array([2.0]))[1:]).all()
     assert stats.over_seeds(np.array([0.5, 0.5])) == (0.5, 0.5, 0.5)
+    assert np.isnan(stats.over_seeds(np.array([1.0, np.nan, 2.0]))).all()
 
 
 def test_welch_is_scipys():
