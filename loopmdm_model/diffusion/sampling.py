@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from loopmdm.model.diffusion.drawing import Drawing, close, draw_tokens, listed
 from loopmdm.model.diffusion.orders import Order, StepView, as_order
 from loopmdm.model.diffusion.prompts import Start, infilled
+from loopmdm.model.diffusion.samples import SampleResult, join
 from loopmdm.model.errors import UsageError, check_count, check_seed
 from loopmdm.model.precision import check_logits, wide
 from loopmdm.model.protocol import LoopedModel, LoopOutput, check_model
@@ -46,47 +47,6 @@ class SampleLoop:
 
 
 Callback = Callable[[SampleLoop], None]
-
-
-@dataclass(frozen=True)
-class SampleResult:
-    """Finished sequences and how they came about.
-
-    `tokens` [n, pos]; `start` [n, pos] with [MASK] where something was to be filled; `events` [event, 4]:
-    every change of an id as (step, sequence, position, id); `loops_used` and `step_flops` [step, n], 0
-    where a sequence needed no forward; `times` [step + 1, n], NaN for orders without a diffusion time.
-    """
-
-    tokens: Int[Tensor, "n pos"]
-    start: Int[Tensor, "n pos"]
-    events: Int[Tensor, "event 4"]
-    loops_used: Int[Tensor, "step n"]
-    step_flops: Float[Tensor, "step n"]
-    times: Float[Tensor, "time n"]
-
-    @property
-    def history(self) -> Int[Tensor, "time n pos"]:
-        """The ids before the first step and after every step, [step + 1, n, pos]."""
-        history = self.start.expand(len(self.loops_used) + 1, -1, -1).clone()
-        for step in range(len(self.loops_used)):
-            _, row, position, token = self.events[self.events[:, 0] == step].T
-            history[step + 1 :, row, position] = token
-        return history
-
-    @property
-    def forwards(self) -> int:
-        """Forwards run, counted by sequence."""
-        return int((self.loops_used > 0).sum())
-
-    @property
-    def skipped(self) -> int:
-        """Forwards that a sampler with one forward a step would have run beside these."""
-        return self.loops_used.numel() - self.forwards
-
-    @property
-    def flops(self) -> float:
-        """All forward FLOPs."""
-        return float(self.step_flops.sum())
 
 
 @torch.no_grad()
@@ -166,7 +126,7 @@ def sample(
             raise
     finally:
         bar.close()
-    return _join(parts, start.tokens)
+    return join(parts, start.tokens)
 
 
 @dataclass(frozen=True)
@@ -306,24 +266,3 @@ def _callbacks(callback: Callback | Sequence[Callback] | None) -> list[Callback]
     if not isinstance(found, Sequence) or not all(map(callable, found)):
         raise UsageError(f"callback must be a function of a SampleLoop, or several, got {callback!r:.60}")
     return list(found)
-
-
-def _join(parts: list[SampleResult], start: Tensor) -> SampleResult:
-    if not parts:
-        none = start[:0]
-        empty = torch.zeros(0, 0, dtype=torch.long)
-        return SampleResult(none, none, torch.zeros(0, 4, dtype=torch.long), empty, empty.double(), empty.double())
-    offset, events = 0, []
-    for part in parts:
-        shift = torch.tensor([0, offset, 0, 0], device=part.events.device)
-        events.append(part.events + shift)
-        offset += len(part.tokens)
-    return SampleResult(
-        torch.cat([part.tokens for part in parts]),
-        torch.cat([part.start for part in parts]),
-        torch.cat(events),
-        *(
-            torch.cat([getattr(part, name) for part in parts], dim=1)
-            for name in ("loops_used", "step_flops", "times")
-        ),
-    )
