@@ -23,7 +23,7 @@ FIELDS = ("name", "tasks", "claim", "where", "estimand", "margin", "direction", 
 COLUMNS = ["claim", "task", "verdict", "estimate", "low", "high", "margin", "direction", "n_seeds", "n", "figure",
            "text"]  # fmt: skip
 
-GROUPS = (("Sudoku", MAIN_TASKS[:1]), ("text, or what is named", (*MAIN_TASKS[1:], "tree", "gsm")))
+TASK_GROUPS = (("Sudoku", MAIN_TASKS[:1]), ("text, or what is named", (*MAIN_TASKS[1:], "tree", "gsm")))
 """Columns in which verdicts are shown: title and tasks, the main one first."""
 
 

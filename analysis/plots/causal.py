@@ -82,7 +82,7 @@ def plot_effects(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 @of_rows
-def plot_arms(df: pd.DataFrame, by: str, labels: dict[str, str], *, ax: Axes | None = None) -> Axes:
+def plot_edges(df: pd.DataFrame, by: str, labels: dict[str, str], *, ax: Axes | None = None) -> Axes:
     """Nats that edges cost, a row for each value of the column `by` in `labels`, one mark a model and kind.
 
     `df`: model kind effect effect_se, and `by`; the dashed line is the mean of the kind "one loop".
