@@ -52,7 +52,9 @@ MOST = 2**31 - 1
 """Largest count of anything that has no bound of its own."""
 LARGEST = {"n_loops": 10_000, "max_loops": 10_000, "loops": 10_000, "min_loops": 10_000}
 LARGEST |= {"tokens": 2**63 - 1, "seed": 2**63 - 1, "first_index": 2**63 - 1}  # a seed is a column of tables
-"""Bounds by the last word of a count's name."""
+LARGEST |= {"d_vocab": 2**26, "n_ctx": 2**24, "d_model": 2**20, "n_heads": 2**16, "d_head": 2**16, "d_mlp": 2**24}
+LARGEST |= {"n_prelude_layers": 1000, "n_loop_layers": 1000, "n_coda_layers": 1000}
+"""Bounds by the last word of a count's name; a damaged config is refused before anything of its size is made."""
 
 
 def check_count(name: str, value: object, least: int = 1, most: int | None = None) -> int:

@@ -53,7 +53,7 @@ def cut_effects(loaded: Tables) -> MatplotlibFigure:
     return drawn
 
 
-GROUPS = {
+EDGE_LABELS = {
     "masked->masked": "masked → masked",
     "clean->masked": "clean → masked",
     "any->masked": "any → masked",
@@ -61,7 +61,7 @@ GROUPS = {
     "within": "equal mass:\nmasked → masked",
     "outside": "equal mass:\nmasked → clean",
 }
-RELATIONS = {"box": "same box", "row": "same row", "column": "same column", "none": "none"}
+RELATION_LABELS = {"box": "same box", "row": "same row", "column": "same column", "none": "none"}
 
 
 def causal_edges(loaded: Tables) -> MatplotlibFigure:
@@ -73,7 +73,7 @@ def causal_edges(loaded: Tables) -> MatplotlibFigure:
     drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 5.4), layout="constrained", height_ratios=(6, 4))
     for ax, panel in zip(axes[0], panels(), strict=True):
         part = whole[whole["model"].isin(panel.seeds)]
-        causal.plot_arms(part, "group", GROUPS, _gain(part), ax=ax)
+        causal.plot_edges(part, "group", EDGE_LABELS, _gain(part), ax=ax)
         ax.set_title(panel.title)
     axes[0, 0].set_xscale("symlog", linthresh=0.5)
     axes[0, 0].set_xticks([0, 0.2, 0.4, 1, 2, 4], ["0", "0.2", "0.4", "1", "2", "4"])
@@ -84,7 +84,7 @@ def causal_edges(loaded: Tables) -> MatplotlibFigure:
     first = panels()[0]
     ours = df[df["model"].isin(first.seeds)]
     related = ours[(ours["relation"] != "any") | (ours["kind"] == "one loop")]
-    causal.plot_arms(related, "relation", RELATIONS, _gain(related), ax=axes[1, 0])
+    causal.plot_edges(related, "relation", RELATION_LABELS, _gain(related), ax=axes[1, 0])
     axes[1, 0].set_title(f"{first.title}: masked → masked, by relation")
     dose = ours[(ours["edges"] == "masked->masked") & (ours["relation"] == "any") & (ours["side"] == "all")]
     causal.plot_dose(across_seeds(dose, "effect", ["kind", "share"]), ax=axes[1, 1])

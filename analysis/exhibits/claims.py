@@ -14,7 +14,7 @@ def verdicts(loaded: Tables) -> MatplotlibFigure:  # noqa: ARG001 - the answers 
     """Every claim with its verdict by task."""
     df = claims.claims_table()
     drawn, ax = plt.subplots(figsize=(PAGE, 0.33 * df["claim"].nunique() + 0.4), layout="constrained")
-    plot_claims(df, claims.GROUPS, ax=ax)
+    plot_claims(df, claims.TASK_GROUPS, ax=ax)
     return drawn
 
 

@@ -162,7 +162,7 @@ def claims_markdown(df: pd.DataFrame) -> str:
     for claim in dict.fromkeys(df["claim"]):
         part = df[df["claim"] == claim]
         cells = []
-        for _, tasks in claims.GROUPS:
+        for _, tasks in claims.TASK_GROUPS:
             rows = [row for row in part.itertuples() if row.task in tasks]
             cells.append("; ".join(_cell(row) for row in rows))
         lines.append(f"| {part['text'].iloc[0]} (`{claim}`) | {cells[0]} | {cells[1]} |")

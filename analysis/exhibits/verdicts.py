@@ -33,7 +33,7 @@ COLUMNS = ["claim", "task", "verdict", "estimate", "low", "high", "unit", "margi
            "n_seeds", "n", "figure", "why", "text"]  # fmt: skip
 UNTESTABLE, NOT_RUN, UNDECIDED = "not testable here", "not run", "undecided"
 
-GROUPS = (("Sudoku", MAIN_TASKS[:1]), ("text, or what is named", (*MAIN_TASKS[1:], "tree", "gsm")))
+TASK_GROUPS = (("Sudoku", MAIN_TASKS[:1]), ("text, or what is named", (*MAIN_TASKS[1:], "tree", "gsm")))
 """Columns in which verdicts are shown: title and tasks, the main one first."""
 
 

@@ -83,7 +83,7 @@ def plot_effects(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 @of_rows
-def plot_arms(df: pd.DataFrame, by: str, labels: dict[str, str], level: float, *, ax: Axes | None = None) -> Axes:
+def plot_edges(df: pd.DataFrame, by: str, labels: dict[str, str], level: float, *, ax: Axes | None = None) -> Axes:
     """Nats that edges cost, a row for each value of the column `by` in `labels`, one mark a model and kind.
 
     `df`: model kind effect low high, and `by`; `level` is where the dashed line goes: what all loops are worth.

@@ -28,7 +28,7 @@ from loopmdm.model.tasks.sudoku import BOARDS
 from loopmdm.model.tasks.test_sets import task_of
 
 LEVELS = 65535
-LARGEST = 48 * 2**20
+LARGEST_PAGE = 48 * 2**20
 """Bytes of codes that one page may hold; a browser opens more only slowly."""
 
 Place = tuple[int, int | None, int | None]
@@ -242,8 +242,9 @@ def _check_maps(found: dict[Place, NDArray], length: int, codas: int) -> None:
     size = sum(2 * pattern.size * (1 if place[2] is None else codas) for place, pattern in found.items())
     if any(pattern.shape[1:] != (length, length) for pattern in found.values()):
         raise UsageError("the cached patterns are not whole; run_with_cache without pos_slice=")
-    if size > LARGEST:
+    if size > LARGEST_PAGE:
         raise UsageError(
             f"{len(found)} maps of {length} positions are {size / 2**20:.0f} MB, more than the "
-            f"{LARGEST / 2**20:.0f} MB a page may hold; run fewer loops, or cache fewer layers with names_filter="
+            f"{LARGEST_PAGE / 2**20:.0f} MB a page may hold; run fewer loops, or cache fewer layers with "
+            "names_filter="
         )

@@ -1,7 +1,7 @@
 """A trajectory of states: H(-1) = prelude output, H(i) = state after loop i, one batch at a time.
 
-What all measures of the representation share: the walk along the loops, the two token groups and the
-checks of their input. A walk holds the state of one loop, whatever the number of loops.
+What all measures of the representation share: the way along the loops, the two token groups and the
+checks of their input. It holds the state of one loop, whatever the number of loops.
 """
 
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ def row_mean(values: Float[Tensor, " row"], member: Bool[Tensor, "batch pos"]) -
     return values.new_zeros(len(member)).index_add(0, owner, values) / member.sum(-1)
 
 
-def walk(
+def trajectory(
     m: HookedLoopMDM, b: MaskedBatch, n_loops: int, attn_path: AttnPath = "auto"
 ) -> Iterator[tuple[int, Float[Tensor, "batch pos d_model"], Context]]:
     """(-1, H(-1), context), (0, H(0), context), .. with the model's hooks, states in float32 or wider."""

@@ -19,9 +19,6 @@ from loopmdm.model.layout import SEGMENTS, Layout
 from loopmdm.model.sites import LEAVES, OUTER
 
 FORBIDDEN = ("forbid_mask_to_mask", "forbid_masked_keys")
-LARGEST = {"d_vocab": 2**26, "n_ctx": 2**24, "d_model": 2**20, "n_heads": 2**16, "d_head": 2**16, "d_mlp": 2**24}
-LARGEST |= {"n_prelude_layers": 1000, "n_loop_layers": 1000, "n_coda_layers": 1000}
-"""What no model exceeds; a damaged config is refused before anything of its size is made."""
 LARGEST_TABLE = 2**26
 """Numbers in a table of rotary angles, n_ctx x d_head."""
 
@@ -97,7 +94,7 @@ class LoopMDMConfig(Layout):
         least = {"d_vocab": 2, "n_ctx": 1, "d_model": 1, "n_heads": 1, "d_head": 2, "d_mlp": 1}
         least |= {"n_prelude_layers": 0, "n_loop_layers": 0, "n_coda_layers": 0, "max_loops": 1}
         for field, low in least.items():
-            check_count(field, getattr(self, field), least=low, most=LARGEST.get(field))
+            check_count(field, getattr(self, field), least=low)
         if self.n_ctx * self.d_head > LARGEST_TABLE:
             raise UsageError(
                 f"n_ctx {self.n_ctx} x d_head {self.d_head} exceeds {LARGEST_TABLE}; lower one of them"

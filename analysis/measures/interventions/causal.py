@@ -38,6 +38,7 @@ from loopmdm.analysis.measures.interventions.values import (
 )
 from loopmdm.analysis.measures.registry import Measure
 from loopmdm.analysis.numbers import stats
+from loopmdm.analysis.watch.groups import members
 from loopmdm.model.context import Context
 from loopmdm.model.diffusion.likelihood import Read, draws, row_cross_entropy, row_sums
 from loopmdm.model.errors import UsageError, check_count, unknown_name
@@ -47,7 +48,7 @@ from loopmdm.model.tasks.sudoku import board_of_model
 
 Kind = Literal["cut", "resample", "mean"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-GROUPS = ("masked->masked", "clean->masked", "any->masked", "masked->clean")
+EDGE_GROUPS = ("masked->masked", "clean->masked", "any->masked", "masked->clean")
 SHARES = (0.25, 0.5, 0.75)
 
 
@@ -103,7 +104,7 @@ class Trial:
 def standard_arms(m: HookedLoopMDM, kinds: Sequence[str] = KINDS) -> list[Arm]:
     """Each of `kinds` on: the four groups; of masked->masked both sides, shares and, on a board, relations."""
     relations = RELATIONS if board_of_model(m.cfg) else ()
-    chosen = [EdgeSet(groups) for groups in GROUPS] + [EdgeSet(side=side) for side in ("within", "outside")]
+    chosen = [EdgeSet(groups) for groups in EDGE_GROUPS] + [EdgeSet(side=side) for side in ("within", "outside")]
     chosen += [EdgeSet(share=share) for share in SHARES] + [EdgeSet(relation=name) for name in relations]
     return [Arm(kind, edges) for edges in chosen for kind in cast(Sequence[Kind], kinds)]
 
@@ -282,9 +283,7 @@ class _Mass:
 
 def _queries(edges: EdgeSet, context: Context) -> Tensor:
     group = edges.groups.split("->")[0]
-    return {"masked": context.masked & context.real, "clean": ~context.masked & context.real}.get(
-        group, context.real
-    )
+    return members(context.masked, context.real).get(group, context.real)  # of "none" any query
 
 
 def mean_over_draws(

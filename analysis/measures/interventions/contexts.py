@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from loopmdm.analysis.measures.interventions.edges import check_edges, edges, matched_edges
+from loopmdm.analysis.measures.interventions.edges import matched_edges
 from loopmdm.analysis.measures.interventions.places import (
     Chosen,
     Loops,
@@ -16,22 +16,22 @@ from loopmdm.analysis.measures.interventions.places import (
     in_loops,
     several,
 )
-from loopmdm.analysis.measures.interventions.selections import Choose
+from loopmdm.analysis.measures.interventions.selections import Choose, as_choice, looks
+from loopmdm.analysis.watch.groups import TOKEN_GROUPS, members
 from loopmdm.model.errors import UsageError, check_count, check_number
 from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.precision import wide
 
 Group = Literal["masked", "clean"]
 
 
 def _members(m: HookedLoopMDM, group: str) -> Tensor:
-    context = m.context
-    return (context.masked if group == "masked" else ~context.masked) & context.real
+    return members(m.context.masked, m.context.real)[group]
 
 
-def _check_group(group: str) -> str:
-    if group not in ("masked", "clean"):
+def _check_group(group: str) -> None:
+    if group not in TOKEN_GROUPS:
         raise UsageError(f'group must be "masked" or "clean", got {group!r}')
-    return group
 
 
 @contextmanager
@@ -52,21 +52,17 @@ def cut(
     compared with. `what` may also be a choice of edges, as in `choice(m, EdgeSet(relation="row"))`.
     """
     where = applications(m.cfg, loops, layers, "attn_scores")
-    chosen = several("head", heads, m.cfg.n_heads)
-    if isinstance(what, str):
-        check_edges(what)
-    elif matched:
+    chosen, choose = several("head", heads, m.cfg.n_heads), as_choice(m, what)
+    if matched and not isinstance(what, str):
         raise UsageError("matched goes with named edges; the control of a choice is EdgeSet(side='outside')")
 
     def forbid(scores: Tensor, hook: Any) -> Tensor:
-        context = m.context
-        if not isinstance(what, str):
-            gone = what(scores.float().softmax(-1), context)
-        elif matched:
+        pattern = wide(scores).softmax(-1) if matched or looks(choose) else scores
+        if matched:
             step = (hook.loop() or 0) * m.cfg.n_layers + hook.layer()
-            gone = matched_edges(scores.float().softmax(-1), context, what, seed, step)
+            gone = matched_edges(pattern, m.context, str(what), seed, step)
         else:
-            gone = edges(context, what)[:, None]
+            gone = choose(pattern, m.context)
         return scores.masked_fill(in_heads(gone, chosen, m.cfg.n_heads), float("-inf"))
 
     with m.attention_path("eager"), m.hooks([(where, forbid)]):

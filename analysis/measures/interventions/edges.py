@@ -4,12 +4,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from loopmdm.analysis.watch.groups import TOKEN_GROUPS, members
 from loopmdm.model.context import Context
 from loopmdm.model.errors import unknown_name
 from loopmdm.model.randomness import row_uniforms
 
-GROUPS = ("masked", "clean", "any")
-EDGES = ("none", *(f"{query}->{key}" for query in GROUPS for key in GROUPS))
+ENDS = (*TOKEN_GROUPS, "any")
+EDGES = ("none", *(f"{query}->{key}" for query in ENDS for key in ENDS))
 
 
 def check_edges(name: str) -> str:
@@ -28,9 +29,8 @@ def edges(context: Context, name: str) -> Bool[Tensor, "batch query key"]:
     n = context.tokens.shape[1]
     if name == "none":
         return torch.zeros(len(context.tokens), n, n, dtype=torch.bool, device=context.tokens.device)
-    real = context.real
-    members = {"masked": context.masked & real, "clean": ~context.masked & real, "any": real}
-    queries, keys = (members[group] for group in name.split("->"))
+    found = members(context.masked, context.real)
+    queries, keys = (found[group] for group in name.split("->"))
     own = torch.eye(n, dtype=torch.bool, device=context.tokens.device)
     return queries[:, :, None] & keys[:, None, :] & ~own
 

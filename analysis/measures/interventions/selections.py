@@ -78,7 +78,18 @@ def choice(m: HookedLoopMDM, wanted: EdgeSet, draw: Draw | None = None) -> Choos
         sides = (named, others) if wanted.side == "within" else (others, named)
         return equal_mass(pattern, *sides, order)
 
+    choose.looks = wanted.side != "all"  # pyright: ignore[reportFunctionMemberAccess]
     return choose
+
+
+def as_choice(m: HookedLoopMDM, what: "str | Choose") -> Choose:
+    """A choice, or the one of all edges of a name."""
+    return choice(m, EdgeSet(what)) if isinstance(what, str) else what
+
+
+def looks(choose: Choose) -> bool:
+    """Whether a choice looks at the pattern; one of somebody else's does."""
+    return getattr(choose, "looks", True)
 
 
 def equal_mass(

@@ -34,7 +34,7 @@ from loopmdm.model.protocol import Core, core_of
 from loopmdm.model.sequences import MaskedBatch, Sequences
 
 Damping = Literal["none", "1/n_loops"]
-GROUPS = 10
+N_GROUPS = 10
 COLUMNS = ["first_layer", "n_layers", "damping", "n_loops", "nelbo", "change", "change_se", "log_odds",
            "log_odds_se", "rise", "rise_se", "n_groups", "n"]  # fmt: skip
 
@@ -124,7 +124,7 @@ def _nelbo(
 def _groups(b: MaskedBatch) -> list[MaskedBatch]:
     """At most ten groups of sequences, near equal, none of which shares a cluster with another."""
     _, unit = np.unique(b.owners, return_inverse=True)
-    number, alone = unit % min(GROUPS, unit.max() + 1), replace(b, clusters=None)
+    number, alone = unit % min(N_GROUPS, unit.max() + 1), replace(b, clusters=None)
     return [alone.rows(np.flatnonzero(number == group)) for group in range(number.max() + 1)]
 
 

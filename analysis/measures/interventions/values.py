@@ -14,9 +14,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from loopmdm.analysis.measures.interventions.edges import check_edges, edges
 from loopmdm.analysis.measures.interventions.places import Chosen, Loops, applications, in_heads, several
-from loopmdm.analysis.measures.interventions.selections import Choose
+from loopmdm.analysis.measures.interventions.selections import Choose, as_choice
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.precision import wide
@@ -76,9 +75,7 @@ def replace_values(
     one does. UsageError where a loop runs of which no values are there.
     """
     places = {leaf: applications(m.cfg, loops, None, leaf) for leaf in ("v", "pattern", "z")}
-    chosen = several("head", heads, m.cfg.n_heads)
-    if isinstance(what, str):
-        check_edges(what)
+    chosen, choose = several("head", heads, m.cfg.n_heads), as_choice(m, what)
 
     def keep(value: Tensor, hook: Any) -> None:
         if (other := _there(values, hook)).shape != value.shape:
@@ -86,9 +83,7 @@ def replace_values(
         m.call.notes[VALUE] = value
 
     def weigh(pattern: Tensor, hook: Any) -> None:
-        context = m.context
-        found = edges(context, what)[:, None] if isinstance(what, str) else what(pattern, context)
-        found = in_heads(found, chosen, m.cfg.n_heads)
+        found = in_heads(choose(pattern, m.context), chosen, m.cfg.n_heads)
         before = [(on & ~found, other) for on, other in m.call.notes.get(REPLACED, ())]
         m.call.notes |= {PATTERN: pattern, REPLACED: [*before, (found, _there(values, hook))]}
 

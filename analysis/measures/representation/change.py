@@ -26,7 +26,7 @@ from loopmdm.analysis.measures.registry import Measure, plain
 from loopmdm.analysis.measures.representation.lenses import LENSES, read, readout_metrics
 from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.watch.groups import TOKEN_GROUPS
-from loopmdm.analysis.watch.states import check_loops, group_mean, row_mean, token_groups, walk
+from loopmdm.analysis.watch.states import check_loops, group_mean, row_mean, token_groups, trajectory
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.information import kl
 from loopmdm.model.layout import By, check_by
@@ -56,7 +56,7 @@ def _state_metrics(loop: int, state: Tensor, previous: Tensor, before: Tensor | 
 
 def _last_readouts(m: HookedLoopMDM, b: MaskedBatch, n_loops: int, masked: Tensor) -> dict[str, Tensor]:
     """One more trajectory for the last loop's read-outs, so that none pile up over the loops."""
-    for loop, state, context in walk(m, b, n_loops):
+    for loop, state, context in trajectory(m, b, n_loops):
         if loop == n_loops - 1:
             return {lens: read(m, state, context, lens, masked) for lens in LENSES}
     raise AssertionError("a trajectory ends with its last loop")
@@ -68,7 +68,7 @@ def _batch_metrics(m: HookedLoopMDM, b: MaskedBatch, n_loops: int, by: By) -> Ro
     clean, last = b.clean.masked_fill(b.unknown, -1)[masked], _last_readouts(m, b, n_loops, masked)
     before = previous = None
     reads: dict[str, Tensor] = {}
-    for loop, state, context in walk(m, b, n_loops):
+    for loop, state, context in trajectory(m, b, n_loops):
         if previous is not None:
             for name, value in _state_metrics(loop, state, previous, before).items():
                 for group in TOKEN_GROUPS:

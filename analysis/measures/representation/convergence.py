@@ -26,7 +26,7 @@ from loopmdm.analysis.measures.registry import Measure
 from loopmdm.analysis.measures.representation.fixed_points import FLOOR
 from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.watch.groups import TOKEN_GROUPS
-from loopmdm.analysis.watch.states import check_loops, group_mean, token_groups, walk
+from loopmdm.analysis.watch.states import check_loops, group_mean, token_groups, trajectory
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.sequences import MaskedBatch, as_batch
@@ -79,7 +79,7 @@ def _changes(m: HookedLoopMDM, b: MaskedBatch, n_loops: int) -> Tensor:
     groups = token_groups(m, b)
     out = torch.empty(len(TOKEN_GROUPS), len(METRICS), len(b), n_loops, dtype=torch.float64)
     previous = None
-    for loop, state, _ in walk(m, b, n_loops):
+    for loop, state, _ in trajectory(m, b, n_loops):
         if previous is not None:
             values = (relative_change(state, previous), (state - previous).norm(dim=-1))
             for g, group in enumerate(TOKEN_GROUPS):

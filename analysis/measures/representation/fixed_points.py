@@ -25,7 +25,7 @@ from torch import Tensor
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.registry import Measure
 from loopmdm.analysis.numbers import stats
-from loopmdm.analysis.watch.states import check_loops, token_groups, walk
+from loopmdm.analysis.watch.states import check_loops, token_groups, trajectory
 from loopmdm.model.context import Context
 from loopmdm.model.errors import UsageError, check_count, check_seed
 from loopmdm.model.hooks.hooked import HookedLoopMDM
@@ -125,7 +125,7 @@ def follow(m: HookedLoopMDM, b: MaskedBatch, n_loops: int) -> Steps:
     """Run one loop beyond `n_loops` on the explicit path."""
     members = torch.stack([b.real, *token_groups(m, b).values()]).float()
     sizes, norms, previous = [], [], None
-    for loop, state, context in walk(m, b, n_loops + 1, "eager"):
+    for loop, state, context in trajectory(m, b, n_loops + 1, "eager"):
         if loop > 0:
             assert previous is not None
             sizes.append(_norms(state - previous, members))

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from loopmdm.analysis.watch.states import token_groups, walk
+from loopmdm.analysis.watch.states import token_groups, trajectory
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.sequences import MaskedBatch
@@ -92,7 +92,7 @@ def group_states(
 ) -> Iterator[tuple[str, Samples, Int[Tensor, " sample"]]]:
     """(token group, states float64, sequence of each sample), batch by batch, for the chosen loops."""
     for start, part in b.batches(batch_size):
-        states = torch.stack([s for loop, s, _ in walk(m, part, max(loops[-1], 0) + 1) if loop in loops])
+        states = torch.stack([s for loop, s, _ in trajectory(m, part, max(loops[-1], 0) + 1) if loop in loops])
         for group, member in token_groups(m, part).items():
             x, owner = states[:, member].double(), member.nonzero()[:, 0]
             if unit == "sequence":

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loopmdm.analysis.measures.registry import Measure, plain
 from loopmdm.analysis.watch.groups import TOKEN_GROUPS
-from loopmdm.analysis.watch.states import check_loops, token_groups, walk
+from loopmdm.analysis.watch.states import check_loops, token_groups, trajectory
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.sequences import MaskedBatch, as_batch
@@ -127,7 +127,7 @@ def _visit(
     """(index of the first sequence, loop, states, token groups), batch by batch and loop by loop."""
     for start, part in b.batches(batch_size):
         groups = token_groups(m, part)
-        for loop, state, _ in walk(m, part, n_loops):
+        for loop, state, _ in trajectory(m, part, n_loops):
             yield start, loop, state, groups
 
 

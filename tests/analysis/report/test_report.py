@@ -132,7 +132,7 @@ def test_misuse_names_its_remedy(hooked, batch, call, says):
 
 
 def test_more_than_a_page_can_hold_is_refused_before_it_is_made(monkeypatch, hooked, batch):
-    monkeypatch.setattr(data, "LARGEST", 1000)
+    monkeypatch.setattr(data, "LARGEST_PAGE", 1000)
     with pytest.raises(UsageError, match="run fewer loops"):
         explore(hooked.run_with_cache(batch.tokens)[1])
 

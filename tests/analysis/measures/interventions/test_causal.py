@@ -8,6 +8,7 @@ import contextlib
 import math
 import weakref
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -382,6 +383,34 @@ def test_hidden_masked_keys_are_those_of_the_model_that_forbids_them(model, hook
     expected = HookedLoopMDM(forbidding.eval())(batch.tokens, n_loops=3, attn_path="eager")
     with cut(hooked, "any->masked"):
         assert torch.equal(hooked(batch.tokens, n_loops=3), expected)
+
+
+def test_a_choice_sees_a_pattern_if_it_looks_at_one(batch):
+    """Masses are computed for those alone that go by them, in the model's own width; one's own choices do."""
+    m, seen = HookedLoopMDM(toy_model().double()), []
+
+    def mine(pattern, context):
+        seen.append(pattern)
+        return edges(context, "masked->masked")[:, None]
+
+    with cut(m, mine):
+        by_mine = m(batch.tokens, n_loops=2)
+    with cut(m):
+        assert torch.equal(m(batch.tokens, n_loops=2), by_mine)
+    assert len(seen) == 4 and all(pattern.dtype == torch.float64 for pattern in seen)
+    torch.testing.assert_close(seen[0].sum(-1), torch.ones_like(seen[0].sum(-1)))
+    mine.looks = False
+
+    def softmaxes(what):
+        counted = mock.patch.object(torch.Tensor, "softmax", autospec=True, side_effect=torch.Tensor.softmax)
+        with counted as ran, cut(m, what, loops=0, layers=1):
+            m(batch.tokens, n_loops=1)
+        return ran.call_count
+
+    alone = softmaxes("none")
+    for what in ("masked->masked", choice(m, EdgeSet(share=0.5)), mine):
+        assert softmaxes(what) == alone
+    assert softmaxes(choice(m, EdgeSet(side="within"))) == alone + 1
 
 
 def test_both_sides_carry_the_poorer_ones_mass():

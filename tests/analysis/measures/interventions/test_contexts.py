@@ -33,9 +33,13 @@ def eager(m, tokens, n_loops=3):
 
 
 def test_cutting_nothing_changes_nothing_bit_for_bit(hooked, batch):
+    before, fused = eager(hooked, batch.tokens), hooked(batch.tokens, n_loops=3)
     with cut(hooked, "none"):
-        assert torch.equal(hooked(batch.tokens, n_loops=3), eager(hooked, batch.tokens))
-    assert torch.equal(eager(hooked, batch.tokens), eager(hooked, batch.tokens))  # and leaves nothing behind
+        assert torch.equal(hooked(batch.tokens, n_loops=3), before)
+    with cut(hooked):
+        assert not torch.equal(hooked(batch.tokens, n_loops=3), before)
+    assert torch.equal(eager(hooked, batch.tokens), before)  # and leaves nothing behind
+    assert torch.equal(hooked(batch.tokens, n_loops=3), fused)
 
 
 def test_cutting_all_masked_edges_is_the_model_that_forbids_them(model, hooked, batch):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from loopmdm.analysis.measures.representation import read_loops, representation_change
-from loopmdm.analysis.watch.states import walk
+from loopmdm.analysis.watch.states import trajectory
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.masking import mask_tokens
@@ -169,7 +169,7 @@ def test_far_loops_agree_with_near_ones_and_hold_nothing_more(hooked, batch):
         assert value(far, 2, metric) == pytest.approx(value(near, 2, metric), rel=1e-5)
     assert value(far, 39, "kl_last") == pytest.approx(0, abs=1e-6)
     seen = []
-    for loop, state, _ in walk(hooked, batch, 40):
+    for loop, state, _ in trajectory(hooked, batch, 40):
         seen.append(weakref.ref(state))
         assert loop == len(seen) - 2 and sum(ref() is not None for ref in seen) <= 2
 
