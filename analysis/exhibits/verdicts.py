@@ -7,7 +7,6 @@ Verdict: "supported" if the whole interval lies beyond the margin in the claimed
 it lies on the other side, "undecided" otherwise, "not run" where the models are not there.
 """
 
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pandas as pd
 from loopmdm.analysis.exhibits.answers import Answer, NotRun
 from loopmdm.analysis.exhibits.registry import EXHIBITS, Reading
 from loopmdm.model.errors import UsageError, check_keys
+from loopmdm.model.files import read_toml
 from loopmdm.model.zoo.runs import MAIN_TASKS, figures_folder
 
 FIELDS = ("name", "tasks", "claim", "where", "estimand", "margin", "direction", "falsifier", "figure", "seen")
@@ -57,7 +57,7 @@ def load_claims(path: Path | None = None) -> list[Claim]:
     if not path.is_file():
         raise UsageError(f"{path} is missing; restore it from the repository")
     claims = []
-    for entry in tomllib.loads(path.read_text())["claim"]:
+    for entry in read_toml(path)["claim"]:
         check_keys(entry, FIELDS, f"{path.name} [{entry.get('name', '?')}]")
         missing = [field for field in FIELDS if field not in entry]
         if missing or entry["direction"] not in ("above", "below"):

@@ -65,7 +65,7 @@ class TextEntries:
     def to_tokens(self, text: str | list[str]) -> Tensor:
         """Token ids [batch, pos] of a text or several; shorter ones are padded with [PAD]."""
         texts = [text] if isinstance(text, str) else text
-        if not texts or not isinstance(texts, list | tuple) or not all(isinstance(item, str) for item in texts):
+        if not isinstance(texts, list | tuple) or not texts or not all(isinstance(item, str) for item in texts):
             raise UsageError("give a text or a list of texts; token ids go in as a tensor")
         texts = list(texts)
         board = board_of_model(self.cfg)
@@ -101,7 +101,7 @@ class TextEntries:
         The one place where [MASK] in a text is not text; `sample(m, infill=text)` fills it.
         """
         texts = [text] if isinstance(text, str) else text
-        if not texts or not isinstance(texts, list | tuple) or not all(isinstance(item, str) for item in texts):
+        if not isinstance(texts, list | tuple) or not texts or not all(isinstance(item, str) for item in texts):
             raise UsageError("infill takes a text or a list of texts, with [MASK] for each token to fill")
         rows = [self._gapped(item) for item in texts]
         longest, pad = max(map(len, rows)), self._text().token_to_id(self.pad)

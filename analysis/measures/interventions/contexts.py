@@ -17,7 +17,7 @@ from loopmdm.analysis.measures.interventions.places import (
     several,
 )
 from loopmdm.analysis.measures.interventions.selections import Choose
-from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.errors import UsageError, check_count, check_model, check_word
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 
 Group = Literal["masked", "clean"]
@@ -29,8 +29,7 @@ def _members(m: HookedLoopMDM, group: str) -> Tensor:
 
 
 def _check_group(group: str) -> str:
-    if group not in ("masked", "clean"):
-        raise UsageError(f'group must be "masked" or "clean", got {group!r}')
+    check_word("group", group, ("masked", "clean"))
     return group
 
 
@@ -51,11 +50,11 @@ def cut(
     anything at all. Attention is explicit in all layers, in every arm; "none" cuts nothing: what a cut is
     compared with. `what` may also be a choice of edges, as in `choice(m, EdgeSet(relation="row"))`.
     """
+    check_model(m, "cut", hooked=True)
     where = applications(m.cfg, loops, layers, "attn_scores")
     chosen = several("head", heads, m.cfg.n_heads)
-    if isinstance(what, str):
-        check_edges(what)
-    elif matched:
+    check_edges(what)
+    if matched and not isinstance(what, str):
         raise UsageError("matched goes with named edges; the control of a choice is EdgeSet(side='outside')")
 
     def forbid(scores: Tensor, hook: Any) -> Tensor:
@@ -81,6 +80,7 @@ def stale(
 
     Tells whether the *update* of what masked positions say matters, or only that they are there.
     """
+    check_model(m, "stale", hooked=True)
     places, everywhere = (applications(m.cfg, some, layers, "v") for some in (loops, None))
     if any(layer not in m.cfg.layers("loop") for layer in several("layer", layers, m.cfg.n_layers) or ()):
         raise UsageError(f"only looped layers have a loop 0: {list(m.cfg.layers('loop'))}")
@@ -117,6 +117,7 @@ def _between(m: HookedLoopMDM, loops: Loops, change: Any) -> Iterator[HookedLoop
 @contextmanager
 def freeze(m: HookedLoopMDM, group: Group = "clean", loops: Loops = None) -> Iterator[HookedLoopMDM]:
     """Hold the states of a group: what the chosen loops would write to them is dropped."""
+    check_model(m, "freeze", hooked=True)
     _check_group(group)
 
     def change(before: Tensor, after: Tensor) -> Tensor:
@@ -129,6 +130,7 @@ def freeze(m: HookedLoopMDM, group: Group = "clean", loops: Loops = None) -> Ite
 @contextmanager
 def damp(m: HookedLoopMDM, strength: float, loops: Loops = None) -> Iterator[HookedLoopMDM]:
     """H(i) = H(i-1) + strength x what the loop adds; 1 changes nothing, 1/K makes K loops one step in length."""
+    check_model(m, "damp", hooked=True)
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength < float("inf"):
         raise UsageError(f"strength must be a positive number, got {strength!r}")
     with _between(m, loops, lambda before, after: before + strength * (after - before)):
@@ -141,6 +143,7 @@ def patch(m: HookedLoopMDM, loop: int, state: Tensor, rows: Tensor | None = None
 
     States of another run: `cache["loop.3.hook_out"]`, or `m.states`.
     """
+    check_model(m, "patch", hooked=True)
     check_count("loop", loop, least=0)
 
     def replace(current: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
@@ -155,6 +158,7 @@ def patch(m: HookedLoopMDM, loop: int, state: Tensor, rows: Tensor | None = None
 @contextmanager
 def skip(m: HookedLoopMDM, layers: Chosen = None, loops: Loops = None) -> Iterator[HookedLoopMDM]:
     """Leave layers out in the chosen loops: they add nothing to the stream."""
+    check_model(m, "skip", hooked=True)
 
     def nothing(update: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
         return torch.zeros_like(update)

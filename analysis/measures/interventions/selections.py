@@ -18,7 +18,7 @@ from torch import Tensor
 
 from loopmdm.analysis.measures.interventions.edges import check_edges, edges
 from loopmdm.model.context import Context
-from loopmdm.model.errors import UsageError, unknown_name
+from loopmdm.model.errors import UsageError, check_number, unknown_name
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.randomness import row_uniforms
 from loopmdm.model.tasks.sudoku import Board, board_of_model
@@ -43,11 +43,12 @@ class EdgeSet:
 
     def __post_init__(self):
         """Known names; a share in (0, 1]."""
-        check_edges(self.groups)
+        check_edges(self.groups if isinstance(self.groups, str) else repr(self.groups))
         for what, name, known in (("relation", self.relation, ("any", *RELATIONS)), ("side", self.side, SIDES)):
-            if name not in known:
+            if not isinstance(name, str) or name not in known:
                 raise unknown_name(what, name, known)
-        if not 0 < self.share <= 1:
+        check_number("share", self.share, least=0, most=1)
+        if not self.share:
             raise UsageError(f"share must lie in (0, 1], got {self.share!r}")
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from loopmdm.analysis.measures.interventions.edges import check_edges, edges
 from loopmdm.analysis.measures.interventions.places import Chosen, Loops, applications, in_heads, several
 from loopmdm.analysis.measures.interventions.selections import Choose
-from loopmdm.model.errors import UsageError
+from loopmdm.model.errors import UsageError, check_model
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.randomness import row_uniforms
 from loopmdm.model.sequences import Sequences
@@ -31,6 +31,7 @@ def record_values(
     m: HookedLoopMDM, tokens: Int[Tensor, "batch pos"], n_loops: int, attention_mask: Tensor | None = None
 ) -> Values:
     """The values of the looped layers in every loop of one run; under the open contexts, if there are any."""
+    check_model(m, "record_values", hooked=True)
     found: Values = {}
 
     def keep(value: Tensor, hook: Any) -> None:
@@ -60,10 +61,12 @@ def replace_values(
     Attention is explicit in all layers, as under `cut`: cut(m, "none") is what it is compared with. UsageError
     where a loop runs of which no values are there.
     """
+    check_model(m, "replace_values", hooked=True)
+    if not isinstance(values, dict):
+        raise UsageError(f"values are those of record_values, got {values!r:.60}")
     places = {leaf: applications(m.cfg, loops, None, leaf) for leaf in ("v", "pattern", "z")}
     chosen = several("head", heads, m.cfg.n_heads)
-    if isinstance(what, str):
-        check_edges(what)
+    check_edges(what)
 
     def keep(value: Tensor, hook: Any) -> None:  # noqa: ARG001
         m.call.notes[keep] = value

@@ -26,6 +26,7 @@ from loopmdm.analysis.measures.registry import Measure, plain
 from loopmdm.analysis.measures.representation.lenses import LENSES, kl, read, readout_metrics
 from loopmdm.analysis.watch.states import TOKEN_GROUPS, check_loops, group_mean, row_mean, token_groups, walk
 from loopmdm.model import stats
+from loopmdm.model.errors import check_model
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.layout import By, check_by
 from loopmdm.model.sequences import MaskedBatch, as_batch
@@ -98,6 +99,7 @@ def representation_change(
     is NaN with n = 0. In a shifted model `by="predicts"` groups states by the token that they predict; read-outs
     are those of masked tokens either way.
     """
+    check_model(m, "representation_change")
     check_by(m.facts, by, "representation_change")
     b, n_loops = as_batch("representation_change", b, clusters), check_loops(m, n_loops)
     parts = [_batch_metrics(m, part, n_loops, by) for _, part in b.batches(batch_size)]
