@@ -103,7 +103,7 @@ def read_task(path: Path) -> dict[str, Any]:
     if not is_file(path):
         raise UsageError(f"no task file at {path}; give a YAML task of the harness")
     try:
-        task = yaml.safe_load(path.read_text())
+        task = yaml.safe_load(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path} is not YAML of plain values: {error!s:.200}") from error
     if not isinstance(task, dict) or "task" not in task:

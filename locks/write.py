@@ -51,7 +51,7 @@ def main(wheel: str) -> None:
     for extra in ("pipeline", "dev"):
         parts[extra] = {name: block for name, block in found[extra].items() if base.get(name) != block}
     for name, blocks in parts.items():
-        (HERE / f"{name}.txt").write_text(HEADER + "".join(blocks.values()))
+        (HERE / f"{name}.txt").write_text(HEADER + "".join(blocks.values()), "utf-8")
 
 
 if __name__ == "__main__":

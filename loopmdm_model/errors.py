@@ -2,7 +2,7 @@
 
 import difflib
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -34,11 +34,11 @@ class NotFiniteError(ArithmeticError):
     """Weights, states or logits that are not finite where numbers are needed; the command line exits with 1."""
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str], remedy: str = "") -> UnknownNameError:
-    """The error for an unknown `name` of some `kind`, with near matches among `known`."""
-    known = list(known)
-    near = difflib.get_close_matches(str(name)[:200], known, n=3, cutoff=0.45)
-    near = near or [full for full in known if name and str(name) in full][:3]
+def unknown_name(kind: str, name: object, known: Iterable[str], remedy: str = "") -> UnknownNameError:
+    """The error for an unknown `name` of some `kind`, whatever it is, with near matches among `known`."""
+    known, name = list(known), name if isinstance(name, str) else repr(name)
+    near = difflib.get_close_matches(name[:200], known, n=3, cutoff=0.45)
+    near = near or [full for full in known if name and name in full][:3]
     if near:
         hint = f"did you mean {' or '.join(near)}?"
     elif len(known) <= 20:
@@ -87,6 +87,23 @@ def check_number(
     if above:
         expected = f"above {least}" + (f" and of at most {most}" if most < float("inf") else "")
     raise UsageError(f"{name} must be a number {expected}, got {value!r}")
+
+
+def check_word(name: str, value: object, words: Sequence[str]) -> None:
+    """UsageError unless `value` is one of a few words."""
+    if not isinstance(value, str) or value not in words:
+        *first, last = (f'"{word}"' for word in words)
+        raise UsageError(f"{name} must be {', '.join(first)} or {last}, got {value!r:.80}")
+
+
+def check_model(model: Any, what: str, hooked: bool = False) -> None:
+    """UsageError for what is no model, such as the name of one, or has no hooks where they are needed."""
+    if not (hasattr(model, "cfg") and hasattr(model, "run")):
+        named = "; open_model opens one by name" if isinstance(model, str) else ""
+        kinds = "a LoopMDM, a HookedLoopMDM or another Core"
+        raise UsageError(f"{what} takes {kinds}, got {type(model).__name__}{named}")
+    if hooked and not hasattr(model, "attention_path"):
+        raise UsageError(f"{what} needs hooks; give HookedLoopMDM(model)")
 
 
 def check_seed(seed: object) -> int:

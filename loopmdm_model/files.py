@@ -19,6 +19,8 @@ from loopmdm.model.errors import UsageError
 
 PARTIAL = ".partial-"
 LOCK = ".lock"
+TEXT = "utf-8-sig"
+"""How JSON and TOML are read, whatever the locale: some editors put a mark before UTF-8."""
 
 
 def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
@@ -111,7 +113,7 @@ def lock_folder(folder: Path, what: str) -> BaseFileLock:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
-    write_atomic(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
+    write_atomic(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n", "utf-8"))
 
 
 def sha256(path: Path) -> str:
@@ -145,7 +147,7 @@ def is_folder(path: Path) -> bool:
 def read_json(path: Path) -> Any:
     """Read JSON; UsageError names a damaged file."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(TEXT))
     except ValueError as error:  # not UTF-8, not JSON, or a number of thousands of digits
         raise UsageError(f"{path} is not JSON ({error}); restore the file") from error
     except RecursionError:
@@ -155,7 +157,7 @@ def read_json(path: Path) -> Any:
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a file with a JSON object a line; UsageError names a damaged line."""
     records = []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(TEXT, "replace").splitlines(), start=1):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
@@ -169,7 +171,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 def read_toml(path: Path) -> dict[str, Any]:
     """Read TOML; UsageError names a damaged file."""
     try:
-        text = path.read_text()
+        text = path.read_text(TEXT)
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not TOML: {error}") from error
     return parse_toml(text, str(path))

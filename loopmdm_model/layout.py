@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from loopmdm.model.errors import UsageError
+from loopmdm.model.errors import UsageError, check_word
 
 SEGMENTS = ("prelude", "loop", "coda")
 
@@ -65,8 +65,7 @@ By = Literal["holds", "predicts"]
 
 def check_by(facts: Facts, by: str, who: str) -> None:
     """UsageError for a `by` that is none, or says nothing of a model."""
-    if by not in get_args(By):
-        raise UsageError(f'by must be "holds" or "predicts", got {by!r}')
+    check_word("by", by, get_args(By))
     if by == "predicts" and not facts.shifted:
         raise UsageError(f'{who}: this model predicts a token where it stands; leave by="holds"')
 

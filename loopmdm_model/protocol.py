@@ -186,7 +186,11 @@ class Core(nn.Module):
         """
         rule = as_rule(n_loops, stop, self.cfg.max_loops)
         context = self.context(tokens, attention_mask)
-        if rows is not None and (rows.dtype != torch.bool or rows.shape != tokens.shape):
+        if on_loop is not None and not callable(on_loop):
+            raise UsageError(f"on_loop must be a function of a LoopView, got {on_loop!r:.60}")
+        if rows is not None and (
+            not isinstance(rows, Tensor) or rows.dtype != torch.bool or rows.shape != tokens.shape
+        ):
             raise UsageError(f"rows must be boolean with one entry per token, {list(tokens.shape)}")
         x = self.prelude(tokens, context, taps)
         done = iterate(self, x, context, rule, taps, on_loop)
@@ -281,12 +285,6 @@ class Core(nn.Module):
             x = self.loop(x, context, loop, taps)
             check_state(x, context.real, f"H({loop})")
             yield x, context
-
-
-def check_model(model: Any, what: str) -> None:
-    """UsageError for what is no model."""
-    if not (hasattr(model, "cfg") and hasattr(model, "run")):
-        raise UsageError(f"{what} takes a LoopMDM, a HookedLoopMDM or another Core, got {type(model).__name__}")
 
 
 def core_of(model: "LoopedModel | Core") -> Core:

@@ -23,6 +23,7 @@ def row_uniforms(
     """Uniforms in [0, 1), float64; row r belongs to sequence first_index + r."""
     check_seed(seed)
     check_count("first_index", first_index, least=0)
+    check_count("step", step, least=0, most=2**63 - 1)
     bits = np.random.Philox(key=seed)
     generator, state = np.random.Generator(bits), bits.state
     out = np.empty((n_rows, width))

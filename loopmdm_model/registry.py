@@ -81,7 +81,7 @@ class Registry(MutableMapping[str, Item], Generic[Item]):
 
     def __getitem__(self, name: str) -> Item:
         """The item of that name; UnknownNameError with near matches."""
-        if name not in self._known():
+        if not isinstance(name, str) or name not in self._known():
             raise unknown_name(self.kind, name, self._items)
         return self._items[name]
 

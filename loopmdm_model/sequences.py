@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from loopmdm.model import means
-from loopmdm.model.errors import UsageError, check_count, check_data
+from loopmdm.model.errors import UsageError, check_count, check_data, check_model
 
 R = TypeVar("R", bound="_Rows")
 
@@ -73,9 +73,13 @@ class Sequences(_Rows):
 
     def __post_init__(self):
         """One shape."""
+        if not isinstance(self.tokens, Tensor):
+            raise UsageError(f"tokens must be an integer tensor [batch, pos], got {type(self.tokens).__name__}")
         for mask in (self.maskable, self.real):
-            assert mask is None or (mask.shape == self.tokens.shape and mask.dtype == torch.bool)
-        assert self.clusters is None or len(self.clusters) == len(self.tokens)
+            boolean = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == self.tokens.shape
+            if mask is not None and not boolean:
+                raise UsageError("masks must be boolean and of the tokens' shape; Sequences.of makes them so")
+        check_clusters(self.clusters, len(self.tokens))
 
     @classmethod
     def of(
@@ -139,6 +143,7 @@ class Sequences(_Rows):
 
     def clean_for(self, model: Any) -> "Sequences":
         """As `model` reads them, its [PAD] told from tokens; refuses [MASK] and ids that it does not know."""
+        check_model(model, "the likelihood")
         model.cfg.facts.need("masks", by="the likelihood")
         infer = getattr(model, "padding_mask", None)
         real = infer(self.tokens) if self.real is None and infer is not None else self.real
@@ -253,7 +258,10 @@ def check_clusters(clusters: Any, n: int) -> np.ndarray | None:
     """The documents of `n` sequences, as an array."""
     if clusters is None:
         return None
-    names = np.asarray(clusters)
+    try:
+        names = np.asarray(clusters)
+    except ValueError:
+        raise UsageError(f"clusters must name one per sequence, got {clusters!r:.60}") from None
     if names.ndim != 1 or len(names) != n:
         size = len(names) if names.ndim else "a single one"
         raise UsageError(f"clusters must name one per sequence: {n} expected, got {size}")

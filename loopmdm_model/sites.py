@@ -67,6 +67,8 @@ class Site:
         for name in ("loop", "layer"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), least=0)
+        if not isinstance(self.leaf, str):
+            raise UsageError(f"leaf must be a name, such as pattern, got {self.leaf!r:.60}")
         if self.layer is not None and "hook_" not in self.leaf:
             object.__setattr__(self, "leaf", full_leaf(self.leaf))
 
@@ -218,7 +220,9 @@ def _numbers(what: str, given: Numbers) -> Any:
 def _leaves(given: str | Iterable[str] | EllipsisType) -> Any:
     if given is ...:
         return given
-    listed = [given] if isinstance(given, str) else list(given)  # pyright: ignore[reportArgumentType]
+    listed = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
+    if not all(isinstance(leaf, str) for leaf in listed):
+        raise UsageError(f"leaf must be a name or several, such as pattern, got {given!r:.60}")
     if not listed:
         raise UsageError("leaf is empty; name at least one, or leave it out for all")
     outside = ("hook_in", "hook_out", *OUTER)

@@ -28,9 +28,9 @@ def main() -> int:
     for source in sorted(HERE.glob("[0-9]*.py")):
         target, text = source.with_suffix(".ipynb"), generate(source)
         if "--check" in sys.argv:
-            stale += [target.name] if not target.exists() or target.read_text() != text else []
+            stale += [target.name] if not target.exists() or target.read_text("utf-8") != text else []
         else:
-            target.write_text(text)
+            target.write_text(text, "utf-8")
     if stale:
         print(f"stale: {', '.join(stale)}; run `python notebooks/sync.py`", file=sys.stderr)
     return 1 if stale else 0

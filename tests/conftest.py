@@ -3,16 +3,18 @@
 import inspect
 import os
 import re
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.masking import mask_tokens
-from loopmdm.model.network.checkpoints import list_models
 from loopmdm.model.network.config import LoopMDMConfig
 from loopmdm.model.network.model import LoopMDM
 from loopmdm.model.sequences import MaskedBatch
+from loopmdm.model.zoo.runs import Zoo
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 torch.set_num_threads(1)
@@ -57,14 +59,27 @@ def no_gradients():
         yield
 
 
-SHIPPED = re.compile(rf"\b({'|'.join(map(re.escape, list_models()))})\b")
+# by the roster: a clone whose weights are away must mark the same tests
+SHIPPED = re.compile(rf"\b({'|'.join(re.escape(run.name) for run in Zoo.roster() if run.weights)})\b")
+
+
+def _texts(code: Any, seen: set[Any]) -> Iterator[str]:
+    """The source of a function, and of what it names in its module: constants, other functions and theirs."""
+    seen.add(code)
+    yield (source := inspect.getsource(code))
+    for value in map(code.__globals__.get, set(re.findall(r"\w+", source))):
+        if isinstance(value, str | tuple | list | dict | set):
+            yield repr(value)
+        elif inspect.isfunction(value) and value.__module__ == code.__module__ and value not in seen:
+            yield from _texts(value, seen)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as "weights" what names a shipped model: in itself, in a fixture that it uses, or as a parameter."""
+    """Mark as "weights" what names a shipped model: in itself, in what it uses, or as a parameter."""
     for item in items:
         fixtures = [found[-1].func for found in item._fixtureinfo.name2fixturedefs.values()]
-        words = [inspect.getsource(code) for code in (item.function, *fixtures) if inspect.isfunction(code)]
+        seen: set[Any] = set()
+        words = [t for code in (item.function, *fixtures) if inspect.isfunction(code) for t in _texts(code, seen)]
         words += map(str, item.callspec.params.values()) if hasattr(item, "callspec") else ()
         if any(SHIPPED.search(text) for text in words):
             item.add_marker(pytest.mark.weights)

@@ -22,11 +22,38 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from loopmdm.analysis import cut, mask_attention, representation_change
+from loopmdm.analysis import (
+    attention_across_loops,
+    cut,
+    mask_attention,
+    measure,
+    read_loops,
+    representation_change,
+    stale,
+    stopping_frontier,
+)
 from loopmdm.analysis.cli import main
-from loopmdm.model import NoiseSchedule, Sequences, StateDelta, UsageError, mask_tokens, nelbo, sample
+from loopmdm.analysis.measures.interventions import record_values, replace_values
+from loopmdm.analysis.measures.interventions.causal import Arm, Trial, causal_effects
+from loopmdm.analysis.measures.interventions.selections import EdgeSet
+from loopmdm.model import (
+    ExitGate,
+    MaskedBatch,
+    NoiseSchedule,
+    Sequences,
+    StateDelta,
+    UsageError,
+    hook_model,
+    mask_tokens,
+    nelbo,
+    nelbo_by_loop,
+    open_model,
+    sample,
+)
+from loopmdm.model.adapters.convert import to_loopmdm
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from tests.conftest import toy_config, toy_model
+from tests.loopmdm_model.adapters.natives import native
 
 ROOT = Path(__file__).parents[1]
 SMOKE = str(ROOT / "figures/specs/smoke.toml")
@@ -105,12 +132,22 @@ def numbers(*good: tuple[float, float]) -> st.SearchStrategy[str]:
 
 
 SEEDS = counts(0, HUGE - 1)
+DIALS = ("threshold", "factor", "entropy-bound")
 SAMPLE = {
     "--n": counts(), "--steps": counts(), "--batch-size": counts(), "--n-loops": counts(most=10_000),
     "--length": counts(most=32), "--first-index": SEEDS, "--seed": SEEDS,
     "--temperature": numbers((0.0, 0.0), (1e-4, sys.float_info.max)), "--top-p": numbers((5e-324, 1.0)),
     "--stop": st.one_of(NAMES, numbers((0.0, float("inf"))).filter(bool).map(lambda word: f"state-delta:{word}")),
-    "--order": st.one_of(NAMES, counts().map(lambda word: f"blocks:{word}"), st.just("")),
+    "--order": st.one_of(
+        NAMES, counts().map(lambda word: f"blocks:{word}"), st.just(""),
+        st.tuples(st.sampled_from(DIALS), WORDS.filter(lambda word: word not in ("1.5", "1e9"))).map(":".join),
+        st.sampled_from(["threshold:1.5", "threshold:-1", "random:0.5", "blocks:8:threshold:2", "blocks:8:x"]),
+    ),
+    "--top-k": counts(), "--guidance": numbers((0.0, sys.float_info.max)),
+    "--suppress": st.one_of(lists(counts(0, 5)), st.just("0,1,2,3,4,5")), "--end": lists(counts(0, 5)),
+    "--infill": NAMES.filter(lambda name: "[MASK]" not in name), "--prompt": NAMES.map(lambda name: f"{name}?"),
+    "--device": NAMES.map(lambda name: f"{name}?"), "--dtype": NAMES.map(lambda name: f"{name}?"),
+    "--set": st.one_of(NAMES.filter(lambda name: "=" not in name), NAMES.map(lambda name: f"{name}?=1")),
     "--clues": st.one_of(
         counts(0, 31).map(lambda word: f"{word}:0"),
         counts(0, 5).filter(lambda word: word != "1,").map(lambda word: f"0:{word}"),
@@ -128,6 +165,17 @@ MEASURE = {
     "--n": counts(), "--n-loops": counts(most=10_000), "--seed": SEEDS, "--along-sampling": counts(0),
     "--mask-ratios": SHARES, "--out": st.sampled_from([".", "x.tsv", "a" * 300 + ".parquet", "made/folder"]),
 }  # fmt: skip
+OWN = ("n_draws", "n_bins", "n_resamples", "first")
+OPENED = {name: SAMPLE[name] for name in ("--device", "--dtype", "--set")}
+TRAINING_FREE = OPENED | {
+    "--blocks": st.one_of(
+        WORDS, counts(0, 5).map(lambda word: f"{word}:1"), counts(1, 5).map(lambda word: f"0:{word}")
+    ),
+    "--n-loops": lists(counts(most=10_000)), "--n-samples": counts(), "--n": counts(), "--seed": SEEDS,
+    "--out": MEASURE["--out"], "--text": NAMES.map(lambda name: f"{name}?"),
+}  # fmt: skip
+REPORT = OPENED | {"--out": st.sampled_from([".", "x.txt", "made/folder", "a" * 300 + ".html"])}
+REPORT |= {"--text": NAMES.map(lambda name: f"{name}?")}
 RATES = numbers((5e-324, sys.float_info.max)).map(lambda word: word or '""')
 SETTINGS = {
     "training.batch_size": counts(), "training.steps": counts(), "training.tokens": counts(0, HUGE - 1),
@@ -169,11 +217,19 @@ NAMED = (
     "data fetch",
     "ship",
     "bench",
+    "training-free",
+    "report",
+    "claims",
 )
 COMMANDS = st.one_of(
     _options(["sample", MODEL, "--steps=1"], SAMPLE),
     _options(["evaluate", MODEL], EVALUATE),
     _options(["measure", "effective-rank", MODEL, "--n=2"], MEASURE),
+    _options(["training-free", MODEL, "--n=2"], TRAINING_FREE),
+    _options(["report", MODEL], REPORT),
+    st.tuples(st.sampled_from(OWN), counts()).map(
+        lambda pair: ["measure", "causal-edges", MODEL, "--n=2", f"--set={pair[0]}={pair[1]}"]
+    ),
     st.one_of([
         strategy.map(lambda word, key=key: ["train", SMOKE, "--dry-run", f"--set={key}={word}"])
         for key, strategy in SETTINGS.items()
@@ -264,6 +320,9 @@ TOY = HookedLoopMDM(toy_model())
 CLEAN = torch.randint(0, 22, (3, 10), generator=torch.Generator().manual_seed(1))
 BATCH = mask_tokens(CLEAN, 22, mask_ratio=0.5, seed=0)
 _, CACHE = TOY.run_with_cache(BATCH.tokens, n_loops=2)
+some = lambda value: not isinstance(value, list | dict | str | bytes | bool) or bool(value)  # noqa: E731
+SOME = ODD.filter(some)
+IDS = integers(0, 22).filter(some)
 LOOPS, SEED, TEXT_NAMES = integers(most=10_000), integers(0, HUGE - 1), NAMES.map(lambda name: f"{name}?")
 SHAPES = st.sampled_from([(), (0,), (1, 0), (0, 4), (1, 17), (1, 2, 3)])
 TOKENS = st.one_of(
@@ -286,11 +345,28 @@ FIELDS = (
 NO_FIELD = st.one_of(st.integers(max_value=-2), st.just(2**40), ODD.filter(lambda v: not isinstance(v, float)))
 
 
+def other(*kinds: type) -> st.SearchStrategy[Any]:
+    """What is none of these."""
+    return ODD.filter(lambda value: not isinstance(value, kinds) or isinstance(value, bool))
+
+
 def _entered(change: Any) -> None:
     with change:
         TOY(BATCH.tokens, n_loops=2)
 
 
+WHOLE = {"tokens": BATCH.tokens, "clean": BATCH.clean, "masked": BATCH.masked}
+VALUES = record_values(TOY, BATCH.tokens, 2)
+NATIVE = native("Bert")
+OF_MODELS: dict[str, Call] = {
+    "nelbo": lambda m: nelbo(m, CLEAN, n_samples=1), "sample": lambda m: sample(m, length=4, steps=1),
+    "mask_attention": lambda m: mask_attention(m, BATCH), "change": lambda m: representation_change(m, BATCH),
+    "read_loops": lambda m: read_loops(m, BATCH), "cut": lambda m: _entered(cut(m)),
+    "stale": lambda m: _entered(stale(m)), "effects": lambda m: causal_effects(m, CLEAN),
+    "frontier": lambda m: stopping_frontier(m, CLEAN), "maps": lambda cache: attention_across_loops(cache, 1),
+    "measure": lambda m: measure("effective-rank", m, batch=BATCH),
+    "by_loop": lambda m: nelbo_by_loop(m, CLEAN, 2),
+}  # fmt: skip
 WRONG: dict[str, tuple[Call, st.SearchStrategy[Any]]] = {
     "forward tokens": (TOY, TOKENS),
     "forward n_loops": (lambda v: TOY(CLEAN, n_loops=v), LOOPS),
@@ -324,6 +400,52 @@ WRONG: dict[str, tuple[Call, st.SearchStrategy[Any]]] = {
     "cut edges": (lambda v: _entered(cut(TOY, v)), TEXT_NAMES),
     "cut loops": (lambda v: _entered(cut(TOY, loops=v)), st.one_of(TEXT_NAMES, st.just(1.5), st.just([1, "x"]))),
     "config": (lambda v: toy_config(**v), st.builds(lambda key, v: {key: v}, st.sampled_from(FIELDS), NO_FIELD)),
+    **{f"model of {name}": (call, ODD) for name, call in OF_MODELS.items()},
+    "open_model name": (open_model, st.one_of(TEXT_NAMES, other(str))),
+    "open_model device": (lambda v: open_model(MODEL, v), TEXT_NAMES),
+    "open_model changes": (lambda v: open_model(MODEL, **{v: 1}), TEXT_NAMES),
+    "hook_model native": (hook_model, other(torch.nn.Module)),
+    "hook_model family": (lambda v: hook_model(NATIVE, v), st.one_of(TEXT_NAMES, other(str))),
+    "hook_model loop": (lambda v: hook_model(NATIVE, loop=v), st.one_of(ODD, st.tuples(integers(0), integers()))),
+    "hook_model max_loops": (lambda v: hook_model(NATIVE, loop=(1, 1), max_loops=v), LOOPS),
+    "hook_model changes": (lambda v: hook_model(NATIVE, **{v: 1}), TEXT_NAMES),
+    "to_loopmdm": (to_loopmdm, st.one_of(ODD, st.just(TOY))),
+    "gate": (lambda v: TOY.run(CLEAN, stop=ExitGate(v, max_loops=3)), st.one_of(st.floats(), ODD)),
+    "m.mask text": (TOY.mask, st.one_of(TEXT_NAMES, TOKENS, ODD)),
+    "m.mask ratio": (lambda v: TOY.mask(CLEAN, v), reals((0.0, 1.0))),
+    "m.mask maskable": (lambda v: TOY.mask(CLEAN, 0.5, maskable=v), ODD),
+    "m.gaps": (TOY.gaps, st.one_of(TEXT_NAMES, ODD)),
+    **{
+        f"MaskedBatch {name}": (lambda v, name=name: MaskedBatch(**(WHOLE | {name: v})), other(torch.Tensor))
+        for name in WHOLE
+    },
+    **{
+        f"Sequences {name}": (lambda v, name=name: Sequences(CLEAN, **{name: v}), ODD)
+        for name in ("maskable", "real", "clusters")
+    },
+    "sequences": (Sequences.of, ODD),
+    **{f"trial {name}": (lambda v, name=name: Trial(**{name: v}), integers()) for name in OWN},
+    "arm kind": (lambda v: Arm(v, EdgeSet()), st.one_of(TEXT_NAMES, ODD)),
+    **{
+        f"edges {name}": (lambda v, name=name: EdgeSet(**{name: v}), st.one_of(TEXT_NAMES, ODD))
+        for name in ("groups", "relation", "side")
+    },
+    "edges share": (lambda v: EdgeSet(share=v), reals((5e-324, 1.0))),
+    "effects arms": (lambda v: causal_effects(TOY, CLEAN, v), SOME),
+    "effects trial": (lambda v: causal_effects(TOY, CLEAN, trial=v), ODD),
+    "effects n_loops": (lambda v: causal_effects(TOY, CLEAN, trial=Trial(v)), st.one_of(st.just(1), LOOPS)),
+    "values": (lambda v: _entered(replace_values(TOY, v)), ODD),
+    "values edges": (lambda v: _entered(replace_values(TOY, VALUES, v)), TEXT_NAMES),
+    "values heads": (lambda v: _entered(replace_values(TOY, VALUES, heads=v)), integers(0, 1)),
+    "values loops": (lambda v: _entered(replace_values(TOY, VALUES, loops=v)), st.sampled_from(["x", 1.5])),
+    "hooks": (lambda v: TOY.run_with_hooks(CLEAN, fwd_hooks=v), SOME),
+    **{
+        f"sample {name}": (lambda v, name=name: sample(TOY, **{"steps": 2, "length": 4, name: v}), strategy)
+        for name, strategy in {
+            "top_k": integers(), "guidance": reals((0.0, sys.float_info.max)), "infill": other(type(None)),
+            "suppress": st.one_of(IDS, st.lists(IDS, min_size=1)), "end": IDS,
+        }.items()
+    },
     "measure n_loops": (lambda v: mask_attention(TOY, BATCH, n_loops=v), LOOPS),
     "change n_loops": (lambda v: representation_change(TOY, BATCH, n_loops=v), LOOPS),
 }  # fmt: skip

@@ -71,6 +71,9 @@ def wrong_calls(place, tally):
 
 
 KINDS = {"words": wrong_words, "files": damaged_files, "calls": wrong_calls}
+EACH = pytest.mark.parametrize(
+    "kind", [*(pytest.param(k, marks=pytest.mark.weights) for k in ("words", "files")), "calls"]
+)
 
 
 def fuzzed(kind, n, place):
@@ -81,13 +84,13 @@ def fuzzed(kind, n, place):
     return tally
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EACH
 def test_bad_inputs_end_in_one_line(kind, place):
     tally = fuzzed(kind, TESTS[kind], place)
     assert tally.ends["2"] + tally.ends["UsageError"] > 0.5 * tally.inputs
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("kind", KINDS)
+@EACH
 def test_thousands_of_bad_inputs(kind, place):
     print(f"\nfuzz of {KINDS[kind].__name__.replace('_', ' ')}, {fuzzed(kind, SOAK[kind], place)}; 0 tracebacks")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from loopmdm.analysis.cli.shared import app, check_folder, err, interruptible, progress_bar, show
+from loopmdm.analysis.cli.shared import app, check_folder, draw_offline, err, interruptible, progress_bar, show
 from loopmdm.model.errors import UsageError
 
 
@@ -47,9 +47,7 @@ def figures(
     ] = False,
 ) -> None:
     """Draw figures from the committed tables, or from the checkpoints."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
+    draw_offline()
     from loopmdm.analysis import exhibits as registry
     from loopmdm.analysis.exhibits.measuring import measure_all
 
@@ -92,9 +90,7 @@ def _check(names: list[str] | None, out: Path) -> None:
 @app.command(epilog="Example: loopmdm gallery")
 def gallery() -> None:
     """Write figures/gallery, figures/README.md and the README's blocks anew, in a checkout."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
+    draw_offline()
     from loopmdm.analysis.exhibits import gallery as pages
 
     with interruptible("files that were finished are whole, the others as they were"):

@@ -9,6 +9,7 @@ from loopmdm.analysis.cli.shared import (
     MODEL,
     app,
     check_out,
+    draw_offline,
     interruptible,
     opens,
     progress_bar,
@@ -32,9 +33,7 @@ def report(
     """
     out = out or Path("report.html")
     check_out(out, ".html", ".htm")
-    import matplotlib as mpl
-
-    mpl.use("Agg")
+    draw_offline()
     from loopmdm.analysis.report.page import write_model_report, write_report
 
     if model:

@@ -136,6 +136,14 @@ def check_out(out: Path | None, *suffixes: str) -> None:
         raise UsageError(f"--out takes a {suffixes[0]} file, got {out}")
 
 
+def draw_offline() -> None:
+    """Draw into files, here and in workers, whatever the environment says: an unknown backend stops matplotlib."""
+    os.environ["MPLBACKEND"] = "agg"
+    import matplotlib as mpl
+
+    mpl.use("agg")
+
+
 TEXT = typer.Option(help="measure on these instead of a test set: UTF-8, a text or sequence a line")
 SET = "about somebody else's model, such as mask_token_id=103, bidirectional=true"
 

@@ -3,7 +3,6 @@
 All of it is generated from the registry and the tables, and `stale` says where it no longer is what they give.
 """
 
-import json
 import re
 import tempfile
 from collections.abc import Iterable
@@ -21,7 +20,7 @@ from loopmdm.analysis.numbers import provenance
 from loopmdm.analysis.plots.claims import said
 from loopmdm.analysis.plots.style import FORMATS
 from loopmdm.model.errors import UsageError
-from loopmdm.model.files import write_atomic, write_json
+from loopmdm.model.files import read_json, write_atomic, write_json
 from loopmdm.model.training.record import versions
 from loopmdm.model.zoo.runs import MAIN_TASKS
 
@@ -68,7 +67,7 @@ def against_gallery(name: str, fresh: Path, gallery: Path, known: dict, same_ver
     picture = gallery / f"{name}.png"
     if name not in known["tables"] or not picture.exists():
         return [f"{picture} is missing; run `make gallery`"]
-    now = json.loads((fresh / f"{name}.json").read_text())["tables"]
+    now = read_json(fresh / f"{name}.json")["tables"]
     if now != known["tables"][name]:
         old = sorted(table for table in now if now[table] != known["tables"][name].get(table))
         return [f"{picture} is of other values of {', '.join(old) or 'its tables'}; run `make gallery`"]
@@ -94,7 +93,7 @@ def _read_hashes(gallery: Path) -> dict:
     path = gallery / HASHES
     if not path.exists():
         raise UsageError(f"{path} is missing; run `make gallery`")
-    return json.loads(path.read_text())
+    return read_json(path)
 
 
 # --- writing the gallery ---
@@ -109,13 +108,13 @@ def write_gallery(root: Path) -> None:
         for name, figure in EXHIBITS.items():
             figure.draw(out=fresh)
             write_atomic(gallery / f"{name}.png", lambda path, source=fresh / f"{name}.png": shrunk(source, path))
-            hashes[name] = json.loads((fresh / f"{name}.json").read_text())["tables"]
+            hashes[name] = read_json(fresh / f"{name}.json")["tables"]
     for path in gallery.glob("*.png"):
         if path.stem not in EXHIBITS:
             path.unlink()
     write_json(gallery / HASHES, {"versions": versions(provenance.DRAWING), "tables": hashes})
     for path, text in pages(root).items():
-        write_atomic(path, lambda target, text=text: target.write_text(text))
+        write_atomic(path, lambda target, text=text: target.write_text(text, "utf-8"))
 
 
 def stale_pages(root: Path) -> list[str]:
@@ -123,14 +122,14 @@ def stale_pages(root: Path) -> list[str]:
     return [
         f"{path} is stale; run `make gallery`"
         for path, text in pages(root).items()
-        if not path.exists() or path.read_text() != text
+        if not path.exists() or path.read_text("utf-8") != text
     ]
 
 
 def pages(root: Path) -> dict[Path, str]:
     """What the generated pages should hold."""
     readme = root / "README.md"
-    text = readme.read_text()
+    text = readme.read_text("utf-8")
     for name, block in {"headline": headline(), "claims": claims_markdown(claims.claims_table())}.items():
         text = _replaced(text, name, block)
     return {root / "figures" / "README.md": gallery_page(), readme: text}

@@ -139,8 +139,10 @@ def _saved_identity(folder: Path) -> dict[str, Any] | None:
     try:
         with safe_open(path, framework="pt") as file:
             found = json.loads(file.metadata()["identity"])
-    except (SafetensorError, KeyError, TypeError, ValueError):
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError):
         return None  # training says what to do about a damaged state
+    if not isinstance(found, dict):
+        return None
     return {name: value for name, value in found.items() if name != "corpus sha256"}
 
 
@@ -149,7 +151,7 @@ def _recorded_spec(folder: Path) -> dict[str, Any] | None:
     path = folder / checkpoints.RECORD
     try:
         return RunSpec.from_dict(read_json(path)["spec"]).to_dict() if path.is_file() else None
-    except (UsageError, KeyError):
+    except (UsageError, KeyError, TypeError):  # not JSON, or no table of tables
         return None
 
 
@@ -180,9 +182,10 @@ def _attributes(path: Path) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
     try:
-        return json.loads(pq.read_metadata(path).metadata[b"pandas"])["attributes"]
-    except (OSError, ValueError, KeyError, TypeError):  # pyarrow's own errors are ValueErrors
+        found = json.loads(pq.read_metadata(path).metadata[b"pandas"])["attributes"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # pyarrow's own errors are ValueErrors
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _drawn(name: str, tables: tuple[str, ...], folder: Path) -> bool:
@@ -193,7 +196,8 @@ def _drawn(name: str, tables: tuple[str, ...], folder: Path) -> bool:
         return False
     with contextlib.suppress(UsageError):
         wanted = {table: _attributes(folder / f"{table}.parquet").get("values_sha256") for table in tables}
-        return read_json(out / f"{name}.json").get("tables") == wanted
+        told = read_json(out / f"{name}.json")
+        return isinstance(told, dict) and told.get("tables") == wanted
     return False
 
 
@@ -213,7 +217,7 @@ def stamp(items: Items, folder: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the plan; one line and exit code 2 on misuse."""
+    """Print the plan; one line and exit code 2 on misuse, 1 where a file cannot be read or written."""
     parser = argparse.ArgumentParser(
         prog="python -m loopmdm.analysis.exhibits.pipeline", description="Print the pipeline's plan."
     )
@@ -221,11 +225,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         items = plan()
-    except UsageError as error:
+        if options.stamps:
+            stamp(items, options.stamps)
+    except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    if options.stamps:
-        stamp(items, options.stamps)
+        raise SystemExit(1 if isinstance(error, OSError) else 2) from None
     json.dump([asdict(item) for item in items.values()], sys.stdout)
 
 

@@ -15,7 +15,6 @@ beside the figure that shows it. Verdicts:
 Holm's p is that of all cells with a test taken together.
 """
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -27,6 +26,7 @@ from loopmdm.analysis.exhibits.answers import Answer, Gate, NotRun
 from loopmdm.analysis.exhibits.registry import EXHIBITS, Reading
 from loopmdm.analysis.numbers.contrasts import holm
 from loopmdm.model.errors import UsageError, check_keys
+from loopmdm.model.files import read_toml
 from loopmdm.model.zoo.runs import MAIN_TASKS, figures_folder
 
 COLUMNS = ["claim", "task", "verdict", "estimate", "low", "high", "unit", "margin", "direction", "p", "p_holm",
@@ -77,7 +77,7 @@ def load_claims(path: Path | None = None) -> list[Claim]:
     if not path.is_file():
         raise UsageError(f"{path} is missing; restore it from the repository")
     claims = []
-    for entry in tomllib.loads(path.read_text())["claim"]:
+    for entry in read_toml(path)["claim"]:
         check_keys(entry, FIELDS, f"{path.name} [{entry.get('name', '?')}]")
         missing = [name for name in NEEDED if name not in entry]
         if missing or entry["direction"] not in ("above", "below"):

@@ -20,7 +20,7 @@ from loopmdm.analysis.measures.case import DEFAULT, Case
 from loopmdm.analysis.measures.registry import MEASURES, Measure, fingerprints, options_asked, plain
 from loopmdm.analysis.numbers.parallel import one_thread
 from loopmdm.analysis.numbers.store import Question
-from loopmdm.model.errors import UsageError
+from loopmdm.model.errors import UsageError, check_model
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.network.checkpoints import RECORD, need, resolve
 from loopmdm.model.sequences import MaskedBatch
@@ -61,7 +61,12 @@ def measure(
     `step`. `n_units` independent sequences, or documents where they share one, are what errors are over;
     Student's t with n_units - 1 goes with them. `options` are the measure's (`MEASURES[name].options`).
     """
-    given = [models] if isinstance(models, str | HookedLoopMDM) else list(models)
+    given = list(models) if isinstance(models, list | tuple) else [models]
+    for model in given:
+        if not isinstance(model, str):
+            check_model(model, "measure", hooked=True)
+    if batch is not None and not isinstance(batch, MaskedBatch):
+        raise UsageError(f"batch must be a MaskedBatch (m.mask, mask_tokens), got {batch!r:.60}")
     if not given:
         raise UsageError(f"{name} needs a model; `loopmdm models` lists the shipped ones")
     asked = options if n_loops is None else {"n_loops": n_loops} | options

@@ -12,7 +12,7 @@ from loopmdm.model.corpora.own_files import read_text
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.doors import floating
 from loopmdm.model.hooks.hooked import HookedLoopMDM
-from loopmdm.model.tasks.test_sets import TestSet, load_test_set, task_of, text_set
+from loopmdm.model.tasks.test_sets import TestSet, task_of, test_set_of, text_set
 
 
 @dataclass(frozen=True)
@@ -48,5 +48,5 @@ class Access:
             task = task_of(m.record)
             found = text_set(task, antibodies.chains(task), m, split)
         else:
-            found = load_test_set(task_of(m.record), m.cfg.n_ctx, m.tokenizer, split)
+            found = test_set_of(m.record, m.cfg.n_ctx, m.tokenizer, split)
         return found.to(m.model.device)

@@ -137,7 +137,9 @@ def _check_input(cache: object, sequence: int) -> None:
 
 
 def _truth(clean: MaskedBatch | Tensor, cache: LoopCache) -> Tensor:
-    ids = clean.clean if isinstance(clean, MaskedBatch) else torch.as_tensor(clean)
+    if not isinstance(clean, MaskedBatch | Tensor):
+        raise UsageError(f"clean takes the MaskedBatch that was run, or its clean ids, got {clean!r:.60}")
+    ids = clean.clean if isinstance(clean, MaskedBatch) else clean
     ids = ids[None] if ids.ndim == 1 else ids
     if ids.shape != cache.tokens.shape:
         raise UsageError(f"clean has shape {list(ids.shape)}, the cached tokens {list(cache.tokens.shape)}")

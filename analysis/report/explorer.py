@@ -110,6 +110,8 @@ def explore(
     """
     if not caches:
         raise UsageError("explore takes the cache of run_with_cache")
+    if not isinstance(labels, list | tuple | None):
+        raise UsageError(f"labels must be a list of names, got {labels!r:.60}")
     if labels is not None and len(labels) != len(caches):
         raise UsageError(f"labels names {len(labels)} runs, but there are {len(caches)} caches; name each once")
     names = labels or [""] * len(caches)

@@ -8,7 +8,7 @@ from loopmdm.model.masking import mask_tokens
 from loopmdm.model.sequences import MaskedBatch, Sequences
 from loopmdm.model.tasks.puzzles import puzzles
 from loopmdm.model.tasks.sudoku import BOARDS
-from loopmdm.model.tasks.test_sets import load_test_set, task_of
+from loopmdm.model.tasks.test_sets import test_set_of
 from loopmdm.model.zoo.runs import Zoo, select
 
 TEXT = select(task="sotu", arm="loop", seed=0) | select(task="sotu", arm="base", seed=0)
@@ -48,7 +48,7 @@ def inputs() -> list[tuple[str, list[Run]]]:
     zoo = Zoo.shipped()
     models = {name: HookedLoopMDM.from_pretrained(name) for name in MODELS.names(zoo)}
     text = models[zoo.first("sotu").name]
-    block = load_test_set(task_of(text.record), text.cfg.n_ctx, text.tokenizer).tokens[:1]
+    block = test_set_of(text.record, text.cfg.n_ctx, text.tokenizer).tokens[:1]
     board = BOARDS["sudoku6"]
     grids = board.sample_grids("test", 1)
     shown = (

@@ -3,7 +3,6 @@
 transformers is imported here only, and only when a name asks for it.
 """
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from torch import nn
 
 from loopmdm.model.adapters import shims
 from loopmdm.model.adapters.families import Family, family_named, name_of_class
-from loopmdm.model.corpora.tokenizer import reading_text
+from loopmdm.model.corpora.tokenizer import reading_text, whole_text
 from loopmdm.model.errors import UsageError
+from loopmdm.model.files import read_json
 
 OLDEST, TOO_NEW = (5, 0), (6, 0)
 """Versions of transformers that blocks are called as here in; tried with 5.23."""
@@ -100,7 +100,7 @@ def _check_stored(wanted: Wanted, config: Mapping[str, Any]) -> None:
         raise UsageError(f"{wanted.name} is quantised ({kind}); open the unquantised model it was made from")
     index = Path(wanted.name) / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        shards = sorted(set(read_json(index)["weight_map"].values()))
         missing = [shard for shard in shards if not index.with_name(shard).is_file()]
         if missing:
             raise UsageError(
@@ -280,9 +280,7 @@ def plain_tokenizer(tokenizer: Any) -> Tokenizer | None:
         raise UsageError(
             f"{type(tokenizer).__name__} cannot be copied ({_line(error)}); give none, and ids for texts"
         ) from error
-    found.no_truncation()
-    found.no_padding()
-    return reading_text(found)
+    return reading_text(whole_text(found))
 
 
 def pad_of(tokenizer: Any) -> str | None:

@@ -16,7 +16,7 @@ from loopmdm.model.adapters.infer import from_paths, guesses
 from loopmdm.model.adapters.layout import read_layout
 from loopmdm.model.adapters.specimens import SPECIMENS, Specimen
 from loopmdm.model.errors import UsageError, check_keys, unknown_name
-from loopmdm.model.files import read_json
+from loopmdm.model.files import is_file, is_folder, read_json
 from loopmdm.model.hooks.doors import floating
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.network.checkpoints import CONFIG, check_device, list_models, list_runs
@@ -40,6 +40,8 @@ def open_model(
     without weights. `trust_remote_code` lets code run that lies beside the weights; `revision` pins it. `changes`:
     as `hook_model`.
     """
+    if not isinstance(name, str | Path) or not name:
+        raise UsageError(f"a model is opened by name or folder, got {name!r:.60}; hook_model takes a loaded one")
     dtype = None if dtype is None else floating(dtype)
     place = check_device(device)
     if name in SPECIMENS:
@@ -51,7 +53,7 @@ def open_model(
     if looks_like(config) is None and "family" not in changes:
         if changes or revision or trust_remote_code:
             raise UsageError(f"{name} is a LoopMDM; it takes device and dtype only")
-        if "/" not in str(name) and not Path(name).exists() and name not in list_runs():
+        if "/" not in str(name) and not is_folder(Path(name)) and name not in list_runs():
             known = [*list_models(), *SPECIMENS]
             raise unknown_name("model", str(name), known, "A run folder or a hub id owner/name works too.")
         return HookedLoopMDM.from_pretrained(name if is_ours(name) else wanted.name, place, dtype)
@@ -80,7 +82,7 @@ def is_ours(name: Path | str) -> bool:
     if isinstance(name, str) and (name.startswith(HUB) or name in list_runs()):
         return not name.startswith(HUB)
     path = Path(name) / CONFIG
-    return not path.is_file() or looks_like(read_json(path)) is None
+    return not is_file(path) or looks_like(read_json(path)) is None
 
 
 def hook_model(
@@ -138,6 +140,8 @@ def _records(native: nn.Module, family: Any, changes: Mapping[str, Any]) -> tupl
     """The family's name and its record with `changes`; several guesses where there is none."""
     if isinstance(family, Family):
         return "given", [_changed(family, changes)]
+    if family is not None and not isinstance(family, str):
+        raise UsageError(f"family must be a name or a Family, got {family!r:.60}")
     name = family or name_of_class(*(cls.__name__ for cls in type(native).__mro__))
     if name is not None:
         return name, [_changed(family_named(name), changes)]

@@ -83,6 +83,14 @@ def check_name(name: str) -> str:
     return name
 
 
+def check_trainable(name: str) -> str:
+    """The name of a corpus, or UsageError if all of it is there to be tested on."""
+    if name in READERS and name not in HELD_OUT:
+        known = ", ".join(("sotu-slice", *HELD_OUT))
+        raise UsageError(f"corpus {name} is a test set only (zero-shot); train on {known} or files:PATTERN")
+    return name
+
+
 def load(name: str, split: Split | None = None) -> list[Document]:
     """Documents of a corpus, all or of one split, in a fixed order."""
     check_name(name)

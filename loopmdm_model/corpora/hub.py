@@ -2,7 +2,7 @@
 
 The file makes step k's batch a function of (seed, k), which a stream is not. It lies in the cache
 (`prepared/`); an interrupted preparation starts again. One document in 1,000 is validation, one test, by the hash
-of its text: copies of one text stand on one side.
+of its text: copies of one text stand on one side, those with other blanks too.
 """
 
 import hashlib
@@ -16,7 +16,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from loopmdm.model.corpora.fetch import cache_folder
-from loopmdm.model.corpora.tokenizer import EOS
+from loopmdm.model.corpora.own_files import words_of
+from loopmdm.model.corpora.tokenizer import encode_texts, end_of_text
 from loopmdm.model.errors import UsageError
 from loopmdm.model.files import read_json, sha256, write_atomic, write_json
 
@@ -105,13 +106,13 @@ def texts(name: str) -> Iterator[str]:
 
 
 def split_of(text: str) -> str | None:
-    """The split that a text is held out for, if it is."""
-    rank = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) % HELD_OUT_EVERY
+    """The split that a text is held out for, if it is; blanks make no other text of it."""
+    rank = int.from_bytes(hashlib.sha256(words_of(text).encode()).digest()[:8]) % HELD_OUT_EVERY
     return {1: "validation", 2: "test"}.get(rank)
 
 
 def _write(name: str, tokenizer: Tokenizer, limit: int, folder: Path) -> None:
-    end, kind = tokenizer.token_to_id(EOS), np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
+    end, kind = end_of_text(tokenizer), np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
     held_out: dict[str, list[list[int]]] = {"validation": [], "test": []}
     digest, written = hashlib.sha256(), 0
 
@@ -122,8 +123,8 @@ def _write(name: str, tokenizer: Tokenizer, limit: int, folder: Path) -> None:
 
             def flush() -> None:
                 nonlocal written
-                for encoding in tokenizer.encode_batch(batch):
-                    ids = np.array([*encoding.ids, end], dtype=kind)[: limit - written]
+                for found in encode_texts(tokenizer, batch):
+                    ids = np.array([*found, end], dtype=kind)[: limit - written]
                     file.write(ids.tobytes())
                     digest.update(ids.tobytes())
                     written += len(ids)
@@ -133,7 +134,7 @@ def _write(name: str, tokenizer: Tokenizer, limit: int, folder: Path) -> None:
                 split = split_of(text)
                 if split:  # beyond the most that are kept, left out: a copy of it may be held out
                     if len(held_out[split]) < MOST_HELD_OUT:
-                        held_out[split].append([*tokenizer.encode(text).ids, int(end or 0)])
+                        held_out[split].append([*encode_texts(tokenizer, [text])[0], end])
                     continue
                 if written >= limit and all(held_out.values()):
                     break

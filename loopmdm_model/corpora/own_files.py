@@ -2,11 +2,13 @@
 
 `files:` takes a file, a folder (all .txt files below it), or a pattern; `~` is the home folder. Brackets in the
 name of a folder that exists are no pattern. A text's identity is its content: the same texts under another path,
-through a link, relative or absolute, are the same documents in the same split.
+through a link, relative or absolute, are the same documents in the same split. Of texts that differ in blanks, or
+in how accents are composed, one is kept, the same one whatever the files are called.
 """
 
 import codecs
 import hashlib
+import unicodedata
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,27 +29,38 @@ MARKS = {  # longest first: UTF-32's mark begins with UTF-16's
 def read_files(pattern: str) -> dict[str, tuple[str, str]]:
     """Identity -> (file, text) of all distinct texts; UsageError names what cannot be read.
 
-    Empty files and exact copies are left out, said in one line each.
+    Empty files and copies are left out, said in one line each.
     """
     paths = find(pattern)
-    found: dict[str, tuple[str, str]] = {}
+    kept: dict[str, tuple[str, str, str]] = {}  # by what the words are: identity, file, text
     empty, copies = [], []
     for path in paths:
         text = read_text(path)
-        identity = hashlib.sha256(text.encode()).hexdigest()[:32]
         if not text.strip():
             empty.append(path.name)
-        elif identity in found:
-            copies.append(f"{path.name} (of {Path(found[identity][0]).name})")
-        else:
-            found[identity] = str(path), text
+            continue
+        words, one = _hash(words_of(text)), (_hash(text)[:32], str(path), text)
+        other = kept.setdefault(words, one)
+        if other is not one:
+            kept[words], left = (other, one) if other[0] <= one[0] else (one, other)
+            copies.append(f"{Path(left[1]).name} (of {Path(kept[words][1]).name})")
+    found = {identity: (file, text) for identity, file, text in kept.values()}
     _say("empty files are left out", empty)
-    _say("exact copies are left out", copies)
+    _say("copies are left out", copies)
     if len(found) < 3:
         what = "files" if len(paths) < 3 else "distinct texts (the others are empty or copies)"
         count = len(paths) if len(paths) < 3 else len(found)
         raise UsageError(f"{FILES}{pattern} matches {count} {what}; training needs at least 3, one a split")
     return found
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def words_of(text: str) -> str:
+    """What tells texts from their copies: the words, whatever is between them and however accents are composed."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def find(pattern: str) -> list[Path]:

@@ -18,20 +18,37 @@ GPT2_IDS = 50_258
 def reading_text(tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer, told that text is text: special tokens spelled out in it are read as the letters they are.
 
-    A special token goes in by its id (`token_to_id`), never by its name.
+    A special token goes in by its id (`token_to_id`), never by its name. A text is read whole, and nothing else.
     """
     tokenizer.encode_special_tokens = True
+    return whole_text(tokenizer)
+
+
+def whole_text(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer without padding and truncation, which a tokenizer.json may bring along from another use."""
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
     return tokenizer
 
 
 def encode_texts(tokenizer: Tokenizer, texts: list[str], framed: bool = True) -> list[list[int]]:
     """Ids of each text, with what the tokenizer puts around it; UsageError where its own pattern gives up."""
     try:
-        return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=framed)]
+        return [encoding.ids for encoding in whole_text(tokenizer).encode_batch(texts, add_special_tokens=framed)]
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # the library's, of no class that can be imported
             raise
         raise UsageError(f"the tokenizer fails on this text ({error!s:.80}); mend its tokenizer.json") from None
+
+
+def end_of_text(tokenizer: Tokenizer) -> int:
+    """The id of [EOS]; UsageError for a tokenizer of a task, which has none."""
+    end = tokenizer.token_to_id(EOS)
+    if end is None:
+        raise UsageError(
+            f"this tokenizer has no {EOS}: it is none of a text corpus; use the corpus it was made for"
+        )
+    return end
 
 
 def train_bpe(texts: Iterable[str], d_vocab: int) -> Tokenizer:
@@ -124,4 +141,6 @@ def load_tokenizer(path: Path, d_vocab: int) -> Tokenizer:
             f"{path} has {tokenizer.get_vocab_size()} tokens with {MASK} at {tokenizer.token_to_id(MASK)}; "
             f"the model needs {d_vocab} with {MASK} last"
         )
+    if max(tokenizer.get_vocab().values()) >= d_vocab:
+        raise UsageError(f"{path} has ids beyond the model's {d_vocab}; copy it again from the run folder")
     return reading_text(tokenizer)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,16 @@ class Windows:
         return Sequences.of(self.tokens, self.scored, self.real, self.owners)
 
 
+def _check(documents: Any) -> None:
+    """UsageError unless these are lists of ids."""
+    plain = isinstance(documents, Sequence) and not isinstance(documents, str | bytes)
+    rows: Any = documents if plain else (None,)
+    for ids in rows:
+        whole = not isinstance(ids, str | bytes) and isinstance(ids, Sequence | np.ndarray | Tensor)
+        if not whole or not all(isinstance(token, int | np.integer | Tensor) for token in ids):
+            raise UsageError(f"give documents as lists of token ids, got {documents!r:.60}")
+
+
 def sliding_windows(documents: Sequence[Sequence[int]], length: int, stride: int) -> Windows:
     """Windows of `length` tokens whose ends advance by `stride`; each scores what no earlier one did.
 
@@ -37,6 +48,7 @@ def sliding_windows(documents: Sequence[Sequence[int]], length: int, stride: int
     if check_count("stride", stride) > length:
         raise UsageError(f"stride {stride} exceeds the window of {length} tokens; some would never be scored")
     rows = []
+    _check(documents)
     for owner, ids in enumerate(documents):
         ends = [*range(min(length, len(ids)), len(ids), stride), len(ids)] if len(ids) else []
         done = 0

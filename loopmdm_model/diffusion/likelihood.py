@@ -24,10 +24,10 @@ from torch import Tensor
 
 from loopmdm.model import flops, means
 from loopmdm.model.corpora.windows import sliding_windows
-from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.errors import UsageError, check_count, check_model, check_word
 from loopmdm.model.masking import hide, pick_positions
 from loopmdm.model.precision import check_logits, wide
-from loopmdm.model.protocol import LoopedModel, check_model
+from loopmdm.model.protocol import LoopedModel
 from loopmdm.model.randomness import row_uniforms, step_generator
 from loopmdm.model.sequences import MaskedBatch, Sequences
 from loopmdm.model.stopping.rules import StoppingRule, as_rule
@@ -125,8 +125,7 @@ def draws(
     model: LoopedModel, sequences: Sequences, read: Read, estimator: Estimator = "exact-count"
 ) -> Iterator[tuple[MaskedBatch, Float[Tensor, " batch"]]]:
     """Masks, and the weights that turn sequences' sums of cross-entropies into nats per token, draw by draw."""
-    if estimator not in get_args(Estimator):
-        raise UsageError(f"estimator must be one of {', '.join(get_args(Estimator))}, got {estimator!r}")
+    check_word("estimator", estimator, get_args(Estimator))
     model.cfg.facts.need("masks", by="the likelihood")
     mask_token_id = model.cfg.mask_token_id
     for draw in range(read.n_samples):
@@ -292,6 +291,14 @@ def continuation_nelbo(
     batch_size: int = 32,
 ) -> NelboResult:
     """NELBO of each continuation given its prompt (token ids); the log-likelihood is -per_sequence * lengths."""
+    check_model(model, "continuation_nelbo")
+    for given in (prompts, continuations):
+        if (
+            isinstance(given, str)
+            or not isinstance(given, Sequence)
+            or not all(isinstance(ids, Sequence) for ids in given)
+        ):
+            raise UsageError(f"give prompts and continuations as lists of lists of token ids, got {given!r:.60}")
     if len(prompts) != len(continuations) or not continuations:
         raise UsageError(f"give one prompt a continuation, got {len(prompts)} and {len(continuations)}")
     for ids in (*prompts, *continuations):
@@ -326,6 +333,7 @@ def corpus_nelbo(
     Windows advance by `stride` (default n_ctx), the last of a document ends with it; what an earlier window
     scored is clean context for the next, so every token is scored exactly once. The error is over documents.
     """
+    check_model(model, "corpus_nelbo")
     windows = sliding_windows(documents, model.cfg.n_ctx, model.cfg.n_ctx if stride is None else stride)
     return estimate(model, windows.sequences.clean_for(model), Read(n_loops, stop, n_samples, seed, batch_size))
 

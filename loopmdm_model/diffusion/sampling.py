@@ -22,9 +22,9 @@ from loopmdm.model.diffusion.drawing import Drawing, close, draw_tokens, listed
 from loopmdm.model.diffusion.orders import Order, StepView, as_order
 from loopmdm.model.diffusion.prompts import Start, infilled
 from loopmdm.model.diffusion.samples import SampleResult, join
-from loopmdm.model.errors import UsageError, check_count, check_seed
+from loopmdm.model.errors import UsageError, check_count, check_model, check_seed
 from loopmdm.model.precision import check_logits, wide
-from loopmdm.model.protocol import LoopedModel, LoopOutput, check_model
+from loopmdm.model.protocol import LoopedModel, LoopOutput
 from loopmdm.model.randomness import row_uniforms
 from loopmdm.model.stopping.halting import OnLoop
 from loopmdm.model.stopping.rules import LoopView, StoppingRule, as_rule

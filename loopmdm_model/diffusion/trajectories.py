@@ -1,12 +1,12 @@
 """What the model would answer along a sampler's way, loop by loop, without keeping states."""
 
 from collections.abc import Container
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 
 from loopmdm.model.diffusion.sampling import SampleLoop
-from loopmdm.model.errors import UsageError
+from loopmdm.model.errors import UsageError, check_word
 from loopmdm.model.information import entropy
 from loopmdm.model.precision import wide
 from loopmdm.model.stopping.rules import Lens, relative_change
@@ -36,8 +36,10 @@ class Trajectory:
         lens: Lens = "coda",
         masked_only: bool = True,
     ):
-        if lens not in ("coda", "direct"):
-            raise UsageError(f'lens must be "coda" or "direct", got {lens!r}')
+        check_word("lens", lens, get_args(Lens))
+        for name, among in (("steps", steps), ("loops", loops)):
+            if isinstance(among, str | bytes) or not isinstance(among, Container | None):
+                raise UsageError(f"{name} must hold numbers, such as range(0, 64, 8), got {among!r:.60}")
         self.steps, self.loops, self.masked_only = steps, loops, masked_only
         self.lens: Lens = lens
         self._parts: list[dict] = []

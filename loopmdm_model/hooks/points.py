@@ -129,11 +129,16 @@ class LoopHooks(HookedRootModule):
     def _checked(self, hooks: Hooks | None) -> list[tuple[Any, Callable]]:
         """Hooks with their names known, or UsageError before anything is added; a list of names is a hook each."""
         found: Hooks = []
-        for name, hook in hooks or ():
+        if hooks is not None and not isinstance(hooks, list | tuple):
+            raise UsageError(f"hooks are a list of pairs of a name or filter and a function, got {hooks!r:.60}")
+        for pair in hooks or ():
+            if not isinstance(pair, tuple | list) or len(pair) != 2 or not callable(pair[1]):
+                raise UsageError(f"hooks are pairs of a name or filter and a function, got {pair!r:.60}")
+            name, hook = pair
             if callable(name):
                 found.append((self._matcher(name), hook))  # pyright: ignore[reportArgumentType]
                 continue
-            listed = [name] if isinstance(name, str | Site) else list(name)
+            listed = list(name) if isinstance(name, list | tuple | set) else [name]
             found += [(self._known(each), hook) for each in listed]
         return found
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from types import FrameType
-from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, cast, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from transformer_lens.hook_points import HookPoint
 
 from loopmdm.model import sites
 from loopmdm.model.context import Context
-from loopmdm.model.errors import UsageError
+from loopmdm.model.errors import UsageError, check_word
 from loopmdm.model.sites import Names, Site
 from loopmdm.model.taps import EXPLICIT_TAP, NO_TAP, Tap
 
@@ -330,9 +330,8 @@ class HookTap(Tap):
 
 def check_path(path: str) -> AttnPath:
     """A known attention path."""
-    if path not in ("auto", "eager", "sdpa"):
-        raise UsageError(f'attn_path must be "auto", "eager" or "sdpa", got {path!r}')
-    return path
+    check_word("attn_path", path, get_args(AttnPath))
+    return cast(AttnPath, path)
 
 
 def warn_unfired(explicit: list[str], scope: Scope) -> None:

@@ -230,7 +230,7 @@ def as_ids(tokens: Any, device: torch.device | None = None) -> Tensor:
 def _texts(text: object, says: str) -> list[str]:
     """A text or several, as a list; UsageError with what is wanted."""
     texts = [text] if isinstance(text, str) else text
-    if not texts or not isinstance(texts, list | tuple) or not all(isinstance(item, str) for item in texts):
+    if not isinstance(texts, list | tuple) or not texts or not all(isinstance(item, str) for item in texts):
         raise UsageError(says)
     _check_whole(list(texts))
     return list(texts)

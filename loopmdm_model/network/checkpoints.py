@@ -22,6 +22,8 @@ WEIGHTS, CONFIG, TOKENIZER, RECORD, METRICS = (
     "train.json",
     "metrics.jsonl",
 )
+FINISHED = (WEIGHTS, CONFIG, RECORD)
+"""What a run leaves when it is finished."""
 WEIGHTS_HASH = "weights_sha256"
 """What the record calls the hash of the weights."""
 EVALUATION = "evaluation"
@@ -40,6 +42,8 @@ def list_runs() -> list[str]:
 
 def resolve(name: Path | str) -> Path:
     """The folder that a shipped name, a run folder or a hub id ("owner/name") leads to."""
+    if not isinstance(name, str | Path):
+        raise UsageError(f"a model is named by a word or a folder, got {name!r:.60}")
     if isinstance(name, str) and name in list_runs():
         return ZOO / name
     folder = Path(name)
@@ -122,7 +126,7 @@ def check_device(device: Any) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         why = " ".join(str(error).split())
         raise UsageError(f"device {str(device)!r} cannot be used here ({why:.80}); take cpu") from error
 

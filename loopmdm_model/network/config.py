@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from loopmdm.model.errors import UsageError, check_count, check_keys
+from loopmdm.model.errors import UsageError, check_count, check_keys, check_word
 from loopmdm.model.files import read_json
 from loopmdm.model.layout import SEGMENTS, Layout
 from loopmdm.model.sites import LEAVES, OUTER
@@ -113,8 +113,7 @@ class LoopMDMConfig(Layout):
         choices = {"normalization_type": ("LN", "RMS"), "act_fn": ("gelu_new", "gelu", "silu")}
         choices |= {"init_depth": ("all", "looped")}
         for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise UsageError(f"{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
+            check_word(field, getattr(self, field), allowed)
         for field in FORBIDDEN:
             if not isinstance(getattr(self, field), tuple):
                 raise UsageError(f"{field} must be a tuple of segments, got {getattr(self, field)!r:.80}")
@@ -167,7 +166,7 @@ class LoopMDMConfig(Layout):
 
     def save(self, path: Path | str) -> None:
         """Write as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", "utf-8")
 
     @classmethod
     def load(cls, path: Path | str) -> "LoopMDMConfig":

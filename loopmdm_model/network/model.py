@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loopmdm.model.context import Context
+from loopmdm.model.errors import UsageError
 from loopmdm.model.layout import SEGMENTS
 from loopmdm.model.network import checkpoints
 from loopmdm.model.network.config import LoopMDMConfig
@@ -50,6 +51,10 @@ class LoopMDM(Core):
 
     def __init__(self, cfg: LoopMDMConfig):
         super().__init__()
+        if not isinstance(cfg, LoopMDMConfig):
+            raise UsageError(
+                f"LoopMDM takes a LoopMDMConfig, got {cfg!r:.60}; LoopMDM.from_pretrained takes a name"
+            )
         self.cfg = cfg
         self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))

@@ -1,12 +1,12 @@
 """Rules on what each loop would answer, through a lens."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from jaxtyping import Float
 from torch import Tensor
 
-from loopmdm.model.errors import UsageError
+from loopmdm.model.errors import check_word
 from loopmdm.model.information import entropy, kl
 from loopmdm.model.precision import wide
 from loopmdm.model.stopping.rule import Lens, StoppingRule
@@ -26,8 +26,7 @@ class LensRule(StoppingRule):
     def __post_init__(self):
         """Refuse an unknown lens."""
         super().__post_init__()
-        if self.lens not in ("coda", "direct"):
-            raise UsageError(f'lens must be "coda" or "direct", got {self.lens!r}')
+        check_word("lens", self.lens, get_args(Lens))
 
     @property
     def reads(self) -> Lens:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.errors import UsageError, check_count, check_word
 
 Lens = Literal["coda", "direct"]
 
@@ -71,8 +71,7 @@ class StoppingRule:
         if math.isnan(self.threshold) or self.threshold < 0:
             raise UsageError(f"threshold must be at least 0, got {self.threshold!r}")
         for name, words in (("positions", ("all", "masked")), ("scope", ("sequence", "token"))):
-            if getattr(self, name) not in words:
-                raise UsageError(f'{name} must be "{words[0]}" or "{words[1]}", got {getattr(self, name)!r}')
+            check_word(name, getattr(self, name), words)
 
     @property
     def reads(self) -> Lens | None:
@@ -103,7 +102,7 @@ class StoppingRule:
 
     def calm(self, criterion: Tensor) -> Tensor:
         """Where the criterion is small enough; NaN never is."""
-        return criterion < self.threshold
+        return criterion < float(self.threshold)
 
     def replay(self, criterion: Float[Tensor, "loop batch"]) -> Int[Tensor, " batch"]:
         """Loops that sequences with this full record of the criterion would have run.

@@ -30,7 +30,7 @@ class NoiseSchedule(StoppingRule):
         if isinstance(self.loops, str) or not isinstance(self.loops, Sequence) or not self.loops:
             raise UsageError("NoiseSchedule needs loop counts for equal bins of the mask ratio, such as (2, 4, 6)")
         object.__setattr__(self, "loops", tuple(check_count("loops", count) for count in self.loops))
-        if self.max_loops == 0:
+        if type(self.max_loops) is int and self.max_loops == 0:
             object.__setattr__(self, "max_loops", max(self.loops))
         super().__post_init__()
         if self.scope == "token" or self.patience > 1:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loopmdm.model.corpora import documents as corpora
 from loopmdm.model.corpora import hub
-from loopmdm.model.corpora.tokenizer import EOS, digit_tokenizer, encode_texts, gpt2_tokenizer, train_bpe
+from loopmdm.model.corpora.tokenizer import digit_tokenizer, encode_texts, end_of_text, gpt2_tokenizer, train_bpe
 from loopmdm.model.errors import UsageError, unknown_name
 from loopmdm.model.randomness import step_generator
 from loopmdm.model.tasks import gsm
@@ -52,11 +52,7 @@ class Dataset(Protocol):
 
 def encode(tokenizer: Tokenizer, documents: list[corpora.Document]) -> list[Int[np.ndarray, " token"]]:
     """Token ids of each document, [EOS] at its end."""
-    end = tokenizer.token_to_id(EOS)
-    if end is None:
-        raise UsageError(
-            f"this tokenizer has no {EOS}: it is none of a text corpus; use the corpus it was made for"
-        )
+    end = end_of_text(tokenizer)
     return [np.array([*ids, end]) for ids in encode_texts(tokenizer, [document.text for document in documents])]
 
 
@@ -113,8 +109,7 @@ class TextData(Everywhere):
         self.n_blocks = len(self.stream) // self.length - 1
         if self.n_blocks < 1:
             raise UsageError(f"{self.corpus} has fewer than two blocks of {self.length} tokens; shorten length")
-        if self.held_out or self.corpus.startswith(corpora.FILES):
-            self._check_held_out()
+        self._check_held_out()
         self.epoch_tokens = self.n_blocks * self.length
         self._epoch = lru_cache(maxsize=2)(self._epoch_order)
 
@@ -122,7 +117,8 @@ class TextData(Everywhere):
         """UsageError, before anything is trained, if a split has no block to evaluate on."""
         for split in ("validation", "test"):
             if not len(self.evaluation(split)):
-                names = [] if self.held_out else [Path(d.name).name for d in corpora.load(self.corpus, split)]
+                documents = [] if self.held_out else corpora.load(self.corpus, split)
+                names = [Path(document.name or document.id).name for document in documents]
                 some = ", ".join(names[:3]) or "of the hub"
                 raise UsageError(
                     f"{self.corpus}: no document held out for {split} ({some}) fills a block of {self.length} "

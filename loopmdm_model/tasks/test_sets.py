@@ -67,6 +67,17 @@ def task_of(record: dict) -> str:
     return corpus
 
 
+def test_set_of(record: dict, length: int, tokenizer: Tokenizer | None, split: corpora.Split = "test") -> TestSet:
+    """The held-out sequences of what a model was trained on, by its train.json; own files must be those of then.
+
+    Files that came or went move others from split to split: what was trained on would be measured on.
+    """
+    task, then = task_of(record), record.get("corpus_sha256")
+    if task.startswith(corpora.FILES) and then not in (None, corpora.fingerprint(corpora.load(task))):
+        raise UsageError(f"{task} is not what the model was trained on any more; restore it, or give --text FILE")
+    return load_test_set(task, length, tokenizer, split)
+
+
 def load_test_set(task: str, length: int, tokenizer: Tokenizer | None, split: corpora.Split = "test") -> TestSet:
     """Held-out sequences; text comes from the embedded slice, which holds the whole split."""
     if task in BOARDS:

@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from loopmdm.model.network.checkpoints import METRICS, RECORD, need
+from loopmdm.model.files import read_json_lines
+from loopmdm.model.network.checkpoints import METRICS, RECORD, need, read_record
 
 
 def collect(run: Path) -> dict[str, Any]:
     """Spec, commit and last metrics row of one finished run."""
-    record = json.loads(need(run, RECORD).read_text())
-    last = json.loads(need(run, METRICS).read_text().splitlines()[-1])
+    record, (*_, last) = read_record(run), read_json_lines(need(run, METRICS))
     return {"spec": record["spec"], "commit": record["commit"], "last": last}
 
 

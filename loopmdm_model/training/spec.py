@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loopmdm.model.corpora.documents import check_trainable
 from loopmdm.model.corpora.tokenizer import GPT2_IDS
 from loopmdm.model.errors import UsageError, check_count, check_keys, shown, unknown_name
 from loopmdm.model.files import is_file, read_toml
@@ -35,7 +36,7 @@ class DataSpec:
 
     def __post_init__(self):
         """Sizes that the task or the tokenizer fixes."""
-        check_name(self.corpus)
+        check_trainable(check_name(self.corpus))
         if self.corpus in TASK_SIZES:
             length, d_vocab = TASK_SIZES[self.corpus]
             object.__setattr__(self, "length", length)
@@ -188,7 +189,7 @@ class RunSpec:
         reserved = {"d_vocab", "n_ctx", "mask_token_id"} & spec.model.keys()
         if reserved:
             raise UsageError(f"{origin} [model]: {', '.join(sorted(reserved))} follow from [data]; remove them")
-        assert spec.config
+        _ = spec.config  # is refused if it makes no sense
         return spec
 
     @classmethod
@@ -224,7 +225,7 @@ def matched_flops(path: Path, other: Any, training: dict[str, Any], above: tuple
     if not isinstance(other, str) or Path(other).name == path.name:
         raise UsageError(f"{path.name}: match must name another spec beside it, got {other!r:.80}")
     chain = (*above, path.resolve())
-    if (path.parent / other).resolve() in chain:
+    if is_file(path.parent / other) and (path.parent / other).resolve() in chain:
         names = " -> ".join([*(spec.name for spec in chain), Path(other).name])
         raise UsageError(f"{path.name}: match goes in a circle ({names}); give one of them flops, tokens or steps")
     return plan(RunSpec.load(path.parent / other, above=chain)).flops

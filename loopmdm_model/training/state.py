@@ -142,6 +142,8 @@ def load(folder: Path, identity: dict[str, Any]) -> tuple[dict[str, Tensor], Pro
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         before, progress = json.loads(header["identity"]), Progress(**json.loads(header["progress"]))
         _check_progress(progress)
+        if not isinstance(before, dict):
+            raise TypeError("it does not say of which run it is")
         if HASH in header and header[HASH] != _hash(tensors, header):  # states of old have none
             raise ValueError("its sha256 is another than when it was written")
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:

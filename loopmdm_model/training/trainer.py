@@ -114,6 +114,10 @@ class Trainer:
         folder = self.folder
         if not resume and folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
             raise UsageError(f"{folder} is not empty; add --resume to continue it or give another --out")
+        if (folder / checkpoints.WEIGHTS).is_file() and not (folder / state.STATE_FILE).is_file():
+            raise UsageError(
+                f"{folder} holds a model, but no state to go on from; give another --out or move it away"
+            )
         lock = lock_folder(folder, "trained")
         clear_partial(folder, folder / Path(state.STATE_FILE).parent)
         return lock
@@ -176,9 +180,12 @@ class Trainer:
         return budget.share_spent(self.spec, self.progress.step, self.progress.flops)
 
     def train(self, on_step: OnStep | None = None) -> None:
-        """Run to the end of the budget, if not there yet; metrics and state are written at every curve point."""
+        """Run to the end of the budget, if not there yet; metrics and state are written at every curve point.
+
+        What is missing of a finished run is written again.
+        """
         progress = self.progress
-        if progress.finished:
+        if progress.finished and all((self.folder / name).is_file() for name in checkpoints.FINISHED):
             return
         started, before = time.monotonic(), progress.seconds
         self._saved = started
@@ -365,7 +372,7 @@ class Trainer:
         """The rows are part of the state; the file is made from them, so that none is lost or doubled."""
         if self._first:
             text = "".join(json.dumps(row) + "\n" for row in self.progress.rows)
-            write_atomic(self.folder / checkpoints.METRICS, lambda path: path.write_text(text))
+            write_atomic(self.folder / checkpoints.METRICS, lambda path: path.write_text(text, "utf-8"))
 
 
 @contextmanager

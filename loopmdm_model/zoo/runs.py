@@ -240,7 +240,10 @@ def _read(figures: Path, state: tuple) -> Zoo:  # noqa: ARG001 - what the files 
     path = figures / "zoo.toml"
     values = read_toml(path)
     check_keys(values, ("run",), path.name)
-    entries = [_checked(part, path.name) for part in values.get("run", [])]
+    listed = values.get("run", [])
+    if not isinstance(listed, list) or not all(isinstance(part, dict) for part in listed):
+        raise UsageError(f"{path}: runs are listed as [[run]], each with a task, an arm, a spec and its seeds")
+    entries = [_checked(part, path.name) for part in listed]
     if not entries:
         raise UsageError(f"{path} lists no [[run]]; give each a task, an arm, a spec and its seeds")
     return Zoo(tuple(run for entry in entries for run in _runs(entry, figures / "specs")))
@@ -259,7 +262,7 @@ def _checked(part: dict[str, Any], origin: str) -> dict[str, Any]:
         raise UsageError(f"{what}: needs spec = NAME and seeds = [0, 1, ..]")
     for seed in seeds:
         check_count(f"{what} seeds", seed, least=0)
-    if not isinstance(weights, list) or not set(weights) <= set(seeds):
+    if not isinstance(weights, list) or not all(seed in seeds for seed in weights):
         raise UsageError(f"{what}: weights must be a list of seeds; {weights} are not all among seeds {seeds}")
     if not isinstance(changes, dict) or any(isinstance(value, dict) for value in changes.values()):
         raise UsageError(f'{what}: set takes quoted keys, such as set = {{ "training.learning_rate" = 5e-4 }}')

@@ -1,5 +1,6 @@
 """Files are whole, keep their mode, and are written where a regular file can be; folders have one owner."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import pytest
 
 from loopmdm.model.errors import UsageError
 from loopmdm.model.files import PARTIAL, check_target, clear_partial, lock_folder, write_atomic
+
+ROOT = Path(__file__).parents[2]
 
 
 def put(path, text="new"):
@@ -103,3 +106,28 @@ def test_a_folder_has_one_owner_and_a_dead_one_holds_nothing(tmp_path):
         holder.kill()
         holder.wait()
     lock_folder(tmp_path, "trained").release()
+
+
+def test_specs_and_records_are_utf_8_whatever_the_locale_with_a_mark_or_without(tmp_path):
+    for name, text in (("a.toml", "a = 'ü'"), ("a.json", '{"a": "ü"}'), ("a.jsonl", '{"a": "ü"}')):
+        (tmp_path / name).write_bytes(text.encode("utf-8-sig"))
+    told = (
+        "from pathlib import Path; from loopmdm.model import files; print(ascii([files.read_toml(Path('a.toml')), "
+    )
+    told += "files.read_json(Path('a.json')), *files.read_json_lines(Path('a.jsonl'))]))"
+    plain = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}  # Python's way to read as ASCII
+    outcome = subprocess.run(
+        [sys.executable, "-c", told], cwd=tmp_path, env=os.environ | plain, capture_output=True, text=True
+    )
+    assert outcome.stdout == "[{'a': '\\xfc'}, {'a': '\\xfc'}, {'a': '\\xfc'}]\n", outcome.stderr
+
+
+def test_no_file_of_text_is_read_or_written_by_the_locale():
+    found = []
+    for path in [*(ROOT / "loopmdm_model").rglob("*.py"), *(ROOT / "analysis").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                given = len(node.args) + len(node.keywords)
+                if given < {"read_text": 1, "write_text": 2}.get(node.func.attr, 0):
+                    found.append(f"{path.name}:{node.lineno}")
+    assert not found

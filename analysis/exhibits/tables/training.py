@@ -1,13 +1,13 @@
 """Tables of training: learning curves, FLOPs to a target, and the contrasts between arms over seeds."""
 
-import json
 import math
 
 import pandas as pd
 
 from loopmdm.analysis.measures.quality import efficiency
 from loopmdm.analysis.numbers import stats
-from loopmdm.model.network.checkpoints import METRICS, resolve
+from loopmdm.model.files import read_json_lines
+from loopmdm.model.network.checkpoints import METRICS, need, resolve
 from loopmdm.model.zoo.runs import Zoo
 
 PAIRS = (("loop", "base"), ("deep", "base"), ("loop", "deep"))
@@ -19,8 +19,8 @@ def learning_curves_table(zoo: Zoo) -> pd.DataFrame:
     rows = []
     for model in zoo:
         most = model.record["spec"]["model"]["max_loops"]
-        lines = (resolve(model.name) / METRICS).read_text().splitlines()
-        for point, row in enumerate(map(json.loads, lines), start=1):
+        lines = read_json_lines(need(resolve(model.name), METRICS))
+        for point, row in enumerate(lines, start=1):
             for s in sorted({1, most}):
                 value, error = row[f"validation_nelbo_{s}"], row[f"validation_nelbo_{s}_se"]
                 rows.append((model.name, model.task, model.arm, model.seed, point, row["step"], row["flops"],

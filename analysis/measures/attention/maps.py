@@ -4,7 +4,7 @@ Loop i's pattern is the same for every S > i, so the map at loop i *is* the map 
 with n_loops = i + 1 ends on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.errors import UsageError, check_count, check_word
 from loopmdm.model.hooks.cache import LoopCache
 
 
@@ -76,8 +76,12 @@ def attention_across_loops(
     choice made on the data it shows: use it to look, not to test). `loops` defaults to first,
     middle and last; `order` keeps positions, or puts masked positions first.
     """
-    if order not in ("position", "masked-first"):
-        raise UsageError(f'order must be "position" or "masked-first", got {order!r}')
+    if not isinstance(cache, LoopCache):
+        raise UsageError(f"a cache of run_with_cache is needed, got {cache!r:.60}")
+    check_word("order", order, ("position", "masked-first"))
+    if loops is not None and not (isinstance(loops, Iterable) and all(isinstance(loop, int) for loop in loops)):
+        raise UsageError(f"loops must be integers, as in loops=(0, 3), got {loops!r:.60}")
+    check_count("sequence", sequence, least=0)
     last = cache.n_loops - 1
     chosen = tuple(dict.fromkeys((0, last // 2, last))) if loops is None else tuple(loops)
     if not chosen:
@@ -85,7 +89,7 @@ def attention_across_loops(
     patterns = [_pattern(cache, layer, loop, sequence) for loop in chosen]
     stacked = torch.stack(patterns).double().cpu().numpy()
     n_heads = stacked.shape[1]
-    if head == "auto":
+    if isinstance(head, str) and head == "auto":
         head = int(np.abs(stacked[-1] - stacked[0]).mean(axis=(-2, -1)).argmax())
     if isinstance(head, str) or check_count("head", head, least=0) >= n_heads:
         raise UsageError(f'head must be "auto" or 0..{n_heads - 1}, got {head!r}')

@@ -34,7 +34,7 @@ from loopmdm.analysis.watch.groups import (
     output_gram,
 )
 from loopmdm.analysis.watch.walk import PlaceSums, summed
-from loopmdm.model.errors import UsageError
+from loopmdm.model.errors import UsageError, check_model
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.layout import By, check_by
 from loopmdm.model.sequences import MaskedBatch, as_batch
@@ -200,6 +200,7 @@ def mask_attention(
     padding is left out. In a shifted model `by="predicts"` groups queries by the token that they predict, the
     next one; what is counted with self is then NaN, and a column `by` says so.
     """
+    check_model(m, "mask_attention", hooked=True)
     check_by(m.facts, by, "mask_attention")
     sums = AttentionSums(m, n_loops, content, by_head)
     sums.by = by

@@ -41,7 +41,7 @@ from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.watch.groups import members
 from loopmdm.model.context import Context
 from loopmdm.model.diffusion.likelihood import Read, draws, row_cross_entropy, row_sums
-from loopmdm.model.errors import UsageError, check_count, unknown_name
+from loopmdm.model.errors import UsageError, check_count, check_model, unknown_name
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.sequences import MaskedBatch, Sequences
 from loopmdm.model.tasks.sudoku import board_of_model
@@ -61,7 +61,7 @@ class Arm:
 
     def __post_init__(self):
         """A known kind."""
-        if self.kind not in KINDS:
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
             raise unknown_name("kind of intervention", self.kind, KINDS)
 
 
@@ -122,7 +122,13 @@ def causal_effects(
     sequences or documents, and over draws. The kind "one loop" is S = 1 in place of S = n_loops: the gain of
     looping.
     """
-    trial = trial or Trial()
+    check_model(m, "causal_effects", hooked=True)
+    trial = Trial() if trial is None else trial
+    if not isinstance(trial, Trial):
+        raise UsageError(f"trial must be a Trial, got {trial!r:.60}")
+    listed = isinstance(arms, Sequence) and all(isinstance(arm, Arm) for arm in arms)
+    if arms is not None and not listed:
+        raise UsageError(f"arms must be a list of Arm, got {arms!r:.60}")
     study = _Study(m, Sequences.of(tokens).clean_for(m), list(arms or standard_arms(m)), trial)
     for place, (batch, _) in enumerate(draws(m, study.sequences, study.read)):
         study.look(place, batch)

@@ -18,7 +18,7 @@ from loopmdm.analysis.measures.interventions.places import (
 )
 from loopmdm.analysis.measures.interventions.selections import Choose, as_choice, looks
 from loopmdm.analysis.watch.groups import TOKEN_GROUPS, members
-from loopmdm.model.errors import UsageError, check_count, check_number
+from loopmdm.model.errors import UsageError, check_count, check_model, check_number, check_word
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.precision import wide
 
@@ -29,9 +29,9 @@ def _members(m: HookedLoopMDM, group: str) -> Tensor:
     return members(m.context.masked, m.context.real)[group]
 
 
-def _check_group(group: str) -> None:
-    if group not in TOKEN_GROUPS:
-        raise UsageError(f'group must be "masked" or "clean", got {group!r}')
+def _check_group(group: str) -> str:
+    check_word("group", group, TOKEN_GROUPS)
+    return group
 
 
 @contextmanager
@@ -51,6 +51,7 @@ def cut(
     anything at all. Attention is explicit in all layers, in every arm; "none" cuts nothing: what a cut is
     compared with. `what` may also be a choice of edges, as in `choice(m, EdgeSet(relation="row"))`.
     """
+    check_model(m, "cut", hooked=True)
     where = applications(m.cfg, loops, layers, "attn_scores")
     chosen, choose = several("head", heads, m.cfg.n_heads), as_choice(m, what)
     if matched and not isinstance(what, str):
@@ -77,6 +78,7 @@ def stale(
 
     Tells whether the *update* of what masked positions say matters, or only that they are there.
     """
+    check_model(m, "stale", hooked=True)
     places, everywhere = (applications(m.cfg, some, layers, "v") for some in (loops, None))
     if any(layer not in m.cfg.layers("loop") for layer in several("layer", layers, m.cfg.n_layers) or ()):
         raise UsageError(f"only looped layers have a loop 0: {list(m.cfg.layers('loop'))}")
@@ -113,6 +115,7 @@ def _between(m: HookedLoopMDM, loops: Loops, change: Any) -> Iterator[HookedLoop
 @contextmanager
 def freeze(m: HookedLoopMDM, group: Group = "clean", loops: Loops = None) -> Iterator[HookedLoopMDM]:
     """Hold the states of a group: what the chosen loops would write to them is dropped."""
+    check_model(m, "freeze", hooked=True)
     _check_group(group)
 
     def change(before: Tensor, after: Tensor) -> Tensor:
@@ -125,6 +128,7 @@ def freeze(m: HookedLoopMDM, group: Group = "clean", loops: Loops = None) -> Ite
 @contextmanager
 def damp(m: HookedLoopMDM, strength: float, loops: Loops = None) -> Iterator[HookedLoopMDM]:
     """H(i) = H(i-1) + strength x what the loop adds; 1 changes nothing, 1/K makes K loops one step in length."""
+    check_model(m, "damp", hooked=True)
     check_number("strength", strength, 0, above=True)
     with _between(m, loops, lambda before, after: before + strength * (after - before)):
         yield m
@@ -136,6 +140,7 @@ def patch(m: HookedLoopMDM, loop: int, state: Tensor, rows: Tensor | None = None
 
     States of another run: `cache["loop.3.hook_out"]`, or `m.states`.
     """
+    check_model(m, "patch", hooked=True)
     check_count("loop", loop, least=0)
 
     def replace(current: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
@@ -150,6 +155,7 @@ def patch(m: HookedLoopMDM, loop: int, state: Tensor, rows: Tensor | None = None
 @contextmanager
 def skip(m: HookedLoopMDM, layers: Chosen = None, loops: Loops = None) -> Iterator[HookedLoopMDM]:
     """Leave layers out in the chosen loops: they add nothing to the stream."""
+    check_model(m, "skip", hooked=True)
 
     def nothing(update: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
         return torch.zeros_like(update)

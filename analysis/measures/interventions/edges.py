@@ -13,11 +13,10 @@ ENDS = (*TOKEN_GROUPS, "any")
 EDGES = ("none", *(f"{query}->{key}" for query in ENDS for key in ENDS))
 
 
-def check_edges(name: str) -> str:
-    """The name of a set of edges, or UsageError with near matches."""
-    if name not in EDGES:
-        raise unknown_name("set of edges", name, EDGES)
-    return name
+def check_edges(what: object) -> None:
+    """UsageError with near matches unless `what` names a set of edges, or chooses edges itself."""
+    if not callable(what) and not (isinstance(what, str) and what in EDGES):
+        raise unknown_name("set of edges", what, EDGES)
 
 
 def edges(context: Context, name: str) -> Bool[Tensor, "batch query key"]:

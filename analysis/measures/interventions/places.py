@@ -42,7 +42,7 @@ def several(what: str, chosen: Chosen, size: int) -> list[int] | None:
     """A number or several, each in 0..size - 1; None stays None."""
     if chosen is None:
         return None
-    listed = [chosen] if isinstance(chosen, int) else list(chosen)
+    listed = list(chosen) if isinstance(chosen, Iterable) else [chosen]
     if not listed:
         raise UsageError(f"no {what} is named; name at least one of 0..{size - 1}, or None for all")
     for number in listed:

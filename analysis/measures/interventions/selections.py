@@ -43,9 +43,9 @@ class EdgeSet:
 
     def __post_init__(self):
         """Known names; a share in (0, 1]."""
-        check_edges(self.groups)
+        check_edges(self.groups if isinstance(self.groups, str) else repr(self.groups))
         for what, name, known in (("relation", self.relation, ("any", *RELATIONS)), ("side", self.side, SIDES)):
-            if name not in known:
+            if not isinstance(name, str) or name not in known:
                 raise unknown_name(what, name, known)
         check_number("share", self.share, 0, 1, above=True)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loopmdm.analysis.measures.interventions.places import Chosen, Loops, applications, in_heads, several
 from loopmdm.analysis.measures.interventions.selections import Choose, as_choice
-from loopmdm.model.errors import UsageError
+from loopmdm.model.errors import UsageError, check_model
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.precision import wide
 from loopmdm.model.randomness import row_uniforms
@@ -37,6 +37,7 @@ def record_values(
     loops: Loops = None,
 ) -> Values:
     """The values of the looped layers in the chosen loops (default: every) of one run; under the open contexts."""
+    check_model(m, "record_values", hooked=True)
     found: Values = {}
 
     def keep(value: Tensor, hook: Any) -> None:
@@ -74,6 +75,9 @@ def replace_values(
     any order: values and patterns are what all of them made, and where two replace values along an edge, the inner
     one does. UsageError where a loop runs of which no values are there.
     """
+    check_model(m, "replace_values", hooked=True)
+    if not isinstance(values, dict):
+        raise UsageError(f"values are those of record_values, got {values!r:.60}")
     places = {leaf: applications(m.cfg, loops, None, leaf) for leaf in ("v", "pattern", "z")}
     chosen, choose = several("head", heads, m.cfg.n_heads), as_choice(m, what)
 

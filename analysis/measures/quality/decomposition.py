@@ -17,7 +17,7 @@ from torch import Tensor
 
 from loopmdm.analysis.numbers import stats
 from loopmdm.model.diffusion.likelihood import Read, loop_counts, losses_after, row_sums
-from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.errors import check_count, check_model, check_word
 from loopmdm.model.protocol import LoopedModel
 from loopmdm.model.sequences import Sequences
 
@@ -42,8 +42,8 @@ def nelbo_decomposition(
     gain = nll at the least S (1, unless others are named) - nll, paired by sequence and mask, and
     gain_standard_error; n sequences. Nats per token; errors over sequences, or over `clusters`.
     """
-    if by not in ("mask_ratio", "position"):
-        raise UsageError(f'by must be "mask_ratio" or "position", got {by!r}')
+    check_model(m, "nelbo_decomposition")
+    check_word("by", by, ("mask_ratio", "position"))
     loops = loop_counts(n_loops)
     sequences = Sequences.of(tokens, maskable, attention_mask, clusters).clean_for(m)
     read = Read(n_samples=n_samples, seed=seed, batch_size=batch_size)

@@ -27,6 +27,7 @@ from loopmdm.analysis.measures.representation.lenses import LENSES, read, readou
 from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.watch.groups import TOKEN_GROUPS
 from loopmdm.analysis.watch.states import check_loops, group_mean, row_mean, token_groups, trajectory
+from loopmdm.model.errors import check_model
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.information import kl
 from loopmdm.model.layout import By, check_by
@@ -101,6 +102,7 @@ def representation_change(
     are those of masked tokens either way. p_true and accuracy leave out sequences of which nobody knows what is
     hidden.
     """
+    check_model(m, "representation_change")
     check_by(m.facts, by, "representation_change")
     b, n_loops = as_batch("representation_change", b, clusters), check_loops(m, n_loops)
     parts = [_batch_metrics(m, part, n_loops, by) for _, part in b.batches(batch_size)]

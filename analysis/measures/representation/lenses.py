@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from loopmdm.model.context import Context
-from loopmdm.model.errors import UsageError
+from loopmdm.model.errors import check_word
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.information import entropy, kl
 from loopmdm.model.precision import check_logits, wide
@@ -26,8 +26,7 @@ LENSES: tuple[Lens, ...] = get_args(Lens)
 
 def check_lens(lens: str) -> None:
     """UsageError for an unknown lens."""
-    if lens not in LENSES:
-        raise UsageError(f'lens must be "coda" or "direct", got {lens!r}')
+    check_word("lens", lens, LENSES)
 
 
 def read(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from loopmdm.analysis.measures.representation.lenses import check_lens, read, readout_metrics
 from loopmdm.analysis.watch.states import check_loops
-from loopmdm.model.errors import UsageError
+from loopmdm.model.errors import UsageError, check_model
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.sequences import MaskedBatch, as_batch
 from loopmdm.model.stopping.rules import Lens
@@ -32,6 +32,7 @@ def read_loops(m: HookedLoopMDM, b: MaskedBatch, n_loops: int | None = None, len
     top1_id p_top1 p_true entropy (nats) correct flipped (best token differs from the loop before) lens.
     UsageError where nobody knows what is hidden; `explore(cache)` shows what loops answer without it.
     """
+    check_model(m, "read_loops")
     b, n_loops = as_batch("read_loops", b), check_loops(m, n_loops)
     check_lens(lens)
     real = b.real

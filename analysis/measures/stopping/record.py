@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loopmdm.model import flops
 from loopmdm.model.diffusion.likelihood import Read, draws, row_sums
-from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.errors import UsageError, check_count, check_model
 from loopmdm.model.information import entropy, kl
 from loopmdm.model.layout import Facts, asked
 from loopmdm.model.network.config import LoopMDMConfig
@@ -134,6 +134,7 @@ def as_data(
     m: LoopedModel, data: Tensor | Data, maskable: Tensor | None = None, clusters: np.ndarray | None = None
 ) -> Data:
     """Sequences that `m` can read, or the MaskedBatch that `data` is."""
+    check_model(m, "a record")
     if isinstance(data, MaskedBatch):
         return as_batch("a record", data, clusters)
     sequences = Sequences.of(data, maskable, clusters=clusters)
@@ -142,6 +143,8 @@ def as_data(
 
 def named_rules(rules: Sequence[StoppingRule], most: int) -> dict[str, StoppingRule]:
     """Rules by name; UsageError for those that a record of `most` loops cannot replay."""
+    if not isinstance(rules, Sequence) or not all(isinstance(rule, StoppingRule) for rule in rules):
+        raise UsageError(f"rules must be a list of stopping rules, such as StateDelta(..), got {rules!r:.60}")
     named = {rule_name(rule): rule for rule in rules}
     for name, rule in named.items():
         if rule.scope == "token":

@@ -1,5 +1,6 @@
 """The pipeline, run by Snakemake in a copy of the repository: what it would do, what it reruns, how it fails."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -13,6 +14,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from loopmdm.analysis.cli.shared import values
 from loopmdm.analysis.exhibits import pipeline, tables
@@ -279,3 +282,23 @@ def test_values_of_a_roster_reach_the_command_as_they_are(world):
     given = [after for word, after in itertools.pairwise(command) if word == "--set"]
     assert values(given) == {"name": "0.5", "data.corpus": corpus}
     assert not list(world.rglob("PWNED"))
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", "[" * 100_000, '{"spec": []}', "x"])
+def test_records_that_hold_anything_are_of_nothing(text, tmp_path):
+    (tmp_path / "train.json").write_text(text)
+    (tmp_path / "state").mkdir()
+    save_file({"a": torch.zeros(1)}, tmp_path / state.STATE_FILE, metadata={"identity": text})
+    assert pipeline._recorded_spec(tmp_path) is None and not pipeline._saved_identity(tmp_path)
+    nested = {"attributes": text}
+    with contextlib.suppress(ValueError, RecursionError):
+        nested = {"attributes": json.loads(text)}
+    table = pa.table({"a": [1]}).replace_schema_metadata({b"pandas": json.dumps(nested).encode()})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert isinstance(pipeline._attributes(tmp_path / "a.parquet"), dict)
+
+
+def test_a_plan_that_cannot_be_noted_is_one_line(world):
+    command = [sys.executable, "-m", "loopmdm.analysis.exhibits.pipeline", "--stamps", "/dev/null/x"]
+    outcome = subprocess.run(command, cwd=world, capture_output=True, text=True, env=environment(world))
+    assert outcome.returncode == 1 and outcome.stderr.count("\n") == 1 and outcome.stderr.startswith("error: ")

@@ -4,17 +4,20 @@ import csv
 import io
 import json
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from loopmdm.model.adapters.loading import plain_tokenizer
 from loopmdm.model.corpora import documents as corpora
 from loopmdm.model.corpora import fetch, hub, readers
-from loopmdm.model.corpora.tokenizer import from_ranks, load_tokenizer, train_bpe
+from loopmdm.model.corpora.tokenizer import digit_tokenizer, encode_texts, from_ranks, load_tokenizer, train_bpe
 from loopmdm.model.errors import UsageError
 from loopmdm.model.tasks import batches
 from loopmdm.model.tasks.trees import TREE_TASKS
+from loopmdm.model.training.spec import DataSpec
 
 
 def archive(tmp_path, files: dict[str, str]):
@@ -133,7 +136,7 @@ def test_copies_stand_on_one_side_and_marks_are_read(tmp_path):
     )
     lines = [str(warning.message) for warning in said]
     assert lines[0] == "1 empty files are left out: empty.txt"
-    assert lines[1].startswith("7 exact copies are left out: 03.txt (of 01.txt)")
+    assert lines[1].startswith("7 copies are left out: 03.txt (of 01.txt)")
     for number in range(12):
         (tmp_path / f"{number:02}.txt").write_text("one and the same")
     with pytest.warns(UserWarning), pytest.raises(UsageError, match="empty or copies"):
@@ -246,3 +249,56 @@ def test_tasks_with_known_answers_are_data_sets(name):
     assert torch.equal(data.maskable(one)[0], model.maskable)
     assert batches.TASK_SIZES[name] == (model.n_nodes, model.n_states + 1)
     assert data.tokenizer.get_vocab_size() == model.n_states + 1
+
+
+def test_copies_with_other_blanks_or_accents_stand_on_one_side(tmp_path):
+    kept = set()
+    for names in ("abcdefg", "gfedcba"):  # files of other names hold the same texts
+        folder = tmp_path / names
+        folder.mkdir()
+        for name, text in zip(
+            names, ("one\ntwo", "one two\n", "one  two", "caf\u00e9", "cafe\u0301 ", "x", "y"), strict=True
+        ):
+            (folder / f"{name}.txt").write_text(text, "utf-8")
+        with pytest.warns(UserWarning, match="3 copies are left out"):
+            kept.add(tuple(document.text for document in corpora.load(f"files:{folder}")))
+    assert len(kept) == 1 and len(*kept) == 4
+    assert hub.split_of("one two\n") == hub.split_of("one\n\ntwo") == hub.split_of("one two")
+
+
+def test_a_test_set_is_not_trained_on():
+    with pytest.raises(UsageError, match="test set only"):
+        DataSpec(corpus="headlines")
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_every_corpus_must_fill_a_block_of_each_split(split, monkeypatch):
+    documents = [corpora.Document(name, "word " * 99, name) for name in ("train", "validation", "test")]
+    documents = [replace(d, text="word") if d.split == split else d for d in documents]
+    monkeypatch.setattr(corpora, "load", lambda name, part=None: [d for d in documents if part in (None, d.split)])
+    with pytest.raises(UsageError, match=rf"held out for {split} \({split}\) fills a block"):
+        batches.dataset("sotu-slice", 16, 264, seed=0)
+
+
+def test_a_tokenizer_reads_texts_whole_whatever_its_file_says(tmp_path):
+    tokenizer = train_bpe(["the cat sat on the mat"], 264)
+    tokenizer.enable_padding(length=40)
+    tokenizer.enable_truncation(4)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    plain, text = load_tokenizer(tmp_path / "tokenizer.json", 264), "the cat sat on the mat"
+    assert plain.decode(plain.encode(text).ids) == text == plain.decode(encode_texts(tokenizer, [text])[0])
+    tokenizer.enable_padding(length=40)
+    assert len(plain_tokenizer(tokenizer).encode("a").ids) == 1
+
+
+def test_a_tokenizer_whose_ids_are_beyond_the_model_is_refused(tmp_path):
+    told = json.loads(train_bpe(["the cat"], 264).to_str())
+    told["model"]["vocab"]["a"] = 999
+    (tmp_path / "tokenizer.json").write_text(json.dumps(told))
+    with pytest.raises(UsageError, match="ids beyond"):
+        load_tokenizer(tmp_path / "tokenizer.json", 264)
+
+
+def test_a_hub_corpus_needs_a_tokenizer_of_texts(small_hub):
+    with pytest.raises(UsageError, match=r"no \[EOS\]"):
+        hub.prepare("openwebtext", digit_tokenizer(4), 100)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,11 +17,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from loopmdm.analysis.measures.access import Access
 from loopmdm.model.diffusion.likelihood import nelbo
 from loopmdm.model.errors import DivergedError, Stopped, UsageError
 from loopmdm.model.files import LOCK, PARTIAL
 from loopmdm.model.flops import training_flops
-from loopmdm.model.training import budget, trainer
+from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.training import budget, ship, trainer
 from loopmdm.model.training.ema import Ema
 from loopmdm.model.training.spec import LoopSchedule, RunSpec
 
@@ -429,6 +432,7 @@ def _tensors(change):
         _header(progress='{"step": "many"}'),
         _header(progress='{"of another version": 1}'),
         _header(identity="[" * 100_000),
+        lambda tensors, header: (tensors, {"identity": "[]", "progress": header["progress"]}),
         _tensors(lambda tensors, name: tensors[name].view(torch.int32).flatten()[:1].bitwise_xor_(1) is None),
         lambda tensors, header: (tensors, {**header, "progress": header["progress"].replace(": 0.", ": 1.", 1)}),
         _header(sha256="0" * 64),
@@ -457,6 +461,7 @@ def test_a_state_that_lacks_or_bends_anything_is_refused_in_one_line(tmp_path, d
         ("flops = 4e10", 'flops = 4e10\nmatch = "x.toml"', "match takes the place"),
         ("flops = 4e10", 'match = "nowhere.toml"', "no spec at"),
         ("flops = 4e10", 'match = "tiny.toml"', "another spec"),
+        ("flops = 4e10", 'match = "a\\u0000b.toml"', "no spec at"),
         ("batch_size = 8", "batch_size = 8\naccumulate = 3", "does not divide"),
         ("batch_size = 8", 'batch_size = 8\nprecision = "fp8"', "precision"),
         ("widen_from = 0.2", 'widen_from = 0.2\ndistribution = "normal"', "loops.distribution"),
@@ -481,3 +486,57 @@ def test_wrong_specs_say_what_is_wrong(spec_file, line, instead, says):
     spec_file.write_text(TINY.replace(line, instead))
     with pytest.raises(UsageError, match=says):
         RunSpec.load(spec_file)
+
+
+def test_a_finished_model_whose_state_went_is_not_trained_over(tmp_path):
+    spec = RunSpec.from_dict(_values(flops=1e9))
+    with torch.enable_grad():
+        trainer.Trainer(spec, tmp_path).train()
+    shutil.rmtree(tmp_path / "state")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != LOCK}
+    with pytest.raises(UsageError, match="holds a model, but no state"):
+        trainer.Trainer(dataclasses.replace(spec, seed=2), tmp_path, resume=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != LOCK} == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "train.json"])
+def test_what_is_missing_of_a_finished_run_is_written_again(name, tmp_path):
+    spec = RunSpec.from_dict(_values(flops=1e9))
+    with torch.enable_grad():
+        trainer.Trainer(spec, tmp_path).train()
+        before = (tmp_path / name).read_bytes()
+        (tmp_path / name).unlink()
+        trainer.Trainer(spec, tmp_path, resume=True).train()
+    assert (tmp_path / name).read_bytes() == before
+
+
+def test_own_texts_that_changed_since_training_are_not_measured_on(tmp_path):
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text(f"the cat sat on mat number {number} " * 30)
+    values = _values(steps=2) | {"data": {"corpus": f"files:{tmp_path}/*.txt", "d_vocab": 264, "length": 16}}
+    with torch.enable_grad():
+        trainer.Trainer(RunSpec.from_dict(values), tmp_path / "run").train()
+    m = HookedLoopMDM.from_pretrained(tmp_path / "run")
+    assert len(Access().test_set(m).tokens)
+    (tmp_path / "20.txt").write_text("the cat sat on another mat " * 30)  # 21 texts: another one may be held out
+    with pytest.raises(UsageError, match="is not what the model was trained on any more"):
+        Access().test_set(m)
+
+
+def test_a_shipping_that_is_broken_off_leaves_the_old_one(tmp_path, monkeypatch):
+    spec = RunSpec.from_dict(_values(flops=1e9))
+    with torch.enable_grad():
+        trainer.Trainer(spec, tmp_path / "run").train()
+    home = ship.ship(tmp_path / "run", tmp_path / "home")
+    before = {path.name: path.read_bytes() for path in home.iterdir()}
+    assert set(before) == {"model.safetensors", "config.json", "tokenizer.json", "metrics.jsonl", "train.json"}
+    with torch.enable_grad():
+        trainer.Trainer(dataclasses.replace(spec, seed=2), tmp_path / "other").train()
+
+    def broken(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ship, "evaluate", broken)
+    with pytest.raises(KeyboardInterrupt):
+        ship.ship(tmp_path / "other", home)
+    assert {path.name: path.read_bytes() for path in home.iterdir()} == before

@@ -25,6 +25,7 @@ def names(runs) -> list[str]:
     return [found.name for found in runs]
 
 
+@pytest.mark.weights
 def test_all_shipped_runs_are_in_the_roster_and_have_what_it_says():
     weights = {run.name: run.weights for run in Zoo.roster()}
     for name in list_runs():
@@ -101,6 +102,8 @@ def test_folders_without_a_record_are_no_runs(tmp_path, monkeypatch):
     [
         ("", r"lists no \[\[run\]\]"),
         ("[[run", "not TOML"),
+        *((f"run = {value}", "listed as") for value in ("3", "'x'", "[1, 2]", "{a = 1}", "[[]]")),
+        (f"[[run]]\n{ENTRY}spec = 'a'\nseeds = [0]\nweights = [[0]]\n", "not all among"),
         ("[[run]]\nspec = 'a'\nseeds = [0]\n", "a: needs task = a word"),
         ("[[run]]\ntask = 'sudoku'\nspec = 'a'\nseeds = [0]\n", "needs arm = a word"),
         ("[[run]]\ntask = 3.5\narm = 'loop'\nspec = 'a'\nseeds = [0]\n", "needs task .* got 3.5"),
