@@ -84,7 +84,7 @@ class LoopedModel(Protocol):
 
 @dataclass(frozen=True)
 class NormWeights:
-    """A norm in numbers: n(x) * weight + bias, where n(x) is x, less its mean if `centred`, over its root mean square.
+    """A norm in numbers: n(x) * weight + bias; n(x) is x, less its mean if `centred`, over its root mean square.
 
     `weight` and `bias` [d_model]; `eps` is added to the mean square.
     """
@@ -134,8 +134,10 @@ class Core(nn.Module):
         raise NotImplementedError
 
     def readout_weights(self) -> tuple[Any, nn.Linear]:
-        """The final norm (its `NormWeights`) and the linear unembedding, where only these lead from states to logits."""
-        raise UsageError(f"{type(self).__name__} does not say which norm and weight lead from its states to logits")
+        """The final norm's `NormWeights` and the linear unembedding; UsageError where more leads to logits."""
+        raise UsageError(
+            f"{type(self).__name__} does not say which norm and weight lead from its states to logits"
+        )
 
     def looping(self, first: int, n_layers: int, max_loops: int = 1) -> "Core":
         """The same weights with layers first .. first + n_layers - 1 looped; shared, not copied."""

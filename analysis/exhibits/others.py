@@ -105,8 +105,8 @@ def _repeated(df: pd.DataFrame) -> str:
     last = df[df["n_loops"] == df["n_loops"].max()]
     full, damped = (_bounded(last[last["damping"] == kind], "change") for kind in ("none", "1/n_loops"))
     return (
-        f"Four full passes through layers that never looped cost NELBO in {(full['low'] > 0).sum()} of {len(full)} "
-        f"blocks;\ndamped, they gain a little in {(damped['high'] < 0).sum()} and cost in "
+        f"Four full passes through layers that never looped cost NELBO in {(full['low'] > 0).sum()} of "
+        f"{len(full)} blocks;\ndamped, they gain a little in {(damped['high'] < 0).sum()} and cost in "
         f"{(damped['low'] > 0).sum()} of {len(damped)}"
     )
 

@@ -1,6 +1,6 @@
-"""The final norm and unembedding of somebody else's model as weights, told by what they compute and not by their names.
+"""The final norm and unembedding of somebody else's model as weights, told by what they compute, not by names.
 
-    logits = W (n(x) w + b) + bias,   n(x) = x / sqrt(mean(x^2) + eps), of x less its mean in a LayerNorm
+logits = W (n(x) w + b) + bias,   n(x) = x / sqrt(mean(x^2) + eps), of x less its mean in a LayerNorm
 """
 
 from collections.abc import Callable, Sequence
@@ -35,15 +35,19 @@ def read_readout(
 def read_norm(norm: nn.Module) -> NormWeights:
     """A norm's weights, which must reproduce what it gives on random vectors."""
     weight = getattr(norm, "weight", None)
+    if getattr(weight, "is_meta", False):
+        raise UsageError("there are no weights on the meta device; open the model on another")
     if isinstance(weight, Tensor) and weight.ndim == 1:
         bias = getattr(norm, "bias", None)
         eps = next((getattr(norm, name) for name in EPS if hasattr(norm, name)), 1e-5)
         eps = torch.finfo(weight.dtype).eps if eps is None else float(eps)
         for centred in (True, False):
             found = NormWeights(weight, bias, eps, centred)
-            if weight.is_meta or _gives(norm, found):
+            if _gives(norm, found):
                 return found
-    raise UsageError(f"{type(norm).__name__} is neither a LayerNorm nor an RMSNorm with a weight, so W_U cannot hold it")
+    raise UsageError(
+        f"{type(norm).__name__} is neither a LayerNorm nor an RMSNorm with a weight, so W_U cannot hold it"
+    )
 
 
 def _gives(norm: nn.Module, seen: NormWeights) -> bool:

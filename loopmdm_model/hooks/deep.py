@@ -1,4 +1,4 @@
-"""The config of a model seen unrolled: its sizes at as many layers as it applies, and what else TransformerLens asks."""
+"""The config of a model seen unrolled: its sizes, a layer an application, and what else TransformerLens asks."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -88,7 +88,7 @@ class UnrolledLayout(Asked, Layout):
 
     @property
     def normalization_type(self) -> str:
-        """ "LN" or "RMS", of the final norm; UsageError where that is not all that precedes the unembedding."""
+        """The final norm's, "LN" or "RMS"; UsageError where that is not all that precedes the unembedding."""
         return "LN" if self.core.readout_weights()[0].centred else "RMS"
 
     @property
@@ -101,8 +101,8 @@ class UnrolledLayout(Asked, Layout):
         """None, as where every head has keys of its own; UsageError where heads share them."""
         if self.n_kv_heads not in (0, self.core.cfg.n_heads):
             raise UsageError(
-                f"{self.core.cfg.n_heads} heads share {self.n_kv_heads} heads of keys here, so keys and values are "
-                "not patched by TransformerLens' head; patch attn.hook_k, attn.hook_v or attn.hook_z by hooks"
+                f"{self.core.cfg.n_heads} heads share {self.n_kv_heads} heads of keys here, so keys and values "
+                "have no patch by TransformerLens' heads; hook attn.hook_k, attn.hook_v or attn.hook_z"
             )
 
     def layer_flops(self, length: int, moving: Any = None) -> Any:
