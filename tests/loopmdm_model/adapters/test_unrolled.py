@@ -17,12 +17,23 @@ ADDITIVE = {
     "Llama": LOOPED,
     "Qwen3": LOOPED | {"mask_token_id": 119, "bidirectional": True},
     "LLaDAModelLM": {"loop": (1, 1), "max_loops": 3},
+    "LLaDA2MoeModelLM": {"loop": (1, 1), "max_loops": 3},
 }
 POST_NORM = {"Albert": {"mask_token_id": 4}, "Bert": LOOPED | {"mask_token_id": 103}}
 OTHERS = {
     "Esm": (LOOPED, "EsmLMHead"),
     "ModernBert": (LOOPED | {"mask_token_id": 117}, "ModernBertPredictionHead"),
     "DreamModel": ({"loop": (1, 1)}, r"facts\.shifted = True"),
+}
+THE_REST = {
+    **dict.fromkeys(("Roberta", "DistilBert", "Electra"), LOOPED | {"mask_token_id": 103}),
+    **dict.fromkeys(("Qwen2", "Mistral"), LOOPED),
+    "MDLM": {"loop": (1, 1)},
+    "BD3LM": {"loop": (1, 1)},
+    "RavenForCausalLM": {},
+    "Retrofitted": {"family": "retrofitted"},
+    "OuroForCausalLM": {},
+    "TwoStates": {"family": "trm"},
 }
 
 
@@ -35,7 +46,7 @@ def made(name, how):
 
 
 def tokens(m, seed=1):
-    low, high = (4, 20) if m.cfg.n_ctx == 16 else (40, 100)
+    low, high = (4, 20) if m.cfg.d_vocab < 100 else (40, 100)
     return torch.randint(low, high, (2, 8), generator=torch.Generator().manual_seed(seed))
 
 
@@ -44,9 +55,12 @@ def m(request):
     return made(request.param, ADDITIVE[request.param])
 
 
-@pytest.mark.parametrize("name", [*ADDITIVE, *POST_NORM, *OTHERS, "RavenForCausalLM", "OuroForCausalLM"])
+EVERY = ADDITIVE | POST_NORM | THE_REST | {name: how for name, (how, _) in OTHERS.items()}
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_values_are_those_of_the_looped_model_bit_for_bit(name):
-    m = made(name, (ADDITIVE | POST_NORM).get(name) or OTHERS.get(name, ({}, ""))[0])
+    m = made(name, EVERY[name])
     u, ids = m.unrolled(3), tokens(m)
     last = m.cfg.mask_token_id == m.cfg.d_vocab - 1
     wanted = m(ids, 3, mask_logit=not last)
