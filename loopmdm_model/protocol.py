@@ -82,6 +82,19 @@ class LoopedModel(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class NormWeights:
+    """A norm in numbers: n(x) * weight + bias; n(x) is x, less its mean if `centred`, over its root mean square.
+
+    `weight` and `bias` [d_model]; `eps` is added to the mean square.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    centred: bool
+
+
 class Core(nn.Module):
     """Base of all models: give `context`, `enter`, `layer`, `unembedding`, and what is marked below."""
 
@@ -115,6 +128,16 @@ class Core(nn.Module):
     def output_weight(self, layer: int) -> Float[Tensor, "d_model width"]:
         """The weight that takes all heads' z, side by side, to the stream."""
         raise NotImplementedError
+
+    def output_bias(self, layer: int) -> Float[Tensor, " d_model"]:
+        """The bias that comes with `output_weight`."""
+        raise NotImplementedError
+
+    def readout_weights(self) -> tuple[Any, nn.Linear]:
+        """The final norm's `NormWeights` and the linear unembedding; UsageError where more leads to logits."""
+        raise UsageError(
+            f"{type(self).__name__} does not say which norm and weight lead from its states to logits"
+        )
 
     def looping(self, first: int, n_layers: int, max_loops: int = 1) -> "Core":
         """The same weights with layers first .. first + n_layers - 1 looped; shared, not copied."""

@@ -175,5 +175,5 @@ for name, stop in (("straight", rule), ("state-delta", StateDelta(0.1, max_loops
 #
 # ## Limits
 #
-# A model needs the architecture of `LoopMDM`: other backbones have to be brought into its names first. Test
-# sets of one's own go in as tokens; `measure` by name knows those of the shipped corpora and tasks only.
+# Weights that go into `LoopMDM` need its architecture; models of other people are driven as they are in notebook
+# 10. Test sets of one's own go in as tokens; `measure` by name knows those of the shipped corpora and tasks only.

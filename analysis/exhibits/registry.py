@@ -247,6 +247,7 @@ THEMES = {
     "representation": "Representation",
     "causal": "Causal tests",
     "known": "Known answers",
+    "others": "Other people's models",
 }
 """In the order in which they are shown, with their titles."""
 

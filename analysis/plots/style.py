@@ -61,6 +61,17 @@ RATIO_STYLE = {
     0.5: {"color": "#4292c6", "marker": "s", "linestyle": "--"},
     0.75: {"color": "#08306b", "marker": "^", "linestyle": "-"},
 }
+SHARE_STYLE = {
+    0.15: {"color": "#8c8c8c", "marker": "D", "linestyle": "--", "label": "15% masked, as in their training"},
+    0.5: RATIO_STYLE[0.5] | {"linestyle": "-", "label": "50% masked"},
+}
+"""How much is masked where models of masked-language training stand beside ours."""
+BLOCK_STYLE = (
+    {"color": "#8c8c8c", "marker": "s", "linestyle": "--"},
+    {"color": "#e08214", "marker": "^", "linestyle": "-."},
+    {"color": "#1b4f8f", "marker": "o", "linestyle": "-"},
+)
+"""Blocks of layers that are repeated, in order."""
 NULL = {"color": "#444444", "linewidth": 1.0, "linestyle": (0, (1, 1.5)), "zorder": 1}
 FORMATS = ("pdf", "png", "svg")
 PARAMETERS = {

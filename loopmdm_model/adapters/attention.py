@@ -80,9 +80,12 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, asked: Asked, offer: Offer) -> Te
     """Queries without any key get 0, as in the fused kernel; softmax alone would give NaN."""
     scale = q.shape[-1] ** -0.5 if asked.scale is None else asked.scale
     scores = offer("attn.hook_attn_scores", _masked(q @ k.transpose(-1, -2) * scale, asked))
-    blind = (scores == float("-inf")).all(-1, keepdim=True)
-    pattern = wide(scores).softmax(-1).masked_fill(blind, 0.0).to(v.dtype)
-    return offer("attn.hook_pattern", pattern) @ v
+    blind = scores.amax(-1, keepdim=True) == float("-inf")
+    pattern = wide(scores).softmax(-1)
+    filled = (
+        pattern.masked_fill if pattern.requires_grad else pattern.masked_fill_
+    )  # a gradient needs it as it was
+    return offer("attn.hook_pattern", filled(blind, 0.0).to(v.dtype)) @ v
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, asked: Asked, offer: Offer) -> Tensor:  # noqa: ARG001

@@ -1,6 +1,7 @@
 """Other people's weights as a LoopMDM, where it computes the same: dense LLaDA, and MDLM.
 
-A converted model runs faster than a foreign core, can be trained, saved and unrolled. Two things are folded:
+A converted model runs faster than a foreign core, can be trained and saved, and shows all its weights. Two things
+are folded:
 
     [MASK] is the last id of a LoopMDM: it and the last id trade places (`traded` moves ids there and back).
     MDLM's norms and sublayers are shifted, scaled and gated by a condition on a time that is always zero: weight

@@ -25,9 +25,10 @@ from loopmdm.model.adapters.families import Family
 from loopmdm.model.adapters.layout import ForeignLayout
 from loopmdm.model.adapters.listening import listening, out_weight
 from loopmdm.model.adapters.loading import check_uncompiled, is_compiled
+from loopmdm.model.adapters.norms import read_readout
 from loopmdm.model.context import Context
 from loopmdm.model.errors import UsageError
-from loopmdm.model.protocol import Core, check_attention_mask, check_tokens
+from loopmdm.model.protocol import Core, NormWeights, check_attention_mask, check_tokens
 from loopmdm.model.sites import Site
 from loopmdm.model.taps import NO_TAP, Tap, TapSource, no_taps
 
@@ -265,6 +266,16 @@ class ForeignCore(Core):
     def output_weight(self, layer: int) -> Float[Tensor, "d_model width"]:
         """The weight that takes all heads' z, side by side, to the stream."""
         return out_weight(self.family.part(self.blocks[layer], "attn_out"))
+
+    def output_bias(self, layer: int) -> Float[Tensor, " d_model"]:
+        """The bias that comes with `output_weight`; zero where there is none."""
+        bias = getattr(self.family.part(self.blocks[layer], "attn_out"), "bias", None)
+        return self.output_weight(layer).new_zeros(self.cfg.d_model) if bias is None else bias
+
+    def readout_weights(self) -> tuple[NormWeights, nn.Linear]:
+        """The final norm and the linear unembedding; UsageError where something else leads to logits."""
+        self.facts.need("unshifted", by="reading states by W_U")
+        return read_readout(self.native, self.family.head)
 
     def looping(self, first: int, n_layers: int, max_loops: int = 1) -> "ForeignCore":
         """The same weights with other layers looped; shared, not copied."""

@@ -16,8 +16,9 @@ from loopmdm.model.diffusion.likelihood import row_cross_entropy
 from loopmdm.model.errors import MissingAttribute, UsageError, check_count, check_word, unknown_name
 from loopmdm.model.files import write_atomic, write_json
 from loopmdm.model.hooks.cache import LoopCache
+from loopmdm.model.hooks.deep import outputs
 from loopmdm.model.hooks.depth import depth_of, stream_at
-from loopmdm.model.hooks.folded import FoldedWeights
+from loopmdm.model.hooks.folded import OWN_WEIGHTS, FoldedWeights
 from loopmdm.model.hooks.points import LoopHooks
 from loopmdm.model.hooks.scopes import AttnPath, Call, check_path, untraced
 from loopmdm.model.hooks.text import TextEntries, as_ids
@@ -99,6 +100,8 @@ class Doors(FoldedWeights, TextEntries, LoopHooks):
         """Say what to do instead of what TransformerLens has and this does not."""
         if name in INSTEAD:
             raise MissingAttribute(f"no {name} here; {INSTEAD[name]}")
+        if isinstance(getattr(FoldedWeights, name, None), property):  # which somebody else's model could not give
+            raise MissingAttribute(f"no {name} here; {OWN_WEIGHTS}")
         return super().__getattr__(name)
 
     @property
@@ -239,7 +242,17 @@ class LoopDoors(Doors):
         if stop_at_layer is not None:
             return self._stream(stop_at_layer, (ids, n_loops, stop, attention_mask), attn_path)
         logits = super().forward(ids, n_loops, stop, attention_mask, attn_path)
-        return self._answer(logits if mask_logit else logits[..., :-1], tokens, return_type)
+        return self._answer(self._shown_logits(logits, mask_logit), tokens, return_type)
+
+    def _shown_logits(self, logits: Tensor, mask_logit: bool) -> Tensor:
+        if mask_logit or self.cfg.mask_token_id is None:
+            return logits
+        if outputs(self.cfg) == self.cfg.d_vocab:
+            raise UsageError(
+                f"mask_logit=False leaves away [MASK] as the last id, but it is id {self.cfg.mask_token_id} of "
+                f"{self.cfg.d_vocab} here; leave it out, and skip that column"
+            )
+        return logits[..., :-1]
 
     def _stream(self, stop_at_layer: int, run: Run, attn_path: AttnPath) -> Tensor:
         given, n_loops, stop, attention_mask = run
@@ -274,7 +287,7 @@ class LoopDoors(Doors):
         if return_type in ("loss", "both") and kept.get("incl_bwd"):
             kept.setdefault("loss_fn", lambda logits: self.loss_fn(logits, tokens))  # pyright: ignore[reportArgumentType]
         logits, cache = super().run_with_cache(*run, **kept)
-        answer = self._answer(logits if mask_logit else logits[..., :-1], tokens, return_type)
+        answer = self._answer(self._shown_logits(logits, mask_logit), tokens, return_type)
         return answer, cast(LoopCache, cache)
 
     def _cached_stream(

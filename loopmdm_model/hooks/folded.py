@@ -13,23 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loopmdm.model.errors import UsageError
+from loopmdm.model.errors import MissingAttribute, UsageError
 from loopmdm.model.network.layers import Block, Norm
 from loopmdm.model.network.model import LoopMDM
+from loopmdm.model.protocol import Core, NormWeights
 
 
 class PlainNorm(nn.Module):
     """A norm without its weights: n(x), of x [..., d_model]."""
 
-    def __init__(self, norm: Norm):
+    def __init__(self, norm: Norm | NormWeights):
         super().__init__()
         self.eps, self.centred = norm.eps, norm.centred
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """Centre ("LN" only) and scale to unit mean square."""
+        return (x - x.mean(-1, keepdim=True) if self.centred else x) / self.scale(x)
+
+    def scale(self, x: Tensor) -> Tensor:
+        """What x is divided by, [..., 1]."""
         x = x - x.mean(-1, keepdim=True) if self.centred else x
-        return x / (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+        return (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
 
 
 def plain(norm: Norm, y: Tensor) -> Tensor:
@@ -45,7 +50,7 @@ def weighted(norm: Norm, n: Tensor) -> Tensor:
     return n if norm.bias is None else n + norm.bias
 
 
-def fold(norm: Norm, linear: nn.Linear) -> tuple[Tensor, Tensor]:
+def fold(norm: Norm | NormWeights, linear: nn.Linear) -> tuple[Tensor, Tensor]:
     """Weight [d_model, out] and bias [out] of `linear` after `norm`, acting on n(x)."""
     weight = linear.weight.T * norm.weight[:, None]
     bias = _bias(linear)
@@ -113,17 +118,45 @@ class BlockWeights:
         return MLPWeights(self.block)
 
 
+class OutputWeights:
+    """Of a layer of somebody else's model: W_O [head, d_head, d_model] and b_O [d_model]."""
+
+    def __init__(self, core: Core, layer: int):
+        self.W_O = core.output_weight(layer).T.unflatten(0, (core.cfg.n_heads, core.cfg.d_head))
+        self.b_O = core.output_bias(layer)
+
+    def __getattr__(self, name: str) -> Any:
+        """Say where the other weights are."""
+        raise MissingAttribute(f"no {name} here; {OWN_WEIGHTS}")
+
+
+class CoreBlock:
+    """What is shown of a layer of somebody else's model: `attn` with its output weights."""
+
+    def __init__(self, core: Core, layer: int):
+        self.attn = OutputWeights(core, layer)
+
+    def __getattr__(self, name: str) -> Any:
+        """Say where the other parts are."""
+        raise MissingAttribute(f"no {name} here; {OWN_WEIGHTS}")
+
+
+OWN_WEIGHTS = "of somebody else's model W_O and W_U are shown, all else lies under its own names in m.model.native"
+
+
 class Readout(nn.Module):
     """The unembedding after the final norm: W_U [d_model, d_vocab], b_U [d_vocab], [MASK]'s bias -inf.
 
     With `outputs` only the first so many ids are shown.
     """
 
-    def __init__(self, model: LoopMDM, outputs: int):
+    def __init__(self, model: Core, outputs: int):
         super().__init__()
-        weight, bias = fold(model.ln_final, model.unembed)
-        never = torch.arange(len(bias), device=bias.device) == model.cfg.mask_token_id
-        self.W_U, self.b_U = weight[:, :outputs], bias.masked_fill(never, float("-inf"))[:outputs]
+        weight, bias = fold(*model.readout_weights())
+        if model.cfg.mask_token_id is not None:
+            never = torch.arange(len(bias), device=bias.device) == model.cfg.mask_token_id
+            bias = bias.masked_fill(never, float("-inf"))
+        self.W_U, self.b_U = weight[:, :outputs], bias[:outputs]
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -147,13 +180,15 @@ class FoldedWeights:
     `blocks` tells which layers: the physical ones, or in an unrolled model one per application.
     """
 
-    model: LoopMDM
+    model: Any  # a Core
     d_vocab_out: int
 
     @property
-    def blocks(self) -> list[BlockWeights]:
+    def blocks(self) -> "list[BlockWeights] | list[CoreBlock]":
         """The layers' weights, `blocks[1].attn.W_O` and so on."""
-        return [BlockWeights(block) for block in self.model.blocks]  # pyright: ignore[reportArgumentType]
+        if isinstance(self.model, LoopMDM):
+            return [BlockWeights(block) for block in self.model.blocks]  # pyright: ignore[reportArgumentType]
+        return [CoreBlock(self.model, layer) for layer in range(self.model.cfg.n_layers)]
 
     W_Q = _stacked("attn", "W_Q")
     W_K = _stacked("attn", "W_K")
@@ -173,7 +208,7 @@ class FoldedWeights:
     @property
     def ln_final(self) -> PlainNorm:
         """The final norm without its weights, which `unembed` holds."""
-        return PlainNorm(self.model.ln_final)
+        return PlainNorm(self.model.readout_weights()[0])
 
     @property
     def unembed(self) -> Readout:
@@ -204,7 +239,7 @@ class FoldedWeights:
         """W_U's columns [..., d_model] of token ids, or of the token that a text is."""
         ids = torch.as_tensor(self._single(tokens) if isinstance(tokens, str) else tokens, device=self.W_U.device)
         never = self.model.cfg.mask_token_id
-        if bool((ids == never).any()):
+        if never is not None and bool((ids == never).any()):
             raise UsageError(f"[MASK] (id {never}) is never an output, so it has no direction; give other ids")
         return self.W_U.T[ids]
 
@@ -213,7 +248,7 @@ class FoldedWeights:
 
     def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Tensor:
         """Sum of the output biases up to `layer`, [d_model]."""
-        total = torch.zeros_like(self.model.ln_final.weight)
+        total = torch.zeros(self.model.cfg.d_model, device=self.model.device, dtype=self.model.dtype)
         for block in self.blocks[:layer]:
             total = total + block.attn.b_O + (block.mlp.b_out if include_mlp_biases else 0)
         return total + self.blocks[layer].attn.b_O if mlp_input else total

@@ -291,4 +291,6 @@ class HookedLoopMDM(LoopDoors, LoopRuns):
 
     def unrolled(self, n_loops: int | None = None) -> UnrolledLoopMDM:
         """The model as a plain deep one, one virtual layer per application; see `UnrolledLoopMDM`."""
-        return UnrolledLoopMDM(self.model, self._loops(n_loops), self.tokenizer)
+        deep = UnrolledLoopMDM(self.model, self._loops(n_loops), self.tokenizer)
+        deep.pad, deep.special = self.pad, self.special
+        return deep

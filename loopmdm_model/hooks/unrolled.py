@@ -4,7 +4,6 @@ n_prelude + S * n_loop + n_coda of them share the looped weights, under the name
 TransformerLens' patching, ActivationCache and tools of the analysis know.
 """
 
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -17,50 +16,16 @@ from transformer_lens.utilities import Slice
 from loopmdm.model import sites
 from loopmdm.model.errors import UnknownNameError, UsageError
 from loopmdm.model.hooks.cache import Keeper, LoopCache, check_form
+from loopmdm.model.hooks.deep import deep_config, outputs
 from loopmdm.model.hooks.depth import Relay, depth_of, stream_at
 from loopmdm.model.hooks.doors import Doors, Given, refuse
-from loopmdm.model.hooks.folded import BlockWeights, plain, weighted
+from loopmdm.model.hooks.folded import BlockWeights, CoreBlock, plain, weighted
 from loopmdm.model.hooks.scopes import AttnPath, Call, HookTap, check_path, untraced
-from loopmdm.model.network.config import FORBIDDEN, LoopMDMConfig
 from loopmdm.model.network.layers import Norm
 from loopmdm.model.network.model import LoopMDM
 from loopmdm.model.protocol import Core
 from loopmdm.model.sites import Site, applications
 from loopmdm.model.taps import NO_TAP, Tap, TapSource
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnrolledConfig(LoopMDMConfig):
-    """The shape of a plain deep model, with what else TransformerLens asks of a config.
-
-    `n_layers` is the number of applications; all count as prelude.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    n_key_value_heads: None = None
-    attn_only: bool = False
-    final_rms: bool = False
-    use_attn_result: bool = False
-    use_attn_in: bool = False
-    use_split_qkv_input: bool = False
-    use_hook_mlp_in: bool = False
-    default_prepend_bos: bool = False
-    positional_embedding_type: str = "rotary"
-    attention_dir: str = "bidirectional"
-
-    @property
-    def d_vocab_out(self) -> int:
-        """Width of the logits: [MASK], the last id, is never an output."""
-        return self.d_vocab - 1
-
-    @classmethod
-    def of(cls, model: LoopMDM, n_layers: int) -> "UnrolledConfig":
-        """The config of `n_layers` applications of a model's layers."""
-        shape = {field.name: getattr(model.cfg, field.name) for field in fields(LoopMDMConfig)}
-        shape |= {"n_prelude_layers": n_layers, "n_loop_layers": 0, "n_coda_layers": 0, "max_loops": 1}
-        shape |= dict.fromkeys(FORBIDDEN, ())
-        return cls(**shape, device=model.device, dtype=model.dtype)
 
 
 class FoldedTap(Relay):
@@ -90,12 +55,49 @@ class FoldedTap(Relay):
         return out if changed else x.detach() + (out - out.detach())  # x's numbers, gradients by way of `shown`
 
 
-def norms_of(model: LoopMDM, layer: int | None) -> dict[str, Norm]:
-    """Norms by the leaf that holds their output: those of a physical layer, or the final one."""
+def norms_of(model: Core, layer: int | None) -> dict[str, Norm]:
+    """Norms by the leaf that holds their output: those of a physical layer, or the final one; only a LoopMDM's."""
+    if not isinstance(model, LoopMDM):
+        return {}
     if layer is None:
         return {"ln_final.hook_normalized": model.ln_final}
     block: Any = model.blocks[layer]
     return {"ln1.hook_normalized": block.ln1, "ln2.hook_normalized": block.ln2}
+
+
+class UnrolledCache(ActivationCache):
+    """TransformerLens' cache of an unrolled model: what takes the stream apart is refused where it is no sum."""
+
+    def __getitem__(self, key: Any) -> Tensor:
+        """As in TransformerLens; the scale of a final norm that offers none itself is that of the last stream."""
+        if key == "ln_final.hook_scale" and key not in self.cache_dict:
+            return self.model.ln_final.scale(self["resid_post", -1])
+        return super().__getitem__(key)
+
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> "UnrolledCache":
+        """As in TransformerLens."""
+        found = super().apply_slice_to_batch_dim(batch_slice)
+        return UnrolledCache(found.cache_dict, found.model, has_batch_dim=found.has_batch_dim)
+
+    def decompose_resid(self, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens."""
+        return self._summed("decompose_resid", args, kwargs)
+
+    def get_full_resid_decomposition(self, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens."""
+        return self._summed("get_full_resid_decomposition", args, kwargs)
+
+    def stack_head_results(self, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens."""
+        return self._summed("stack_head_results", args, kwargs)
+
+    def logit_attrs(self, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens."""
+        return self._summed("logit_attrs", args, kwargs)
+
+    def _summed(self, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        self.model.cfg.facts.need("additive", by=name)  # pyright: ignore[reportAttributeAccessIssue]
+        return getattr(super(), name)(*args, **kwargs)
 
 
 class UnrolledLoopMDM(Doors):
@@ -111,6 +113,10 @@ class UnrolledLoopMDM(Doors):
     - [MASK] is never an output: logits are [batch, pos, d_vocab_out], d_vocab - 1 ids, equal to
       `m(tokens)[..., :-1]`. Nothing is infinite: entropies, means over the vocabulary and differences are right.
 
+    Of somebody else's model names, values and patching are the same; its norms are shown as they are, and of its
+    weights W_O, W_U and b_U only. Attributions close where the stream is a sum and a final norm and a linear map
+    lead to the logits, and are refused by the missing fact elsewhere. A [MASK] before the last id stays, -inf.
+
     `places[depth]` is (loop, physical layer), loop None outside the loop. Of transformer_lens.patching all of
     `get_act_patch_*` runs but direct paths, which need q, k and v to read separate streams; so does
     `attribution_patch`, by node and not by edge. `detect_head` compares with causal patterns: "abs" refuses these,
@@ -119,9 +125,9 @@ class UnrolledLoopMDM(Doors):
 
     _virtual: dict[str, tuple[str, int | None]]
 
-    def __init__(self, model: LoopMDM, n_loops: int, tokenizer: Tokenizer | None = None):
+    def __init__(self, model: Core, n_loops: int, tokenizer: Tokenizer | None = None):
         done = applications(model.cfg, n_loops)
-        super().__init__(UnrolledConfig.of(model, len(done)))
+        super().__init__(deep_config(model, len(done)))
         self.model, self.tokenizer, self.n_loops = model, tokenizer, n_loops
         self.places = [(Site.parse(f"{prefix}hook_resid_pre").loop, layer) for prefix, layer in done]
         self._virtual = {prefix: (f"blocks.{depth}.", layer) for depth, (prefix, layer) in enumerate(done)}
@@ -135,13 +141,13 @@ class UnrolledLoopMDM(Doors):
     @property
     def d_vocab_out(self) -> int:
         """Width of the logits."""
-        return self.model.cfg.d_vocab - 1
+        return outputs(self.model.cfg)
 
     @property
-    def blocks(self) -> list[BlockWeights]:
+    def blocks(self) -> list[BlockWeights] | list[CoreBlock]:
         """Weights by virtual layer."""
         physical = super().blocks
-        return [physical[layer] for _, layer in self.places]
+        return [physical[layer] for _, layer in self.places]  # pyright: ignore[reportReturnType]
 
     @property
     def QK(self) -> FactoredMatrix:
@@ -226,7 +232,7 @@ class UnrolledLoopMDM(Doors):
         if kwargs.get("incl_bwd") and not torch.is_grad_enabled():
             raise UsageError("incl_bwd needs gradients; wrap the call in `with torch.enable_grad():`")
         out, found = super().run_with_cache(tokens, *args, remove_batch_dim=remove_batch_dim, **kwargs)
-        return out, ActivationCache(found, self, has_batch_dim=not remove_batch_dim)  # pyright: ignore[reportArgumentType]
+        return out, UnrolledCache(found, self, has_batch_dim=not remove_batch_dim)
 
     def get_caching_hooks(
         self,
@@ -256,8 +262,6 @@ class UnrolledLoopMDM(Doors):
 
 def unroll(model: Core, cache: LoopCache) -> ActivationCache:
     """The looped model's cache in the unrolled model's form: names blocks.{depth}.<leaf>, norms folded."""
-    if not isinstance(model, LoopMDM):
-        raise UsageError(f"only a LoopMDM can be seen unrolled with its weights; this is {type(model).__name__}")
     virtual: dict[str, Tensor] = {}
     places = {"": ("", None)} | {
         prefix: (f"blocks.{depth}.", layer)
@@ -267,15 +271,15 @@ def unroll(model: Core, cache: LoopCache) -> ActivationCache:
         prefix, leaf = sites.split(name)
         if prefix in places:  # not the loops' own in and out
             place, layer = places[prefix]
-            virtual[place + leaf] = _shown(norms_of(model, layer), leaf, value)
+            virtual[place + leaf] = _shown(norms_of(model, layer), leaf, value, outputs(model.cfg))
     unrolled = UnrolledLoopMDM(model, cache.n_loops, cache.owner.tokenizer)
-    return ActivationCache(virtual, unrolled, has_batch_dim=cache.has_batch_dim)  # pyright: ignore[reportArgumentType]
+    return UnrolledCache(virtual, unrolled, has_batch_dim=cache.has_batch_dim)
 
 
-def _shown(norms: dict[str, Norm], name: str, value: Tensor) -> Tensor:
+def _shown(norms: dict[str, Norm], name: str, value: Tensor, n_outputs: int) -> Tensor:
     leaf = name.removesuffix("_grad")
     if leaf == "hook_logits":
-        return value[..., :-1]
+        return value[..., :n_outputs]
     if leaf not in norms:
         return value
     return plain(norms[leaf], value) if leaf == name else value * norms[leaf].weight.to(value)

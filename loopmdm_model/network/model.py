@@ -141,6 +141,15 @@ class LoopMDM(Core):
         """The weight that takes all heads' z, side by side, to the stream."""
         return self.block(layer).attn.out.weight
 
+    def output_bias(self, layer: int) -> Float[Tensor, " d_model"]:
+        """The bias that comes with `output_weight`; zero where there is none."""
+        out = self.block(layer).attn.out
+        return out.weight.new_zeros(self.cfg.d_model) if out.bias is None else out.bias
+
+    def readout_weights(self) -> tuple[Norm, nn.Linear]:
+        """The final norm and the unembedding."""
+        return self.ln_final, self.unembed
+
     def looping(self, first: int, n_layers: int, max_loops: int = 1) -> "LoopMDM":
         """The same weights with other layers looped; at n_loops = 1 it is the model it was made from."""
         fields = self.cfg.to_dict() | self.cfg.segmented(first, n_layers, max_loops)
