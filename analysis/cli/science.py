@@ -136,6 +136,6 @@ def claims(
     frame = claims_table()
     if seeds:
         frame = frame[frame["n_seeds"] >= least]
-    columns = ["claim", "task", "verdict", "estimate", "low", "high", "margin", "direction", "n_seeds", "figure",
-               "text"]  # fmt: skip
+    columns = ["claim", "task", "verdict", "estimate", "low", "high", "unit", "margin", "direction", "p_holm",
+               "n_seeds", "figure", "why", "text"]  # fmt: skip
     show(columns, frame[columns].itertuples(index=False))

@@ -32,6 +32,7 @@ from loopmdm.model.zoo.runs import MAIN_TASKS, figures_folder
 COLUMNS = ["claim", "task", "verdict", "estimate", "low", "high", "unit", "margin", "direction", "p", "p_holm",
            "n_seeds", "n", "figure", "why", "text"]  # fmt: skip
 UNTESTABLE, NOT_RUN, UNDECIDED = "not testable here", "not run", "undecided"
+VERDICTS = ("supported", "not supported", "equivalent", UNDECIDED, UNTESTABLE, NOT_RUN)
 
 TASK_GROUPS = (("Sudoku", MAIN_TASKS[:1]), ("text, or what is named", (*MAIN_TASKS[1:], "tree", "gsm")))
 """Columns in which verdicts are shown: title and tasks, the main one first."""

@@ -14,7 +14,9 @@ from loopmdm.analysis.plots.style import of_rows
 VERDICT_STYLE = {
     "supported": ("#c6dbef", "✓"),
     "not supported": ("#fdd0a2", "✗"),
+    "equivalent": ("#d9d9d9", "="),
     "undecided": ("#f2f2f2", "?"),
+    "not testable here": ("#ffffff", "∅"),
     "not run": ("#ffffff", "–"),
 }
 FIRST, WIDTH = 0.5, 0.25
@@ -25,7 +27,7 @@ FIRST, WIDTH = 0.5, 0.25
 def plot_claims(
     df: pd.DataFrame, columns: Sequence[tuple[str, tuple[str, ...]]], *, ax: Axes | None = None
 ) -> Axes:
-    """`df`: claim task verdict estimate low high n_seeds text; `columns`: title and the tasks shown under it.
+    """`df`: claim task verdict estimate low high unit n_seeds text; `columns`: title and the tasks shown under it.
 
     A task that is not the first of its column is named in its cell.
     """
@@ -60,11 +62,9 @@ def _draw_cell(ax: Axes, at: tuple[float, int], cell, named: str) -> None:
 
 
 def said(cell) -> str:
-    """Estimate, 95% interval and number of seeds on one line; empty where nothing was run."""
-    if cell.verdict == "not run":
+    """Estimate, 95% interval, unit and number of seeds on one line; empty where there is no number."""
+    if not np.isfinite(cell.estimate):
         return ""
     seeds = f"{cell.n_seeds} seed{'s' if cell.n_seeds > 1 else ''}"
-    if not np.isfinite(cell.estimate):
-        return f"no number; {seeds}"
     bounds = f" [{cell.low:.3g}, {cell.high:.3g}]" if np.isfinite(cell.low) else ""
-    return f"{cell.estimate:.3g}{bounds}; {seeds}"
+    return f"{cell.estimate:.3g}{bounds} {cell.unit}; {seeds}"

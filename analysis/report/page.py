@@ -90,6 +90,7 @@ def claim_rows() -> list[dict[str, str]]:
     rows = []
     for row in claims.claims_table().itertuples():
         interval = f"({_number(row.low)} to {_number(row.high)})" if pd.notna(row.low) else ""
+        interval = f"{interval} {row.unit}" if pd.notna(row.estimate) else ""
         claimed = f"{row.direction} {_number(row.margin)}"
         seeds = "–" if row.verdict == "not run" else str(row.n_seeds)
         rows.append({"text": row.text, "estimand": asked[row.claim], "task": row.task, "verdict": row.verdict,
@@ -103,8 +104,7 @@ def _number(value: float) -> str:
 
 
 def _counts(rows: list[dict[str, str]]) -> str:
-    kinds = ("supported", "not supported", "undecided", "not run")
-    counts = [(kind, sum(row["verdict"] == kind for row in rows)) for kind in kinds]
+    counts = [(kind, sum(row["verdict"] == kind for row in rows)) for kind in claims.VERDICTS]
     return ", ".join(f"{n} {'are' if n != 1 else 'is'} {kind}" for kind, n in counts if n)
 
 

@@ -1,6 +1,7 @@
 """Verdicts follow intervals, answers recover planted truths, and every entry can be answered."""
 
 import contextlib
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -8,12 +9,14 @@ import pytest
 from scipy import stats as distributions
 
 from loopmdm.analysis import exhibits as figures
-from loopmdm.analysis.exhibits import answers, causal, inference, tables
+from loopmdm.analysis.exhibits import answers, inference, tables
 from loopmdm.analysis.exhibits import verdicts as claims
 from loopmdm.analysis.exhibits.answers import Answer, NotRun, answer_of, between_arms
+from loopmdm.analysis.exhibits.declared import deciding, load_declared
 from loopmdm.analysis.exhibits.verdicts import load_claims, verdict
 from loopmdm.analysis.numbers import stats
 from loopmdm.model.errors import UsageError
+from loopmdm.model.zoo.runs import Zoo
 
 
 def answered(claim: str, task: str) -> Answer:
@@ -100,8 +103,9 @@ def test_every_answer_reads_the_tables_that_it_names(monkeypatch):
         read: set[str] = set()
         monkeypatch.setattr(tables, "load", lambda name, read=read: read.add(name) or load(name))
         for task in claim.tasks:
-            with contextlib.suppress(NotRun):
-                claim.reading.answer(task)
+            for asked in (claim.reading.answer, claim.reading.gate):
+                with contextlib.suppress(NotRun):
+                    _ = asked and asked(task)
         assert read == set(claim.reading.reads), claim.name
         union |= read
     assert union == set(figures.EXHIBITS["claims"].tables)
@@ -110,21 +114,76 @@ def test_every_answer_reads_the_tables_that_it_names(monkeypatch):
 def test_the_table_has_a_line_for_every_claim_and_task():
     table = claims.claims_table()
     assert len(table) == sum(len(claim.tasks) for claim in load_claims())
-    assert set(table["verdict"]) <= {"supported", "not supported", "undecided", "not run"}
-    for row in table[table["low"].notna()].itertuples():
+    assert set(table["verdict"]) <= set(claims.VERDICTS)
+    tested = table[table["low"].notna() & (table["verdict"] != "not testable here")]
+    for row in tested.itertuples():
         beyond = row.low > row.margin if row.direction == "above" else row.high < row.margin
         assert (row.verdict == "supported") == beyond, row.claim
+        if np.isfinite(row.p) and row.verdict in ("supported", "not supported"):
+            assert row.p < 0.05, row.claim  # interval and test are of one kind
     assert (table.loc[table["verdict"] == "not run", "n_seeds"] == 0).all()
 
 
-def test_one_text_model_is_judged_by_its_documents():
-    """Blocks of one speech are not independent: Student's t has as many units as speeches."""
+def test_no_cell_is_without_a_number_or_a_reason():
+    table = claims.claims_table()
+    for row in table.itertuples():
+        assert np.isfinite(row.estimate) or row.why, row.claim
+        if row.verdict == "undecided":
+            assert "what would decide it" in row.why, (row.claim, row.task)
+        if row.verdict == "not testable here":
+            assert row.why, row.claim
+    decided = table["verdict"].isin(["supported", "not supported", "equivalent", "not testable here"])
+    assert decided.sum() >= 30
+
+
+def test_an_interval_within_the_slack_is_equivalent_and_says_nothing_else():
+    inside, wide = Answer(0.001, -0.002, 0.004, 5, 10), Answer(0.001, -0.02, 0.022, 5, 10)
+    assert verdict(inside, 0.0, "above", 0.005) == "equivalent"
+    assert verdict(inside, 0.0, "above", 0.003) == verdict(wide, 0.0, "above", 0.005) == "undecided"
+    assert verdict(Answer(0.001, 0.0005, 0.0015, 5, 10), 0.0, "above", 0.005) == "supported"
+
+
+def test_a_failed_gate_makes_a_claim_untestable_and_keeps_its_number():
+    table = claims.claims_table().set_index(["claim", "task"])
+    cell = table.loc[("better-at-equal-flops", "sotu")]
+    assert cell["verdict"] == "not testable here" and np.isfinite(cell["estimate"]) and np.isnan(cell["p_holm"])
+    assert "deep less base" in cell["why"]
+
+
+def test_holm_is_over_all_cells_with_a_test():
+    table = claims.claims_table()
+    tested = table.dropna(subset=["p_holm"]).sort_values("p")
+    assert (
+        len(tested) > 20 and (tested["p_holm"] >= tested["p"]).all() and tested["p_holm"].is_monotonic_increasing
+    )
+    first = tested.iloc[0]
+    assert first["p_holm"] == pytest.approx(min(1.0, first["p"] * len(tested)))
+
+
+def test_a_declared_set_answers_once_it_is_whole():
+    sets, zoo = load_declared(), Zoo.shipped()
+    s4 = sets["sudoku-s4"]
+    assert s4.whole(zoo) and len(s4.of(zoo)) == 17
+    runs = deciding("sudoku", zoo)
+    assert {role: len(found) for role, found in runs.items()} == {"loop": 7, "base": 5, "deep": 5}
+    assert min(run.seed for run in runs["base"]) == 5 and {run.arm for run in runs["loop"]} == {"loop-s4"}
+    short = Zoo(tuple(run for run in zoo if run.name != "sudoku-base-seed7"), zoo.listed)
+    assert not s4.whole(short)
+    assert {run.arm for run in deciding("sudoku", short)["loop"]} == {"loop"}
+    assert not sets["sudoku-relays-closed"].whole(zoo)
+
+
+def test_p_values_agree_with_intervals():
+    values = np.array([1.0, 1.4, 0.9, 1.2])
+    found = answer_of(values, np.zeros(4), 10, 10)
+    assert found.p(found.low) == pytest.approx(0.05) and found.p(found.estimate) == pytest.approx(1.0)
+    arms = [pd.DataFrame({"nll": values + shift, "n": 10}) for shift in (0.0, 0.6)]
+    found = between_arms(*arms, "nll")
+    assert found.p(found.high) == pytest.approx(0.05)
+
+
+def test_blocks_of_one_speech_are_not_independent():
     assert answers.units("sotu") == 8 and answers.units("sudoku") == 1000
-    shares = causal._shares("sotu", "stale", False)
-    if len(shares) == 1:
-        found = answered("update-matters", "sotu")
-        half = distributions.t.ppf(0.975, 7) * shares["share_se"].iloc[0]
-        assert found.high - found.estimate == pytest.approx(half)
 
 
 def test_a_damaged_list_of_claims_is_named(tmp_path):
@@ -139,35 +198,59 @@ def test_a_damaged_list_of_claims_is_named(tmp_path):
         load_claims(path)
 
 
-def test_answers_recover_planted_tables(monkeypatch):
-    """Two looped and two base models, S_max 2: the looped ones are better by 0.5 and gain 0.8 from S = 1."""
+def planted(**levels):
+    """Two tables: test NELBO by S of two seeds an arm, all of which left the plateau."""
     rows = [
         {"model": f"sudoku-{arm}{'' if seed == 0 else f'-seed{seed}'}", "task": "sudoku", "arm": arm, "seed": seed,
-         "n_loops": s, "nll": level + 0.01 * seed, "change_from_s1_se": 0.1, "change_from_base": -0.5,
-         "change_from_base_se": 0.1, "n": 10, "n_units": 10}
-        for arm, levels in (("base", {1: 1.0, 2: 3.0, 4: 3.0}), ("loop", {1: 1.3, 2: 0.5, 4: 0.6}))
-        for s, level in levels.items() for seed in (0, 1)
+         "n_loops": s, "nll": level + 0.01 * seed, "n": 10, "n_units": 10, "max_loops": 2 if arm == "loop" else 1}
+        for arm, by_s in levels.items() for s, level in by_s.items() for seed in (0, 1, 2, 3, 4)
     ]  # fmt: skip
-    monkeypatch.setattr(tables, "load", lambda name: pd.DataFrame(rows))
+    curves = [row | {"nelbo": 0.1, "point": 1, "tokens": 9.0, "flops": 9.0} for row in rows]
+    return {"nll-by-loops": pd.DataFrame(rows), "learning-curves": pd.DataFrame(curves)}
+
+
+def test_answers_recover_planted_tables(monkeypatch):
+    """S_max 2: looped models are better by 0.5 and gain 0.8 from S = 1."""
+    known = planted(base={1: 1.0, 2: 3.0, 4: 3.0}, loop={1: 1.3, 2: 0.5, 4: 0.6})
+    monkeypatch.setattr(tables, "load", known.__getitem__)
     monkeypatch.setattr(inference, "looped", lambda task: 2)
-    assert answered("better-at-equal-flops", "sudoku").estimate == pytest.approx(-0.5)
+    runs = {role: [SimpleNamespace(name=name) for name in sorted(set(part["model"]))]
+            for role, part in known["nll-by-loops"].groupby("arm")}  # fmt: skip
+    monkeypatch.setattr(answers, "deciding", lambda task: runs | {"deep": []})
+    found = answered("better-at-equal-flops", "sudoku")
+    assert found.estimate == pytest.approx(-0.5) and found.note.startswith("left the plateau: 5 of 5, 5 of 5")
     assert answered("one-loop-is-worse", "sudoku").estimate == pytest.approx(0.3)
     assert answered("more-loops-are-better", "sudoku").estimate == pytest.approx(-0.8)
+    assert answered("monotone-in-loops", "sudoku").estimate == pytest.approx(-0.8)
     assert answered("better-beyond-s-max", "sudoku").estimate == pytest.approx(0.1)
+    assert answered("most-by-half", "sudoku").estimate == pytest.approx(-0.4)  # S_max / 2 is S = 1: nothing yet
+    assert answered("needs-many-loops-to-beat-base", "sudoku").estimate == pytest.approx(1.0)
     with pytest.raises(NotRun):
         answered("better-than-deeper", "sudoku")
 
 
-def test_a_placement_is_compared_with_the_best_of_the_others_at_its_own_s_max(monkeypatch):
+def test_runs_on_the_plateau_stand_apart(monkeypatch):
+    known = planted(base={1: 0.6}, loop={2: 0.5})
+    curves = known["learning-curves"]
+    curves.loc[curves["model"] == "sudoku-loop-seed3", "nelbo"] = 0.9
+    known["nll-by-loops"].loc[known["nll-by-loops"]["model"] == "sudoku-loop-seed3", "nll"] = 0.9
+    monkeypatch.setattr(tables, "load", known.__getitem__)
+    ours, theirs = (part for _, part in known["nll-by-loops"].groupby("arm", sort=False))
+    found = answers.given_break("sudoku", theirs, ours)
+    assert found.estimate == pytest.approx(-0.1025) and "4 of 5, 5 of 5" in found.note and found.n_seeds == 4
+
+
+def test_a_placement_is_compared_with_all_others_of_one_layer_at_its_own_s_max(monkeypatch):
     levels = {"early": 0.5, "first": 0.7, "middle": 0.4, "late": 0.6, "two": 0.8, "whole": 0.55}
     rows = [
         {"task": "sudoku", "arm": f"loop-{place}", "seed": seed, "n_loops": s, "max_loops": 2, "n": 10,
-         "nll": level + 0.01 * seed + (s != 2)}
-        for place, level in levels.items() for seed in (0, 1) for s in (1, 2, 3)
+         "nll": level + 0.001 * seed + (s != 2)}
+        for place, level in levels.items() for seed in (0, 1, 2) for s in (1, 2, 3)
     ]  # fmt: skip
     monkeypatch.setattr(tables, "load", lambda name: pd.DataFrame(rows))
     found = answered("placement", "sudoku")
-    assert found.estimate == pytest.approx(0.1) and found.low < 0.1 < found.high and found.n_seeds == 2
+    assert found.estimate == pytest.approx(-0.1) and found.low < -0.1 < found.high
+    assert answered("few-layers-suffice", "sudoku").estimate == pytest.approx(-0.3)
     rows = [row for row in rows if row["arm"] != "loop-late"]
     with pytest.raises(NotRun):
         answered("placement", "sudoku")
