@@ -7,8 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from loopmdm.analysis.exhibits.registry import OURS, TEXT, Exhibit, Tables
+from loopmdm.analysis.numbers.estimate import half_width
 from loopmdm.analysis.plots import others
-from loopmdm.analysis.plots.style import PAGE, half_width
+from loopmdm.analysis.plots.style import PAGE
 
 SHOWN = ("sotu-base", "sotu-loop", "sapiens-heavy", "sapiens-light", "antiberty")
 """Ours first."""
