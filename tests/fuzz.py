@@ -103,7 +103,7 @@ SAMPLE = {
     "--n": counts(), "--steps": counts(), "--batch-size": counts(), "--n-loops": counts(most=10_000),
     "--length": counts(most=32), "--first-index": SEEDS, "--seed": SEEDS,
     "--temperature": numbers((0.0, 0.0), (1e-4, sys.float_info.max)), "--top-p": numbers((5e-324, 1.0)),
-    "--stop": st.one_of(UNKNOWN, numbers((0.0, float("inf"))).filter(bool).map(lambda word: f"state-delta:{word}")),
+    "--stop": st.one_of(UNKNOWN, numbers((0.0, float("inf"))).filter(bool).map("state-delta:{}".format)),
     "--order": st.one_of(
         UNKNOWN, counts().map(lambda word: f"blocks:{word}"), st.just(""),
         st.tuples(st.sampled_from(DIALS), WORDS.filter(lambda word: word not in ("1.5", "1e9"))).map(":".join),
