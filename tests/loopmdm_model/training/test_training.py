@@ -529,7 +529,9 @@ def test_a_run_of_fewer_steps_than_points_goes_on_where_it_was_broken_off(tmp_pa
 def test_own_texts_that_changed_since_training_are_not_measured_on(tmp_path):
     for number in range(20):
         (tmp_path / f"{number}.txt").write_text(f"the cat sat on mat number {number} " * 30)
-    values = _values(flops=0.0, steps=2) | {"data": {"corpus": f"files:{tmp_path}/*.txt", "d_vocab": 264, "length": 16}}
+    values = _values(flops=0.0, steps=2) | {
+        "data": {"corpus": f"files:{tmp_path}/*.txt", "d_vocab": 264, "length": 16}
+    }
     with torch.enable_grad():
         trainer.Trainer(RunSpec.from_dict(values), tmp_path / "run").train()
     m = HookedLoopMDM.from_pretrained(tmp_path / "run")
