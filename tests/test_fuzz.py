@@ -5,7 +5,7 @@ import os
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from tests import fuzz
+from tests import fuzz, fuzz_calls
 
 BOUNDED = settings(
     derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck),
@@ -63,11 +63,11 @@ def wrong_calls(place, tally):
     """A call of the Python API with one wrong argument: a UsageError. With right ones: no NaN beside n > 0."""
 
     def check(call):
-        end = fuzz.end_of(*call)
+        end = fuzz_calls.end_of(*call)
         tally.note(end)
         assert end in ("UsageError", "fine"), (call, end)
 
-    return fuzz.CALLS, check
+    return fuzz_calls.CALLS, check
 
 
 KINDS = {"words": wrong_words, "files": damaged_files, "calls": wrong_calls}
@@ -88,6 +88,14 @@ def fuzzed(kind, n, place):
 def test_bad_inputs_end_in_one_line(kind, place):
     tally = fuzzed(kind, TESTS[kind], place)
     assert tally.ends["2"] + tally.ends["UsageError"] > 0.5 * tally.inputs
+
+
+@pytest.mark.parametrize("name", fuzz_calls.WRONG)
+def test_each_argument_of_a_call_is_given_wrongly(name):
+    def check(value):
+        assert fuzz_calls.end_of(name, value) == "UsageError", value
+
+    settings(BOUNDED, max_examples=2)(given(fuzz_calls.WRONG[name][1])(check))()
 
 
 @pytest.mark.soak

@@ -13,10 +13,12 @@ import pytest
 from loopmdm.model.corpora.fetch import sources
 from loopmdm.model.errors import UsageError
 from loopmdm.model.files import read_json, read_toml
+from loopmdm.model.network import checkpoints
 from loopmdm.model.network.model import LoopMDM
 from loopmdm.model.training import budget, state
 from loopmdm.model.training.spec import RunSpec
 from loopmdm.model.training.trainer import Trainer
+from tests.conftest import SHIPPED, shipped
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "figures/specs/smoke.toml"
@@ -165,6 +167,11 @@ def test_commands_run_with_the_network_cut(words, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not _can_cut(), reason="no network namespaces here")
+def test_what_needs_weights_is_marked_where_they_are_away_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "ZOO", tmp_path)
+    assert shipped() == SHIPPED and SHIPPED.search("of sudoku-loop.") and not SHIPPED.search("of a toy")
+
+
 def test_tests_run_with_the_network_cut():
     names = ("network/test_model", "hooks/test_hooked", "corpora/test_corpora", "test_masking")
     files = [f"tests/loopmdm_model/{name}.py" for name in names]

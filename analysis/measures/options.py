@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
-from loopmdm.model.errors import UsageError, check_count, check_seed
+from loopmdm.model.errors import UsageError, check_count, check_number, check_seed
 
 RATIOS = (0.25, 0.5, 0.75)
 Own = TypeVar("Own", bound="Options")
@@ -67,6 +67,10 @@ class OnMasks(OnTests):
     def __post_init__(self):
         """Counts and shares only."""
         super().__post_init__()
+        if not self.mask_ratios:
+            raise UsageError("mask_ratios is empty; name at least one, such as 0.5")
+        for share in self.mask_ratios:
+            check_number("mask_ratios", share, least=0, most=1)
         check_count("along_sampling", self.along_sampling, least=0)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from loopmdm.model.diffusion.likelihood import row_cross_entropy
-from loopmdm.model.errors import MissingAttribute, UsageError, check_count, check_word, unknown_name
+from loopmdm.model.errors import MissingAttribute, UsageError, check_count, unknown_name
 from loopmdm.model.files import write_atomic, write_json
 from loopmdm.model.hooks.cache import LoopCache
 from loopmdm.model.hooks.deep import outputs
@@ -180,8 +180,8 @@ class Doors(FoldedWeights, TextEntries, LoopHooks):
 
     @staticmethod
     def _check_answer(return_type: str | None, given: Given) -> None:
-        if return_type is not None:
-            check_word("return_type", return_type, ("logits", "loss", "both"))
+        if not isinstance(return_type, str | None) or return_type not in ("logits", "loss", "both", None):
+            raise UsageError(f'return_type must be "logits", "loss", "both" or None, got {return_type!r:.80}')
         if return_type in ("loss", "both") and not isinstance(given, MaskedBatch):
             raise UsageError(
                 f'return_type="{return_type}" needs a MaskedBatch, got {type(given).__name__}; tokens alone do '

@@ -185,12 +185,14 @@ class Trainer:
         What is missing of a finished run is written again.
         """
         progress = self.progress
-        if progress.finished and all((self.folder / name).is_file() for name in checkpoints.FINISHED):
+        if progress.finished:
+            if not all((self.folder / name).is_file() for name in checkpoints.FINISHED):
+                self._checkpoint(finished=True)
             return
         started, before = time.monotonic(), progress.seconds
         self._saved = started
         with self._listening():
-            if self._point():  # stopped within it
+            if self.progress.window and self._point():  # stopped within it
                 self._record_row()
             while self._share() < 1:
                 wanted = self._step()

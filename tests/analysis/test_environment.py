@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import subprocess
 import sys
 
 import matplotlib as mpl
@@ -48,6 +50,21 @@ def test_figures_are_the_same_under_any_settings_and_leave_them(tmp_path):
     for kind in ("pdf", "png", "svg"):
         plain, hostile = ((tmp_path / at / f"{figure.name}.{kind}").read_bytes() for at in ("plain", "hostile"))
         assert plain == hostile, kind
+
+
+def test_a_backend_that_is_none_does_not_stop_the_drawing(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "loopmdm.analysis.cli",
+        "figures",
+        "mask-to-mask-by-loop",
+        "--out",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, env=os.environ | {"MPLBACKEND": "none"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_measure_has_one_hash_whatever_the_number_of_threads():

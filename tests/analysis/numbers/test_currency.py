@@ -19,6 +19,8 @@ from loopmdm.analysis.measures.stopping import record
 from loopmdm.model.stopping.rules import StateDelta
 from loopmdm.model.zoo.runs import Zoo, figures_folder
 
+pytestmark = pytest.mark.weights  # what is current depends on which weights are here
+
 ROOT = Path(__file__).parents[3]
 IN_A_FRESH_PROCESS = """
 import json, sys

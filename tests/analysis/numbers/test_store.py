@@ -109,6 +109,7 @@ def test_a_measures_version_is_part_of_what_was_asked(tmp_path, monkeypatch):
     assert compute.times == 2
 
 
+@pytest.mark.weights
 def test_everything_asked_of_runs_without_weights_is_kept_beside_them():
     zoo = Zoo.shipped()
     records = zoo.select(weights=False)

@@ -273,7 +273,7 @@ def test_a_test_set_is_not_trained_on():
 
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_every_corpus_must_fill_a_block_of_each_split(split, monkeypatch):
-    documents = [corpora.Document(name, "word " * 99, name) for name in ("train", "validation", "test")]
+    documents = [corpora.Document(name, "a word or two " * 99, name) for name in ("train", "validation", "test")]
     documents = [replace(d, text="word") if d.split == split else d for d in documents]
     monkeypatch.setattr(corpora, "load", lambda name, part=None: [d for d in documents if part in (None, d.split)])
     with pytest.raises(UsageError, match=rf"held out for {split} \({split}\) fills a block"):

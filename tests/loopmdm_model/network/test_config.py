@@ -43,10 +43,10 @@ def test_segments_and_depths():
         ({"eps": 0.0}, "eps must be positive"),
         ({"gated_mlp": "no"}, "true or false"),
         ({"mask_token_id": 3}, "last id"),
-        ({"normalization_type": "BN"}, "LN, RMS"),
+        ({"normalization_type": "BN"}, '"LN" or "RMS"'),
         ({"forbid_mask_to_mask": ("middle",)}, "segments"),
         ({"forbid_masked_keys": ("middle",)}, "forbid_masked_keys takes segments"),
-        ({"init_depth": "some"}, "init_depth must be one of all, looped"),
+        ({"init_depth": "some"}, 'init_depth must be "all" or "looped"'),
         ({"n_prelude_layers": 0, "n_loop_layers": 0, "n_coda_layers": 0}, "at least one layer"),
     ],
 )

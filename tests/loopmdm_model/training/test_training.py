@@ -510,10 +510,28 @@ def test_what_is_missing_of_a_finished_run_is_written_again(name, tmp_path):
     assert (tmp_path / name).read_bytes() == before
 
 
+def test_a_run_of_fewer_steps_than_points_goes_on_where_it_was_broken_off(tmp_path):
+    spec = RunSpec.from_dict(_values(flops=0.0, steps=4))
+
+    def broken(progress):
+        if progress.step == 3:
+            raise KeyboardInterrupt
+
+    with torch.enable_grad():
+        trainer.Trainer(spec, tmp_path / "whole").train()
+        with pytest.raises(KeyboardInterrupt):
+            trainer.Trainer(spec, tmp_path / "broken").train(broken)
+        trainer.Trainer(spec, tmp_path / "broken", resume=True).train()
+    whole, resumed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "broken"))
+    assert whole == resumed
+
+
 def test_own_texts_that_changed_since_training_are_not_measured_on(tmp_path):
     for number in range(20):
         (tmp_path / f"{number}.txt").write_text(f"the cat sat on mat number {number} " * 30)
-    values = _values(steps=2) | {"data": {"corpus": f"files:{tmp_path}/*.txt", "d_vocab": 264, "length": 16}}
+    values = _values(flops=0.0, steps=2) | {
+        "data": {"corpus": f"files:{tmp_path}/*.txt", "d_vocab": 264, "length": 16}
+    }
     with torch.enable_grad():
         trainer.Trainer(RunSpec.from_dict(values), tmp_path / "run").train()
     m = HookedLoopMDM.from_pretrained(tmp_path / "run")
