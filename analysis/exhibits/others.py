@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from loopmdm.analysis.exhibits.registry import OURS, TEXT, Exhibit, Tables
-from loopmdm.analysis.numbers.estimate import half_width
+from loopmdm.analysis.numbers.estimate import with_interval
 from loopmdm.analysis.plots import others
 from loopmdm.analysis.plots.style import PAGE
 
@@ -19,8 +19,8 @@ def attention_of_others(loaded: Tables) -> MatplotlibFigure:
     """Mass and log-odds of masked queries over layer applications, a column a model."""
     df = loaded["attention-of-others"]
     df = df[(df["query_group"] == "masked") & df["head"].isna()]
-    half = _bounded(df[np.isclose(df["nominal_mask_ratio"], 0.5)], "mass")
-    odds = _bounded(df[df["key_group"] == "masked"], "log_odds")
+    half = with_interval(df[np.isclose(df["nominal_mask_ratio"], 0.5)], "mass")
+    odds = with_interval(df[df["key_group"] == "masked"], "log_odds")
     names = _shown(df)
     width = [df[df["model"] == name]["depth"].nunique() + 1.5 for name in names]
     drawn, axes = plt.subplots(
@@ -51,7 +51,7 @@ def training_free_of_others(loaded: Tables) -> MatplotlibFigure:
     names = _shown(df)
     drawn, axes = plt.subplots(3, len(names), figsize=(PAGE, 5.0), layout="constrained", sharex=True, sharey="row")
     for line, (damping, value, label) in zip(axes, rows, strict=True):
-        part = _bounded(df[df["damping"] == damping], value).assign(value=df[value])
+        part = with_interval(df[df["damping"] == damping], value).assign(value=df[value])
         for ax, name in zip(line, names, strict=True):
             others.plot_by_block(part[part["model"] == name], ax=ax)
         line[0].set_ylabel(label)
@@ -67,12 +67,6 @@ def training_free_of_others(loaded: Tables) -> MatplotlibFigure:
 
 def _shown(df: pd.DataFrame) -> list[str]:
     return [name for name in SHOWN if name in set(df["model"])]
-
-
-def _bounded(df: pd.DataFrame, value: str) -> pd.DataFrame:
-    """With the ends `low` and `high` of the 95% interval of a column."""
-    half = half_width(df, f"{value}_se")
-    return df.assign(low=df[value] - half, high=df[value] + half)
 
 
 def _block(first: int, n_layers: int) -> str:
@@ -104,7 +98,7 @@ def _said(odds: pd.DataFrame) -> str:
 def _repeated(df: pd.DataFrame) -> str:
     """The finding at the largest S: what full steps cost, what damped ones do."""
     last = df[df["n_loops"] == df["n_loops"].max()]
-    full, damped = (_bounded(last[last["damping"] == kind], "change") for kind in ("none", "1/n_loops"))
+    full, damped = (with_interval(last[last["damping"] == kind], "change") for kind in ("none", "1/n_loops"))
     return (
         f"Four full passes through layers that never looped cost NELBO in {(full['low'] > 0).sum()} of "
         f"{len(full)} blocks;\ndamped, they gain a little in {(damped['high'] < 0).sum()} and cost in "

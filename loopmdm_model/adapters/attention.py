@@ -82,9 +82,7 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, asked: Asked, offer: Offer) -> Te
     scores = offer("attn.hook_attn_scores", _masked(q @ k.transpose(-1, -2) * scale, asked))
     blind = scores.amax(-1, keepdim=True) == float("-inf")
     pattern = wide(scores).softmax(-1)
-    filled = (
-        pattern.masked_fill if pattern.requires_grad else pattern.masked_fill_
-    )  # a gradient needs it as it was
+    filled = pattern.masked_fill if pattern.requires_grad else pattern.masked_fill_  # gradients need it as it was
     return offer("attn.hook_pattern", filled(blind, 0.0).to(v.dtype)) @ v
 
 

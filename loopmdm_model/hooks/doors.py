@@ -100,7 +100,8 @@ class Doors(FoldedWeights, TextEntries, LoopHooks):
         """Say what to do instead of what TransformerLens has and this does not."""
         if name in INSTEAD:
             raise MissingAttribute(f"no {name} here; {INSTEAD[name]}")
-        if isinstance(getattr(FoldedWeights, name, None), property):  # which somebody else's model could not give
+        shown = isinstance(getattr(FoldedWeights, name, None), property)
+        if shown and not isinstance(self.model, LoopMDM):
             raise MissingAttribute(f"no {name} here; {OWN_WEIGHTS}")
         return super().__getattr__(name)
 
