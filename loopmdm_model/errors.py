@@ -2,6 +2,7 @@
 
 import difflib
 import operator
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -72,6 +73,12 @@ def check_count(name: str, value: object, least: int = 1, most: int | None = Non
     if number > most:
         raise UsageError(f"{name} must be at most {most}, got {shown(number)}")
     return number
+
+
+def check_fits(name: str, value: float) -> None:
+    """UsageError for an integer that is larger than any float."""
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise UsageError(f"{name} is {shown(value)}, beyond what a float holds; give a smaller number")
 
 
 def check_number(name: str, value: object, least: int | float, most: int | float = float("inf")) -> None:

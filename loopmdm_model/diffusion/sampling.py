@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from loopmdm.model.diffusion.orders import Order, StepView, as_order
 from loopmdm.model.diffusion.prompts import Start, gaps
-from loopmdm.model.errors import UsageError, check_count, check_model, check_seed
+from loopmdm.model.errors import UsageError, check_count, check_fits, check_model, check_seed
 from loopmdm.model.precision import check_logits, wide
 from loopmdm.model.protocol import LoopedModel, LoopOutput
 from loopmdm.model.randomness import row_uniforms
@@ -181,7 +181,7 @@ class Drawing:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise UsageError(f"{name} must be a number, got {value!r}")
-            object.__setattr__(self, name, float(value) if abs(value) < 1e308 else float("inf"))
+            check_fits(name, value)
         if not (self.temperature == 0 or 1e-4 <= self.temperature < float("inf")):
             raise UsageError(
                 f"temperature must be 0 (best token) or at least 1e-4 and finite, got {self.temperature!r}"

@@ -315,7 +315,7 @@ class HookTap(Tap):
 def check_path(path: str) -> AttnPath:
     """A known attention path."""
     check_word("attn_path", path, get_args(AttnPath))
-    return path
+    return path  # pyright: ignore[reportReturnType]
 
 
 def warn_unfired(explicit: list[str], scope: Scope) -> None:
