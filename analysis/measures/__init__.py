@@ -9,7 +9,7 @@
 one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -61,7 +61,7 @@ def measure(
     `step`. `n_units` independent sequences, or documents where they share one, are what errors are over;
     Student's t with n_units - 1 goes with them. `options` are the measure's (`MEASURES[name].options`).
     """
-    given = list(models) if isinstance(models, list | tuple) else [models]
+    given = list(models) if isinstance(models, Iterable) and not isinstance(models, str) else [models]
     for model in given:
         if not isinstance(model, str):
             check_model(model, "measure", hooked=True)

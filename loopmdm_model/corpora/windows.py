@@ -30,11 +30,11 @@ class Windows:
 
 def _check(documents: Any) -> None:
     """UsageError unless these are lists of ids."""
-    plain = isinstance(documents, Sequence) and not isinstance(documents, str | bytes)
-    rows: Any = documents if plain else (None,)
-    for ids in rows:
-        whole = not isinstance(ids, str | bytes) and isinstance(ids, Sequence | np.ndarray | Tensor)
-        if not whole or not all(isinstance(token, int | np.integer | Tensor) for token in ids):
+    for ids in documents if isinstance(documents, Sequence) else (documents,):
+        listed: Any = (
+            ids if isinstance(ids, Sequence | np.ndarray | Tensor) and not isinstance(ids, bytes) else (None,)
+        )
+        if not all(isinstance(token, int | np.integer | Tensor) for token in listed):
             raise UsageError(f"give documents as lists of token ids, got {documents!r:.60}")
 
 

@@ -7,7 +7,7 @@ or of one call stand in `scopes.py`.
 """
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -129,9 +129,9 @@ class LoopHooks(HookedRootModule):
     def _checked(self, hooks: Hooks | None) -> list[tuple[Any, Callable]]:
         """Hooks with their names known, or UsageError before anything is added; a list of names is a hook each."""
         found: Hooks = []
-        if hooks is not None and not isinstance(hooks, list | tuple):
+        if isinstance(hooks, str | bytes) or not isinstance(hooks, Iterable | None):
             raise UsageError(f"hooks are a list of pairs of a name or filter and a function, got {hooks!r:.60}")
-        for pair in hooks or ():
+        for pair in () if hooks is None else hooks:
             if not isinstance(pair, tuple | list) or len(pair) != 2 or not callable(pair[1]):
                 raise UsageError(f"hooks are pairs of a name or filter and a function, got {pair!r:.60}")
             name, hook = pair

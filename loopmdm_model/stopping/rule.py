@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from loopmdm.model.errors import UsageError, check_count, check_word
+from loopmdm.model.errors import UsageError, check_count, check_fits, check_word
 
 Lens = Literal["coda", "direct"]
 
@@ -68,6 +68,7 @@ class StoppingRule:
             raise UsageError(f"min_loops {self.min_loops} exceeds max_loops {self.max_loops}")
         if isinstance(self.threshold, bool) or not isinstance(self.threshold, int | float):
             raise UsageError(f"threshold must be a number, got {self.threshold!r}")
+        check_fits("threshold", self.threshold)
         if math.isnan(self.threshold) or self.threshold < 0:
             raise UsageError(f"threshold must be at least 0, got {self.threshold!r}")
         for name, words in (("positions", ("all", "masked")), ("scope", ("sequence", "token"))):

@@ -79,7 +79,9 @@ def attention_across_loops(
     if not isinstance(cache, LoopCache):
         raise UsageError(f"a cache of run_with_cache is needed, got {cache!r:.60}")
     check_word("order", order, ("position", "masked-first"))
-    if loops is not None and not (isinstance(loops, Iterable) and all(isinstance(loop, int) for loop in loops)):
+    if loops is not None and not (
+        isinstance(loops, Iterable) and all(hasattr(loop, "__index__") for loop in loops)
+    ):
         raise UsageError(f"loops must be integers, as in loops=(0, 3), got {loops!r:.60}")
     check_count("sequence", sequence, least=0)
     last = cache.n_loops - 1
