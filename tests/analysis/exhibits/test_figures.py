@@ -64,6 +64,7 @@ def test_each_cross_of_the_placements_stands_at_its_run():
         assert {x for x, y in marks[True] if y == once} == {x for x, y in marks[False] if y == end} != set()
 
 
+@pytest.mark.weights
 @pytest.mark.parametrize("name", list(tables.TABLES))
 def test_committed_tables_belong_to_the_shipped_models(name):
     from loopmdm.analysis.numbers.provenance import model_hashes
