@@ -143,11 +143,12 @@ trajectory.frame().groupby(["step", "loop"])[["p_top1", "entropy", "state_change
 # %% [markdown]
 # ## The study in one picture
 #
-# Every claim of the paper was written down, before the runs, with a number that could have said no: what is
-# measured, the margin, and what would falsify it (`figures/claims.toml`). The picture is drawn from the
-# committed tables. *Supported* and *not supported* mean that the whole 95% interval lies on one side of the
-# margin; *undecided* means that it does not. Where an arm was trained once, the verdict is about that one
-# model.
+# Every claim of the paper stands beside a number that could have said no: what is measured, the margin, the
+# positive control, and what would falsify it (`figures/claims.toml`, which also says what was known when it was
+# written). The picture is drawn from the committed tables. *Supported* and *not supported* mean that the whole
+# 95% interval lies on one side of the margin, *equivalent* that it lies within a stated slack of it, *undecided*
+# none of these; *not testable here* means that the positive control failed. Where an arm was trained once, the
+# verdict is about that one model.
 
 # %%
 figures.FIGURES["claims"].show()

@@ -179,9 +179,11 @@ figures.FIGURES["amount-of-looping"].show()
 # least two.
 
 # %%
-mine = ["fewer-training-flops", "better-at-equal-flops", "better-than-deeper", "placement"]
+mine = ["fewer-training-flops", "fewer-by-the-papers-factor", "better-at-equal-flops", "better-than-deeper",
+        "leaves-the-plateau", "placement", "few-layers-suffice", "larger-s-max-is-better",
+        "any-s-from-uniform"]  # fmt: skip
 verdicts = claims_table().query("claim in @mine").set_index(["claim", "task"])
-verdicts[["verdict", "estimate", "low", "high", "margin", "direction", "n_seeds"]].round(3)
+verdicts[["verdict", "estimate", "low", "high", "unit", "margin", "direction", "n_seeds", "why"]].round(3)
 
 # %% [markdown]
 # ## Limits

@@ -157,10 +157,12 @@ figures.FIGURES["loops-or-steps"].show()
 # ## Verdicts
 
 # %%
-mine = ["one-loop-is-worse", "more-loops-are-better", "most-by-half", "better-beyond-s-max", "intermediate-noise",
-        "zero-shot", "solves-what-shallow-cannot", "reasoning"]  # fmt: skip
+mine = ["one-loop-is-worse", "more-loops-are-better", "monotone-in-loops", "most-by-half", "better-beyond-s-max",
+        "needs-many-loops-to-beat-base", "solves-what-shallow-cannot", "solves-more-beyond-s-max",
+        "intermediate-noise", "zero-shot", "generative-perplexity-falls", "falls-most-at-few-steps",
+        "loops-for-steps", "reasoning", "downstream"]  # fmt: skip
 verdicts = claims_table().query("claim in @mine").set_index(["claim", "task"])
-verdicts[["verdict", "estimate", "low", "high", "margin", "direction", "n_seeds"]].round(3)
+verdicts[["verdict", "estimate", "low", "high", "unit", "margin", "direction", "n_seeds", "why"]].round(3)
 
 # %% [markdown]
 # ## Limits

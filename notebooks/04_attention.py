@@ -161,9 +161,9 @@ figures.FIGURES["attention-heads"].show()
 # ## Verdicts
 
 # %%
-mine = ["mask-to-mask-rises", "mask-to-mask-saturates", "content-rises"]
+mine = ["mask-to-mask-rises", "mask-to-mask-saturates", "saturation-follows-s-max", "content-rises"]
 verdicts = claims_table().query("claim in @mine").set_index(["claim", "task"])
-verdicts[["verdict", "estimate", "low", "high", "margin", "direction", "n_seeds"]].round(3)
+verdicts[["verdict", "estimate", "low", "high", "unit", "margin", "direction", "n_seeds", "why"]].round(3)
 
 # %% [markdown]
 # ## Limits

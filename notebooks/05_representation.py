@@ -133,7 +133,7 @@ figures.FIGURES["state-paths"].show()
 
 # %%
 verdicts = claims_table().query("claim == 'loops-converge'").set_index(["claim", "task"])
-verdicts[["verdict", "estimate", "low", "high", "margin", "direction", "n_seeds"]].round(3)
+verdicts[["verdict", "estimate", "low", "high", "unit", "margin", "direction", "n_seeds", "why"]].round(3)
 
 # %% [markdown]
 # ## Limits

@@ -167,7 +167,7 @@ best[["mean_loops", "flops", "nll", "against_fixed", "against_schedule", "agains
 # %%
 mine = ["stopping-halves-loops", "stopping-knows-where"]
 verdicts = claims_table().query("claim in @mine").set_index(["claim", "task"])
-verdicts[["verdict", "estimate", "low", "high", "margin", "direction", "n_seeds"]].round(4)
+verdicts[["verdict", "estimate", "low", "high", "unit", "margin", "direction", "n_seeds", "why"]].round(4)
 
 # %% [markdown]
 # ## Limits

@@ -175,9 +175,10 @@ figures.FIGURES["training-free"].show()
 # ## Verdicts
 
 # %%
-mine = ["gain-needs-mask-to-mask", "update-matters", "trained-without-mask-to-mask", "training-free"]
+mine = ["masked-positions-interact", "gain-needs-mask-to-mask", "update-matters", "trained-without-mask-to-mask",
+        "training-free"]  # fmt: skip
 verdicts = claims_table().query("claim in @mine").set_index(["claim", "task"])
-verdicts[["verdict", "estimate", "low", "high", "margin", "direction", "n_seeds"]].round(3)
+verdicts[["verdict", "estimate", "low", "high", "unit", "margin", "direction", "n_seeds", "why"]].round(3)
 
 # %% [markdown]
 # ## Limits
