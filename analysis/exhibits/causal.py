@@ -94,7 +94,7 @@ def causal_edges(loaded: Tables) -> MatplotlibFigure:
 
 def _gain(df: pd.DataFrame) -> float:
     """What all loops are worth: the mean loss with one loop."""
-    return stats.answer_of(df.loc[df["kind"] == "one loop", "effect"].to_numpy())[0]
+    return stats.over_seeds(df.loc[df["kind"] == "one loop", "effect"].to_numpy())[0]
 
 
 def two_by_two(loaded: Tables) -> MatplotlibFigure:
