@@ -233,7 +233,7 @@ EXHIBITS = (
         against loop / S_max. {GRIDS}. The paper: the rise saturates near S_max of training. Curves that turn
         at one and the same loop whatever S_max was, that fall before S_max, or that go on rising beyond 1 on
         the right count against it; so does one that does not rise. {OURS} One seed of training a line; of
-        S_max = 6 four more (thin).""",
+        S_max = 6 four more, of 4 seven (thin).""",
         (Reading("saturation-follows-s-max", _follows_s_max, ("mask-attention-by-s-max",)),),
     ),
     Exhibit(

@@ -33,12 +33,13 @@ EXHIBITS = (
         "claims",
         tuple(READ),
         verdicts,
-        """The paper's claims put to measurements that could have said no, on our small models. Supported: the
-        whole 95% interval lies beyond the margin in the claimed direction; not supported: the whole interval
-        lies on the other side; undecided: neither; not run: no such models. Estimate, interval and number of
+        """The paper's claims put to measurements that could have said no, on our small models; their unit in
+        brackets. Supported: the whole 95% interval lies beyond the margin in the claimed direction; not
+        supported: on the other side; equivalent: within a stated slack of it; undecided: none of these; not
+        testable here: a positive control failed, so the number says nothing. Estimate, interval and number of
         training seeds stand in the cell; the interval is over seeds, over test items or documents where there
-        is one seed, and then the verdict is about that model alone. Estimands, margins and falsifiers were
-        written down before the five-seed Sudoku runs, in figures/claims.toml, which says what was known by
-        then and which two were reworded later. What is false here may be true at the paper's scale.""",
+        is one seed, and then the verdict is about that model alone. Estimands, margins, gates and falsifiers
+        stand in figures/claims.toml, which says what was known when they were written; those named in a
+        declared set are answered by runs that were not. What is false here may be true at the paper's scale.""",
     ),
 )

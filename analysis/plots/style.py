@@ -23,6 +23,7 @@ ARM_STYLE = {
     "base": {"color": "#8c8c8c", "marker": "s", "linestyle": "--"},
     "deep": {"color": "#e08214", "marker": "^", "linestyle": "-."},
     "loop": {"color": "#1b4f8f", "marker": "o", "linestyle": "-"},
+    "loop-s4": {"color": "#6baed6", "marker": "P", "linestyle": "-", "label": "loop,\n$S_{max}$ 4"},
     "base-isolated": {"color": "#c9c9c9", "marker": "D", "linestyle": ":"},
     "loop-isolated": {"color": "#9ecae1", "marker": "v", "linestyle": ":"},
 }
