@@ -33,13 +33,14 @@ EXHIBITS = (
         "claims",
         tuple(READ),
         verdicts,
-        """The paper's claims put to measurements that could have said no, on our small models; their unit in
-        brackets. Supported: the whole 95% interval lies beyond the margin in the claimed direction; not
-        supported: on the other side; equivalent: within a stated slack of it; undecided: none of these; not
-        testable here: a positive control failed, so the number says nothing. Estimate, interval and number of
-        training seeds stand in the cell; the interval is over seeds, over test items or documents where there
-        is one seed, and then the verdict is about that model alone. Estimands, margins, gates and falsifiers
-        stand in figures/claims.toml, which says what was known when they were written; those named in a
-        declared set are answered by runs that were not. What is false here may be true at the paper's scale.""",
+        """The paper's claims put to measurements that could have said no, on our small models; in nats per
+        token, or the unit in brackets. Supported: the whole 95% interval lies beyond the margin in the claimed
+        direction; not supported: on the other side; equivalent: within a stated slack of it; undecided: none of
+        these; not testable here: a positive control failed, so the number says nothing. In a cell: estimate,
+        interval and, in brackets, the number of training seeds; the interval is over seeds, over test items or
+        documents where there is one seed, and then the verdict is about that model alone. Estimands, margins,
+        gates and falsifiers stand in figures/claims.toml, which says what was known when they were written;
+        those named in a declared set are answered by runs that were not. What is false here may be true at the
+        paper's scale.""",
     ),
 )

@@ -141,7 +141,7 @@ EXHIBITS = (
             Reading(
                 "loop-is-a-round-of-belief-propagation",
                 _belief,
-                ("best-rounds", "excess-kl", "nll-by-loops"),
+                ("best-rounds", "excess-kl"),
                 _learned,
             ),
         ),

@@ -19,6 +19,8 @@ VERDICT_STYLE = {
     "not testable here": ("#ffffff", "∅"),
     "not run": ("#ffffff", "–"),
 }
+USUAL = "nats per token"
+"""The unit of a claim that names none."""
 FIRST, WIDTH = 0.5, 0.25
 """Where the first cell begins and how wide one is, in shares of the axes."""
 
@@ -35,7 +37,9 @@ def plot_claims(
     claims = list(dict.fromkeys(df["claim"]))
     for row, claim in enumerate(claims):
         part = df[df["claim"] == claim]
-        lines = "\n".join(textwrap.wrap(f"{part['text'].iloc[0]} [{part['unit'].iloc[0]}]", 64))
+        unit = part["unit"].iloc[0]
+        named = "" if unit == USUAL else f" [{unit}]"
+        lines = "\n".join(textwrap.wrap(part["text"].iloc[0] + named, 64))
         ax.text(0, row, lines, ha="left", va="center", fontsize=6.3)
         for place, (_, tasks) in enumerate(columns):
             for cell in part[part["task"].isin(tasks)].itertuples():
@@ -55,16 +59,20 @@ def _draw_cell(ax: Axes, at: tuple[float, int], cell, named: str) -> None:
     box = {"facecolor": colour, "edgecolor": "#bbbbbb", "linewidth": 0.4}
     ax.add_patch(Rectangle((left, row - 0.46), WIDTH * 0.96, 0.92, **box))
     middle = left + WIDTH * 0.48
-    below = said(cell, unit=False)
+    below = said(cell, short=True)
     place = {"ha": "center", "va": "center"}
     ax.text(middle, row - 0.18 * bool(below), f"{named}{sign} {cell.verdict}", fontsize=6.3, **place)
     ax.text(middle, row + 0.22, below, fontsize=5.2, **place)
 
 
-def said(cell, unit: bool = True) -> str:
-    """Estimate, 95% interval, `unit` and number of seeds on one line; empty where there is no number."""
+def said(cell, short: bool = False) -> str:
+    """Estimate, 95% interval, unit and number of seeds on one line; empty where there is no number.
+
+    `short`: without the unit, and seeds as a number in brackets.
+    """
     if not np.isfinite(cell.estimate):
         return ""
-    seeds = f"{cell.n_seeds} seed{'s' if cell.n_seeds > 1 else ''}"
     bounds = f" [{cell.low:.3g}, {cell.high:.3g}]" if np.isfinite(cell.low) else ""
-    return f"{cell.estimate:.3g}{bounds}{f' {cell.unit}' * unit}; {seeds}"
+    if short:
+        return f"{cell.estimate:.3g}{bounds} ({cell.n_seeds})"
+    return f"{cell.estimate:.3g}{bounds} {cell.unit}; {cell.n_seeds} seed{'s' if cell.n_seeds > 1 else ''}"

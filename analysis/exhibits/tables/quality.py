@@ -89,14 +89,17 @@ def asked_over_seeds(model: Run, zoo: Zoo) -> list[Question]:
     asked = [_by_sequence(model, counts)]
     if model.task in CLUES:
         asked.append(_solve_rates(model, counts[-1]))
-    if model in CONFIRMING:
-        asked.append(pooled_by_loop(model, zoo))
     return [*asked, _word_problems(model)] if model.task == "gsm" else asked
 
 
+def asked_besides(model: Run, zoo: Zoo) -> list[Question]:
+    """What single tables ask of a run of a declared set, before its weights go, too."""
+    return [pooled_by_loop(model, zoo)] if model in CONFIRMING else []
+
+
 def keep(model: Run, zoo: Zoo) -> None:
-    """Answer `asked_over_seeds` beside the record of a run, before its weights go."""
-    for asked in asked_over_seeds(model, zoo):
+    """Answer all that is asked of a run beside its record, before its weights go."""
+    for asked in (*asked_over_seeds(model, zoo), *asked_besides(model, zoo)):
         asked.answer(Store.beside(model.name))
 
 

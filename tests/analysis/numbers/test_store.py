@@ -115,7 +115,7 @@ def test_everything_asked_of_runs_without_weights_is_kept_beside_them():
     records = zoo.select(weights=False)
     assert len(records) > 40
     for run in records:
-        for asked in quality.asked_over_seeds(run, zoo):
+        for asked in (*quality.asked_over_seeds(run, zoo), *quality.asked_besides(run, zoo)):
             assert asked.key in Store.beside(run.name), (run.name, asked.asked)
             frame = frames.read_table(Store.beside(run.name).root / asked.key.file)
             assert frame.attrs["asked"] == str(asked.key)
