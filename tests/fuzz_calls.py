@@ -169,7 +169,7 @@ WRONG: dict[str, tuple[Call, st.SearchStrategy[Any]]] = {
     "m.mask text": (TOY.mask, st.one_of(TEXT_NAMES, TOKENS, ODD)),
     "m.mask ratio": (lambda v: TOY.mask(CLEAN, v), reals((0.0, 1.0))),
     "m.mask maskable": (lambda v: TOY.mask(CLEAN, 0.5, maskable=v), ODD),
-    "m.gaps": (TOY.gaps, st.one_of(TEXT_NAMES, ODD)),
+    "m.with_gaps": (TOY.with_gaps, st.one_of(TEXT_NAMES, ODD)),
     **{
         f"MaskedBatch {name}": (lambda v, name=name: MaskedBatch(**(WHOLE | {name: v})), other(torch.Tensor))
         for name in WHOLE

@@ -4,12 +4,12 @@ A set is read once all of its runs are in the zoo. It then answers the claims th
 known when an estimand was written stays exploratory.
 """
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from loopmdm.model.errors import UsageError, check_keys
+from loopmdm.model.files import read_toml
 from loopmdm.model.zoo.runs import Run, Zoo, figures_folder
 
 SETS = {"sudoku": "sudoku-s4"}
@@ -41,7 +41,7 @@ def load_declared(path: Path | None = None) -> dict[str, Declared]:
     """All sets by name; UsageError names a missing or unknown key."""
     path = path or figures_folder() / "claims.toml"
     names, found = [item.name for item in fields(Declared)], {}
-    for entry in tomllib.loads(path.read_text()).get("declared", []):
+    for entry in read_toml(path).get("declared", []):
         what = f"{path.name} [[declared]] {entry.get('name', '?')}"
         check_keys(entry, names, what)
         missing = next((name for name in names if name not in entry), None)

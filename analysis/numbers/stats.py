@@ -42,14 +42,14 @@ def log_ratio(parts: Iterable[tuple[Array, int]]) -> tuple[Array, Array]:
     return np.where(np.isfinite(value), value, np.nan), np.asarray(influence)
 
 
-def t_quantile(freedom: float, share: float = 0.975) -> float:
+def t_quantile(freedom: int | float, share: float = 0.975) -> float:
     """Quantile of Student's t; scipy's distributions take half a second to import, so late."""
     from scipy import stats as distributions
 
     return float(distributions.t.ppf(share, freedom))
 
 
-def t95(n_units: float, tests: int = 1) -> float:
+def t95(n_units: int | float, tests: int = 1) -> float:
     """Half-width of a 95% interval in standard errors over independent units; NaN below two.
 
     Of several `tests` all intervals together hold at 95% (Bonferroni's).
