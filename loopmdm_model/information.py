@@ -16,7 +16,7 @@ LEAST = -1e9
 def entropy(log_p: Float[Tensor, "*#row n"], p: Float[Tensor, "*#row n"] | None = None) -> Float[Tensor, "*#row"]:
     """Entropy of `log_p`, between 0 and log n."""
     p = log_p.exp() if p is None else p
-    return -(p * log_p.clamp(min=LEAST)).sum(-1)
+    return log_p.clamp(min=LEAST).mul_(p).sum(-1).neg()
 
 
 def kl(

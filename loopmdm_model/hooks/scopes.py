@@ -328,9 +328,12 @@ class HookTap(Tap):
         return False
 
 
+ATTN_PATHS: tuple[AttnPath, ...] = get_args(AttnPath)
+
+
 def check_path(path: str) -> AttnPath:
     """A known attention path."""
-    check_word("attn_path", path, get_args(AttnPath))
+    check_word("attn_path", path, ATTN_PATHS)
     return cast(AttnPath, path)
 
 
