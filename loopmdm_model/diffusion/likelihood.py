@@ -108,6 +108,19 @@ def masked_draw(sequences: Sequences, mask_token_id: int, seed: int, draw: int, 
     return hide(sequences, masked, mask_token_id)
 
 
+def draw_masks(
+    tokens: Tensor,
+    mask_token_id: int,
+    maskable: Tensor,
+    seed: int,
+    draw: int,
+    n_draws: int = 1,
+    attention_mask: Tensor | None = None,
+) -> MaskedBatch:
+    """As `masked_draw`, of clean tokens [batch, pos] and what of them may be masked."""
+    return masked_draw(Sequences.of(tokens, maskable, attention_mask), mask_token_id, seed, draw, n_draws)
+
+
 def _uniforms(sequences: Sequences, seed: int, draw: int) -> Float[Tensor, "batch pos"]:
     tokens = sequences.tokens
     return row_uniforms(seed, "positions", *tokens.shape, step=draw).to(tokens.device)

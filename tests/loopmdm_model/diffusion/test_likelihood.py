@@ -11,6 +11,7 @@ from loopmdm.model.diffusion.likelihood import (
     continuation_nelbo,
     corpus_nelbo,
     draw_counts,
+    draw_masks,
     draw_times,
     masked_draw,
     nelbo,
@@ -261,4 +262,5 @@ def test_masks_are_drawn_where_they_may_be(clean):
     maskable, real = torch.ones_like(clean, dtype=torch.bool), torch.ones_like(clean)
     maskable[:, 0], real[:2, -1] = False, 0
     one = masked_draw(Sequences.of(clean, maskable, real), 22, 3, 1, 2)
+    torch.testing.assert_close(draw_masks(clean, 22, maskable, 3, 1, 2, real).tokens, one.tokens, rtol=0, atol=0)
     assert not one.masked[:, 0].any() and not one.masked[:2, -1].any() and one.masked.any(-1).all()
