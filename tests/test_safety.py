@@ -172,6 +172,7 @@ def test_what_needs_weights_is_marked_where_they_are_away_too(tmp_path, monkeypa
     assert shipped() == SHIPPED and SHIPPED.search("of sudoku-loop.") and not SHIPPED.search("of a toy")
 
 
+@pytest.mark.weights
 def test_tests_run_with_the_network_cut():
     names = ("network/test_model", "hooks/test_hooked", "corpora/test_corpora", "test_masking")
     files = [f"tests/loopmdm_model/{name}.py" for name in names]
