@@ -166,13 +166,13 @@ def test_commands_run_with_the_network_cut(words, tmp_path, monkeypatch):
     assert outcome.returncode == 0 and outcome.stdout, outcome.stderr
 
 
-@pytest.mark.skipif(not _can_cut(), reason="no network namespaces here")
 def test_what_needs_weights_is_marked_where_they_are_away_too(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "ZOO", tmp_path)
     assert shipped() == SHIPPED and SHIPPED.search("of sudoku-loop.") and not SHIPPED.search("of a toy")
 
 
 @pytest.mark.weights
+@pytest.mark.skipif(not _can_cut(), reason="no network namespaces here")
 def test_tests_run_with_the_network_cut():
     names = ("network/test_model", "hooks/test_hooked", "corpora/test_corpora", "test_masking")
     files = [f"tests/loopmdm_model/{name}.py" for name in names]
