@@ -65,14 +65,14 @@ def _measure(name: str, model: str, how: "Access", given: dict[str, Any], out: P
     from loopmdm.analysis.measures import MEASURES, fingerprints
     from loopmdm.analysis.measures import measure as run
     from loopmdm.analysis.numbers import frames, provenance
-    from loopmdm.model.network.checkpoints import list_runs
+    from loopmdm.model.network.checkpoints import is_shipped
 
     check_out(out, ".parquet")
     status = err.status(f"{name} of {model}") if err.is_terminal else nullcontext()
     with interruptible("nothing was written"), status:
         frame = run(name, model, access=how, **given)
     if out is not None:
-        known = (model,) if model in list_runs() else ()
+        known = (model,) if is_shipped(model) else ()
         options = {name: str(MEASURES[name].options.of(name, given))}
         told = provenance.of_table(name, known, measures=fingerprints([name]), options=options)
         told |= {"remarks": list(frame.attrs["remarks"])} if frame.attrs.get("remarks") else {}

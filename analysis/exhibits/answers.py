@@ -65,21 +65,21 @@ def answer_of(values: np.ndarray, errors: np.ndarray, n: int, n_units: int, note
         values, errors = values[known], errors[known]
     if not len(values):
         raise NotRun
-    mean, count = float(values.mean()), len(values)
-    error = float(values.std(ddof=1)) / count**0.5 if count > 1 else float(errors[0])
-    return student(mean, error, count if count > 1 else n_units, count, n, note)
+    if len(values) > 1:
+        return by_t(*contrasts.contrast((values,), (1,)), len(values), n, note)
+    return by_t(float(values[0]), float(errors[0]), n_units - 1, 1, n, note)
 
 
-def student(estimate: float, error: float, units: int, n_seeds: int, n: int, note: str = "") -> Answer:
-    """An estimate with Student's interval over `units`."""
-    half = stats.t95(units) * error
+def by_t(estimate: float, error: float, freedom: float, n_seeds: int, n: int, note: str = "") -> Answer:
+    """An estimate with its error and Student's t; no interval without a degree of freedom."""
+    half = stats.t95(freedom + 1) * error
 
     def p(margin: float) -> float:
         from scipy import stats as distributions
 
         with np.errstate(divide="ignore", invalid="ignore"):
             distance = np.divide(abs(estimate - margin), error)
-        return float(2 * distributions.t.sf(distance, units - 1)) if units > 1 else float("nan")
+        return float(2 * distributions.t.sf(distance, freedom)) if freedom > 0 else float("nan")
 
     return Answer(estimate, estimate - half, estimate + half, n_seeds, n, p, note)
 
@@ -90,14 +90,7 @@ def between_arms(ours: pd.DataFrame, theirs: pd.DataFrame, value: str, paired: s
         raise NotRun
     left, right, n = ours[value].to_numpy(), theirs[value].to_numpy(), int(ours["n"].iloc[0])
     if min(len(ours), len(theirs)) > 1:
-
-        def p(margin: float) -> float:
-            from scipy import stats as distributions
-
-            return float(distributions.ttest_ind(left - margin, right, equal_var=False).pvalue)
-
-        difference, low, high = stats.welch(left, right)
-        return Answer(difference, low, high, min(len(ours), len(theirs)), n, p)
+        return by_t(*contrasts.contrast((left, right)), min(len(ours), len(theirs)), n)
     if paired is None:
         return Answer(float(left.mean() - right.mean()), float("nan"), float("nan"), 1, n)
     row = ours.iloc[0]
@@ -143,7 +136,7 @@ def trend(x: np.ndarray, y: np.ndarray, n: int) -> Answer:
     if len(x) < 3:
         raise NotRun
     line = distributions.linregress(x, y)
-    return student(float(line.slope), float(line.stderr), len(x) - 1, len(x), n)
+    return by_t(float(line.slope), float(line.stderr), len(x) - 2, len(x), n)
 
 
 def nll(task: str, arm: str, n_loops: int) -> pd.DataFrame:

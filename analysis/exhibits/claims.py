@@ -3,7 +3,16 @@
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from loopmdm.analysis.exhibits import attention, causal, inference, known, representation, stopping, training
+from loopmdm.analysis.exhibits import (
+    attention,
+    causal,
+    generation,
+    inference,
+    known,
+    representation,
+    stopping,
+    training,
+)
 from loopmdm.analysis.exhibits import verdicts as claims
 from loopmdm.analysis.exhibits.registry import Exhibit, Tables
 from loopmdm.analysis.plots.claims import plot_claims
@@ -18,7 +27,7 @@ def verdicts(loaded: Tables) -> MatplotlibFigure:  # noqa: ARG001 - the answers 
     return drawn
 
 
-THEMES = (training, inference, stopping, attention, representation, causal, known)
+THEMES = (training, inference, generation, stopping, attention, representation, causal, known)
 READ = dict.fromkeys(
     table
     for theme in THEMES

@@ -242,6 +242,7 @@ THEMES = {
     "claims": "Claims",
     "training": "Training",
     "inference": "Inference",
+    "generation": "Generation and other corpora",
     "stopping": "Adaptive stopping",
     "attention": "Attention",
     "representation": "Representation",

@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 
 from loopmdm.analysis.exhibits.answers import Answer, Gate, NotRun
+from loopmdm.analysis.exhibits.declared import is_confirmed
 from loopmdm.analysis.exhibits.registry import EXHIBITS, Reading
 from loopmdm.analysis.numbers.contrasts import holm
 from loopmdm.model.errors import UsageError, check_keys
@@ -124,11 +125,13 @@ def _row(claim: Claim, task: str) -> dict[str, object]:
         found, says = nothing, NOT_RUN
     if not gate.passed:
         says = UNTESTABLE
-    ahead = f"what would decide it: {claim.decides[task]}" if says == UNDECIDED and task in claim.decides else ""
+    runs = "declared runs" if is_confirmed(task, claim.name) else ""
+    open_ = says in (UNDECIDED, UNTESTABLE) and task in claim.decides
+    ahead = f"what would decide it: {claim.decides[task]}" if open_ else ""
     return {
         "claim": claim.name, "task": task, "verdict": says,
         "estimate": found.estimate, "low": found.low, "high": found.high, "unit": claim.unit,
         "margin": claim.margin, "direction": claim.direction, "p": found.p(claim.margin),
         "n_seeds": found.n_seeds, "n": found.n, "figure": claim.figure,
-        "why": "; ".join(filter(None, (gate.said, found.note, ahead))), "text": claim.claim,
+        "why": "; ".join(filter(None, (runs, gate.said, found.note, ahead))), "text": claim.claim,
     }  # fmt: skip

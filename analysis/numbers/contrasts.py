@@ -1,4 +1,4 @@
-"""Two arms of trained models compared: by rank, by shares, with censored values, and what many tests make of it.
+"""Arms of trained models compared: by means, by rank, by shares, with censored values; what many tests make of it.
 
 Rank-sum tests are exact: all ways to deal the values out to the arms are counted. The shift between two arms is
 the median of all differences (Hodges & Lehmann 1963), its interval the differences that the test does not refuse,
@@ -11,9 +11,31 @@ from math import comb
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from loopmdm.analysis.numbers.stats import wilson
+from loopmdm.analysis.numbers.stats import t_quantile, wilson
 
 ALPHA = 0.05
+
+
+def contrast(groups: Sequence[NDArray], signs: Sequence[int] = (1, -1)) -> tuple[float, float, float]:
+    """Sum of sign * mean of independent groups [n] each, its standard error, Welch's degrees of freedom.
+
+    Two groups: their difference; (1, -1, -1, 1): the interaction of a 2 x 2; one group and (1,): its mean. Each
+    has two values at least.
+    """
+    estimate = float(sum(sign * np.mean(group) for sign, group in zip(signs, groups, strict=True)))
+    parts = [float(np.var(group, ddof=1)) / len(group) for group in groups]
+    loose = sum(part**2 / (len(group) - 1) for part, group in zip(parts, groups, strict=True))
+    freedom = sum(parts) ** 2 / loose if loose else float(sum(len(group) - 1 for group in groups))
+    return estimate, float(np.sqrt(sum(parts))), freedom
+
+
+def welch(ours: NDArray, theirs: NDArray) -> tuple[float, float, float]:
+    """Difference of two means with Welch's 95% interval; NaN bounds for fewer than two values on a side."""
+    if min(len(ours), len(theirs)) < 2:
+        return float(np.mean(ours) - np.mean(theirs)), float("nan"), float("nan")
+    difference, error, freedom = contrast((ours, theirs))
+    half = t_quantile(freedom) * error
+    return difference, difference - half, difference + half
 
 
 def rank_p(ours: ArrayLike, theirs: ArrayLike) -> float:
@@ -72,6 +94,13 @@ def shares(ours: Sequence[bool], theirs: Sequence[bool]) -> tuple[float, float, 
     (p, p_low, p_high), (q, q_low, q_high) = parts
     below, above = np.hypot(p - p_low, q_high - q), np.hypot(p_high - p, q - q_low)
     return p - q, float(p - q - below), float(p - q + above)
+
+
+def shares_p(ours: Sequence[bool], theirs: Sequence[bool]) -> float:
+    """Two-sided p of Fisher's exact test that two shares are equal."""
+    from scipy.stats import fisher_exact
+
+    return float(fisher_exact([[sum(arm), len(arm) - sum(arm)] for arm in (ours, theirs)]).pvalue)
 
 
 def holm(p: ArrayLike) -> NDArray:

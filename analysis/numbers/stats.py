@@ -14,14 +14,12 @@ __all__ = [
     "Z95",
     "count_units",
     "influence_error",
-    "interaction",
     "log_ratio",
     "mean_and_error",
     "over_seeds",
     "t95",
     "t_quantile",
     "weighted_mean_and_error",
-    "welch",
     "wilson",
 ]
 
@@ -77,31 +75,3 @@ def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
     half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     low = 0.0 if successes == 0 else float(centre - half)
     return low, 1.0 if successes == n else float(centre + half)
-
-
-def welch(ours: Array, theirs: Array) -> tuple[float, float, float]:
-    """Difference of two means with Welch's 95% interval; NaN bounds for fewer than two values on a side."""
-    difference = float(np.mean(ours) - np.mean(theirs))
-    if min(len(ours), len(theirs)) < 2:
-        return difference, float("nan"), float("nan")
-    a, b = np.var(ours, ddof=1) / len(ours), np.var(theirs, ddof=1) / len(theirs)
-    if a + b == 0:
-        return difference, difference, difference
-    freedom = (a + b) ** 2 / (a**2 / (len(ours) - 1) + b**2 / (len(theirs) - 1))
-    half = float(t_quantile(float(freedom)) * np.sqrt(a + b))
-    return difference, difference - half, difference + half
-
-
-def interaction(a: Array, b: Array, c: Array, d: Array) -> tuple[float, float, float]:
-    """(a - b) - (c - d) of the means of four independent groups, with Welch's 95% interval.
-
-    For arms of a 2 x 2: each is [seed], of two values at least.
-    """
-    groups = [np.asarray(group, dtype=float) for group in (a, b, c, d)]
-    estimate = float(sum(sign * group.mean() for sign, group in zip((1, -1, -1, 1), groups, strict=True)))
-    parts = np.array([group.var(ddof=1) / len(group) for group in groups])
-    if parts.sum() == 0:
-        return estimate, estimate, estimate
-    freedom = parts.sum() ** 2 / sum(part**2 / (len(group) - 1) for part, group in zip(parts, groups, strict=True))
-    half = float(t_quantile(freedom) * parts.sum() ** 0.5)
-    return estimate, estimate - half, estimate + half

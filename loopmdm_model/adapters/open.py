@@ -19,7 +19,7 @@ from loopmdm.model.errors import UsageError, check_keys, unknown_name
 from loopmdm.model.files import is_file, is_folder, read_json
 from loopmdm.model.hooks.doors import floating
 from loopmdm.model.hooks.hooked import HookedLoopMDM
-from loopmdm.model.network.checkpoints import CONFIG, check_device, list_models, list_runs
+from loopmdm.model.network.checkpoints import CONFIG, check_device, is_shipped, list_models
 
 HUB = "hf:"
 
@@ -53,7 +53,7 @@ def open_model(
     if looks_like(config) is None and "family" not in changes:
         if changes or revision or trust_remote_code:
             raise UsageError(f"{name} is a LoopMDM; it takes device and dtype only")
-        if "/" not in str(name) and not is_folder(Path(name)) and name not in list_runs():
+        if "/" not in str(name) and not is_folder(Path(name)) and not is_shipped(str(name)):
             known = [*list_models(), *SPECIMENS]
             raise unknown_name("model", str(name), known, "A run folder or a hub id owner/name works too.")
         return HookedLoopMDM.from_pretrained(name if is_ours(name) else wanted.name, place, dtype)
@@ -79,7 +79,7 @@ def is_ours(name: Path | str) -> bool:
     """Whether a name is no specimen's and leads to nobody else's model, as far as can be told without the hub."""
     if name in SPECIMENS:
         return False
-    if isinstance(name, str) and (name.startswith(HUB) or name in list_runs()):
+    if isinstance(name, str) and (name.startswith(HUB) or is_shipped(name)):
         return not name.startswith(HUB)
     path = Path(name) / CONFIG
     return not is_file(path) or looks_like(read_json(path)) is None

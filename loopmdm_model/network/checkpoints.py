@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loopmdm.model.errors import NotFiniteError, UsageError, unknown_name
-from loopmdm.model.files import is_folder, read_json, sha256, write_atomic, write_json
+from loopmdm.model.files import is_file, is_folder, read_json, sha256, write_atomic, write_json
 from loopmdm.model.network.config import LoopMDMConfig
 
 ZOO = Path(__file__).parents[1] / "zoo"
@@ -40,11 +40,16 @@ def list_runs() -> list[str]:
     return sorted(path.parent.name for path in ZOO.glob(f"*/{RECORD}"))
 
 
+def is_shipped(name: str) -> bool:
+    """Whether a run of that name is in the zoo, with its weights or as a record."""
+    return name == Path(name).name and is_file(ZOO / name / RECORD)
+
+
 def resolve(name: Path | str) -> Path:
     """The folder that a shipped name, a run folder or a hub id ("owner/name") leads to."""
     if not isinstance(name, str | Path):
         raise UsageError(f"a model is named by a word or a folder, got {name!r:.60}")
-    if isinstance(name, str) and name in list_runs():
+    if isinstance(name, str) and is_shipped(name):
         return ZOO / name
     folder = Path(name)
     if is_folder(folder):

@@ -5,7 +5,7 @@ import math
 import pandas as pd
 
 from loopmdm.analysis.measures.quality import efficiency
-from loopmdm.analysis.numbers import stats
+from loopmdm.analysis.numbers import contrasts
 from loopmdm.model.files import read_json_lines
 from loopmdm.model.network.checkpoints import METRICS, need, resolve
 from loopmdm.model.zoo.runs import Zoo
@@ -62,7 +62,8 @@ def contrasts_table(nll: pd.DataFrame, solve: pd.DataFrame) -> pd.DataFrame:
                     frame[(frame["arm"] == name) & (frame["n_loops"] == s_max[task, name])][value].to_numpy()
                     for name in (arm, against)
                 )
-                rows.append((task, measure, arm, against, ours.mean(), theirs.mean(), *stats.welch(ours, theirs),
+                difference = contrasts.welch(ours, theirs)
+                rows.append((task, measure, arm, against, ours.mean(), theirs.mean(), *difference,
                              len(ours), len(theirs)))  # fmt: skip
     columns = ["task", "measure", "arm", "against", "value", "value_against", "difference", "low", "high",
                "n_seeds", "n_seeds_against"]  # fmt: skip

@@ -10,7 +10,7 @@ reaches the target there is no ratio, and `n_reached` says so.
 import numpy as np
 import pandas as pd
 
-from loopmdm.analysis.numbers import stats
+from loopmdm.analysis.numbers import contrasts
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
 
@@ -29,7 +29,7 @@ def first_reach(flops: np.ndarray, nelbo: np.ndarray, target: float) -> float:
 
 def log_ratio(over: np.ndarray, under: np.ndarray) -> tuple[float, float, float]:
     """Geometric mean of `over` by that of `under`, with Welch's 95% interval on the logarithms."""
-    ratio, low, high = np.exp(stats.welch(np.log(over), np.log(under)))
+    ratio, low, high = np.exp(contrasts.welch(np.log(over), np.log(under)))
     return float(ratio), float(low), float(high)
 
 

@@ -11,10 +11,10 @@ from scipy import stats as distributions
 from loopmdm.analysis import exhibits as figures
 from loopmdm.analysis.exhibits import answers, inference, tables
 from loopmdm.analysis.exhibits import verdicts as claims
-from loopmdm.analysis.exhibits.answers import Answer, NotRun, answer_of, between_arms
+from loopmdm.analysis.exhibits.answers import Answer, NotRun, answer_of, between_arms, by_t
 from loopmdm.analysis.exhibits.declared import deciding, load_declared
 from loopmdm.analysis.exhibits.verdicts import load_claims, verdict
-from loopmdm.analysis.numbers import stats
+from loopmdm.analysis.numbers import contrasts
 from loopmdm.model.errors import UsageError
 from loopmdm.model.zoo.runs import Zoo
 
@@ -74,9 +74,11 @@ def test_interactions_are_estimated_and_covered():
     generator, hits, runs = np.random.default_rng(0), 0, 2000
     for _ in range(runs):
         groups = [generator.normal(mean, 1.0, 5) for mean in (1.0, 2.0, 3.0, 3.5)]
-        estimate, low, high = stats.interaction(*groups)
-        hits += low <= -0.5 <= high
-    assert estimate == pytest.approx(groups[0].mean() - groups[1].mean() - groups[2].mean() + groups[3].mean())
+        found = by_t(*contrasts.contrast(groups, (1, -1, -1, 1)), 5, 5)
+        hits += found.low <= -0.5 <= found.high
+    assert found.estimate == pytest.approx(
+        groups[0].mean() - groups[1].mean() - groups[2].mean() + groups[3].mean()
+    )
     assert 0.93 <= hits / runs <= 0.97
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from loopmdm.analysis.numbers.contrasts import holm, rank_p, shares, shift
+from loopmdm.analysis.numbers.contrasts import contrast, holm, rank_p, shares, shares_p, shift, welch
 
 DRAWN = np.random.default_rng(0)
 
@@ -66,9 +66,25 @@ def test_difference_of_shares_is_newcombes():
     assert shares(ours, theirs) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
     assert shares([True] * 5, [True] * 5)[0] == 0.0
     assert shares([True] * 5, [False] * 5)[1] > 0
+    assert shares_p([True] * 5, [False] * 5) == pytest.approx(2 / 252) and shares_p([True] * 5, [True] * 5) == 1.0
 
 
 def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03, np.nan]) == pytest.approx([0.03, 0.06, 0.06, np.nan], nan_ok=True)
     assert holm([0.5, 0.6]) == pytest.approx([1.0, 1.0])
     assert holm([]).shape == (0,)
+
+
+def test_welch_is_scipys():
+    a, b = np.array([1.0, 2.0, 4.0]), np.array([0.0, 0.5, 0.25, 0.1])
+    interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    assert welch(a, b) == pytest.approx((a.mean() - b.mean(), *interval))
+    difference, low, high = welch(a[:1], b)
+    assert difference == pytest.approx(1 - b.mean()) and np.isnan(low) and np.isnan(high)
+
+
+def test_contrasts_with_groups_that_do_not_vary_are_those_of_the_others():
+    a, b, constant = np.array([1.0, 2.0, 4.0]), np.array([0.0, 0.5, 0.25, 0.1]), np.zeros(3)
+    assert contrast((a, b, constant, constant), (1, -1, -1, 1)) == pytest.approx(contrast((a, b)))
+    assert contrast((a,), (1,)) == pytest.approx((a.mean(), stats.sem(a), 2))
+    assert contrast((constant, constant)) == (0.0, 0.0, 4.0)

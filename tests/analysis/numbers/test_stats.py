@@ -83,19 +83,6 @@ def test_the_mean_over_seeds_by_hand():
     assert np.isnan(stats.over_seeds(np.array([1.0, np.nan, 2.0]))).all()
 
 
-def test_welch_is_scipys():
-    a, b = np.array([1.0, 2.0, 4.0]), np.array([0.0, 0.5, 0.25, 0.1])
-    interval = distributions.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
-    assert stats.welch(a, b) == pytest.approx((a.mean() - b.mean(), *interval))
-    difference, low, high = stats.welch(a[:1], b)
-    assert difference == pytest.approx(1 - b.mean()) and np.isnan(low) and np.isnan(high)
-
-
-def test_the_interaction_with_groups_that_do_not_vary_is_welchs():
-    a, b, constant = np.array([1.0, 2.0, 4.0]), np.array([0.0, 0.5, 0.25, 0.1]), np.zeros(3)
-    assert stats.interaction(a, b, constant, constant) == pytest.approx(stats.welch(a, b))
-
-
 def test_each_statistic_stands_in_one_place():
     assert stats.mean_and_error is means.mean_and_error
     homes: dict[str, set[str]] = {name: set() for name in ("t.ppf", "influence_error", "half_width", "over_seeds")}
