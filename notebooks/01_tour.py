@@ -12,7 +12,7 @@
 #
 # This notebook is for someone who knows TransformerLens. It opens a model, keeps what happens in every loop,
 # reads what each loop would answer, changes one loop, lets the model write, and ends with the paper's claims
-# beside what we measured. The other eight take up one theme each.
+# beside what we measured. The other nine take up one theme each.
 
 # %% tags=["parameters"]
 model = "sotu-loop"
@@ -147,8 +147,8 @@ trajectory.frame().groupby(["step", "loop"])[["p_top1", "entropy", "state_change
 # positive control, and what would falsify it (`figures/claims.toml`, which also says what was known when it was
 # written). The picture is drawn from the committed tables. *Supported* and *not supported* mean that the whole
 # 95% interval lies on one side of the margin, *equivalent* that it lies within a stated slack of it, *undecided*
-# none of these; *not testable here* means that the positive control failed. Where an arm was trained once, the
-# verdict is about that one model.
+# none of these; *not testable here* means that a positive control failed, or that these models cannot be asked.
+# Where an arm was trained once, the verdict is about that one model.
 
 # %%
 figures.FIGURES["claims"].show()
@@ -175,6 +175,7 @@ for claim in load_claims():
 # | 07 interventions | Does the gain go through the edges among masked positions? |
 # | 08 Sudoku and known answers | What does a loop do, where an exact algorithm says what should be done? |
 # | 09 bring your own model | The same with other weights, texts, measures and rules |
+# | 10 other people's models | What of it can be asked of models that others trained? |
 #
 # ## Limits
 #

@@ -135,7 +135,8 @@ def claims(
     least = check_count("--seeds", integer(seeds, "--seeds", "5"), least=0) if seeds else 0
     frame = claims_table()
     if seeds:
-        frame = frame[frame["n_seeds"] >= least]
+        fewest = frame["n_against"].where(frame["n_against"] > 0, frame["n_seeds"])
+        frame = frame[frame["n_seeds"].clip(upper=fewest) >= least]
     columns = ["claim", "task", "verdict", "estimate", "low", "high", "unit", "margin", "direction", "p_holm",
-               "n_seeds", "figure", "why", "text"]  # fmt: skip
+               "n_seeds", "n_against", "figure", "why", "text"]  # fmt: skip
     show(columns, frame[columns].itertuples(index=False))

@@ -29,7 +29,8 @@ def untested(margin: float) -> float:  # noqa: ARG001 - a p value as others
 class Answer:
     """An estimate with its 95% interval; over `n_seeds` trained models and `n` test items or documents.
 
-    `p` gives the two-sided p value that the truth is a margin; `note` is what else has to be said of it.
+    `n_against` are the models of the arm that they are compared with, if there is one. `p` gives the two-sided p
+    value that the truth is a margin; `note` is what else has to be said of it.
     """
 
     estimate: float
@@ -39,6 +40,7 @@ class Answer:
     n: int
     p: PValue = field(default=untested, compare=False)
     note: str = ""
+    n_against: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,11 @@ def between_arms(ours: pd.DataFrame, theirs: pd.DataFrame, value: str, paired: s
         raise NotRun
     left, right, n = ours[value].to_numpy(), theirs[value].to_numpy(), int(ours["n"].iloc[0])
     if min(len(ours), len(theirs)) > 1:
-        return by_t(*contrasts.contrast((left, right)), min(len(ours), len(theirs)), n)
+        return replace(by_t(*contrasts.contrast((left, right)), len(ours), n), n_against=len(theirs))
     if paired is None:
-        return Answer(float(left.mean() - right.mean()), float("nan"), float("nan"), 1, n)
+        return Answer(
+            float(left.mean() - right.mean()), float("nan"), float("nan"), len(left), n, n_against=len(right)
+        )
     row = ours.iloc[0]
     units = int(row.get("n_units", row["n"]))
     return answer_of(np.array([row[paired]]), np.array([row[f"{paired}_se"]]), n, units)
@@ -106,9 +110,9 @@ def by_rank(ours: pd.DataFrame, theirs: pd.DataFrame, value: str) -> Answer:
     estimate, low, high = contrasts.shift(left, right)
     pairs = int((left[:, None] > right).sum())
     return Answer(
-        estimate, low, high, min(len(left), len(right)), int(ours["n"].iloc[0]),
+        estimate, low, high, len(left), int(ours["n"].iloc[0]),
         lambda margin: contrasts.rank_p(left - margin, right),
-        f"above in {pairs} of {left.size * right.size} pairs",
+        f"above in {pairs} of {left.size * right.size} pairs", len(right),
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Figures of attention between groups, and of maps side by side."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -201,7 +202,9 @@ def _follows_s_max(task: str) -> Answer:
         most = zoo[str(name)].s_max
         found.append((most, float(_done_at(_by_loop(part, "log_odds"), most).iloc[0])))
     s_max, done = np.array([row for row in found if np.isfinite(row[1])]).T
-    return trend(s_max, done, int(df["n"].max()))
+    rise = ", ".join(f"{value:g}" for value in sorted(set(s_max)))
+    told = f"{len(s_max)} of {len(found)} models rise, with S_max {rise}"
+    return replace(trend(s_max, done, int(df["n"].max())), note=told)
 
 
 # --- what is shown ---

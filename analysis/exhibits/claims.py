@@ -46,10 +46,10 @@ EXHIBITS = (
         token, or the unit in brackets. Supported: the whole 95% interval lies beyond the margin in the claimed
         direction; not supported: on the other side; equivalent: within a stated slack of it; undecided: none of
         these; not testable here: a positive control failed, so the number says nothing. In a cell: estimate,
-        interval and, in brackets, the number of training seeds; the interval is over seeds, over test items or
-        documents where there is one seed, and then the verdict is about that model alone. Estimands, margins,
-        gates and falsifiers stand in figures/claims.toml, which says what was known when they were written;
-        those named in a declared set are answered by runs that were not. What is false here may be true at the
-        paper's scale.""",
+        interval and, in brackets, the number of training seeds (of both arms where two are compared); the
+        interval is over seeds, over test items or documents where there is one seed, and then the verdict is
+        about that model alone. Estimands, margins, gates and falsifiers stand in figures/claims.toml, which says
+        what was known when they were written; those that a declared set names are answered, on its task and once
+        it is whole, by runs that were not. What is false here may be true at the paper's scale.""",
     ),
 )

@@ -149,8 +149,8 @@ def _leaves_the_plateau(task: str) -> Answer:
     estimate, low, high = contrasts.shares(*left)
     told = f"{sum(left[0])} of {len(left[0])} looped runs, {sum(left[1])} of {len(left[1])} base runs"
     return Answer(
-        estimate, low, high, min(map(len, left)), sum(map(len, left)),
-        lambda margin: contrasts.shares_p(*left) if margin == 0 else float("nan"), told,
+        estimate, low, high, len(left[0]), sum(map(len, left)),
+        lambda margin: contrasts.shares_p(*left) if margin == 0 else float("nan"), told, len(left[1]),
     )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from loopmdm.model.files import read_toml
 from loopmdm.model.zoo.runs import MAIN_TASKS, figures_folder
 
 COLUMNS = ["claim", "task", "verdict", "estimate", "low", "high", "unit", "margin", "direction", "p", "p_holm",
-           "n_seeds", "n", "figure", "why", "text"]  # fmt: skip
+           "n_seeds", "n_against", "n", "figure", "why", "text"]  # fmt: skip
 UNTESTABLE, NOT_RUN, UNDECIDED = "not testable here", "not run", "undecided"
 VERDICTS = ("supported", "not supported", "equivalent", UNDECIDED, UNTESTABLE, NOT_RUN)
 
@@ -105,8 +105,8 @@ def verdict(answer: Answer, margin: float, direction: str, slack: float = 0.0) -
 def claims_table() -> pd.DataFrame:
     """Every claim by task.
 
-    Columns: claim task verdict estimate low high unit margin direction p p_holm n_seeds n figure why text. `why`
-    is what the gate or the comparison gave, or what would decide what is undecided.
+    Columns: claim task verdict estimate low high unit margin direction p p_holm n_seeds n_against n figure why
+    text. `why` is what the gate or the comparison gave, or what would decide what is undecided.
     """
     rows = [_row(claim, task) for claim in load_claims() for task in claim.tasks]
     df = pd.DataFrame(rows)
@@ -132,6 +132,6 @@ def _row(claim: Claim, task: str) -> dict[str, object]:
         "claim": claim.name, "task": task, "verdict": says,
         "estimate": found.estimate, "low": found.low, "high": found.high, "unit": claim.unit,
         "margin": claim.margin, "direction": claim.direction, "p": found.p(claim.margin),
-        "n_seeds": found.n_seeds, "n": found.n, "figure": claim.figure,
+        "n_seeds": found.n_seeds, "n_against": found.n_against, "n": found.n, "figure": claim.figure,
         "why": "; ".join(filter(None, (runs, gate.said, found.note, ahead))), "text": claim.claim,
     }  # fmt: skip

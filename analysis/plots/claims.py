@@ -29,9 +29,9 @@ FIRST, WIDTH = 0.5, 0.25
 def plot_claims(
     df: pd.DataFrame, columns: Sequence[tuple[str, tuple[str, ...]]], *, ax: Axes | None = None
 ) -> Axes:
-    """`df`: claim task verdict estimate low high unit n_seeds text; `columns`: title and the tasks shown under it.
+    """`df`: claim task verdict estimate low high unit n_seeds n_against text.
 
-    A task that is not the first of its column is named in its cell.
+    `columns`: title and the tasks shown under it. A task that is not the first of its column is named in its cell.
     """
     ax = ax or plt.gca()
     claims = list(dict.fromkeys(df["claim"]))
@@ -73,6 +73,7 @@ def said(cell, short: bool = False) -> str:
     if not np.isfinite(cell.estimate):
         return ""
     bounds = f" [{cell.low:.3g}, {cell.high:.3g}]" if np.isfinite(cell.low) else ""
+    runs = f"{cell.n_seeds} + {cell.n_against}" if cell.n_against else f"{cell.n_seeds}"
     if short:
-        return f"{cell.estimate:.3g}{bounds} ({cell.n_seeds})"
-    return f"{cell.estimate:.3g}{bounds} {cell.unit}; {cell.n_seeds} seed{'s' if cell.n_seeds > 1 else ''}"
+        return f"{cell.estimate:.3g}{bounds} ({runs})"
+    return f"{cell.estimate:.3g}{bounds} {cell.unit}; {runs} seed{'' if runs == '1' else 's'}"

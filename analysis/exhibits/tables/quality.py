@@ -104,7 +104,10 @@ def keep(model: Run, zoo: Zoo) -> None:
 
 
 def is_kept(model: Run, zoo: Zoo) -> bool:
-    """Whether `asked_over_seeds` is answered beside the record of a run."""
+    """Whether `asked_over_seeds` is answered beside the record of a run.
+
+    What single tables ask besides does not count: without it those cannot be made, and say so; all others can.
+    """
     return all(asked.key in Store.beside(model.name) for asked in asked_over_seeds(model, zoo))
 
 
