@@ -183,7 +183,8 @@ mine = ["fewer-training-flops", "fewer-by-the-papers-factor", "better-at-equal-f
         "leaves-the-plateau", "placement", "few-layers-suffice", "larger-s-max-is-better",
         "any-s-from-uniform"]  # fmt: skip
 verdicts = claims_table().query("claim in @mine").set_index(["claim", "task"])
-verdicts[["verdict", "estimate", "low", "high", "unit", "margin", "direction", "n_seeds", "why"]].round(3)
+shown = ["verdict", "estimate", "low", "high", "unit", "margin", "direction", "n_seeds", "why"]
+verdicts[shown].style.format(precision=3)
 
 # %% [markdown]
 # ## Limits

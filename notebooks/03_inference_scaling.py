@@ -162,7 +162,8 @@ mine = ["one-loop-is-worse", "more-loops-are-better", "monotone-in-loops", "most
         "intermediate-noise", "zero-shot", "generative-perplexity-falls", "falls-most-at-few-steps",
         "loops-for-steps", "reasoning", "downstream"]  # fmt: skip
 verdicts = claims_table().query("claim in @mine").set_index(["claim", "task"])
-verdicts[["verdict", "estimate", "low", "high", "unit", "margin", "direction", "n_seeds", "why"]].round(3)
+shown = ["verdict", "estimate", "low", "high", "unit", "margin", "direction", "n_seeds", "why"]
+verdicts[shown].style.format(precision=3)
 
 # %% [markdown]
 # ## Limits

@@ -163,7 +163,8 @@ figures.FIGURES["attention-heads"].show()
 # %%
 mine = ["mask-to-mask-rises", "mask-to-mask-saturates", "saturation-follows-s-max", "content-rises"]
 verdicts = claims_table().query("claim in @mine").set_index(["claim", "task"])
-verdicts[["verdict", "estimate", "low", "high", "unit", "margin", "direction", "n_seeds", "why"]].round(3)
+shown = ["verdict", "estimate", "low", "high", "unit", "margin", "direction", "n_seeds", "why"]
+verdicts[shown].style.format(precision=3)
 
 # %% [markdown]
 # ## Limits

@@ -133,7 +133,8 @@ figures.FIGURES["state-paths"].show()
 
 # %%
 verdicts = claims_table().query("claim == 'loops-converge'").set_index(["claim", "task"])
-verdicts[["verdict", "estimate", "low", "high", "unit", "margin", "direction", "n_seeds", "why"]].round(3)
+shown = ["verdict", "estimate", "low", "high", "unit", "margin", "direction", "n_seeds", "why"]
+verdicts[shown].style.format(precision=3)
 
 # %% [markdown]
 # ## Limits

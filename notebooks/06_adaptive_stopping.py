@@ -167,7 +167,8 @@ best[["mean_loops", "flops", "nll", "against_fixed", "against_schedule", "agains
 # %%
 mine = ["stopping-halves-loops", "stopping-knows-where"]
 verdicts = claims_table().query("claim in @mine").set_index(["claim", "task"])
-verdicts[["verdict", "estimate", "low", "high", "unit", "margin", "direction", "n_seeds", "why"]].round(4)
+shown = ["verdict", "estimate", "low", "high", "unit", "margin", "direction", "n_seeds", "why"]
+verdicts[shown].style.format(precision=4)
 
 # %% [markdown]
 # ## Limits

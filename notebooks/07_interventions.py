@@ -178,7 +178,8 @@ figures.FIGURES["training-free"].show()
 mine = ["masked-positions-interact", "gain-needs-mask-to-mask", "update-matters", "trained-without-mask-to-mask",
         "training-free"]  # fmt: skip
 verdicts = claims_table().query("claim in @mine").set_index(["claim", "task"])
-verdicts[["verdict", "estimate", "low", "high", "unit", "margin", "direction", "n_seeds", "why"]].round(3)
+shown = ["verdict", "estimate", "low", "high", "unit", "margin", "direction", "n_seeds", "why"]
+verdicts[shown].style.format(precision=3)
 
 # %% [markdown]
 # ## Limits

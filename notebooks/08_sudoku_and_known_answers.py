@@ -182,7 +182,8 @@ figures.FIGURES["excess-kl"].show()
 # %%
 mine = ["later-loops-repair", "restricted-orders-need-loops", "loop-is-a-round-of-belief-propagation"]
 verdicts = claims_table().query("claim in @mine").set_index(["claim", "task"])
-verdicts[["verdict", "estimate", "low", "high", "unit", "margin", "direction", "n_seeds", "why"]].round(3)
+shown = ["verdict", "estimate", "low", "high", "unit", "margin", "direction", "n_seeds", "why"]
+verdicts[shown].style.format(precision=3)
 
 # %% [markdown]
 # ## Limits
