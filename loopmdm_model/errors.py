@@ -77,18 +77,12 @@ def check_count(name: str, value: object, least: int = 1, most: int | None = Non
     return number
 
 
-def check_fits(name: str, value: float) -> None:
-    """UsageError for an integer that is larger than any float."""
-    if isinstance(value, int) and abs(value) > sys.float_info.max:
-        raise UsageError(f"{name} is {shown(value)}, beyond what a float holds; give a smaller number")
-
-
 def check_number(
     name: str, value: object, least: int | float, most: int | float = float("inf"), above: bool = False
 ) -> None:
     """UsageError unless `value` is a number (no bool, no NaN) in least..most; `above`: finite, and not `least`."""
-    if isinstance(value, int):
-        check_fits(name, value)
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise UsageError(f"{name} is {shown(value)}, beyond what a float holds; give a smaller number")
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else float("nan")
     if least <= number <= most and not (above and number in (least, float("inf"))):
         return

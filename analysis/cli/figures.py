@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from loopmdm.analysis.cli.shared import app, check_folder, draw_offline, err, interruptible, progress_bar, show
-from loopmdm.model.errors import UsageError
+from loopmdm.model.errors import UsageError, check_word
 
 
 @app.command(epilog="Example: loopmdm table settled")
@@ -51,8 +51,7 @@ def figures(
     from loopmdm.analysis import exhibits as registry
     from loopmdm.analysis.exhibits.measuring import measure_all
 
-    if source not in ("tables", "checkpoints"):
-        raise UsageError(f"--from takes tables or checkpoints, got {source!r}")
+    check_word("--from", source, ("tables", "checkpoints"))
     chosen = [registry.EXHIBITS[name] for name in names or registry.EXHIBITS]
     if check:
         if source != "tables":

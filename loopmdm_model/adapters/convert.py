@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from loopmdm.model.adapters.checks import apart, tolerance
 from loopmdm.model.adapters.core import ForeignCore
+from loopmdm.model.adapters.norms import eps_of
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM, LoopRuns
 from loopmdm.model.layout import Layout
@@ -52,12 +53,13 @@ def to_loopmdm(model: LoopRuns | ForeignCore) -> HookedLoopMDM:
         raise UsageError(f"{_name(core)} has no weights on the meta device; open it on another")
     made = _made(core, recipe(core))
     _check(core, made)
-    same_ids = core.cfg.mask_token_id == core.cfg.d_vocab - 1
-    hooked = HookedLoopMDM(made, model.tokenizer if isinstance(model, LoopRuns) and same_ids else None)
+    hooked = HookedLoopMDM(made)
     if isinstance(model, LoopRuns):
+        hooked.reads_as(model)
         hooked.model_name, hooked.record = model.model_name, model.record | {"converted": core.family.name}
-        hooked.pad, hooked.gap_words = model.pad, model.gap_words
         hooked.special = frozenset(traded(torch.tensor(sorted(model.special)), core.cfg).tolist())
+        if core.cfg.mask_token_id != core.cfg.d_vocab - 1:
+            hooked.tokenizer = None
     return hooked
 
 
@@ -140,7 +142,7 @@ def _llada(core: ForeignCore) -> Recipe:
     weights |= _prefixed("ln_final.", _only(ln_f, ["weight"])) | _prefixed("unembed.", _only(head, ["weight"]))
     fields = {"normalization_type": "RMS", "gated_mlp": True, "act_fn": "silu", "mlp_bias": False}
     fields |= {"unembed_bias": False, "rotary_base": float(getattr(config, "rope_theta", 10000.0))}
-    return Recipe(fields | {"eps": _eps(ln_f)}, weights)
+    return Recipe(fields | {"eps": eps_of(ln_f)}, weights)
 
 
 def _llada_block(block: nn.Module) -> Weights:
@@ -179,7 +181,7 @@ def _mdlm(core: ForeignCore) -> Recipe:
     act = {"tanh": "gelu_new", "none": "gelu"}.get(getattr(core.blocks[0].mlp[1], "approximate", ""))  # pyright: ignore
     if act is None:
         raise UsageError(f"{_name(core)} has an MLP with {core.blocks[0].mlp[1]}, a LoopMDM GELU")  # pyright: ignore
-    return Recipe({"act_fn": act, "eps": _eps(head.norm_final)}, weights)
+    return Recipe({"act_fn": act, "eps": eps_of(head.norm_final)}, weights)
 
 
 def _dit_block(block: Any, condition: Tensor) -> Weights:
@@ -217,12 +219,6 @@ def _only(module: nn.Module, names: Iterable[str]) -> Weights:
 
 def _prefixed(prefix: str, weights: Weights) -> Weights:
     return {prefix + name: weight for name, weight in weights.items()}
-
-
-def _eps(norm: nn.Module) -> float:
-    """A norm's epsilon; without one torch's RMSNorm takes float32's, and other code LayerNorm's default."""
-    eps = getattr(norm, "eps", 1e-5)
-    return torch.finfo(torch.float32).eps if eps is None else float(eps)
 
 
 def _name(core: ForeignCore) -> str:

@@ -17,7 +17,7 @@ from torch import nn
 
 from loopmdm.model.adapters import shims
 from loopmdm.model.adapters.families import Family, family_named, name_of_class
-from loopmdm.model.corpora.tokenizer import reading_text, whole_text
+from loopmdm.model.corpora.tokenizer import reading_text
 from loopmdm.model.errors import UsageError
 from loopmdm.model.files import read_json
 
@@ -280,7 +280,7 @@ def plain_tokenizer(tokenizer: Any) -> Tokenizer | None:
         raise UsageError(
             f"{type(tokenizer).__name__} cannot be copied ({_line(error)}); give none, and ids for texts"
         ) from error
-    return reading_text(whole_text(found))
+    return reading_text(found)
 
 
 def pad_of(tokenizer: Any) -> str | None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from loopmdm.model.errors import UsageError
+from loopmdm.model.hooks.folded import PlainNorm, weighted
+from loopmdm.model.precision import width
 from loopmdm.model.protocol import NormWeights
 
 EPS = ("eps", "variance_epsilon")
@@ -39,21 +41,27 @@ def read_norm(norm: nn.Module) -> NormWeights:
         raise UsageError("there are no weights on the meta device; open the model on another")
     if isinstance(weight, Tensor) and weight.ndim == 1:
         bias = getattr(norm, "bias", None)
-        eps = next((getattr(norm, name) for name in EPS if hasattr(norm, name)), 1e-5)
-        eps = torch.finfo(weight.dtype).eps if eps is None else float(eps)
         for centred in (True, False):
-            found = NormWeights(weight, bias, eps, centred)
+            found = NormWeights(weight, bias, eps_of(norm), centred)
             if _gives(norm, found):
                 return found
     raise UsageError(
-        f"{type(norm).__name__} is neither a LayerNorm nor an RMSNorm with a weight, so W_U cannot hold it"
+        f"{type(norm).__name__} is neither a LayerNorm nor an RMSNorm with a weight and an {' or '.join(EPS)}, so "
+        "W_U cannot hold it"
     )
+
+
+def eps_of(norm: nn.Module) -> float:
+    """A norm's epsilon: where it is None that of what torch computes in, LayerNorm's default without any."""
+    eps = next((getattr(norm, name) for name in EPS if hasattr(norm, name)), 1e-5)
+    return torch.finfo(width(norm.weight.dtype)).eps if eps is None else float(eps)  # pyright: ignore
 
 
 def _gives(norm: nn.Module, seen: NormWeights) -> bool:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, len(seen.weight), generator=generator).to(seen.weight) + 0.5
-    n = x - x.mean(-1, keepdim=True) if seen.centred else x
-    n = n / (n.pow(2).mean(-1, keepdim=True) + seen.eps).sqrt() * seen.weight
-    off = (norm(x) - (n if seen.bias is None else n + seen.bias)).abs().max()
-    return bool(off <= (CLOSE if seen.weight.dtype in (torch.float32, torch.float64) else COARSE) * n.abs().max())
+    x = torch.randn(4, len(seen.weight), generator=generator) + 0.5
+    x = torch.cat([x, x / 100]).to(seen.weight)  # in small vectors a wrong eps is seen
+    wanted = weighted(seen, PlainNorm(seen)(x))
+    off = (norm(x) - wanted).abs().max()
+    close = CLOSE if seen.weight.dtype in (torch.float32, torch.float64) else COARSE
+    return bool(off <= close * wanted.abs().max())

@@ -31,6 +31,14 @@ def whole_text(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
+def as_texts(given: object) -> list[str] | None:
+    """A text or several as a list, empty if there are none; None for what is no text."""
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        return None
+    return list(texts)
+
+
 def encode_texts(tokenizer: Tokenizer, texts: list[str], framed: bool = True) -> list[list[int]]:
     """Ids of each text, with what the tokenizer puts around it; UsageError where its own pattern gives up."""
     try:

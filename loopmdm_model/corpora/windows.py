@@ -1,14 +1,13 @@
 """Windows that walk over documents longer than the context, scoring every token once."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from loopmdm.model.corpora.ids import IdLists, id_lists
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.sequences import Sequences
 
@@ -28,17 +27,7 @@ class Windows:
         return Sequences.of(self.tokens, self.scored, self.real, self.owners)
 
 
-def _check(documents: Any) -> None:
-    """UsageError unless these are lists of ids."""
-    for ids in documents if isinstance(documents, Sequence) else (documents,):
-        listed: Any = (
-            ids if isinstance(ids, Sequence | np.ndarray | Tensor) and not isinstance(ids, bytes) else (None,)
-        )
-        if not all(isinstance(token, int | np.integer | Tensor) for token in listed):
-            raise UsageError(f"give documents as lists of token ids, got {documents!r:.60}")
-
-
-def sliding_windows(documents: Sequence[Sequence[int]], length: int, stride: int) -> Windows:
+def sliding_windows(documents: IdLists, length: int, stride: int) -> Windows:
     """Windows of `length` tokens whose ends advance by `stride`; each scores what no earlier one did.
 
     The first window of a document scores all its tokens; the last ends where the document ends. Only a
@@ -48,13 +37,12 @@ def sliding_windows(documents: Sequence[Sequence[int]], length: int, stride: int
     if check_count("stride", stride) > length:
         raise UsageError(f"stride {stride} exceeds the window of {length} tokens; some would never be scored")
     rows = []
-    _check(documents)
-    for owner, ids in enumerate(documents):
+    for owner, ids in enumerate(id_lists("documents", documents)):
         ends = [*range(min(length, len(ids)), len(ids), stride), len(ids)] if len(ids) else []
         done = 0
         for end in ends:
             start = max(0, end - length)
-            rows.append((owner, list(ids[start:end]), done - start))
+            rows.append((owner, ids[start:end], done - start))
             done = end
     if not rows:
         raise UsageError("the documents hold no tokens")

@@ -72,11 +72,14 @@ class Drawing:
         return torch.where(masked & over, first, tokens)
 
 
-def close(logits: Float[Tensor, "row d_vocab"], never: Int[Tensor, " id"]) -> None:
+def close(logits: Float[Tensor, "row d_vocab"], never: Int[Tensor, " id"], seen: bool = False) -> None:
     """Put the logits of the ids `never` at -inf, in place.
 
-    UsageError if that leaves a row nothing to draw, NotFiniteError for NaN and overflow.
+    UsageError if that leaves a row nothing to draw, NotFiniteError for NaN and overflow; `seen`: they passed
+    `check_logits`, which is not asked again where they all are at -inf already.
     """
+    if seen and bool((logits[:, never] == float("-inf")).all()):
+        return
     logits.index_fill_(-1, never, float("-inf"))
     left = logits.amax(-1)
     if bool((left == float("-inf")).any()):

@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from loopmdm.model import flops, means
+from loopmdm.model.corpora.ids import IdLists, id_lists
 from loopmdm.model.corpora.windows import sliding_windows
 from loopmdm.model.errors import UsageError, check_count, check_model, check_word
 from loopmdm.model.masking import hide, pick_positions
@@ -117,7 +118,7 @@ def draw_masks(
     n_draws: int = 1,
     attention_mask: Tensor | None = None,
 ) -> MaskedBatch:
-    """As `masked_draw`, of clean tokens [batch, pos] and what of them may be masked."""
+    """As `masked_draw`, of clean tokens [batch, pos] and what of them may be masked; scripts elsewhere call it."""
     return masked_draw(Sequences.of(tokens, maskable, attention_mask), mask_token_id, seed, draw, n_draws)
 
 
@@ -295,8 +296,8 @@ def estimates_after(model: LoopedModel, sequences: Sequences, counts: list[int],
 
 def continuation_nelbo(
     model: LoopedModel,
-    prompts: Sequence[Sequence[int]],
-    continuations: Sequence[Sequence[int]],
+    prompts: IdLists,
+    continuations: IdLists,
     n_loops: int | None = None,
     stop: StoppingRule | None = None,
     n_samples: int = 8,
@@ -305,19 +306,10 @@ def continuation_nelbo(
 ) -> NelboResult:
     """NELBO of each continuation given its prompt (token ids); the log-likelihood is -per_sequence * lengths."""
     check_model(model, "continuation_nelbo")
-    for given in (prompts, continuations):
-        if (
-            isinstance(given, str)
-            or not isinstance(given, Sequence)
-            or not all(isinstance(ids, Sequence) for ids in given)
-        ):
-            raise UsageError(f"give prompts and continuations as lists of lists of token ids, got {given!r:.60}")
+    prompts, continuations = id_lists("prompts", prompts), id_lists("continuations", continuations)
     if len(prompts) != len(continuations) or not continuations:
         raise UsageError(f"give one prompt a continuation, got {len(prompts)} and {len(continuations)}")
-    for ids in (*prompts, *continuations):
-        if isinstance(ids, str) or not all(isinstance(token, int) for token in ids):
-            raise UsageError(f"give prompts and continuations as lists of token ids, got {ids!r:.60}")
-    if not all(len(continuation) for continuation in continuations):
+    if not all(continuations):
         raise UsageError("a continuation is empty; give at least one token to predict")
     length = max(len(p) + len(c) for p, c in zip(prompts, continuations, strict=True))
     tokens = torch.zeros(len(prompts), length, dtype=torch.long)
@@ -333,7 +325,7 @@ def continuation_nelbo(
 
 def corpus_nelbo(
     model: LoopedModel,
-    documents: Sequence[Sequence[int]],
+    documents: IdLists,
     stride: int | None = None,
     n_loops: int | None = None,
     stop: StoppingRule | None = None,

@@ -59,7 +59,8 @@ class Order:
     @property
     def hides(self) -> bool:
         """Whether it may hide filled positions again."""
-        return type(self).remask is not Order.remask
+        own = type(self)
+        return own.remask is not Order.remask or own.decide is not Order.decide
 
     def n_steps(self, steps: int, most: int) -> int:  # noqa: ARG002
         """Steps to take if the caller asks for `steps` and a sequence has at most `most` free positions."""

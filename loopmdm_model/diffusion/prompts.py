@@ -4,9 +4,9 @@ A prompt is what a sequence begins with: a text, ids, or one of these for each s
 it. What neither gives is free, and to be filled.
 """
 
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from loopmdm.model.corpora.ids import as_list
+from loopmdm.model.corpora.tokenizer import as_texts
 from loopmdm.model.errors import UsageError, check_count, check_data, shown
 from loopmdm.model.layout import Layout
 from loopmdm.model.protocol import LoopedModel
@@ -54,9 +56,10 @@ class Start:
     ) -> "Start":
         """Read what `sample` is given; UsageError for what does not fit the model or each other."""
         model.cfg.facts.need("masks", by="sample")
-        cfg, frame = model.cfg, _frame(model, prompt, clues)
+        cfg, around = model.cfg, cache(lambda: _around(model))
+        frame = _frame(around, prompt, clues)
         real = clues.sequences.real if isinstance(clues, MaskedBatch) else None
-        prompts, clues = _prompts(model, prompt), _clues(model, clues)
+        prompts, clues = _prompts(model, prompt, around), _clues(model, clues)
         n = _count(n, prompts, clues)
         known = _framed(n, _inside(cfg, frame, clues, length), frame).to(_device(model))
         if prompts is not None:
@@ -89,15 +92,14 @@ def infilled(model: LoopedModel, infill: Any, prompt: Any, clues: Any, length: A
 
 Frame = tuple[list[int], list[int]]
 """Ids before and after a text."""
+Around = Callable[[], Frame]
+"""Looks up what a model puts around every text, once, and only where there is text."""
 
 
-def _frame(model: LoopedModel, prompt: Any, clues: Any) -> Frame:
+def _frame(around: Around, prompt: Any, clues: Any) -> Frame:
     """What stands around the sequences; nothing where ids or whole rows are given, which are what they are."""
-    texts = [prompt] if prompt is None or isinstance(prompt, str) else prompt
-    written = isinstance(texts, list | tuple) and all(text is None or isinstance(text, str) for text in texts)
-    if not written or not (clues is None or isinstance(clues, Mapping)):
-        return [], []
-    return _around(model)
+    written = prompt is None or as_texts(prompt) is not None
+    return around() if written and (clues is None or isinstance(clues, Mapping)) else ([], [])
 
 
 def _around(model: LoopedModel) -> Frame:
@@ -183,7 +185,7 @@ def _check_known(known: Tensor, d_vocab: int, mask_token_id: int) -> None:
         raise UsageError(f"the given id {token} at position {position} is {what}; mark free positions with -1")
 
 
-def _prompts(model: LoopedModel, prompt: Any) -> list[list[int]] | None:
+def _prompts(model: LoopedModel, prompt: Any, around: Around) -> list[list[int]] | None:
     """The ids of each prompt, without padding: a sequence goes on where its own text ends."""
     if prompt is None:
         return None
@@ -203,20 +205,12 @@ def _prompts(model: LoopedModel, prompt: Any) -> list[list[int]] | None:
             if to_tokens is None:
                 raise UsageError("a text prompt needs a tokenizer: use HookedLoopMDM, or give token ids")
             item = to_tokens(item)[0].tolist() if item else []
-            item = item[: len(item) - len(_around(model)[1])]  # the text goes on
-        if not isinstance(item, Sequence) or not all(map(_is_id, item)):
+            item = item[: len(item) - len(around()[1])]  # the text goes on
+        ids = as_list(item)
+        if ids is None or any(token < 0 for token in ids):
             raise UsageError(f"a prompt must be a text or token ids, got {item!r:.80}")
-        rows.append(_unpadded(model, [int(token) for token in item]))
+        rows.append(_unpadded(model, ids))
     return rows or None
-
-
-def _is_id(token: Any) -> bool:
-    if isinstance(token, bool):
-        return False
-    try:
-        return operator.index(token) >= 0
-    except TypeError:
-        return False
 
 
 def _unpadded(model: LoopedModel, ids: list[int]) -> list[int]:

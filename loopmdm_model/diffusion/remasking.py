@@ -1,20 +1,21 @@
 """Orders that hide filled positions again."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from loopmdm.model.diffusion.blind import Ancestral
-from loopmdm.model.diffusion.order import StepView, best
-from loopmdm.model.diffusion.ranking import ByDraw
-from loopmdm.model.errors import UsageError, check_number
+from loopmdm.model.diffusion.order import Order, StepView, best
+from loopmdm.model.errors import UsageError, check_number, check_word
+
+Schedule = Literal["cap", "rescale", "confidence", "loop"]
 
 
 @dataclass(frozen=True)
-class PathPlanning(ByDraw):
+class PathPlanning(Order):
     """All but the worst positions are kept, masked ones and filled ones alike (P2; Peng et al., arXiv 2502.03540).
 
     After step k of K floor((1 - k / K) N) of the N free positions are masked: those with the lowest score, log p
@@ -24,6 +25,8 @@ class PathPlanning(ByDraw):
     """
 
     eta: float = 1.0
+    reads_logits = True
+    reads_draws = True
     dial = "eta"
 
     def __post_init__(self):
@@ -47,14 +50,6 @@ class PathPlanning(ByDraw):
         kept = best(planned, view.free, count, (view.uniforms("reveal") + view.masked) / 2)
         return view.masked & kept, view.free & ~view.masked & ~kept
 
-    def choose(self, view: StepView, scores: Tensor | None) -> Tensor:
-        """The first of `decide`."""
-        return self.decide(view, scores)[0]
-
-    def remask(self, view: StepView, scores: Tensor | None = None) -> Tensor:
-        """The second of `decide`."""
-        return self.decide(view, scores)[1]
-
 
 @dataclass(frozen=True)
 class Remask(Ancestral):
@@ -71,14 +66,13 @@ class Remask(Ancestral):
     """
 
     eta: float | None = None
-    schedule: Literal["cap", "rescale", "confidence", "loop"] = "cap"
+    schedule: Schedule = "cap"
     plateau: tuple[float, float, float] = (0.55, 0.05, 0.9)
     dial = "eta"
 
     def __post_init__(self):
         """A share, a known schedule, and times in order."""
-        if self.schedule not in ("cap", "rescale", "confidence", "loop"):
-            raise UsageError(f"schedule must be cap, rescale, confidence or loop, got {self.schedule!r}")
+        check_word("schedule", self.schedule, get_args(Schedule))
         if self.eta is None:
             object.__setattr__(self, "eta", {"confidence": 1.0, "loop": 0.02}.get(self.schedule, 0.1))
         check_number("eta", self.eta, 0, 1)

@@ -92,7 +92,8 @@ def sample(
     it is masked, it fills what is masked behind. `guidance` w > 0 reads, in float32 at least,
     logits + w (logits - logits with all that is given masked), two forwards a step where something is given
     (classifier-free guidance that needs no training for it; arXiv 2410.18514): loops and callbacks are those of
-    the first, FLOPs of both. A step in which nothing is masked any more runs nothing: 0 loops, same ids.
+    the first, FLOPs of both. A step in which nothing is masked any more runs no forward, 0 loops; an order that
+    hides may still hide again.
 
     Sequences run in batches of `batch_size`. With `partial` an interruption (Ctrl-C) returns the batches
     that are finished; callbacks have then seen part of the next one, too. `callback` sees every (step, loop);
@@ -217,7 +218,7 @@ class _Sampler:
         logits = run.logits.clone()  # the model's own may be kept by a hook
         if self.drawing.guidance:
             logits = self._guided(logits, rows, now)
-        close(logits, self.never)
+        close(logits, self.never, seen=not self.drawing.guidance)
         return logits
 
     def _guided(self, logits: Tensor, rows: Tensor, now: "_Step") -> Float[Tensor, "row d_vocab"]:

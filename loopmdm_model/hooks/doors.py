@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from loopmdm.model.diffusion.likelihood import row_cross_entropy
-from loopmdm.model.errors import MissingAttribute, UsageError, check_count, unknown_name
+from loopmdm.model.errors import MissingAttribute, UsageError, check_count, check_word, unknown_name
 from loopmdm.model.files import write_atomic, write_json
 from loopmdm.model.hooks.cache import LoopCache
 from loopmdm.model.hooks.deep import outputs
@@ -154,8 +154,7 @@ class Doors(FoldedWeights, TextEntries, LoopHooks):
 
     def get_token_position(self, single_token: str | int | Tensor, input: Given, mode: str = "first") -> int:
         """Where a token is in one sequence; `mode` "first" or "last" of several."""
-        if mode not in ("first", "last"):
-            raise UsageError(f'mode must be "first" or "last", got {mode!r}')
+        check_word("mode", mode, ("first", "last"))
         named = isinstance(single_token, str)
         wanted = (
             self.to_single_token(single_token) if named else check_count("single_token", single_token, least=0)

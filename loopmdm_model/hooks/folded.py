@@ -29,11 +29,17 @@ class PlainNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Centre ("LN" only) and scale to unit mean square."""
-        return (x - x.mean(-1, keepdim=True) if self.centred else x) / self.scale(x)
+        x = self._centre(x)
+        return x / self._root(x)
 
     def scale(self, x: Tensor) -> Tensor:
-        """What x is divided by, [..., 1]."""
-        x = x - x.mean(-1, keepdim=True) if self.centred else x
+        """What x, centred, is divided by, [..., 1]."""
+        return self._root(self._centre(x))
+
+    def _centre(self, x: Tensor) -> Tensor:
+        return x - x.mean(-1, keepdim=True) if self.centred else x
+
+    def _root(self, x: Tensor) -> Tensor:
         return (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
 
 
@@ -44,7 +50,7 @@ def plain(norm: Norm, y: Tensor) -> Tensor:
     return torch.where(weight == 0, 0.0, y / torch.where(weight == 0, 1.0, weight))
 
 
-def weighted(norm: Norm, n: Tensor) -> Tensor:
+def weighted(norm: Norm | NormWeights, n: Tensor) -> Tensor:
     """norm(x) from n(x)."""
     n = n * norm.weight
     return n if norm.bias is None else n + norm.bias
@@ -141,7 +147,9 @@ class CoreBlock:
         raise MissingAttribute(f"no {name} here; {OWN_WEIGHTS}")
 
 
-OWN_WEIGHTS = "of somebody else's model W_O and W_U are shown, all else lies under its own names in m.model.native"
+OWN_WEIGHTS = (
+    "of somebody else's model W_O, b_O, W_U and b_U are shown, all else lies under its own names in m.model.native"
+)
 
 
 class Readout(nn.Module):
@@ -237,11 +245,14 @@ class FoldedWeights:
 
     def tokens_to_residual_directions(self, tokens: Tensor | int | str | list[int]) -> Tensor:
         """W_U's columns [..., d_model] of token ids, or of the token that a text is."""
-        ids = torch.as_tensor(self._single(tokens) if isinstance(tokens, str) else tokens, device=self.W_U.device)
+        directions = self.W_U.T
+        ids = torch.as_tensor(
+            self._single(tokens) if isinstance(tokens, str) else tokens, device=directions.device
+        )
         never = self.model.cfg.mask_token_id
         if never is not None and bool((ids == never).any()):
             raise UsageError(f"[MASK] (id {never}) is never an output, so it has no direction; give other ids")
-        return self.W_U.T[ids]
+        return directions[ids]
 
     def _single(self, text: str) -> int:
         raise NotImplementedError

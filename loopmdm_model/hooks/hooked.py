@@ -250,9 +250,14 @@ class LoopRuns(TextEntries, LoopHooks):
         kept = LoopCache(store, self, output.loops_used, tokens, not remove_batch_dim, output.token_loops)
         return output.logits, kept
 
+    def unrolled(self, n_loops: int | None = None) -> UnrolledLoopMDM:
+        """The model as a plain deep one, one virtual layer per application; see `UnrolledLoopMDM`."""
+        n_loops = check_count("n_loops", self.cfg.max_loops if n_loops is None else n_loops)
+        return UnrolledLoopMDM(self.model, n_loops).reads_as(self)
+
     def unroll(self, cache: LoopCache) -> ActivationCache:
         """What `cache.unrolled()` gives."""
-        return unroll(self.model, cache)
+        return unroll(self.unrolled(cache.n_loops), cache)
 
     def _backward(self, loss: Tensor) -> None:
         if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
@@ -288,9 +293,3 @@ class HookedLoopMDM(LoopDoors, LoopRuns):
     stream without weights, as `ln_final` here and `cache.unrolled()` give it. A cache over loops holds under
     `hook_normalized` what `model` itself computes, norms' weights included.
     """
-
-    def unrolled(self, n_loops: int | None = None) -> UnrolledLoopMDM:
-        """The model as a plain deep one, one virtual layer per application; see `UnrolledLoopMDM`."""
-        deep = UnrolledLoopMDM(self.model, self._loops(n_loops), self.tokenizer)
-        deep.pad, deep.special = self.pad, self.special
-        return deep

@@ -1,13 +1,13 @@
 """Text in and out of a hooked model: tokens, pieces, padding masks, masked batches."""
 
 import re
-from typing import Any
+from typing import Any, Self
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from loopmdm.model.corpora.tokenizer import MASK, PAD, encode_texts, reading_text
+from loopmdm.model.corpora.tokenizer import MASK, PAD, as_texts, encode_texts, reading_text
 from loopmdm.model.errors import UsageError, check_data
 from loopmdm.model.layout import Layout
 from loopmdm.model.masking import mask_tokens
@@ -28,6 +28,12 @@ class TextEntries:
     """Ids that are neither hidden nor drawn, where a tokenizer puts such tokens around every text."""
     gap_words: tuple[str, ...] = (MASK,)
     """What stands for a token to fill where gaps are asked for, beside the tokenizer's own word for [MASK]."""
+
+    def reads_as(self, other: "TextEntries") -> Self:
+        """Take over what `other` knows of texts: its tokenizer and all that is above; gives the model itself."""
+        for name in ("tokenizer", "pad", "special", "gap_words"):
+            setattr(self, name, getattr(other, name))
+        return self
 
     def _inputs(self, tokens: Tensor | str | list[str], mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Token ids of text or ids, and the padding mask that [PAD] implies unless one is given."""
@@ -208,9 +214,8 @@ class TextEntries:
         )
 
     def _has_gaps(self, text: object) -> bool:
-        texts = [text] if isinstance(text, str) else text
-        written = isinstance(texts, list | tuple) and texts and all(isinstance(item, str) for item in texts)
-        return bool(written) and self.tokenizer is not None and any(map(self._gaps.search, texts))  # pyright: ignore
+        texts = as_texts(text)
+        return bool(texts) and self.tokenizer is not None and any(map(self._gaps.search, texts))
 
     def words(self, tokens: Tensor) -> Tensor | None:
         """Where `tokens` are none of `special`, [batch, pos]; None if the model has none."""
@@ -229,11 +234,11 @@ def as_ids(tokens: Any, device: torch.device | None = None) -> Tensor:
 
 def _texts(text: object, says: str) -> list[str]:
     """A text or several, as a list; UsageError with what is wanted."""
-    texts = [text] if isinstance(text, str) else text
-    if not isinstance(texts, list | tuple) or not texts or not all(isinstance(item, str) for item in texts):
+    texts = as_texts(text)
+    if not texts:
         raise UsageError(says)
-    _check_whole(list(texts))
-    return list(texts)
+    _check_whole(texts)
+    return texts
 
 
 def _check_whole(texts: list[str]) -> None:

@@ -114,8 +114,8 @@ class UnrolledLoopMDM(Doors):
       `m(tokens)[..., :-1]`. Nothing is infinite: entropies, means over the vocabulary and differences are right.
 
     Of somebody else's model names, values and patching are the same; its norms are shown as they are, and of its
-    weights W_O, W_U and b_U only. Attributions close where the stream is a sum and a final norm and a linear map
-    lead to the logits, and are refused by the missing fact elsewhere. A [MASK] before the last id stays, -inf.
+    weights W_O, b_O, W_U and b_U only. Attributions close where the stream is a sum and a final norm and a linear
+    map lead to the logits, and are refused by the missing fact elsewhere. A [MASK] before the last id stays, -inf.
 
     `places[depth]` is (loop, physical layer), loop None outside the loop. Of transformer_lens.patching all of
     `get_act_patch_*` runs but direct paths, which need q, k and v to read separate streams; so does
@@ -260,8 +260,9 @@ class UnrolledLoopMDM(Doors):
         return [self._known(name) for name in listed]
 
 
-def unroll(model: Core, cache: LoopCache) -> ActivationCache:
-    """The looped model's cache in the unrolled model's form: names blocks.{depth}.<leaf>, norms folded."""
+def unroll(unrolled: UnrolledLoopMDM, cache: LoopCache) -> ActivationCache:
+    """A cache of the looped model as one of the unrolled model: names blocks.{depth}.<leaf>, norms folded."""
+    model = unrolled.model
     virtual: dict[str, Tensor] = {}
     places = {"": ("", None)} | {
         prefix: (f"blocks.{depth}.", layer)
@@ -272,7 +273,6 @@ def unroll(model: Core, cache: LoopCache) -> ActivationCache:
         if prefix in places:  # not the loops' own in and out
             place, layer = places[prefix]
             virtual[place + leaf] = _shown(norms_of(model, layer), leaf, value, outputs(model.cfg))
-    unrolled = UnrolledLoopMDM(model, cache.n_loops, cache.owner.tokenizer)
     return UnrolledCache(virtual, unrolled, has_batch_dim=cache.has_batch_dim)
 
 

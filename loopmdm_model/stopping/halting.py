@@ -7,14 +7,14 @@ token that the rule looks at has stopped.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from loopmdm.model.context import Context
-from loopmdm.model.errors import UsageError
+from loopmdm.model.errors import check_word
 from loopmdm.model.layout import Layout
 from loopmdm.model.precision import check_state, wide
 from loopmdm.model.stopping.rules import FixedLoops, Lens, LensRule, LoopView, StoppingRule
@@ -198,8 +198,7 @@ class _Reader:
         return self._coda
 
     def read(self, lens: Lens, rows: Bool[Tensor, "batch pos"]) -> Tensor:
-        if lens not in ("coda", "direct"):
-            raise UsageError(f'lens must be "coda" or "direct", got {lens!r}')
+        check_word("lens", lens, get_args(Lens))
         return self.model.unembedding(self.after_coda() if lens == "coda" else self.state, rows=rows)
 
 

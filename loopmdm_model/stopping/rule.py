@@ -7,7 +7,6 @@ leaves the batch; a token that stops keeps its state, skips the looped layers an
 A criterion that does not exist yet, or has no positions to look at, is NaN and never stops.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -16,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from loopmdm.model.errors import UsageError, check_count, check_fits, check_word
+from loopmdm.model.errors import UsageError, check_count, check_number, check_word
 
 Lens = Literal["coda", "direct"]
 
@@ -66,11 +65,7 @@ class StoppingRule:
             check_count(name, getattr(self, name))
         if self.min_loops > self.max_loops:
             raise UsageError(f"min_loops {self.min_loops} exceeds max_loops {self.max_loops}")
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, int | float):
-            raise UsageError(f"threshold must be a number, got {self.threshold!r}")
-        check_fits("threshold", self.threshold)
-        if math.isnan(self.threshold) or self.threshold < 0:
-            raise UsageError(f"threshold must be at least 0, got {self.threshold!r}")
+        check_number("threshold", self.threshold, 0)
         for name, words in (("positions", ("all", "masked")), ("scope", ("sequence", "token"))):
             check_word(name, getattr(self, name), words)
 

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from loopmdm.model.corpora.documents import SPLITS, Split
-from loopmdm.model.corpora.tokenizer import EOS, train_bpe
+from loopmdm.model.corpora.tokenizer import encode_texts, end_of_text, train_bpe
 from loopmdm.model.errors import UsageError, check_count, check_seed, unknown_name
 from loopmdm.model.randomness import step_generator
 
@@ -159,28 +159,21 @@ def final_number(text: str) -> str | None:
     return format(Decimal(match[1] + match[2].replace(",", "")).normalize() + 0, "f")
 
 
-def _end(tokenizer: Tokenizer) -> int:
-    end = tokenizer.token_to_id(EOS)
-    if end is None:
-        raise UsageError(f"{NAME} needs a tokenizer with {EOS}; give the one the model was trained with")
-    return end
-
-
 def prompt_ids(tokenizer: Tokenizer, question: str) -> list[int]:
     """What a model is given: the question's ids and [EOS]."""
-    return [*tokenizer.encode(question).ids, _end(tokenizer)]
+    return [*encode_texts(tokenizer, [question])[0], end_of_text(tokenizer)]
 
 
 def fit(
     tokenizer: Tokenizer, given: Sequence[Problem], length: int
 ) -> tuple[Int[Tensor, "problem pos"], list[Problem]]:
     """Sequences question [EOS] answer [EOS] .. [EOS] of `length` ids, and the problems that fit."""
-    end = _end(tokenizer)
-    questions = tokenizer.encode_batch_fast([problem.question for problem in given])
-    answers = tokenizer.encode_batch_fast([problem.answer for problem in given])
+    end = end_of_text(tokenizer)
+    questions = encode_texts(tokenizer, [problem.question for problem in given])
+    answers = encode_texts(tokenizer, [problem.answer for problem in given])
     rows, kept = np.full((len(given), length), end), []
     for problem, question, answer in zip(given, questions, answers, strict=True):
-        ids = [*question.ids, end, *answer.ids, end]
+        ids = [*question, end, *answer, end]
         if len(ids) <= length:
             rows[len(kept), : len(ids)] = ids
             kept.append(problem)
@@ -191,7 +184,7 @@ def fit(
 
 def after_question(tokens: Int[Tensor, "batch pos"], tokenizer: Tokenizer) -> Bool[Tensor, "batch pos"]:
     """Every position after the first [EOS] of its sequence: the answer and the [EOS] that fill it up."""
-    ends = tokens == _end(tokenizer)
+    ends = tokens == end_of_text(tokenizer)
     return ends.cumsum(-1) > ends.long()
 
 

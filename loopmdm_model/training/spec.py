@@ -9,7 +9,7 @@ from typing import Any
 
 from loopmdm.model.corpora.documents import check_trainable
 from loopmdm.model.corpora.tokenizer import GPT2_IDS
-from loopmdm.model.errors import UsageError, check_count, check_keys, shown, unknown_name
+from loopmdm.model.errors import UsageError, check_count, check_keys, check_word, shown, unknown_name
 from loopmdm.model.files import is_file, read_toml
 from loopmdm.model.network.config import LoopMDMConfig
 from loopmdm.model.tasks.batches import TASK_SIZES, check_name
@@ -41,8 +41,7 @@ class DataSpec:
             length, d_vocab = TASK_SIZES[self.corpus]
             object.__setattr__(self, "length", length)
             object.__setattr__(self, "d_vocab", d_vocab)
-        if self.tokenizer not in ("bpe", "gpt2"):
-            raise UsageError(f'data.tokenizer must be "bpe" or "gpt2", got {self.tokenizer!r}')
+        check_word("data.tokenizer", self.tokenizer, ("bpe", "gpt2"))
         if self.tokenizer == "gpt2":
             object.__setattr__(self, "d_vocab", GPT2_IDS)
         check_count("data.length", self.length, least=2)
@@ -117,12 +116,8 @@ class TrainingSpec:
             raise UsageError(
                 f"training.batch_size {self.batch_size} does not divide into {self.accumulate} parts (accumulate)"
             )
-        if self.precision not in ("", "no", "bf16"):
-            raise UsageError(f'training.precision must be "no" or "bf16", got {self.precision!r}')
-        if self.matmul_precision not in ("highest", "high", "medium"):
-            raise UsageError(
-                f'training.matmul_precision must be "highest", "high" or "medium", got {self.matmul_precision!r}'
-            )
+        check_word("training.precision", self.precision, ("", "no", "bf16"))
+        check_word("training.matmul_precision", self.matmul_precision, ("highest", "high", "medium"))
         if not 0 <= self.flops < float("inf"):
             raise UsageError(f"training.flops must be positive and finite, got {self.flops!r}")
         if sum(bool(budget) for budget in (self.flops, self.tokens, self.steps)) != 1:

@@ -13,7 +13,7 @@ self | sink | masked | clean, and their masses still sum to 1. Definitions are o
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,7 @@ from loopmdm.analysis.measures.attention.masses import AttentionSums
 from loopmdm.analysis.measures.registry import Measure, plain
 from loopmdm.analysis.watch.groups import TOKEN_GROUPS, KeyGroups, Seen, States
 from loopmdm.analysis.watch.walk import walk
-from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.errors import UsageError, check_count, check_number, check_word
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.randomness import step_generator
 from loopmdm.model.sequences import MaskedBatch, as_batch
@@ -79,10 +79,8 @@ class ReceivedSums:
 
     def sinks(self, factor: float, by: By = "position") -> "Sinks":
         """The sinks at a factor."""
-        if by not in ("position", "state"):
-            raise UsageError(f'by must be "position" or "state", got {by!r}')
-        if not factor > 0:
-            raise UsageError(f"factor must be positive, got {factor}")
+        check_word("by", by, get_args(By))
+        check_number("factor", factor, 0, above=True)
         if self.count is None:
             raise UsageError("sinks were looked for in no sequence; add at least one batch")
         return Sinks({prefix: self._found(total, factor, by) for prefix, total in self.total.items()})

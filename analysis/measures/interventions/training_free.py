@@ -66,7 +66,6 @@ def training_free(
     """
     plain = core_of(m)
     plain.facts.need("masks", "bidirectional", by="training-free looping")
-    tokenizer = m.tokenizer if isinstance(m, HookedLoopMDM) else None
     if plain.cfg.max_loops > 1:
         raise UsageError(f"this model loops by itself (S_max = {plain.cfg.max_loops}); give a non-looped one")
     counts = sorted({1, *(check_count("n_loops", count) for count in n_loops)})
@@ -81,7 +80,9 @@ def training_free(
     groups = _groups(mask_tokens(sequences, plain.cfg.mask_token_id, mask_ratio=mask_ratio, seed=seed))
     rows = []
     for first, n_layers in places:
-        looped = HookedLoopMDM(plain.looping(first, n_layers), tokenizer)
+        looped = HookedLoopMDM(plain.looping(first, n_layers))
+        if isinstance(m, HookedLoopMDM):
+            looped.reads_as(m)
         for damping in dampings:
             results = _nelbo(looped, sequences, counts, damping, read)
             odds = _log_odds(looped, groups, counts, damping, batch_size)

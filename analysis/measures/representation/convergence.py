@@ -27,7 +27,7 @@ from loopmdm.analysis.measures.representation.fixed_points import FLOOR
 from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.watch.groups import TOKEN_GROUPS
 from loopmdm.analysis.watch.states import check_loops, group_mean, token_groups, trajectory
-from loopmdm.model.errors import UsageError
+from loopmdm.model.errors import UsageError, check_number
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.sequences import MaskedBatch, as_batch
 from loopmdm.model.stopping.rules import relative_change
@@ -113,8 +113,9 @@ def convergence(
     counts the sequences that moved too little for a slope: they vote for nothing.
     """
     b, n_loops = as_batch("convergence", b, clusters), check_loops(m, n_loops)
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < 1:
-        raise UsageError(f"margin must be a slope between 0 and 1, such as 0.25, got {margin!r}")
+    check_number("margin", margin, 0, 1)
+    if margin == 1:
+        raise UsageError("margin must be below 1, got 1; give a slope such as 0.25")
     parts = [_changes(m, part, n_loops) for _, part in b.batches(batch_size)]
     changes = torch.cat(parts, dim=2).double().numpy()
     rows = []

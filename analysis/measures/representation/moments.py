@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from loopmdm.analysis.watch.states import token_groups, trajectory
-from loopmdm.model.errors import UsageError
+from loopmdm.model.errors import UsageError, check_word
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.sequences import MaskedBatch
 
@@ -72,8 +72,7 @@ class LoopMoments:
 
 def check_unit(unit: str) -> None:
     """UsageError for an unknown unit."""
-    if unit not in get_args(Unit):
-        raise UsageError(f'unit must be "position" or "sequence", got {unit!r}')
+    check_word("unit", unit, get_args(Unit))
 
 
 def check_chosen(loops: Sequence[int] | None, n_loops: int) -> list[int]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from loopmdm.analysis.measures.stopping.controls import prices
 from loopmdm.analysis.measures.stopping.frontier import Contest, check_pair
 from loopmdm.analysis.measures.stopping.record import LoopRecord
-from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.errors import UsageError, check_count, check_word
 from loopmdm.model.information import entropy
 from loopmdm.model.precision import wide
 from loopmdm.model.stopping.rules import Lens, LoopView, SecondDifference, StateDelta, StoppingRule
@@ -152,8 +152,7 @@ class GainPredictor:
 
 def features_at(record: LoopRecord, loop: int, features: Features = "lens") -> Float[np.ndarray, "row column"]:
     """What is known of each row after `loop`, the noise that the model sees first; NaN where it does not exist."""
-    if features not in NAMES:
-        raise UsageError(f'features must be "state" or "lens", got {features!r}')
+    check_word("features", features, tuple(NAMES))
     values = {}
     for name in _names(features):
         if name not in record.criteria:

@@ -19,7 +19,7 @@ from torch import Tensor
 from loopmdm.analysis.measures.stopping.record import Data, as_data, masked_draws, rule_name
 from loopmdm.analysis.numbers import stats
 from loopmdm.model.diffusion.likelihood import Read, row_cross_entropy
-from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.errors import check_count, check_word
 from loopmdm.model.protocol import LoopedModel
 from loopmdm.model.sequences import MaskedBatch
 from loopmdm.model.stopping.rules import StoppingRule
@@ -122,8 +122,7 @@ def loop_usage(
 
 
 def _in_scope(rule: StoppingRule, scope: str) -> StoppingRule:
-    if scope not in ("sequence", "token"):
-        raise UsageError(f'scopes must be "sequence" or "token", got {scope!r}')
+    check_word("scopes", scope, ("sequence", "token"))
     return replace(rule, scope=scope)
 
 

@@ -200,7 +200,7 @@ def test_figures_are_drawn_where_asked(tmp_path):
         (["data", "fetch", "sotuu"], "did you mean sotu"),
         (["sample", "sudoku-loop", "--steps", "0", "--out", "new/x.tsv"], "steps must be at least 1"),
         (["sample", "sudoku-loop", "--out", "."], "is a folder"),
-        (["sample", "sudoku-loop", "--stop", "state-delta:-1"], "threshold must be at least 0"),
+        (["sample", "sudoku-loop", "--stop", "state-delta:-1"], "threshold must be a number of at least 0"),
         (["sample", "sudoku-loop", "--order", "confident"], "did you mean confidence"),
         (["sample", "sudoku-loop", "--stop", "state-deta:1"], "did you mean state-delta"),
         (["sample", "sudoku-loop", "--stop", "kl-delta:small"], "kl-delta:0.03"),

@@ -126,6 +126,20 @@ def test_text_is_text_to_other_peoples_tokenizers_but_where_gaps_are_asked_for(m
     assert given.encode(mask).ids[1] == 3 and theirs(mask)["input_ids"][1] == 3  # theirs reads as it did
 
 
+def test_what_stands_around_a_text_is_looked_up_once_and_for_texts_only(monkeypatch):
+    m = hook_model(natives.native("Bert"), tokenizer=framed_tokenizer("[MASK]", False), loop=(1, 2))
+    looked, around = [], m.around
+    monkeypatch.setattr(m, "around", lambda: looked.append(1) or around())
+    begin, end = around()
+    found = sample(m, prompt=["ab", "c", "de"], length=3, steps=1).start
+    assert len(looked) == 1 and found[:, :1].tolist() == [begin] * 3 and found[:, -1:].tolist() == [end] * 3
+    assert found[1, 1] != 3 and found[1, 2] == 3  # where a text ends it goes on
+    sample(m, prompt=[[5, 6]], length=3, steps=1)
+    assert len(looked) == 1
+    sample(m, prompt="ab", clues=torch.full((4,), -1), steps=1)
+    assert len(looked) == 2
+
+
 def test_flops_are_those_that_torch_counts():
     for name in ("Llama", "Bert", "ModernBert"):
         m = hook_model(natives.native(name), mask_token_id=103)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformer_lens import patching
 from transformer_lens.tools.analysis import direct_logit_attribution, logit_lens
 
@@ -88,6 +89,21 @@ def test_unrolled_as_often_as_natively_it_is_the_native_model(name, n_loops):
         assert bool((found[..., mask] == float("-inf")).all())
         found, wanted = (x.index_fill(-1, torch.tensor(mask), 0.0) for x in (found, wanted))
     assert torch.equal(found, wanted)
+
+
+def test_padded_texts_are_read_as_by_the_looped_model():
+    words = {f"w{i}": i for i in range(118)} | {"<pad>": 118, "<mask>": 119}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    m = hook_model(native("Bert"), tokenizer=tokenizer, **LOOPED)
+    m.special, m.gap_words = frozenset({118}), ("_",)
+    texts = ["w45 w46 w47", "w48"]
+    logits, (_, cache) = m(texts, 2), m.run_with_cache(texts, 2)
+    unpadded = m(m.to_tokens(texts), 2, attention_mask=torch.ones(2, 3).bool())
+    assert not torch.allclose(unpadded[1, 0, :118], logits[1, 0, :118])
+    for u in (m.unrolled(2), cache.unrolled().model):
+        assert torch.equal(u(texts), logits[..., : u.d_vocab_out])
+        assert (u.tokenizer, u.pad, u.special, u.gap_words) == (m.tokenizer, "<pad>", {118}, ("_",))
 
 
 def test_attributions_close(m):
@@ -241,17 +257,38 @@ class OneMore(torch.nn.RMSNorm):
         (torch.nn.LayerNorm(8, bias=False, eps=0.1), True),
         (torch.nn.RMSNorm(8), False),
         (torch.nn.LayerNorm(8, dtype=torch.bfloat16), True),
+        (torch.nn.RMSNorm(8, dtype=torch.bfloat16), False),
+        (torch.nn.RMSNorm(8, dtype=torch.float64), False),
     ],
 )
 def test_norms_are_told_by_what_they_compute(norm, centred):
     torch.nn.init.uniform_(norm.weight, 0.5, 2.0)
     found = read_norm(norm)
     assert (found.centred, found.weight is norm.weight) == (centred, True)
-    assert found.eps == (0.1 if norm.eps == 0.1 else found.eps) > 0
+    own = torch.float64 if norm.weight.dtype == torch.float64 else torch.float32
+    assert found.eps == (torch.finfo(own).eps if norm.eps is None else norm.eps)
+
+
+class Renamed(torch.nn.Module):
+    """An RMSNorm that calls its epsilon otherwise."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.weight, self.least = torch.nn.Parameter(torch.ones(8)), least
+
+    def forward(self, x):
+        return torch.nn.functional.rms_norm(x, (8,), self.weight, self.least)
 
 
 @pytest.mark.parametrize(
-    "norm", [OneMore(8), torch.nn.LayerNorm(8, elementwise_affine=False), torch.nn.Identity()]
+    "norm",
+    [
+        OneMore(8),
+        torch.nn.LayerNorm(8, elementwise_affine=False),
+        torch.nn.Identity(),
+        Renamed(1e-6),
+        Renamed(1e-4),
+    ],
 )
 def test_a_norm_of_another_kind_is_refused(norm):
     with pytest.raises(UsageError, match=f"{type(norm).__name__} is neither"):

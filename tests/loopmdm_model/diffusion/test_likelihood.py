@@ -252,10 +252,52 @@ def test_misuse_is_refused(model, clean):
         nelbo(model, [[1, 2]])
     with pytest.raises(UsageError, match="non-empty"):
         nelbo_by_loop(model, clean[0], 2)
-    with pytest.raises(UsageError, match="lists of token ids"):
-        continuation_nelbo(model, ["a"], ["b"])
     with pytest.raises(UsageError, match="estimator"):
         nelbo(model, clean, estimator="exact")
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple, lambda ids: [np.int32(token) for token in ids]])
+def test_ids_come_as_lists_arrays_or_tensors(model, clean, kind):
+    lists = clean[:2].tolist()
+    rows = [kind(ids) for ids in lists]
+    same(corpus_nelbo(model, rows, 4, 2).per_sequence, corpus_nelbo(model, lists, 4, 2).per_sequence)
+    ends = [ids[:3] for ids in rows]
+    found = continuation_nelbo(model, rows, ends, 2).per_sequence
+    same(found, continuation_nelbo(model, lists, [ids[:3] for ids in lists], 2).per_sequence)
+    same(continuation_nelbo(model, clean[:2], clean[:2, :3].numpy(), 2).per_sequence, found)
+
+
+WRONG = {
+    "texts": ["a"],
+    "a text": "ab",
+    "bytes": [b"ab"],
+    "no rows": [1, 2],
+    "one row": torch.arange(3),
+    "a number": 3,
+    "nothing": None,
+    "bools": [[True, False]],
+    "floats": [[1.0]],
+    "an array of bools": [np.array([True])],
+    "a tensor of bools": [torch.tensor([True])],
+    "bools in tensors": [[torch.tensor(True)]],
+    "an array of floats": np.ones((1, 3)),
+    "a tensor of floats": [torch.ones(3)],
+    "rows of rows": [[[1]]],
+    "a box": torch.ones(1, 2, 2, dtype=torch.long),
+    "a scalar": torch.tensor(1),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_what_is_no_list_of_ids_is_refused(model, wrong):
+    for read, name in (
+        (lambda: corpus_nelbo(model, wrong), "documents"),
+        (lambda: continuation_nelbo(model, wrong, [[1]]), "prompts"),
+        (lambda: continuation_nelbo(model, [[1]], wrong), "continuations"),
+    ):
+        with pytest.raises(UsageError, match=f"give {name} as lists of token ids, got ") as caught:
+            read()
+        assert "\n" not in str(caught.value)
 
 
 def test_masks_are_drawn_where_they_may_be(clean):

@@ -30,7 +30,7 @@ from loopmdm.model.diffusion.orders import (
     parse_order,
 )
 from loopmdm.model.diffusion.sampling import draw_tokens, sample
-from loopmdm.model.errors import UsageError
+from loopmdm.model.errors import NotFiniteError, UsageError
 from loopmdm.model.protocol import LoopOutput
 from loopmdm.model.stopping.rules import StateDelta
 from tests.conftest import toy_config, toy_model
@@ -401,6 +401,27 @@ def test_guidance_in_half_precision_overflows_nowhere(dtype):
     assert not bool((r.tokens == 22).any())
 
 
+@pytest.mark.parametrize("guidance", [0.0, 0.5])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused_before_it_is_drawn_from(hooked, number, guidance):
+    with (
+        hooked.hooks([("hook_logits", lambda logits, hook: logits.index_fill(-1, torch.tensor(4), number))]),
+        pytest.raises(NotFiniteError),
+    ):
+        sample(hooked, 2, 8, clues={0: 3}, guidance=guidance, steps=2)
+
+
+def test_what_guidance_made_of_logits_is_looked_at_again(hooked):
+    """Each reading is finite; their difference is not."""
+    numbers = itertools.cycle((3e38, -3e38))
+
+    def far(logits, hook):
+        return logits.index_fill(-1, torch.tensor(4), next(numbers))
+
+    with hooked.hooks([("hook_logits", far)]), pytest.raises(NotFiniteError):
+        sample(hooked, 2, 8, clues={0: 3}, guidance=100, steps=2)
+
+
 def test_all_but_one_word_may_be_suppressed_mask_or_not(model):
     for suppress in (range(1, 22), range(1, 23)):
         assert sample(model, 2, 8, suppress=suppress, steps=2).tokens.unique().tolist() == [0]
@@ -415,6 +436,12 @@ def test_no_mask_is_drawn_where_a_hook_leaves_nothing_else(hooked, order):
 
     with hooked.hooks([("hook_logits", closed)]), pytest.raises(UsageError, match="is left to draw"):
         sample(hooked, 2, 8, order=order, suppress=range(5, 22), steps=2)
+
+    def only_mask(logits, hook):
+        return torch.full_like(logits, float("-inf")).index_fill(-1, torch.tensor(22), 0.0)
+
+    with hooked.hooks([("hook_logits", only_mask)]), pytest.raises(UsageError, match="is left to draw"):
+        sample(hooked, 2, 8, order=order, steps=2)
 
 
 def test_the_logits_that_a_hook_keeps_stay_what_they_were(hooked):
@@ -530,6 +557,27 @@ class Hiding(Margin):
         return view.free & ~view.masked
 
 
+class Deciding(Margin):
+    """An order that hides where one computation gives both."""
+
+    def decide(self, view, scores):
+        return view.masked, view.free & ~view.masked
+
+
+def test_an_order_that_hides_may_hide_where_nothing_is_masked_any_more(model):
+    r = sample(model, 2, 6, order=Deciding(), steps=4, n_loops=2)
+    hidden = r.history[1:] == 22
+    assert hidden[1::2].all() and not hidden[::2].any()
+    assert r.loops_used.tolist() == [[2, 2], [0, 0], [2, 2], [0, 0]]
+
+
+@pytest.mark.parametrize("order", [Hiding(), Deciding(), PathPlanning(), Remask()])
+def test_what_may_hide_says_so(model, order):
+    assert order.hides and not any(kept.hides for kept in (Margin(), Noised(), Blocks(4)))
+    with pytest.raises(UsageError, match="an order that keeps what it filled"):
+        sample(model, 1, 6, order=order, end=3)
+
+
 def test_orders_by_name_and_number():
     assert as_order("threshold:0.7", 8) == Threshold(0.7) and as_order("factor", 8) == Factor(1.0)
     assert parse_order("blocks:8:threshold:0.9") == Blocks(8, Threshold(0.9))
@@ -554,9 +602,10 @@ def test_orders_by_name_and_number():
         (lambda: Noised(1.0, EvenRandom()), "noise cannot rank EvenRandom"),
         (lambda: Noised(1.0, Timed()), "noise cannot rank Timed"),
         (lambda: Blocks(4, Hiding()), "blocks cannot hold Hiding"),
+        (lambda: Blocks(4, Deciding()), "blocks cannot hold Deciding"),
         (lambda: PathPlanning(-1), "eta"),
         (lambda: Remask(1.1), "eta"),
-        (lambda: Remask(schedule="switch"), "cap, rescale, confidence or loop"),
+        (lambda: Remask(schedule="switch"), '"cap", "rescale", "confidence" or "loop"'),
         (lambda: Remask(schedule="loop", plateau=(0.1, 0.5, 0.9)), "t_off <= t_on"),
         (lambda: Blocks(4, PathPlanning()), "blocks cannot hold PathPlanning"),
         (lambda: Blocks(4, Remask()), "blocks cannot hold Remask"),

@@ -151,7 +151,7 @@ def test_only_problems_that_fit_with_their_end_are_kept(pool, tokenizer):
         assert [p for p in pool if sizes[p.question] <= length] == kept
     with pytest.raises(UsageError, match="fits into"):
         gsm.fit(tokenizer, pool, min(sizes.values()) - 1)
-    with pytest.raises(UsageError, match=r"tokenizer with \[EOS\]"):
+    with pytest.raises(UsageError, match=r"tokenizer has no \[EOS\]"):
         gsm.fit(digit_tokenizer(6), pool, LENGTH)
 
 

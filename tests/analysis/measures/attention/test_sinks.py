@@ -153,8 +153,9 @@ def test_misuse_is_refused(hooked):
         sink_attention(hooked, b.rows(slice(0, 1)))
     with pytest.raises(UsageError, match="factors is empty"):
         sink_attention(hooked, b, factors=())
-    with pytest.raises(UsageError, match="positive"):
-        sink_attention(hooked, b, factors=(0.0,))
+    for factor in (0.0, float("nan"), True, "5"):
+        with pytest.raises(UsageError, match="factor must be a number above 0"):
+            sink_attention(hooked, b, factors=(factor,))
     with pytest.raises(UsageError, match="by must be"):
         sink_attention(hooked, b, by="token")
     with pytest.raises(UsageError, match="no sequence"):

@@ -117,8 +117,9 @@ def test_single_sequences_few_loops_and_misuse(hooked, batch, clean):
     empty = convergence(hooked, mask_tokens(clean, 22, mask_ratio=1.0), n_loops=12)
     empty = empty[empty["token_group"] == "clean"]
     assert (empty["n"] == 0).all() and (empty["n_still"] == 0).all() and verdicts(empty) == {"undecided"}
-    with pytest.raises(UsageError, match="margin"):
-        convergence(hooked, batch, margin=2)
+    for margin in (2, 1, -0.1, float("nan"), True, "0.2"):
+        with pytest.raises(UsageError, match="margin must be"):
+            convergence(hooked, batch, margin=margin)
     with pytest.raises(UsageError, match="clusters"):
         convergence(hooked, batch, clusters=np.arange(2))
     with pytest.raises(UsageError, match="MaskedBatch"):
