@@ -95,6 +95,10 @@ def other(*kinds: type) -> st.SearchStrategy[Any]:
     return ODD.filter(lambda value: not isinstance(value, kinds) or isinstance(value, bool))
 
 
+NO_EDGES = st.one_of(st.none(), st.integers(), other(str).filter(lambda value: not callable(value)))
+"""Neither the name of edges nor a choice of them; a name is drawn elsewhere."""
+
+
 def _entered(change: Any) -> None:
     with change:
         TOY(BATCH.tokens, n_loops=2)
@@ -153,6 +157,7 @@ WRONG: dict[str, tuple[Call, st.SearchStrategy[Any]]] = {
     "cache names": (lambda v: TOY.run_with_cache(CLEAN, names_filter=v), TEXT_NAMES),
     "hook name": (lambda v: TOY.run_with_hooks(CLEAN, fwd_hooks=[(v, lambda x, hook: x)]), TEXT_NAMES),
     "cut edges": (lambda v: _entered(cut(TOY, v)), TEXT_NAMES),
+    "cut choice": (lambda v: _entered(cut(TOY, v)), NO_EDGES),
     "cut loops": (lambda v: _entered(cut(TOY, loops=v)), st.one_of(TEXT_NAMES, st.just(1.5), st.just([1, "x"]))),
     "config": (lambda v: toy_config(**v), st.builds(lambda key, v: {key: v}, st.sampled_from(FIELDS), NO_FIELD)),
     **{f"model of {name}": (call, ODD) for name, call in OF_MODELS.items()},
@@ -191,6 +196,7 @@ WRONG: dict[str, tuple[Call, st.SearchStrategy[Any]]] = {
     "effects n_loops": (lambda v: causal_effects(TOY, CLEAN, trial=Trial(v)), st.one_of(st.just(1), LOOPS)),
     "values": (lambda v: _entered(replace_values(TOY, v)), ODD),
     "values edges": (lambda v: _entered(replace_values(TOY, VALUES, v)), TEXT_NAMES),
+    "values choice": (lambda v: _entered(replace_values(TOY, VALUES, v)), NO_EDGES),
     "values heads": (lambda v: _entered(replace_values(TOY, VALUES, heads=v)), integers(0, 1)),
     "values loops": (lambda v: _entered(replace_values(TOY, VALUES, loops=v)), st.sampled_from(["x", 1.5])),
     "hooks": (lambda v: TOY.run_with_hooks(CLEAN, fwd_hooks=v), SOME),

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from loopmdm.analysis.plots.style import BLOCK_STYLE, KEY_STYLE, NULL, SHARE_STYLE, band, of_rows
+from loopmdm.analysis.plots.style import BLOCK_STYLE, KEY_STYLE, NULL, SHARE_STYLE, interval_band, of_rows
 
 
 @of_rows
@@ -17,7 +17,7 @@ def plot_mass_by_depth(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = ax or plt.gca()
     for group in ("masked", "clean"):
         part, look = df[df["key_group"] == group].sort_values("depth"), KEY_STYLE[group]
-        band(ax, part["depth"], part["mass"], part["low"], part["high"], **look)
+        interval_band(ax, part["depth"], part, "mass", **look)
         ax.plot(part["depth"], part["chance"], **NULL | {"color": look["color"]})
     _mark_layers(df, ax)
     ax.set(ylabel="attention mass")
@@ -34,7 +34,7 @@ def plot_log_odds_by_depth(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     for ratio, look in SHARE_STYLE.items():
         part = df[np.isclose(df["nominal_mask_ratio"], ratio)].sort_values("depth")
         if len(part):
-            band(ax, part["depth"], part["log_odds"], part["low"], part["high"], **look)
+            interval_band(ax, part["depth"], part, "log_odds", **look)
     ax.axhline(0, **NULL)
     _mark_layers(df, ax)
     ax.set(ylabel="log-odds masked : clean")
@@ -64,7 +64,7 @@ def plot_by_block(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = ax or plt.gca()
     for block, look in zip(dict.fromkeys(df["block"]), BLOCK_STYLE, strict=False):
         part = df[df["block"] == block].sort_values("n_loops")
-        band(ax, part["n_loops"], part["value"], part["low"], part["high"], label=block, **look)
+        interval_band(ax, part["n_loops"], part, "value", label=block, **look)
     ax.axhline(0, **NULL)
     ax.set_xticks(sorted(df["n_loops"].unique()))
     return ax

@@ -89,13 +89,14 @@ def claim_rows() -> list[dict[str, str]]:
     asked = {claim.name: claim.estimand for claim in claims.load_claims()}
     rows = []
     for row in claims.claims_table().itertuples():
-        interval = f"({_number(row.low)} to {_number(row.high)})" if pd.notna(row.low) else ""
-        interval = f"{interval} {row.unit}" if pd.notna(row.estimate) else ""
-        claimed = f"{row.direction} {_number(row.margin)}"
-        seeds = "–" if row.verdict == "not run" else str(row.n_seeds)
-        rows.append({"text": row.text, "estimand": asked[row.claim], "task": row.task, "verdict": row.verdict,
-                     "estimate": _number(row.estimate), "interval": interval, "claimed": claimed, "seeds": seeds,
-                     "figure": row.figure})  # fmt: skip
+        known = pd.notna(row.estimate)
+        interval = f"({_number(row.low)} to {_number(row.high)}) " if pd.notna(row.low) else ""
+        rows.append({
+            "text": row.text, "estimand": asked[row.claim], "task": row.task, "verdict": row.verdict,
+            "estimate": _number(row.estimate), "interval": f"{interval}{row.unit}" if known else "",
+            "claimed": f"{row.direction} {_number(row.margin)}", "seeds": str(row.n_seeds) if known else "–",
+            "why": row.why if row.verdict in (claims.UNDECIDED, claims.UNTESTABLE) else "", "figure": row.figure,
+        })  # fmt: skip
     return rows
 
 

@@ -130,7 +130,7 @@ class KeyGroups:
         return "self", *self.names
 
 
-MASKED_OR_CLEAN = KeyGroups(("masked", "clean"), lambda seen: seen.states.members[:, None])
+MASKED_OR_CLEAN = KeyGroups(TOKEN_GROUPS, lambda seen: seen.states.members[:, None])
 
 
 def group_masses(seen: Seen, keys: Float[Tensor, "batch one key group"]) -> Float[Tensor, "batch head 2 kinds"]:

@@ -29,6 +29,8 @@ HUB = {
 PREFIX = "hub:"
 HELD_OUT_EVERY, MOST_HELD_OUT = 1000, 1000
 BATCH = 1000
+EDITION = 2
+"""Of what `prepare` writes; another one where a text is held out, or read, as it was not before."""
 
 
 def is_hub(name: str) -> bool:
@@ -65,7 +67,7 @@ def stream(name: str) -> Iterable[dict[str, Any]]:
 
 def prepare(name: str, tokenizer: Tokenizer, limit: int) -> Prepared:
     """The first `limit` training tokens of a hub corpus, from the cache if they are there."""
-    key = hashlib.sha256(f"{name}\0{limit}\0{tokenizer.to_str()}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{EDITION}\0{name}\0{limit}\0{tokenizer.to_str()}".encode()).hexdigest()[:16]
     folder = cache_folder() / "prepared" / key
     if (folder / "about.json").is_file():  # written last
         try:

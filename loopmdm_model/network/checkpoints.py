@@ -23,7 +23,7 @@ WEIGHTS, CONFIG, TOKENIZER, RECORD, METRICS = (
     "metrics.jsonl",
 )
 FINISHED = (WEIGHTS, CONFIG, RECORD)
-"""What a run leaves when it is finished."""
+"""What a run writes at its end; tokenizer and metrics lie there before, and are left, too."""
 WEIGHTS_HASH = "weights_sha256"
 """What the record calls the hash of the weights."""
 EVALUATION = "evaluation"
@@ -180,17 +180,23 @@ def check_weight(what: str, tensor: Tensor) -> None:
 
 
 def save_weights(
-    folder: Path | str, cfg: LoopMDMConfig, state: Mapping[str, Tensor], dtype: torch.dtype | None = None
+    folder: Path | str,
+    cfg: LoopMDMConfig,
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    record: Mapping[str, Any] | None = None,
 ) -> None:
     """Write weights and config into `folder`, each file atomically; tied weights are written once a name.
 
-    A record that lies there gets their hash, and loses its evaluation if it was of other weights.
+    `record` is written with their hash; else a record that lies there gets it, and loses its evaluation if it was
+    of other weights.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    record = read_record(folder) if (folder / RECORD).is_file() else None
-    if record is not None and (folder / WEIGHTS).is_file():
-        record = {WEIGHTS_HASH: sha256(folder / WEIGHTS)} | record
+    if record is None and (folder / RECORD).is_file():
+        record = read_record(folder)
+        if WEIGHTS_HASH not in record and (folder / WEIGHTS).is_file():
+            record = {WEIGHTS_HASH: sha256(folder / WEIGHTS)} | record
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
         whole = tensor.detach().to("cpu", dtype).contiguous()

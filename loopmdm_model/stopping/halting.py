@@ -213,10 +213,14 @@ def spread_change(
     rule: LensRule, reading: Tensor, before: Tensor | None, rows: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos"]:
     """A lens rule's numbers at `rows` from this loop's reading and the one before; NaN elsewhere."""
-    if before is None:
+    return spread(None if before is None else rule.change(reading, before), rows)
+
+
+def spread(values: Float[Tensor, " row"] | None, rows: Bool[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:
+    """Numbers at `rows` and NaN elsewhere; None: NaN everywhere."""
+    if values is None:
         return torch.full(rows.shape, float("nan"), device=rows.device)
-    change = rule.change(reading, before)
-    return change.new_full(rows.shape, float("nan")).masked_scatter(rows, change)
+    return values.new_full(rows.shape, float("nan")).masked_scatter(rows, values)
 
 
 def _own(view: LoopView) -> LoopView:

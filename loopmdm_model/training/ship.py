@@ -33,7 +33,8 @@ from loopmdm.model.training.spec import RunSpec
 def ship(run: Path, target: Path | None = None) -> Path:
     """Copy a finished run as fp16 with its record; the record gains `evaluation` on the test split.
 
-    It is evaluated before anything is copied: no weights lie beside the record of others meanwhile.
+    It is evaluated before anything is copied: no weights lie beside the record of others while it is. A break
+    between the copies leaves weights that the record beside them refuses.
     """
     record, home = read_record(run), target or ZOO / name_of(run)
     check_target(home / RECORD)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from loopmdm.model.corpora.tokenizer import load_tokenizer
 from loopmdm.model.diffusion.likelihood import masked_cross_entropy, masked_draw, nelbo
 from loopmdm.model.errors import DivergedError, Stopped, UsageError
-from loopmdm.model.files import LOCK, clear_partial, lock_folder, write_atomic, write_json
+from loopmdm.model.files import LOCK, clear_partial, lock_folder, write_atomic
 from loopmdm.model.network import checkpoints
 from loopmdm.model.network.model import LoopMDM
 from loopmdm.model.sequences import MaskedBatch, Sequences
@@ -361,9 +361,8 @@ class Trainer:
             self.progress.finished = True
             averages = {n.removeprefix("ema."): value for n, value in tensors.items() if n.startswith("ema.")}
             if self._first:
-                checkpoints.save_weights(self.folder, self.spec.config, averages)
                 record = run_record(self.spec, self.progress, self.data)
-                write_json(self.folder / checkpoints.RECORD, checkpoints.with_hash(self.folder, record))
+                checkpoints.save_weights(self.folder, self.spec.config, averages, record=record)
         if self._first:
             state.save(self.folder, tensors, self.progress, self.identity)
         self._write_metrics()

@@ -114,7 +114,7 @@ def test_double_models_are_measured_in_double(batch):
 
     with cut(m, "none"):
         masses, sinks, shape, change, toggle = (
-            measure(f"{name}", m, 3, batch=batch)
+            measure(name, m, 3, batch=batch)
             for name in (
                 "mask-attention",
                 "attention-sinks",

@@ -34,20 +34,11 @@ from loopmdm.analysis.measures.attention.record import check_loops, log_odds_gro
 from loopmdm.analysis.measures.attention.sinks import halves
 from loopmdm.analysis.measures.registry import Measure, plain
 from loopmdm.analysis.numbers import stats
+from loopmdm.analysis.numbers.contrasts import holm
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.randomness import step_generator
 from loopmdm.model.sequences import MaskedBatch, as_batch
-
-
-def holm(p_values: NDArray) -> NDArray:
-    """Holm's adjusted p-values; NaN stays NaN and counts as no test."""
-    adjusted = np.full(p_values.shape, np.nan)
-    known = np.flatnonzero(np.isfinite(p_values))
-    order = known[np.argsort(p_values[known], kind="stable")]
-    steps = p_values[order] * np.arange(len(order), 0, -1)
-    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
-    return adjusted
 
 
 def one_sided(value: NDArray, error: NDArray, units: NDArray) -> NDArray:

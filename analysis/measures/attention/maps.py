@@ -66,7 +66,7 @@ def attention_across_loops(
     cache: LoopCache,
     layer: int,
     head: int | Literal["auto"] = "auto",
-    loops: Sequence[int] | None = None,
+    loops: Iterable[int] | None = None,
     order: Literal["position", "masked-first"] = "position",
     sequence: int = 0,
 ) -> AttentionMaps:
@@ -79,13 +79,12 @@ def attention_across_loops(
     if not isinstance(cache, LoopCache):
         raise UsageError(f"a cache of run_with_cache is needed, got {cache!r:.60}")
     check_word("order", order, ("position", "masked-first"))
-    if loops is not None and not (
-        isinstance(loops, Iterable) and all(hasattr(loop, "__index__") for loop in loops)
-    ):
+    given = tuple(loops) if isinstance(loops, Iterable) else loops
+    if given is not None and not (isinstance(given, tuple) and all(hasattr(loop, "__index__") for loop in given)):
         raise UsageError(f"loops must be integers, as in loops=(0, 3), got {loops!r:.60}")
     check_count("sequence", sequence, least=0)
     last = cache.n_loops - 1
-    chosen = tuple(dict.fromkeys((0, last // 2, last))) if loops is None else tuple(loops)
+    chosen = tuple(dict.fromkeys((0, last // 2, last))) if given is None else given
     if not chosen:
         raise UsageError("loops is empty; name at least one, as in loops=(0, 3)")
     patterns = [_pattern(cache, layer, loop, sequence) for loop in chosen]

@@ -47,15 +47,15 @@ class Columns:
         self.found: dict[str, Float[Tensor, "batch head draw"]] = {}
 
     def begin(self, states: States) -> None:
-        """Nothing to prepare."""
+        """Weights of the queries, the same in all applications; NaN without other masked queries."""
+        weights = self.queries.to(states.dtype)
+        self.weights = weights / weights.sum(1, keepdim=True)
 
     def see(self, seen: Seen) -> None:
         """Keep the columns of one application."""
         index = self.drawn[:, None, None].expand(*seen.pattern.shape[:3], -1)
         attention = wide(seen.pattern.gather(-1, index))
-        weights = self.queries.to(attention.dtype)
-        weights = weights / weights.sum(1, keepdim=True)  # without other masked queries: NaN
-        self.found[seen.prefix] = torch.einsum("bhqd,bqd->bhd", attention, weights)
+        self.found[seen.prefix] = torch.einsum("bhqd,bqd->bhd", attention, self.weights.to(attention.dtype))
 
 
 @dataclass(frozen=True)

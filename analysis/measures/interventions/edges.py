@@ -14,8 +14,8 @@ EDGES = ("none", *(f"{query}->{key}" for query in ENDS for key in ENDS))
 
 
 def check_edges(what: object) -> None:
-    """UsageError with near matches unless `what` names a set of edges, or chooses edges itself."""
-    if not callable(what) and not (isinstance(what, str) and what in EDGES):
+    """UsageError with near matches unless `what` names a set of edges."""
+    if not isinstance(what, str) or what not in EDGES:
         raise unknown_name("set of edges", what, EDGES)
 
 

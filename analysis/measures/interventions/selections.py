@@ -43,7 +43,7 @@ class EdgeSet:
 
     def __post_init__(self):
         """Known names; a share in (0, 1]."""
-        check_edges(self.groups if isinstance(self.groups, str) else repr(self.groups))
+        check_edges(self.groups)
         for what, name, known in (("relation", self.relation, ("any", *RELATIONS)), ("side", self.side, SIDES)):
             if not isinstance(name, str) or name not in known:
                 raise unknown_name(what, name, known)
@@ -83,8 +83,8 @@ def choice(m: HookedLoopMDM, wanted: EdgeSet, draw: Draw | None = None) -> Choos
 
 
 def as_choice(m: HookedLoopMDM, what: "str | Choose") -> Choose:
-    """A choice, or the one of all edges of a name."""
-    return choice(m, EdgeSet(what)) if isinstance(what, str) else what
+    """A choice, or the one of all edges of a name; UsageError for what is neither."""
+    return what if callable(what) else choice(m, EdgeSet(what))
 
 
 def looks(choose: Choose) -> bool:

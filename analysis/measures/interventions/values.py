@@ -36,7 +36,10 @@ def record_values(
     attention_mask: Tensor | None = None,
     loops: Loops = None,
 ) -> Values:
-    """The values of the looped layers in the chosen loops (default: every) of one run; under the open contexts."""
+    """The values of the looped layers in the chosen loops (default: every) of one run; under the open contexts.
+
+    UsageError where none of them is run.
+    """
     check_model(m, "record_values", hooked=True)
     found: Values = {}
 
@@ -46,14 +49,21 @@ def record_values(
     with m.hooks([(applications(m.cfg, loops, None, "v"), keep)]):
         for _ in m.states(tokens, n_loops, attention_mask):
             pass
+    if not found:
+        raise UsageError(f"none of the chosen loops is among the {n_loops} that are run; choose others")
     return found
 
 
 def mean_values(several: Iterable[Values]) -> Values:
-    """Their mean, place by place; of an iterator no more than two runs and the sum are held."""
+    """Their mean, place by place; of an iterator no more than two runs and the sum are held.
+
+    UsageError for none, and unless all are of the same loops.
+    """
     total: Values = {}
     number, dtype = 0, torch.float32
     for values in several:
+        if not values or (total and values.keys() != total.keys()):
+            raise UsageError("a mean of values needs the same loops of each run; give record_values of each")
         number, dtype = number + 1, next(iter(values.values())).dtype
         total = {place: total[place] + wide(v) if total else wide(v) for place, v in values.items()}
     if not number:

@@ -140,7 +140,10 @@ def _places(board: Board, b: MaskedBatch, order: str) -> Float[Tensor, "batch ce
 def _contrast(
     solved: dict[tuple[str, int], np.ndarray], order: str, count: int, least: int, clusters: np.ndarray | None
 ) -> tuple:
-    """From `gain` on: what a row of contrasts holds."""
+    """From `gain` on: what a row of contrasts holds.
+
+    The log-odds are `stats.log_ratio` of right against wrong, whose sums would move the last digits of tables.
+    """
     ours, theirs = (solved[name, count] - solved[name, least] for name in (order, REFERENCE))
     gain, gain_se, _ = stats.mean_and_error(ours, clusters)
     contrast, error, n = stats.mean_and_error(ours - theirs, clusters)

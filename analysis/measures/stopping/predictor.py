@@ -28,6 +28,7 @@ from loopmdm.analysis.measures.stopping.record import LoopRecord
 from loopmdm.model.errors import UsageError, check_count, check_word
 from loopmdm.model.information import entropy
 from loopmdm.model.precision import wide
+from loopmdm.model.stopping.halting import spread
 from loopmdm.model.stopping.rules import Lens, LoopView, SecondDifference, StateDelta, StoppingRule
 
 Features = Literal["state", "lens"]
@@ -55,8 +56,7 @@ class DirectEntropy(StoppingRule):
     def _spread(self, view: LoopView, number) -> Tensor:
         rows = self.group(view.masked, view.real)
         assert view.read is not None
-        found = number(view.read("direct", rows))
-        return found.new_full(rows.shape, float("nan")).masked_scatter(rows, found)
+        return spread(number(view.read("direct", rows)), rows)
 
 
 @dataclass(frozen=True)

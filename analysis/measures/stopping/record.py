@@ -22,7 +22,7 @@ from loopmdm.model.network.config import LoopMDMConfig
 from loopmdm.model.precision import wide, width
 from loopmdm.model.protocol import LoopedModel, core_of
 from loopmdm.model.sequences import MaskedBatch, Sequences, as_batch
-from loopmdm.model.stopping.halting import spread_change
+from loopmdm.model.stopping.halting import spread, spread_change
 from loopmdm.model.stopping.rules import (
     ArgmaxStable,
     EntropyDelta,
@@ -251,11 +251,8 @@ class _Recorder:
     def _lens(self, name: str, rule: LensRule, view: LoopView, last: dict[str, "Answers"]) -> Tensor:
         rows = rule.group(view.masked, view.real)
         if type(rule) in SHARED and torch.equal(rows, self.part.masked):
-            values = torch.full(rows.shape, float("nan"), device=rows.device)
-            if last:
-                found = SHARED[type(rule)](self.answers[rule.lens], last[rule.lens])
-                values = values.to(found.dtype).masked_scatter(rows, found)
-            return rule.reduce(values, rows)
+            found = SHARED[type(rule)](self.answers[rule.lens], last[rule.lens]) if last else None
+            return rule.reduce(spread(found, rows), rows)
         assert view.read is not None
         reading, before = rule.read(view.read(rule.lens, rows)), self.before[name]
         self.before[name] = reading

@@ -85,7 +85,8 @@ def test_the_mean_over_seeds_by_hand():
 
 def test_each_statistic_stands_in_one_place():
     assert stats.mean_and_error is means.mean_and_error
-    homes: dict[str, set[str]] = {name: set() for name in ("t.ppf", "influence_error", "half_width", "over_seeds")}
+    names = ("t.ppf", "influence_error", "half_width", "over_seeds", "holm")
+    homes: dict[str, set[str]] = {name: set() for name in names}
     for folder in ("loopmdm_model", "analysis"):
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
@@ -94,4 +95,5 @@ def test_each_statistic_stands_in_one_place():
                 if isinstance(node, ast.FunctionDef) and node.name in homes:
                     homes[node.name].add(path.name)
     assert homes["t.ppf"] == homes["over_seeds"] == {"stats.py"}
+    assert homes["holm"] == {"contrasts.py"}
     assert homes["influence_error"] == {"means.py"} and homes["half_width"] == {"estimate.py"}

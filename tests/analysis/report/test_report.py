@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -191,6 +192,32 @@ def test_an_interrupted_report_leaves_the_old_file(tmp_path):
     assert out.read_text() == "old" and os.listdir(tmp_path) == ["report.html"]  # noqa: PTH208
 
 
+def test_a_claim_shows_its_number_and_why_it_has_no_verdict(monkeypatch):
+    from loopmdm.analysis.report import page
+
+    few = pd.DataFrame(
+        [
+            ("supported", 1.5, 1.0, 2.0, 5, "above in 9 of 9 pairs"),
+            ("undecided", 1.5, 0.5, 2.0, 5, "what would decide it: <b>ten</b> more"),
+            ("not testable here", 1.5, np.nan, np.nan, 1, "deep less base & so on"),
+            ("not testable here", np.nan, np.nan, np.nan, 0, ""),
+            ("not run", np.nan, np.nan, np.nan, 0, ""),
+        ],
+        columns=["verdict", "estimate", "low", "high", "n_seeds", "why"],
+    )
+    same = {"claim": "mask-to-mask-rises", "task": "sotu", "unit": "nats", "margin": 1.0, "direction": "above"}
+    few = few.assign(**same, figure="mask-to-mask-by-loop", text="It rises.")
+    monkeypatch.setattr(page.claims, "claims_table", lambda: few)
+    shown = page.claim_rows()
+    assert [row["interval"] for row in shown] == ["(1 to 2) nats", "(0.5 to 2) nats", "nats", "", ""]
+    assert [row["seeds"] for row in shown] == ["5", "5", "1", "–", "–"]
+    assert [row["why"] for row in shown] == ["", few["why"][1], few["why"][2], "", ""]
+    monkeypatch.setattr(page, "by_theme", dict)
+    monkeypatch.setattr(page, "inputs", list)
+    cells = re.findall(r'<span class="why">(.*?)</span>', page.report())
+    assert cells == [html.escape(few["why"][1], quote=False), html.escape(few["why"][2])]
+
+
 def test_the_report_holds_every_claim_and_figure_in_one_small_file(tmp_path):
     from loopmdm.analysis.exhibits.verdicts import claims_table
 
@@ -201,7 +228,10 @@ def test_the_report_holds_every_claim_and_figure_in_one_small_file(tmp_path):
     said = html.unescape(page)
     for name, figure in figures.FIGURES.items():
         assert f'<figure id="{name}">' in page and figure.text in said, name
-    assert page.count('<span class="verdict ') == len(claims_table())
+    table = claims_table()
+    assert page.count('<span class="verdict ') == len(table)
+    for why in table["why"][table["verdict"].isin(["undecided", "not testable here"])]:
+        assert why in said
     pictures = re.findall(r'<img src="data:image/png[^"]+" width="\d+" height="\d+" alt="\d+ panels?: ', page)
     assert len(pictures) == len(figures.FIGURES)
     assert not re.search(r'(src|href)="(?!data:|#)', page)

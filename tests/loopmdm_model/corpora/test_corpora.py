@@ -201,6 +201,28 @@ def test_a_hub_corpus_is_streamed_once_and_read_at_random(small_hub):
     assert data.evaluation("test", 1).shape == (1, 16) or data.evaluation("test").numel() == 0
 
 
+def test_what_an_older_edition_prepared_is_not_read(small_hub, monkeypatch):
+    tokenizer, calls = small_hub
+    with monkeypatch.context() as older:
+        older.setattr(hub, "EDITION", hub.EDITION - 1)
+        older.setattr(hub, "split_of", lambda text: {"5": "validation", "7": "test"}.get(text.split()[2][-1]))
+        old = hub.prepare("openwebtext", tokenizer, 5000)
+    new = hub.prepare("openwebtext", tokenizer, 5000)
+    assert len(calls) == 2 and new.fingerprint != old.fingerprint
+    found = tokenizer.decode(new.held_out["validation"][0].tolist())
+    assert hub.split_of(found.removesuffix("[EOS]")) == "validation"
+
+
+def test_a_changed_split_is_another_edition():
+    """Who changes the split raises the edition, and writes both here."""
+    found = {number: hub.split_of(f"cafe\u0301 \n {number} ") for number in range(2500)}
+    held_out = {number: split for number, split in found.items() if split}
+    assert (hub.EDITION, held_out) == (
+        2,
+        {345: "test", 544: "validation", 1376: "validation", 1490: "test", 1806: "test"},
+    )
+
+
 def test_an_interrupted_preparation_starts_again(small_hub, monkeypatch):
     tokenizer, calls = small_hub
     whole = hub.stream

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from loopmdm.model.errors import UsageError
 from loopmdm.model.files import read_json, sha256, write_atomic, write_json
 from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.network import checkpoints
 from loopmdm.model.network.checkpoints import ZOO, list_models
 from loopmdm.model.network.model import LoopMDM
 from tests.conftest import toy_model
@@ -130,6 +131,24 @@ def test_a_record_without_a_hash_is_of_the_weights_beside_it(tmp_path):
     (tmp_path / "train.json").write_text("[1]")
     with pytest.raises(UsageError, match="no record"):
         m.model.save_pretrained(tmp_path)
+
+
+def test_weights_are_hashed_only_where_their_hash_is_not_known(tmp_path, monkeypatch):
+    m = HookedLoopMDM.from_pretrained("markov-loop")
+    m.model.save_pretrained(tmp_path)
+    write_json(tmp_path / "train.json", {"seed": 1})
+    hashed = []
+    monkeypatch.setattr(checkpoints, "sha256", lambda path: (hashed.append(path.name), sha256(path))[1])
+    m.model.save_pretrained(tmp_path)
+    assert hashed == ["model.safetensors"] * 2  # the old ones and the new ones
+    m.model.save_pretrained(tmp_path)
+    assert hashed == ["model.safetensors"] * 3
+    checkpoints.save_weights(tmp_path, m.model.cfg, m.model.state_dict(), record={"seed": 2})
+    assert hashed == ["model.safetensors"] * 4
+    assert read_json(tmp_path / "train.json") == {
+        "seed": 2,
+        "weights_sha256": sha256(tmp_path / "model.safetensors"),
+    }
 
 
 def test_truncated_weights_and_damaged_configs_are_refused(folder):

@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from loopmdm.analysis.measures.access import Access
 from loopmdm.model.diffusion.likelihood import nelbo
 from loopmdm.model.errors import DivergedError, Stopped, UsageError
-from loopmdm.model.files import LOCK, PARTIAL
+from loopmdm.model.files import LOCK, PARTIAL, sha256, write_atomic
 from loopmdm.model.flops import training_flops
 from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.network import checkpoints
 from loopmdm.model.training import budget, ship, trainer
 from loopmdm.model.training.ema import Ema
 from loopmdm.model.training.spec import LoopSchedule, RunSpec
@@ -500,14 +501,16 @@ def test_a_finished_model_whose_state_went_is_not_trained_over(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "train.json"])
-def test_what_is_missing_of_a_finished_run_is_written_again(name, tmp_path):
-    spec = RunSpec.from_dict(_values(flops=1e9))
+def test_what_is_missing_of_a_finished_run_is_written_again(name, tmp_path, monkeypatch):
+    spec, hashed = RunSpec.from_dict(_values(flops=1e9)), []
+    monkeypatch.setattr(checkpoints, "sha256", lambda path: (hashed.append(path.name), sha256(path))[1])
     with torch.enable_grad():
         trainer.Trainer(spec, tmp_path).train()
         before = (tmp_path / name).read_bytes()
         (tmp_path / name).unlink()
         trainer.Trainer(spec, tmp_path, resume=True).train()
     assert (tmp_path / name).read_bytes() == before
+    assert hashed == ["model.safetensors"] * 2  # once each time they are written
 
 
 def test_a_run_of_fewer_steps_than_points_goes_on_where_it_was_broken_off(tmp_path):
@@ -554,7 +557,17 @@ def test_a_shipping_that_is_broken_off_leaves_the_old_one(tmp_path, monkeypatch)
     def broken(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ship, "evaluate", broken)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
+        during.setattr(ship, "evaluate", broken)
         ship.ship(tmp_path / "other", home)
     assert {path.name: path.read_bytes() for path in home.iterdir()} == before
+
+    def broken_at_the_record(path, write):
+        return broken() if path.name == "train.json" else write_atomic(path, write)
+
+    monkeypatch.setattr(ship, "write_atomic", broken_at_the_record)
+    with pytest.raises(KeyboardInterrupt):
+        ship.ship(tmp_path / "other", home)
+    assert (home / "train.json").read_bytes() == before["train.json"]
+    with pytest.raises(UsageError, match=r"is not what train\.json beside it was written for"):
+        HookedLoopMDM.from_pretrained(home)

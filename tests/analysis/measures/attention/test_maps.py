@@ -21,6 +21,13 @@ def test_maps_are_the_cached_patterns(cache, hooked, batch):
     assert len(maps.frame()) == 2 * 10 * 10
 
 
+def test_loops_may_be_an_iterator(cache):
+    given = attention_across_loops(cache, layer=1, head=1, loops=iter((0, 2)))
+    assert given.loops == (0, 2) and given.maps.shape == (2, 10, 10)
+    with pytest.raises(UsageError, match="loops must be integers"):
+        attention_across_loops(cache, layer=1, loops=iter(("a", 2)))
+
+
 def test_masked_first_reorders_both_axes(cache, batch):
     plain = attention_across_loops(cache, layer=2, head=0, loops=(1,))
     sorted_maps = attention_across_loops(cache, layer=2, head=0, loops=(1,), order="masked-first")

@@ -483,6 +483,8 @@ def test_donors_come_from_other_documents():
     ("call", "says"),
     [
         (lambda m, x: EdgeSet("masked->mask"), "masked->masked"),
+        (lambda m, x: EdgeSet(len), "unknown set of edges"),
+        (lambda m, x: EdgeSet(None), "unknown set of edges"),
         (lambda m, x: EdgeSet(relation="rows"), "row"),
         (lambda m, x: EdgeSet(side="outsid"), "outside"),
         (lambda m, x: EdgeSet(share=0.0), r"share must be a number above 0 and of at most 1, got 0\.0"),
@@ -494,6 +496,15 @@ def test_donors_come_from_other_documents():
         (lambda m, x: causal_effects(m, x, [Arm("cut", EdgeSet(relation="row"))], Trial(2)), "fills none"),
         (lambda m, x: cut(m, choice(m, EdgeSet()), matched=True).__enter__(), "outside"),
         (lambda m, x: replace_values(m, {}, "masked").__enter__(), "any->masked"),
+        (lambda m, x: replace_values(m, {}, None).__enter__(), "unknown set of edges 'None'; known: none, masked"),
+        (lambda m, x: replace_values(m, {}, 5).__enter__(), "unknown set of edges '5'; known: none, masked"),
+        (lambda m, x: cut(m, None).__enter__(), "unknown set of edges 'None'; known: none, masked"),
+        (lambda m, x: cut(m, 5).__enter__(), "unknown set of edges '5'; known: none, masked"),
+        (lambda m, x: cut(m, 5, matched=True).__enter__(), "unknown set of edges '5'; known: none, masked"),
+        (lambda m, x: record_values(m, x, 2, None, slice(2, None)), "none of the chosen loops is among the 2"),
+        (lambda m, x: mean_values([{}]), "values"),
+        (lambda m, x: mean_values([record_values(m, x, 2), record_values(m, x, 1)]), "same loops"),
+        (lambda m, x: mean_values([]), "one run at least"),
     ],
 )
 def test_misuse_is_named(hooked, clean, call, says):
@@ -510,9 +521,10 @@ def test_missing_or_other_values_are_named(hooked, batch):
 
 
 def test_the_usual_arms_hold_every_kind_of_every_edge_set(hooked, sudoku_toy):
-    plain, board = standard_arms(hooked), standard_arms(HookedLoopMDM(sudoku_toy))
+    filler = HookedLoopMDM(sudoku_toy)
+    plain, board = standard_arms(hooked), standard_arms(filler)
     assert {arm.edges.relation for arm in board} - {arm.edges.relation for arm in plain} == set(RELATIONS)
-    for arms in (plain, board):
+    for m, arms in ((hooked, plain), (filler, board)):
         assert len(arms) == 3 * len({arm.edges for arm in arms}) == len(set(arms))
         for kind in KINDS:
-            assert standard_arms(hooked, [kind]) == [arm for arm in plain if arm.kind == kind]
+            assert standard_arms(m, [kind]) == [arm for arm in arms if arm.kind == kind]
