@@ -18,7 +18,8 @@ class Facts:
 
     `mask_token_id` is the id of [MASK], wherever it stands, None if the model has none; `causal`: a position
     sees earlier ones only; `shifted`: logits for a position are read one position before it; `additive`: every
-    layer adds to the residual stream and nothing else touches it; `random_start`: the first state is drawn;
+    layer adds to the residual stream and nothing else touches it; `linear_heads`: what heads give reaches the
+    stream through W_O alone, no gate or norm before it; `random_start`: the first state is drawn;
     `nested`: loop i's states do not depend on how many loops follow; `gated`: it has an
     exit gate of its own; `trained_to`: the largest mask ratio of training. `remarks` are sentences that captions
     repeat.
@@ -28,6 +29,7 @@ class Facts:
     causal: bool = False
     shifted: bool = False
     additive: bool = True
+    linear_heads: bool = True
     random_start: bool = False
     nested: bool = True
     gated: bool = False
@@ -91,6 +93,10 @@ NEEDS: dict[str, tuple[Any, str]] = {
     "additive": (
         lambda facts: facts.additive,
         "an additive residual stream; in this model more than the layers' sums touches it",
+    ),
+    "linear_heads": (
+        lambda facts: facts.linear_heads,
+        "heads that reach the stream through W_O alone; in this model a gate or a norm comes between",
     ),
     "nested": (lambda facts: facts.nested, "loops that do not depend on how many follow; this model's do"),
     "fixed_start": (lambda facts: not facts.random_start, "a fixed first state; this model draws its own"),

@@ -11,6 +11,7 @@ from loopmdm.analysis.cli import (  # noqa: F401 - each adds its commands
     data,
     evaluation,
     figures,
+    models,
     report,
     sampling,
     science,

@@ -1,4 +1,4 @@
-"""`loopmdm models`, `loopmdm evaluate` and `loopmdm lm-eval`."""
+"""`loopmdm evaluate` and `loopmdm lm-eval`."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,33 +19,6 @@ from loopmdm.analysis.cli.shared import (
 
 if TYPE_CHECKING:
     from loopmdm.analysis.measures.access import Access
-
-
-@app.command(epilog="Example: loopmdm models")
-def models() -> None:
-    """List the shipped models, and other people's that can be fetched."""
-    from loopmdm.model.adapters.specimens import SPECIMENS
-    from loopmdm.model.files import read_json
-    from loopmdm.model.network.checkpoints import RECORD, ZOO, list_models
-    from loopmdm.model.network.config import LoopMDMConfig
-
-    rows = []
-    for name in list_models():
-        cfg, record = LoopMDMConfig.load(ZOO / name / "config.json"), read_json(ZOO / name / RECORD)
-        layers = f"{cfg.n_prelude_layers}+{cfg.n_loop_layers}xS+{cfg.n_coda_layers}"
-        reached = record["evaluation"]
-        flops = record["training_flops"]["realised"]
-        corpus = record["spec"]["data"]["corpus"]
-        test = (reached["test_nelbo"], reached["test_nelbo_se"])
-        rows.append((name, corpus, layers, cfg.max_loops, cfg.d_model, flops, *test, "this package", "MIT"))
-    unknown = float("nan")
-    for name, item in SPECIMENS.items():
-        source = f"{item.source.package}=={item.source.version}"
-        source += "" if item.fetched else f" (loopmdm data fetch {item.archive})"
-        rows.append((name, "antibodies", f"{item.layers}+0xS+0", 1, item.d_model, *[unknown] * 3, source,
-                     item.source.licence))  # fmt: skip
-    columns = ["model", "trained_on", "layers", "S_max", "d_model", "training_flops", "test_nelbo", "se"]
-    show([*columns, "source", "licence"], rows)
 
 
 @app.command(epilog="Example: loopmdm evaluate sudoku-loop --n-loops 1,2,4")

@@ -175,7 +175,8 @@ def group_contents(seen: Seen, keys: Tensor, gram: Tensor) -> Float[Tensor, "bat
 
 
 def output_gram(m: HookedLoopMDM, layer: int) -> Float[Tensor, "head d_head d_head"]:
-    """W_O W_O^T per head."""
+    """W_O W_O^T per head; UsageError where more than W_O leads to the stream."""
+    m.facts.need("linear_heads", by="content")
     weight = m.model.output_weight(layer)
     per_head = wide(weight).T.unflatten(0, (m.cfg.n_heads, m.cfg.d_head))
     return per_head @ per_head.transpose(-1, -2)

@@ -98,6 +98,18 @@ def _native_logits(core: ForeignCore, tokens: Tensor) -> Tensor:
         ) from error
 
 
+def _ours(core: ForeignCore, tokens: Tensor) -> Tensor:
+    try:
+        return core(tokens, core.cfg.native_loops)
+    except UsageError:
+        raise
+    except Exception as error:  # somebody else's code again
+        raise UsageError(
+            f"{_name(core)}: its blocks do not run one by one ({' '.join(str(error).split())[:200]}); "
+            "the record describes another model: give family=, or blocks="
+        ) from error
+
+
 def _check_logits(core: ForeignCore, tokens: Tensor) -> float:
     native = _native_logits(core, tokens)
     if native.shape[-1] != core.cfg.d_vocab:
@@ -105,7 +117,13 @@ def _check_logits(core: ForeignCore, tokens: Tensor) -> float:
             f"{_name(core)} gives {native.shape[-1]} logits, its config says {core.cfg.d_vocab}; "
             f'give sizes={{"d_vocab": {native.shape[-1]}}}'
         )
-    off = apart(core, core(tokens, core.cfg.native_loops), native)
+    ours = _ours(core, tokens)
+    if ours.shape != native.shape:
+        raise UsageError(
+            f"{_name(core)}: the head gives {list(ours.shape)}, the native forward {list(native.shape)}; "
+            "give head= all that leads from the last state to logits"
+        )
+    off = apart(core, ours, native)
     if not off <= tolerance(native):
         raise UsageError(
             f"{_name(core)}: logits differ from the native forward's by {off:.2g}, expected at most "
@@ -130,7 +148,8 @@ def _check_inside(core: ForeignCore, tokens: Tensor) -> dict[str, float]:
     sums = float((plain.kept["attn.hook_pattern"].float().sum(-1) - 1).abs().max())
     if not sums <= (1e-5 if core.dtype in TOLERANCE else 2e-2):
         raise UsageError(f"{_name(core)}: rows of the attention pattern sum to 1 only within {sums:.2g}")
-    return {"pattern": sums} | ({"additive": _check_additive(core, plain)} if core.facts.additive else {})
+    found = {"pattern": sums} | ({"heads": _check_heads(core, layer, plain)} if core.facts.linear_heads else {})
+    return found | ({"additive": _check_additive(core, plain)} if core.facts.additive else {})
 
 
 def _check_leaves(core: ForeignCore, plain: Edits) -> None:
@@ -144,6 +163,19 @@ def _check_leaves(core: ForeignCore, plain: Edits) -> None:
             f"{_name(core)} attends with {found[0]} heads of {found[1]}, its config says {wanted[0]} of "
             f'{wanted[1]}; give sizes={{"n_heads": {found[0]}, "d_head": {found[1]}}}'
         )
+
+
+def _check_heads(core: ForeignCore, layer: int, plain: Edits) -> float:
+    """What heads give, through W_O, against what attention adds."""
+    z, added = plain.kept["attn.hook_z"].flatten(-2), plain.kept["hook_attn_out"]
+    through = (z @ core.output_weight(layer).T + core.output_bias(layer)).float()
+    off = float((through - added.float()).abs().max() / added.float().abs().max().clamp(min=1e-30))
+    if not off <= (1e-4 if core.dtype in TOLERANCE else COARSE):
+        raise UsageError(
+            f"{_name(core)}: more than W_O stands between its heads and the stream (off by {off:.2g}), such as a "
+            "gate; give linear_heads=False"
+        )
+    return off
 
 
 def _check_additive(core: ForeignCore, plain: Edits) -> float:

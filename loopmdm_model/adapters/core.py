@@ -61,7 +61,7 @@ class BlockCall:
             out = block(x, *self.args, **self.kwargs)
         else:
             out = block(*self.args, **{self.keyword: x}, **self.kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return out[0] if isinstance(out, tuple | list) else out
 
 
 @dataclass(slots=True, kw_only=True)
@@ -102,6 +102,7 @@ class ForeignCore(Core):
         super().__init__()
         self.native, self.family, self.cfg = native, family, cfg
         self.blocks: list[nn.Module] = family.find_blocks(native)
+        self._same = [self.blocks.index(block) for block in self.blocks]  # one block may be several layers
         self._parts = [{"": native}, *(module._modules for module in native.modules() if module._modules)]
         self.cycle, self.seed = family.cycle(), 0
         self.training = native.training
@@ -134,14 +135,14 @@ class ForeignCore(Core):
                 x, call = BlockCall.noted(args, kwargs)
                 first.append(x)
                 calls[layer] = call
-                if layer == self.cfg.n_layers - 1:
+                if layer == self._same[-1]:
                     raise _Entered
                 return (x, *[None] * (kinds[layer] - 1)) if kinds[layer] else x
 
             return route
 
         kinds = self._kinds_of(tokens, keys)
-        routes = {block: recorder(layer) for layer, block in enumerate(self.blocks)}
+        routes = {self.blocks[layer]: recorder(layer) for layer in set(self._same)}
         try:
             with self.cycle.unmoved(), Detour(routes).open():
                 self._call_native(tokens, keys, 1)
@@ -177,15 +178,15 @@ class ForeignCore(Core):
         def onlooker(layer: int) -> Callable:
             def route(native: Callable, *args: Any, **kwargs: Any) -> Any:
                 out = native(*args, **kwargs)
-                kinds[layer] = len(out) if isinstance(out, tuple) else 0
+                kinds[layer] = len(out) if isinstance(out, tuple | list) else 0
                 return out
 
             return route
 
-        routes = {block: onlooker(layer) for layer, block in enumerate(self.blocks)}
+        routes = {self.blocks[layer]: onlooker(layer) for layer in set(self._same)}
         with torch.no_grad(), self.cycle.unmoved(), Detour(routes).open():
             self._call_native(tokens, keys, 1)
-        missing = [layer for layer in range(self.cfg.n_layers) if layer not in kinds]
+        missing = [layer for layer in self._same if layer not in kinds]
         if missing:
             raise UsageError(
                 f"the forward of {type(self.native).__name__} never called layer {missing[0]} of "
@@ -219,9 +220,14 @@ class ForeignCore(Core):
             return super().layers(segment, x, context, taps, prefix, among)
         loop = Site.parse(f"{prefix}hook_in").loop
         assert loop is not None, prefix
-        inside = super().layers(segment, self.cycle.before(self, x, context, loop), context, taps, prefix, among)
-        out = self.cycle.after(self, x, inside, context, loop)
-        return out if context.held is None else torch.where(context.held[..., None], x, out)
+        parts = self.cycle.parts(self)
+        for number, part in enumerate(parts, loop * len(parts)):
+            inside = super().layers(
+                segment, self.cycle.before(self, x, context, number), context, taps, prefix, part
+            )
+            out = self.cycle.after(self, x, inside, context, number)
+            x = out if context.held is None else torch.where(context.held[..., None], x, out)
+        return x
 
     def layer(
         self, layer: int, x: Tensor, context: ForeignContext, tap: Tap = NO_TAP, held: Tensor | None = None
@@ -231,7 +237,7 @@ class ForeignCore(Core):
         with ExitStack() as stack:
             if tap is not NO_TAP:
                 stack.enter_context(listening(self.family, self.cfg, self.blocks[layer], tap, held))
-            out = context.calls[layer](self.blocks[layer], x)
+            out = context.calls[self._same[layer]](self.blocks[layer], x)
         return tap("hook_resid_post", out if held is None else torch.where(held[..., None], x, out))
 
     # --- leave ---

@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loopmdm.model.errors import UsageError
+from loopmdm.model.layout import Layout
+
 if TYPE_CHECKING:
     from loopmdm.model.context import Context
 
@@ -22,6 +25,11 @@ class Around(Protocol):
 
     seed: int
     native: Any
+
+    @property
+    def cfg(self) -> Layout:
+        """Its layers."""
+        ...
 
 
 class Cycle:
@@ -34,12 +42,19 @@ class Cycle:
         """H(-1), from what the prelude gives."""
         return x
 
-    def before(self, core: "Around", x: Tensor, context: "Context", loop: int) -> Tensor:  # noqa: ARG002
-        """What the looped layers get in iteration `loop`."""
+    def parts(self, core: "Around") -> list[range]:
+        """The looped layers as runs with something between them, in order; by default one run.
+
+        `before` and `after` stand around each, told the number of the run since the first loop's first.
+        """
+        return [core.cfg.layers("loop")]
+
+    def before(self, core: "Around", x: Tensor, context: "Context", run: int) -> Tensor:  # noqa: ARG002
+        """What the looped layers get."""
         return x
 
     def after(
-        self, core: "Around", x: Tensor, inside: Tensor, context: "Context", loop: int  # noqa: ARG002
+        self, core: "Around", x: Tensor, inside: Tensor, context: "Context", run: int  # noqa: ARG002
     ) -> Tensor:  # fmt: skip
         """The next state, from the one before and what the looped layers give."""
         return inside
@@ -69,6 +84,15 @@ _GENERATOR = RLock()
 """Torch's global generator is one for all threads; native code draws from nothing else."""
 
 
+def _left(context: Any, name: str) -> Tensor:
+    """What the prelude left in the context."""
+    if name not in context.extra:
+        raise UsageError(
+            "this model's loops need what its prelude left: take state and context from m.states(tokens)"
+        )
+    return context.extra[name]
+
+
 class Injected(Cycle):
     """Raven's recurrence (arXiv 2502.05171): x = adapter([x, e]) before every loop, e from the prelude.
 
@@ -87,10 +111,10 @@ class Injected(Cycle):
                 states.append(core.native.initialize_state(x[row : row + 1]))  # pyright: ignore[reportCallIssue]
         return torch.cat(states)
 
-    def before(self, core: "Around", x: Tensor, context: Any, loop: int) -> Tensor:  # noqa: ARG002
+    def before(self, core: "Around", x: Tensor, context: Any, run: int) -> Tensor:  # noqa: ARG002
         """The state with e let in."""
         adapter = core.native.get_submodule("transformer.adapter")
-        return adapter(torch.cat([x, context.extra["injected"].to(x.device)], dim=-1))
+        return adapter(torch.cat([x, _left(context, "injected").to(x.device)], dim=-1))
 
     def steps(self, n_loops: int) -> dict[str, Any]:
         """Loops without and with gradients."""
@@ -124,7 +148,7 @@ class NormedGated(Cycle):
     fixed = True
 
     def after(
-        self, core: "Around", x: Tensor, inside: Tensor, context: "Context", loop: int  # noqa: ARG002
+        self, core: "Around", x: Tensor, inside: Tensor, context: "Context", run: int  # noqa: ARG002
     ) -> Tensor:  # fmt: skip
         """The normed state."""
         return core.native.get_submodule("model.norm")(inside)
@@ -149,18 +173,49 @@ class TwoStates(Cycle):
         context.extra |= {"injected": x - (low + high), "low": low}
         return high
 
-    def before(self, core: "Around", x: Tensor, context: Any, loop: int) -> Tensor:
+    def before(self, core: "Around", x: Tensor, context: Any, run: int) -> Tensor:
         """Both states, and e unless the high one moves."""
-        both = context.extra["low"] + x
-        return both if self._moves_high(core, loop) else both + context.extra["injected"]
+        both = _left(context, "low") + x
+        return both if self._moves_high(core, run) else both + _left(context, "injected")
 
-    def after(self, core: "Around", x: Tensor, inside: Tensor, context: Any, loop: int) -> Tensor:
+    def after(self, core: "Around", x: Tensor, inside: Tensor, context: Any, run: int) -> Tensor:
         """The high state, moved or not."""
-        if self._moves_high(core, loop):
+        if self._moves_high(core, run):
             return inside
-        context.extra["low"] = inside
+        held = context.held  # what stopped keeps both its states
+        context.extra["low"] = (
+            inside if held is None else torch.where(held[..., None], context.extra["low"], inside)
+        )
         return x
 
-    def _moves_high(self, core: "Around", loop: int) -> bool:
+    def _moves_high(self, core: "Around", run: int) -> bool:
         config: Any = core.native.config
-        return (loop + 1) % (config.L_cycles + 1) == 0
+        return (run + 1) % (config.L_cycles + 1) == 0
+
+
+class TwoStacks(TwoStates):
+    """HRM-Text: L_cycles runs of z_L = norm(f_L(z_L + z_H)), then z_H = norm(f_H(z_H + z_L)), layers of their own.
+
+    One loop is all of that; the state is z_H, which begins as the embedded tokens.
+    """
+
+    def start(self, core: "Around", x: Tensor, context: Any) -> Tensor:
+        """The embedded tokens, which the first layer sees beside the first low state."""
+        low = core.native.get_submodule("model").z_L_init.to(x).expand_as(x)
+        context.extra["low"] = low
+        return x - low
+
+    def parts(self, core: "Around") -> list[range]:
+        """The low stack L_cycles times, then the high one."""
+        layers, runs = core.cfg.layers("loop"), core.native.config.L_cycles + 1
+        size = len(layers) // runs
+        return [layers[first : first + size] for first in range(0, len(layers), size)]
+
+    def before(self, core: "Around", x: Tensor, context: Any, run: int) -> Tensor:  # noqa: ARG002
+        """Both states."""
+        return _left(context, "low") + x
+
+    def after(self, core: "Around", x: Tensor, inside: Tensor, context: Any, run: int) -> Tensor:
+        """The high state, moved or not, by its stack's own norm."""
+        stack = "model.H_module" if self._moves_high(core, run) else "model.L_module"
+        return super().after(core, x, core.native.get_submodule(stack).final_norm(inside), context, run)

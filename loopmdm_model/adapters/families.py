@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loopmdm.model.adapters.cycles import Cycle, Injected, InjectedNormed, NormedGated, TwoStates
+from loopmdm.model.adapters.cycles import Cycle, Injected, InjectedNormed, NormedGated, TwoStacks, TwoStates
 from loopmdm.model.errors import UsageError, unknown_name
 from loopmdm.model.layout import Facts
 from loopmdm.model.registry import Registry
@@ -74,9 +74,10 @@ class Family(Facts):
     """Where a family keeps its parts and what it is.
 
     Where: `name` is what it goes by here; `classes` names its model classes; `blocks` are module lists, in running
-    order; `embed` the token table, `lift` what takes its vectors to d_model, if they differ; `head` leads from the
-    last state to logits, by paths or functions of (native, x); `parts` of a block are attn (where attention is
-    computed; without it, the block itself), attn_out, mlp, ln1, ln2, q, k.
+    order, each run `times` in a row (numbers, or names in the config; by default once); `embed` the token table,
+    `lift` what takes its vectors to d_model, if they differ; `head` leads from the last state to logits, by paths
+    or functions of (native, x); `parts` of a block are attn (where attention is computed; without it, the block
+    itself), attn_out, mlp, ln1, ln2, q, k.
 
     How: `sizes` has names in the config where they are uncommon, numbers, or functions of the config; `loop` the
     layers that the model itself loops, as (first, n), numbers or names in the config, n None for all; `call` and
@@ -89,6 +90,7 @@ class Family(Facts):
     name: str = ""
     classes: tuple[str, ...] = ()
     blocks: tuple[str, ...]
+    times: tuple[int | str, ...] = ()
     embed: str
     head: tuple[str | Callable[[nn.Module, Tensor], Tensor], ...]
     parts: Mapping[str, str]
@@ -108,8 +110,10 @@ class Family(Facts):
     pre_norm: bool = True
 
     def find_blocks(self, native: nn.Module) -> list[nn.Module]:
-        """The blocks of a model, in order."""
-        return [block for path in self.blocks for block in _at(native, path, "blocks").children()]
+        """The blocks of a model, in order, those that run several times named as often."""
+        lists = [list(_at(native, path, "blocks").children()) for path in self.blocks]
+        times = [_number(native, each) for each in self.times] or [1] * len(lists)
+        return [block for several, n in zip(lists, times, strict=True) for block in several * n]
 
     def part(self, block: nn.Module, name: str) -> nn.Module:
         """A part of a block."""
@@ -136,6 +140,10 @@ class Family(Facts):
         stated = {each.name: getattr(self, each.name) for each in fields(Facts)}
         causal = self.causal and not self.bidirectional
         return Facts(**stated | {"mask_token_id": mask_token_id, "causal": causal})
+
+
+def _number(native: nn.Module, said: int | str) -> int:
+    return said if isinstance(said, int) else getattr(native.config, said)
 
 
 def _at(module: nn.Module, path: str, role: str) -> nn.Module:
@@ -275,7 +283,16 @@ TRM = Family(
     parts={"attn": "self_attn", "attn_out": "self_attn.o_proj", "mlp": "mlp"},
     loop=(0, None), sizes={"native_loops": lambda config: config.H_cycles * (config.L_cycles + 1)},
     cycle=TwoStates, call=by_nothing, pre_norm=False, additive=False,
+    home="SamsungSAILMontreal/TinyRecursiveModels",
     remarks=("two states: only every (L_cycles + 1)th loop moves the one that is read",),
+)
+HRM_TEXT = replace(
+    LLAMA, classes=("HrmTextForCausalLM",),
+    blocks=("model.L_module.layers", "model.H_module.layers"), times=("L_cycles", 1), head=("lm_head",),
+    loop=(0, None), sizes={"native_loops": "H_cycles"}, cycle=TwoStacks,
+    additive=False, linear_heads=False, home="sapientinc/HRM-Text-1B",
+    remarks=("one loop is L_cycles runs of the low stack and one of the high stack", "heads are gated before W_O",
+             "the prompt that it reads both ways is read as causal here; bidirectional=True opens all"),
 )
 # fmt: on
 
@@ -299,6 +316,7 @@ RECORDS = {
     "retrofitted": RETROFITTED,
     "ouro": OURO,
     "trm": TRM,
+    "hrmtext": HRM_TEXT,
 }
 
 FAMILIES: Registry[Family] = Registry(

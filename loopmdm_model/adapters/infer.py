@@ -1,22 +1,41 @@
 """A record for a model that has none: guessed from common names, or made of the six paths that the user gives."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from loopmdm.model.adapters.families import PATHS, Family
 from loopmdm.model.errors import UsageError
 
 COMMON = {
     "embed": ("model.embed_tokens", "transformer.wte", "gpt_neox.embed_in", "embed_tokens", "embed", "wte"),
-    "attn": ("self_attn", "attention", "attn", "self_attention"),
+    "attn": ("self_attn", "attention.self", "attention", "attn", "self_attention"),
     "attn_out": ("o_proj", "out_proj", "c_proj", "dense", "proj", "Wo", "out", "wo"),
-    "mlp": ("mlp", "ffn", "feed_forward", "mlp.c_proj"),
-    "norm": ("norm", "final_norm", "final_layer_norm", "final_layernorm", "ln_f", "ln_final", "layer_norm"),
-    "head": ("lm_head", "cls", "output_layer", "embed_out", "unembed", "head", "predictions"),
+    "mlp": ("mlp", "ffn", "feed_forward", "block_sparse_moe", "output.dense", "fc2"),
+    "norm": ("norm", "final_norm", "final_layer_norm", "final_layernorm", "ln_f", "ln_final", "layer_norm", "ln"),
+    "head": ("lm_head", "cls", "output_layer", "embed_out", "unembed", "head", "predictions", "output_projection"),
 }
 """Names to try for a part, likelier ones first."""
+BESIDE = {"attention.self": "attention.output.dense"}
+"""Where the output projection stands if not inside attention."""
+
+
+def rescaled(native: nn.Module, x: Tensor) -> Tensor:
+    """Logits as configs of today rescale them after the head: a factor, a divisor, a soft bound."""
+    config: Any = native.config
+    for name, change in RESCALED.items():
+        size = getattr(config, name, None)
+        x = x if size is None else change(x, size)
+    return x
+
+
+RESCALED: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "logit_scale": lambda x, size: x * size,
+    "logits_scaling": lambda x, size: x / size,
+    "final_logit_softcapping": lambda x, size: torch.tanh(x / size) * size,
+}
 
 
 def from_paths(given: Mapping[str, Any]) -> Family:
@@ -43,14 +62,14 @@ def guesses(native: nn.Module) -> Iterator[Family]:
     blocks = _largest_list(native)
     block = native.get_submodule(f"{blocks}.0") if blocks else nn.Module()
     attn = _first(block, COMMON["attn"])
-    out = None if attn is None else _first(block.get_submodule(attn), COMMON["attn_out"])
+    inside = [] if attn is None else [f"{attn}.{name}" for name in COMMON["attn_out"]]
     found: dict[str, Any] = {
         "blocks": blocks,
         "embed": _embedding(native),
         "attn": attn,
         "mlp": _first(block, COMMON["mlp"]),
     }
-    found["attn_out"] = None if out is None else f"{attn}.{out}"
+    found["attn_out"] = _first(block, (*inside, BESIDE.get(attn or "", "")))
     found["head"] = _first(native, COMMON["head"])
     missing = [name for name, path in found.items() if path is None]
     if missing:
@@ -59,11 +78,17 @@ def guesses(native: nn.Module) -> Iterator[Family]:
             f"give the paths {', '.join(f'{name}=' for name in PATHS)}"
         )
     above = blocks.rpartition(".")[0] if blocks else ""
-    beside = native.get_submodule(above)
-    norms = [f"{above}.{name}".lstrip(".") for name in COMMON["norm"] if hasattr(beside, name)]
+    places = dict.fromkeys((above, above.rpartition(".")[0]))
+    norms = [f"{place}.{name}".lstrip(".") for place in places for name in (*COMMON["norm"], "LayerNorm")]
+    norms = [path for path in norms if _first(native, (path,))]
+    ends = (found["head"], *(name for name in ("decoder",) if hasattr(native, name)))
+    if any(getattr(getattr(native, "config", None), name, None) is not None for name in RESCALED):
+        ends = (*ends, rescaled)
+    guess = found | {"remarks": ("its parts were guessed",)}
     for causal in (True, False):
-        for head in [(norm, found["head"]) for norm in norms] + [(found["head"],)]:
-            yield from_paths(found | {"head": head, "causal": causal, "remarks": ("its parts were guessed",)})
+        for linear in (True, False):
+            for head in [(norm, *ends) for norm in norms] + [ends]:
+                yield from_paths(guess | {"head": head, "causal": causal, "linear_heads": linear})
 
 
 def _largest_list(native: nn.Module) -> str | None:
@@ -90,7 +115,7 @@ def _embedding(native: nn.Module) -> str | None:
 
 
 def _first(module: nn.Module, paths: tuple[str, ...]) -> str | None:
-    for path in paths:
+    for path in filter(None, paths):
         try:
             module.get_submodule(path)
         except AttributeError:

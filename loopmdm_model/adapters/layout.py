@@ -20,8 +20,8 @@ NAMES: dict[str, Sequence[str]] = {
     "n_kv_heads": ("num_key_value_heads", "n_kv_heads"),
     "d_head": ("head_dim",),
     "d_mlp": ("intermediate_size", "mlp_hidden_size"),
-    "n_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
-    "n_chosen": ("num_experts_per_tok",),
+    "n_experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "n_chosen": ("num_experts_per_tok", "moe_topk"),
     "native_loops": (),
 }
 """Where configs keep a size, usual names first."""
@@ -157,6 +157,11 @@ def _products(block: nn.Module, family: Family, sizes: dict[str, int]) -> float:
         if parameter.ndim < 2 or name.startswith(tuple(f"{part}." for part in family.once)):
             continue
         routed = ".experts." in f".{name}"
+        if routed and not 0 < sizes["n_chosen"] <= sizes["n_experts"]:
+            raise UsageError(
+                f"{type(block).__name__} has experts, but the config says not of how many it meets how many; "
+                'give sizes={"n_experts": .., "n_chosen": ..}'
+            )
         total += math.prod(parameter.shape) * (sizes["n_chosen"] / sizes["n_experts"] if routed else 1)
     return total
 

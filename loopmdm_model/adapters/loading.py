@@ -42,6 +42,7 @@ class Wanted:
     dtype: torch.dtype | None
     revision: str | None
     trust: bool
+    hears: bool = True
 
 
 def check_transformers() -> None:
@@ -123,7 +124,8 @@ def _own_code(wanted: Wanted, name: str, config: Mapping[str, Any]) -> bool:
 
 def _model(wanted: Wanted, record: Family | None, own_code: bool) -> nn.Module:
     auto = getattr(import_module("transformers"), "AutoModelForMaskedLM" if record is None else record.auto)
-    options: dict[str, Any] = {"attn_implementation": "sdpa"} | ({"trust_remote_code": True} if own_code else {})
+    options: dict[str, Any] = {"attn_implementation": "sdpa"} if wanted.hears else {}
+    options |= {"trust_remote_code": True} if own_code else {}
     if not sys.stderr.isatty():
         import_module("transformers.utils.logging").disable_progress_bar()
     with shims.old_code(own_code):
@@ -181,17 +183,23 @@ def _line(error: BaseException) -> str:
 # --- what is loaded ---
 
 
-def check_loaded(native: nn.Module) -> None:
-    """UsageError for weights and attention that cannot be read."""
+def check_loaded(native: nn.Module, hears: bool = True) -> None:
+    """UsageError for weights that cannot be read, and, where it is to be heard, for attention that cannot."""
     quantised = getattr(native, "is_quantized", False) or getattr(native, "quantization_method", None)
     if quantised:
         raise UsageError(f"{type(native).__name__} is quantised; load it without a quantization_config")
     check_uncompiled(native)
-    chosen = getattr(getattr(native, "config", None), "_attn_implementation", None)
-    if chosen not in (None, "sdpa"):
+    config = getattr(native, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UsageError(f"{type(native).__name__} is an encoder and a decoder; give a model of one stack")
+    chosen = getattr(config, "_attn_implementation", None)
+    if hears and chosen not in (None, "sdpa"):
+        remedy = "load it with attn_implementation='sdpa'"
+        if not getattr(native, "_supports_sdpa", True):
+            remedy = "transformers has no other for it: give hears=False for all but its patterns"
         raise UsageError(
             f"{type(native).__name__} was loaded with attn_implementation={chosen!r}, which nobody can listen to; "
-            "load it with attn_implementation='sdpa'"
+            f"{remedy}"
         )
 
 

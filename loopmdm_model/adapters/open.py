@@ -48,7 +48,8 @@ def open_model(
         if revision or trust_remote_code:
             raise UsageError(f"{name} is pinned by its hash and brings no code; leave revision and trust out")
         return _specimen(SPECIMENS[str(name)], place, dtype, changes)
-    wanted = loading.Wanted(str(name).removeprefix(HUB), place, dtype, revision, trust_remote_code)
+    hears = changes.get("hears", True)
+    wanted = loading.Wanted(str(name).removeprefix(HUB), place, dtype, revision, trust_remote_code, hears)
     config = {} if is_ours(name) else loading.config_of(wanted)
     if looks_like(config) is None and "family" not in changes:
         if changes or revision or trust_remote_code:
@@ -102,7 +103,7 @@ def hook_model(
     if not isinstance(native, nn.Module):
         raise UsageError(f"hook_model takes a torch module, got {type(native).__name__}; open_model takes names")
     check_keys(changes, [*PATHS, *(entry.name for entry in fields(Family))], "hook_model")
-    loading.check_loaded(native)
+    loading.check_loaded(native, changes.get("hears", getattr(family, "hears", True)))
     native.eval()
     name, core, found = _first_that_fits(native, family, (loop, max_loops, tokenizer), changes)
     m = HookedLoopMDM(core, loading.plain_tokenizer(tokenizer))

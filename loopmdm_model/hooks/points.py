@@ -122,6 +122,11 @@ class LoopHooks(HookedRootModule):
     def _matcher(self, chosen: Names) -> Names:
         """The predicate itself, after making sure that it matches something."""
         if not any(map(chosen, sites.each_name(self.cfg, max(64, self.n_grown)))):
+            lost = [leaf for leaf in sites.LEAVES if leaf not in self.cfg.leaves and f"{leaf}'" in repr(chosen)]
+            if lost:
+                raise UnknownNameError(
+                    f"this model offers no {', '.join(lost)}; it has {', '.join(self.cfg.leaves)}"
+                )
             hint = _hint(chosen, sites.all_names(self.cfg, 1))
             raise UnknownNameError(f"the filter matches no hook name; names look like {hint}")
         return chosen

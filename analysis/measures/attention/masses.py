@@ -60,7 +60,7 @@ class AttentionSums(PlaceSums):
     ):
         self.check(m)
         super().__init__(m, n_loops, by_head)
-        self.keys, self.needs_values = keys, content
+        self.keys, self.needs_values = keys, content and m.facts.linear_heads
         self._gram: dict[int, Tensor] = {}
 
     def check(self, m: HookedLoopMDM) -> None:
@@ -196,7 +196,8 @@ def mask_attention(
     outside the loop; `mass_with_self` adds the self mass where query and key group agree; log_odds belongs to
     the query group and stands on each of its rows, and is NaN where a mass vanishes: log_odds_capped is then
     +-LOG_ODDS_CAP, to which it is also clipped. Empty groups are NaN with n = 0. Without `by_head` heads are
-    averaged first and `head` is missing. Queries and keys of group "masked" are positions that hold [MASK];
+    averaged first and `head` is missing; content is NaN where more than W_O leads from heads to the stream
+    (`facts.linear_heads`). Queries and keys of group "masked" are positions that hold [MASK];
     padding is left out. In a shifted model `by="predicts"` groups queries by the token that they predict, the
     next one; what is counted with self is then NaN, and a column `by` says so.
     """

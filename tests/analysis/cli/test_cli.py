@@ -13,8 +13,11 @@ import typer
 
 from loopmdm.analysis.cli.data import data_fetch
 from loopmdm.analysis.cli.shared import app
+from loopmdm.model import sites
+from loopmdm.model.adapters import FAMILIES
 from loopmdm.model.adapters.specimens import SPECIMENS
 from loopmdm.model.corpora import fetch
+from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.network.checkpoints import list_models
 from tests.loopmdm_model.adapters import natives
 
@@ -23,6 +26,7 @@ ROOT = Path(__file__).parents[3]
 
 COMMANDS = [
     "models",
+    "sites",
     "data",
     "train",
     "ship",
@@ -57,6 +61,18 @@ def test_tables_into_a_pipe_are_tsv():
     assert {"sotu-base", "sotu-loop", "sudoku-base", "sudoku-loop"} <= set(list_models())
 
 
+def test_families_and_sites_are_listed():
+    out, _ = run("models", "--families")
+    lines = [line.split("\t") for line in out.splitlines()]
+    assert [line[0] for line in lines[1:]] == list(FAMILIES)
+    assert ["dream", "DreamModel", "Dream-org/Dream-v0-Base-7B", "shifted logits"] in lines
+    out, _ = run("sites", "sudoku-loop", "--n-loops", "2")
+    m = HookedLoopMDM.from_pretrained("sudoku-loop")
+    names = [line.split("\t")[0] for line in out.splitlines()[1:]]
+    assert names == sites.all_names(m.cfg, 2)
+    assert "loop.1.blocks.1.attn.hook_pattern\t[1, 4, 36, 36]" in out
+
+
 def test_every_command_has_help():
     for command in (
         ["--help"],
@@ -79,7 +95,7 @@ def commands(group, words=("loopmdm",)):
 
 def test_the_help_of_every_command_ends_in_an_example_that_it_takes():
     found = dict(commands(typer.main.get_command(app)))
-    assert len(found) == 16
+    assert len(found) == 17
     for words, command in found.items():
         said, _, example = command.epilog.partition(": ")
         assert said == "Example" and example.split()[: len(words)] == list(words)

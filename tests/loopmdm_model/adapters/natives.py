@@ -28,9 +28,16 @@ CONFIGS = {
     "Mistral": GROUPED | {"sliding_window": 6},
     "Llama": GROUPED,
     "GPTNeoX": SIZES,
+    "HrmText": SIZES | {"head_dim": 8, "num_layers_per_stack": 2, "H_cycles": 2, "L_cycles": 2, "pad_token_id": 0},
+    "OPT": {name: size for name, size in SIZES.items() if name != "intermediate_size"}
+    | {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "Cohere": GROUPED | {"logit_scale": 0.3},
+    "BitNet": GROUPED,
+    "RobertaPreLayerNorm": SIZES,
     "GPT2": {"vocab_size": V, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 40},
 }
-CAUSAL = ("Qwen3", "Qwen2", "Mistral", "Llama", "GPTNeoX")
+CAUSAL = ("Qwen3", "Qwen2", "Mistral", "Llama", "GPTNeoX", "HrmText", "OPT", "Cohere", "BitNet")
+GUESSED = ("GPT2", "GPTNeoX", "OPT", "Cohere", "BitNet", "RobertaPreLayerNorm")
 
 
 def config(name: str, **changes):

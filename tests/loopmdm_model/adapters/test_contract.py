@@ -12,6 +12,7 @@ from loopmdm.analysis import cut, mask_attention, read_loops, representation_cha
 from loopmdm.analysis.measures.interventions import record_values, replace_values
 from loopmdm.model import FixedLoops, StateDelta, UsageError, nelbo, sample, sites
 from loopmdm.model.adapters import hook_model
+from loopmdm.model.adapters.cycles import Cycle
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.layout import NEEDS
 from loopmdm.model.masking import hide
@@ -45,6 +46,7 @@ FOREIGN = {
     "modernbert": ("ModernBert", {"mask_token_id": 117, "loop": (1, 2), "max_loops": 3}),
     "roberta": ("Roberta", {"mask_token_id": 104, "loop": (1, 2), "max_loops": 3}),
     "qwen3-open": ("Qwen3", {"mask_token_id": 119, "bidirectional": True, "loop": (1, 2), "max_loops": 3}),
+    "hrm-text-open": ("HrmText", {"mask_token_id": 119, "bidirectional": True, "max_loops": 3}),
     "llama": ("Llama", {"loop": (1, 2), "max_loops": 3}),
 }
 NAMES = ["loopmdm", "toy", *FOREIGN]
@@ -175,7 +177,8 @@ def test_results_of_heads_sum_to_what_attention_gives(foreign):
     result, z, out = (kept[name] for name in names)
     bias = out[0, 0] - result.sum(-2)[0, 0]
     torch.testing.assert_close(result.sum(-2) + bias, out, **CLOSE)
-    torch.testing.assert_close(z.flatten(-2) @ foreign.core.output_weight(layer).T, result.sum(-2), **CLOSE)
+    through = z.flatten(-2) @ foreign.core.output_weight(layer).T
+    assert torch.allclose(through, result.sum(-2), **CLOSE) == foreign.m.facts.linear_heads
 
 
 def test_every_loop_has_its_own_value_and_gradient(case):
@@ -235,7 +238,8 @@ def test_some_sequences_of_a_batch_go_on_as_they_would_have(case, keep):
     context = case.core.context(tokens, keys)
     x = case.core.prelude(tokens, context)
     state = case.core.loop(x, context, 0)
-    whole, part = case.core.loop(state, context, 1), context.rows(keep)
+    part = context.rows(keep)  # before the next loop: a second state moves with the first
+    whole = case.core.loop(state, context, 1)
     assert torch.equal(part.tokens, tokens[keep]) and torch.equal(part.real, context.real[keep])
     if len(part.tokens):
         torch.testing.assert_close(case.core.loop(state[keep], part, 1), whole[keep], **CLOSE)
@@ -264,7 +268,7 @@ def test_nothing_is_added_where_tokens_are_held(foreign):
     ]
     context = foreign.core.context(tokens).hold(held)
     with foreign.m.hooks(hooks):
-        foreign.m.loop(context.first, context, 0)
+        foreign.m.loop(foreign.core.prelude(tokens, context), context, 0)
     for added in seen:
         assert bool((added[held] == 0).all()) and bool((added[~held] != 0).any())
     assert len(seen) == 2
@@ -289,10 +293,22 @@ def test_no_rows_are_no_logits(case):
     )
 
 
+def test_a_loop_without_its_prelude_is_named():
+    core = made("hrm-text-open").core
+    tokens = clean(made("hrm-text-open"))
+    context = core.context(tokens)
+    with pytest.raises(UsageError, match=r"take state and context from m.states"):
+        core.loop(context.first, context, 0)
+
+
 def test_other_layers_loop_on_the_same_weights(foreign):
     if foreign.m.cfg.n_layers == 1:
         return
     tokens = clean(foreign)
+    if foreign.core.cycle.fixed:
+        with pytest.raises(UsageError, match=r"only its own layers 0\.\.5 can loop"):
+            foreign.core.looping(0, 1, 4)
+        return
     other = foreign.core.looping(0, 1, 4)
     assert other.cfg.max_loops == 4 and list(other.cfg.layers("loop")) == [0]
     assert next(other.parameters()) is next(foreign.core.parameters())
@@ -328,7 +344,7 @@ def test_an_additive_stream_is_a_sum(case):
     for p, _ in sites.applications(case.m.cfg, 2):
         total = kept[f"{p}hook_resid_pre"] + kept[f"{p}hook_attn_out"] + kept[f"{p}hook_mlp_out"]
         sums &= torch.allclose(total, kept[f"{p}hook_resid_post"], atol=1e-5)
-    assert sums == case.m.facts.additive
+    assert sums == case.m.facts.additive or getattr(case.core, "cycle", Cycle).fixed  # more between its loops
 
 
 def test_the_vector_of_mask_is_what_the_stream_gets(mdm):
@@ -391,6 +407,7 @@ def test_measures_run(mdm):
         .between(0.99, 1.01)
         .all()
     )
+    assert masses["content"].notna().any() == mdm.m.facts.linear_heads
     change = representation_change(mdm.m, batch, n_loops=2)
     assert set(change["loop"]) == {0, 1} and change["value"].notna().any()
     read = read_loops(mdm.m, batch, n_loops=2)

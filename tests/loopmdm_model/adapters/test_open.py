@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from loopmdm.analysis import cut
 from loopmdm.model import LoopMDM, UsageError, open_model, sample, sites
 from loopmdm.model.adapters import FAMILIES, hook_model, loading
 from loopmdm.model.errors import UnknownNameError
@@ -44,12 +45,86 @@ def test_every_class_of_transformers_is_taken_in(name):
     m = hook_model(natives.native(name), **how)
     tokens = natives.tokens()
     assert m.record["checks"]["logits"] == 0.0
-    assert m.record["family"] == ("guessed" if name in ("GPT2", "GPTNeoX") else name.lower())
-    assert m.facts.trained_to == (
-        0.3 if name == "ModernBert" else 1.0 if name in (*natives.CAUSAL, "GPT2") else 0.15
-    )
+    assert m.record["family"] == ("guessed" if name in natives.GUESSED else name.lower())
+    unknown = {*natives.CAUSAL, *natives.GUESSED}
+    assert m.facts.trained_to == (0.3 if name == "ModernBert" else 1.0 if name in unknown else 0.15)
+    assert m.facts.linear_heads == (name not in ("BitNet", "HrmText"))
     assert m.facts.causal == (name in (*natives.CAUSAL, "GPT2"))
     assert m(tokens).shape == (*tokens.shape, natives.V)
+
+
+def test_a_model_whose_attention_is_nobodys_to_hear_has_all_other_hooks():
+    native = transformers.RoFormerForMaskedLM(
+        transformers.RoFormerConfig(**natives.SIZES, embedding_size=32, attn_implementation="eager")
+    ).eval()
+    with pytest.raises(UsageError, match=r"transformers has no other for it: give hears=False"):
+        hook_model(native, mask_token_id=103)
+    m = hook_model(native, mask_token_id=103, hears=False, loop=(1, 2))
+    tokens = natives.tokens()
+    logits, cache = m.run_with_cache(tokens, 2)
+    assert torch.equal(m(tokens, 1)[..., :100], native(tokens).logits[..., :100])
+    assert torch.isfinite(logits[..., :100]).all() and "loop.1.blocks.2.hook_attn_out" in cache
+    assert not [name for name in cache if "pattern" in name]
+    with pytest.raises(UsageError, match=r"this model offers no attn\.hook_attn_scores"):
+        cut(m, "masked->masked").__enter__()
+
+
+def test_experts_that_the_config_does_not_count_are_named():
+    native = natives.native("Qwen3")
+    native.model.layers[0].mlp.experts = nn.ModuleList([nn.Linear(32, 32)])
+    with pytest.raises(UsageError, match=r'give sizes=\{"n_experts": \.\., "n_chosen": \.\.\}'):
+        hook_model(native)
+
+
+def test_an_encoder_with_a_decoder_is_refused():
+    config = transformers.BartConfig(
+        vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2
+    )
+    with pytest.raises(UsageError, match=r"is an encoder and a decoder; give a model of one stack"):
+        hook_model(transformers.BartForConditionalGeneration(config))
+
+
+def test_a_head_that_is_not_all_is_named():
+    with pytest.raises(UsageError, match=r"the head gives \[2, 8, 32\], the native forward \[2, 8, 120\]"):
+        hook_model(natives.native("Llama"), head=("model.norm",))
+
+
+def test_blocks_that_do_not_run_by_themselves_are_named():
+    native = natives.native("Llama")
+    block, forward, seen = native.model.layers[1].forward, native.model.forward, []
+
+    def within(*args, **kwargs):
+        seen.append(1.0)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            seen.clear()
+
+    native.model.forward, native.model.layers[1].forward = within, lambda *a, **k: block(*a, **k) * seen[0]
+    with pytest.raises(UsageError, match=r"its blocks do not run one by one \(list index out of range\)"):
+        hook_model(native)
+
+
+def test_a_gate_before_the_output_projection_is_named():
+    with pytest.raises(UsageError, match=r"more than W_O stands between its heads and the stream .* linear_heads"):
+        hook_model(natives.native("HrmText"), linear_heads=True)
+
+
+def test_the_two_states_of_hrm_text():
+    native, eager = natives.native("HrmText"), natives.native("HrmText", "eager")
+    m, tokens = hook_model(native), natives.tokens()
+    _, cache = m.run_with_cache(tokens)
+    patterns = eager(tokens, output_attentions=True, use_cache=False).attentions
+    ours = [cache[name] for name in cache if name.endswith("hook_pattern")]
+    assert len(ours) == len(patterns) == 2 * 3 * 2  # high cycles, stacks, layers
+    for one, other in zip(ours, patterns, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.0, atol=1e-6)
+    for cycles in (1, 2, 3):
+        deeper = natives.native("HrmText", H_cycles=cycles)
+        assert torch.equal(m(tokens, cycles), deeper(tokens, use_cache=False).logits)
+    both_ways = hook_model(native, bidirectional=True)
+    whole = native(tokens, token_type_ids=torch.ones_like(tokens), use_cache=False).logits
+    assert torch.equal(both_ways(tokens), whole)
 
 
 def test_a_folder_is_opened_with_its_provenance(folder):
