@@ -28,6 +28,7 @@ def data_list() -> None:
         ("sudoku9", "-", made, "task", "solved 9x9 grids, split so that no symmetry joins two parts", here),
         ("gsm-symbolic", "-", made, "task", "word problems of reasoning-gym, split by template", maths),
         ("tree", "-", made, "task", "binary tree of 63 nodes, leaves observed; exact posterior known", here),
+        ("arithmetic", "-", made, "task", "trees of + - * modulo 7 written with all values; exact answers", here),
         ("markov", "-", made, "task", "chain of 32 nodes; exact posterior known (negative control)", here),
     ]
     for item in sources().values():

@@ -4,7 +4,7 @@ An answer is a function from a task to an `Answer`; a gate is one to a `Gate`, t
 the answer would say nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -68,8 +68,37 @@ def answer_of(values: np.ndarray, errors: np.ndarray, n: int, n_units: int, note
     if not len(values):
         raise NotRun
     if len(values) > 1:
-        return by_t(*contrasts.contrast((values,), (1,)), len(values), n, note)
+        estimate, error, freedom = contrasts.contrast((values,), (1,))
+        if n_units < FEW and np.isfinite(errors).all():  # the same documents for all: their errors go together
+            error, freedom = contrasts.crossed(error, freedom, float(errors.mean()), n_units)
+        return by_t(estimate, error, freedom, len(values), n, note)
     return by_t(float(values[0]), float(errors[0]), n_units - 1, 1, n, note)
+
+
+FEW = 30
+"""Test units below which they carry an error of their own beside the seeds'."""
+
+
+def on_few(seeds: tuple[float, float, float], values: pd.Series, weights: pd.Series) -> tuple[float, float, float]:
+    """`seeds`, an estimate with its error and freedom over runs, crossed with the few documents they were read on.
+
+    `values` is the same estimate by document, averaged over the runs.
+    """
+    _, over_items, n_items = stats.weighted_mean_and_error(values.to_numpy(), weights.to_numpy())
+    return seeds[0], *contrasts.crossed(*seeds[1:], float(over_items), int(n_items))
+
+
+def by_document(task: str, models: Iterable[str]) -> tuple[pd.DataFrame, pd.Series] | None:
+    """Test NELBO by document, averaged over `models`, a column a loop count, and sequences of each.
+
+    None where documents are not few.
+    """
+    df = tables.load("nll-by-document")
+    df = df[(df["task"] == task) & df["model"].isin(list(models))]
+    if df.empty or df["document"].nunique() >= FEW:
+        return None
+    grouped = df.groupby(["document", "n_loops"])
+    return grouped["nll"].mean().unstack(), df.groupby("document")["n"].first()
 
 
 def by_t(estimate: float, error: float, freedom: float, n_seeds: int, n: int, note: str = "") -> Answer:
@@ -92,7 +121,10 @@ def between_arms(ours: pd.DataFrame, theirs: pd.DataFrame, value: str, paired: s
         raise NotRun
     left, right, n = ours[value].to_numpy(), theirs[value].to_numpy(), int(ours["n"].iloc[0])
     if min(len(ours), len(theirs)) > 1:
-        return replace(by_t(*contrasts.contrast((left, right)), len(ours), n), n_against=len(theirs))
+        seeds = contrasts.contrast((left, right))
+        if value == "nll":
+            seeds = _on_documents(seeds, ours, theirs)
+        return replace(by_t(*seeds, len(ours), n), n_against=len(theirs))
     if paired is None:
         return Answer(
             float(left.mean() - right.mean()), float("nan"), float("nan"), len(left), n, n_against=len(right)
@@ -100,6 +132,20 @@ def between_arms(ours: pd.DataFrame, theirs: pd.DataFrame, value: str, paired: s
     row = ours.iloc[0]
     units = int(row.get("n_units", row["n"]))
     return answer_of(np.array([row[paired]]), np.array([row[f"{paired}_se"]]), n, units)
+
+
+def _on_documents(
+    seeds: tuple[float, float, float], ours: pd.DataFrame, theirs: pd.DataFrame
+) -> tuple[float, float, float]:
+    """The difference of two arms crossed with the documents that they were read on, where those are few."""
+    means = []
+    for arm in (ours, theirs):
+        read = by_document(str(arm["task"].iloc[0]), arm["model"])
+        if read is None:
+            return seeds
+        means.append((read[0][int(arm["n_loops"].iloc[0])], read[1]))
+    (left, weights), (right, _) = means
+    return on_few(seeds, left - right, weights)
 
 
 def by_rank(ours: pd.DataFrame, theirs: pd.DataFrame, value: str) -> Answer:

@@ -74,6 +74,13 @@ def _halves_loops(task: str) -> Answer:
     return answer_of(share.to_numpy(), errors.to_numpy(), n, n_units, told)
 
 
+def _schedule(task: str) -> Answer:
+    """The schedule by mask ratio that does best on validation, against fixed S at its FLOPs."""
+    rows = rows_of("stopping-verdicts", task, rule="noise-schedule")
+    n, n_units = int(rows["useful_n"].iloc[0]), int(rows["n_units"].iloc[0])
+    return answer_of(rows["against_fixed"].to_numpy(), rows["against_fixed_se"].to_numpy(), n, n_units)
+
+
 def _knows_where(task: str) -> Answer:
     rows = _verdict_rows(task)
     contrasts = rows[[f"against_{name}" for name in ("fixed", "schedule", "shuffled")]].to_numpy()
@@ -101,6 +108,7 @@ EXHIBITS = (
         (
             Reading("stopping-halves-loops", _halves_loops, ("stopping-verdicts",)),
             Reading("stopping-knows-where", _knows_where, ("stopping-verdicts",)),
+            Reading("schedule-over-noise", _schedule, ("stopping-verdicts",)),
         ),
     ),
     Exhibit(

@@ -29,6 +29,18 @@ def contrast(groups: Sequence[NDArray], signs: Sequence[int] = (1, -1)) -> tuple
     return estimate, float(np.sqrt(sum(parts))), freedom
 
 
+def crossed(error: float, freedom: float, over_items: float, n_items: int) -> tuple[float, float]:
+    """Standard error and degrees of freedom of a mean over seeds that were all read on the same few items.
+
+    `error` with `freedom` is that over seeds, `over_items` that over `n_items` items of the mean over seeds. Their
+    squares are added, with Satterthwaite's freedom: what seeds and items do together is then counted twice, on the
+    safe side.
+    """
+    parts = np.array([error**2, over_items**2])
+    loose = (parts**2 / np.array([freedom, n_items - 1])).sum()
+    return float(np.sqrt(parts.sum())), float(parts.sum() ** 2 / loose) if loose else freedom
+
+
 def welch(ours: NDArray, theirs: NDArray) -> tuple[float, float, float]:
     """Difference of two means with Welch's 95% interval; NaN bounds for fewer than two values on a side."""
     if min(len(ours), len(theirs)) < 2:

@@ -2,7 +2,7 @@
 
 import base64
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -131,7 +131,12 @@ def _last_merge(word: bytes, ranks: dict[bytes, int], limit: int) -> tuple[bytes
 
 def digit_tokenizer(n_symbols: int) -> Tokenizer:
     """One token a symbol "1".."n" with ids 0..n-1, then [MASK]."""
-    vocabulary = {str(symbol + 1): symbol for symbol in range(n_symbols)} | {MASK: n_symbols}
+    return symbol_tokenizer([str(symbol + 1) for symbol in range(n_symbols)])
+
+
+def symbol_tokenizer(symbols: Sequence[str]) -> Tokenizer:
+    """One token a symbol, each a character, in their order, then [MASK]."""
+    vocabulary = {symbol: number for number, symbol in enumerate([*symbols, MASK])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=MASK))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.add_special_tokens([MASK])

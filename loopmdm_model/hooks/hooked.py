@@ -253,7 +253,9 @@ class LoopRuns(TextEntries, LoopHooks):
     def unrolled(self, n_loops: int | None = None) -> UnrolledLoopMDM:
         """The model as a plain deep one, one virtual layer per application; see `UnrolledLoopMDM`."""
         n_loops = check_count("n_loops", self.cfg.max_loops if n_loops is None else n_loops)
-        return UnrolledLoopMDM(self.model, n_loops).reads_as(self)
+        deep = UnrolledLoopMDM(self.model, n_loops)
+        deep.reads_as(self)
+        return deep
 
     def unroll(self, cache: LoopCache) -> ActivationCache:
         """What `cache.unrolled()` gives."""

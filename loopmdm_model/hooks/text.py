@@ -1,7 +1,7 @@
 """Text in and out of a hooked model: tokens, pieces, padding masks, masked batches."""
 
 import re
-from typing import Any, Self
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -29,11 +29,10 @@ class TextEntries:
     gap_words: tuple[str, ...] = (MASK,)
     """What stands for a token to fill where gaps are asked for, beside the tokenizer's own word for [MASK]."""
 
-    def reads_as(self, other: "TextEntries") -> Self:
-        """Take over what `other` knows of texts: its tokenizer and all that is above; gives the model itself."""
+    def reads_as(self, other: "TextEntries") -> None:
+        """Take over what `other` knows of texts: its tokenizer and all that is above."""
         for name in ("tokenizer", "pad", "special", "gap_words"):
             setattr(self, name, getattr(other, name))
-        return self
 
     def _inputs(self, tokens: Tensor | str | list[str], mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Token ids of text or ids, and the padding mask that [PAD] implies unless one is given."""

@@ -14,16 +14,25 @@ from torch import Tensor
 
 from loopmdm.model.corpora import documents as corpora
 from loopmdm.model.corpora import hub
-from loopmdm.model.corpora.tokenizer import digit_tokenizer, encode_texts, end_of_text, gpt2_tokenizer, train_bpe
+from loopmdm.model.corpora.tokenizer import (
+    digit_tokenizer,
+    encode_texts,
+    end_of_text,
+    gpt2_tokenizer,
+    symbol_tokenizer,
+    train_bpe,
+)
 from loopmdm.model.errors import UsageError, unknown_name
 from loopmdm.model.randomness import step_generator
 from loopmdm.model.tasks import gsm
+from loopmdm.model.tasks.arithmetic import ARITHMETIC_TASKS
 from loopmdm.model.tasks.sudoku import BOARDS
 from loopmdm.model.tasks.trees import TREE_TASKS
 
 TASK_SIZES = {name: (board.n_cells, board.size + 1) for name, board in BOARDS.items()} | {
     name: (task.n_nodes, task.n_states + 1) for name, task in TREE_TASKS.items()
 }
+TASK_SIZES |= {name: (task.n_nodes, len(task.symbols) + 1) for name, task in ARITHMETIC_TASKS.items()}
 """Tasks that fix their own length and number of ids, [MASK] included."""
 
 
@@ -175,6 +184,34 @@ class TreeData:
         return self.model.maskable.to(tokens.device).expand_as(tokens)
 
 
+@dataclass
+class ArithmeticData:
+    """Trees written out with their values; all but the values is condition."""
+
+    name: str
+    seed: int
+
+    def __post_init__(self):
+        """One token a symbol."""
+        self.task = ARITHMETIC_TASKS[self.name]
+        self.tokenizer = symbol_tokenizer(self.task.symbols)
+        self.length = self.task.n_nodes
+        self.fingerprint = repr(self.task)
+        self.epoch_tokens = 0
+
+    def batch(self, step: int, size: int) -> Int[Tensor, "batch pos"]:
+        """Fresh sequences at every step."""
+        return self.task.sample(size, FIRST_TRAINING_SEED + self.seed, first_index=step * size)
+
+    def evaluation(self, split: corpora.Split, limit: int | None = None) -> Int[Tensor, "batch pos"]:
+        """The same sequences for every run."""
+        return self.task.sample(limit or 1000, HELD_OUT_SEEDS[split])
+
+    def maskable(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+        """The values."""
+        return self.task.maskable(tokens)
+
+
 HELD_OUT_SEEDS, FIRST_TRAINING_SEED = {"validation": 0, "test": 1}, 1000
 
 
@@ -249,6 +286,8 @@ def dataset(
         return SudokuData(name, seed)
     if name in TREE_TASKS:
         return TreeData(name, seed)
+    if name in ARITHMETIC_TASKS:
+        return ArithmeticData(name, seed)
     if name == gsm.NAME:
         return gsm.GSMData(seed, tokenizer or (gpt2_tokenizer() if kind == "gpt2" else None), length, d_vocab)
     return TextData(name, tokenizer or make_tokenizer(kind, name, d_vocab), length, seed, limit)

@@ -187,6 +187,13 @@ TABLES = {
             {"nll": ONE_MASK},
         ),
         Table(
+            "nll-by-document",
+            quality.DOCUMENTS,
+            ("model", "arm", "seed", "n_loops", "document", "nll", "n"),
+            quality.documents_table,
+            {"nll": ONE_MASK},
+        ),
+        Table(
             "sudoku-solve-rate",
             SUDOKU,
             ("model", "arm", "seed", "n_clues", "n_loops", "solve_rate"),
@@ -200,7 +207,7 @@ TABLES = {
             _contrasts,
             tables=("nll-by-loops", "sudoku-solve-rate"),
         ),
-        Table("references", quality.TEXT, ("task", "reference", "nll"), quality.references_table),
+        Table("references", quality.PAIR, ("task", "reference", "nll"), quality.references_table),
         Table(
             "noise-level",
             science.main_tasks("loop"),
@@ -211,7 +218,7 @@ TABLES = {
         ),
         Table(
             "zero-shot",
-            quality.TEXT,
+            quality.PAIRS,
             ("model", "corpus", "n_loops", "nelbo"),
             partial(quality.text_table, "zero-shot"),
             {"zero-shot": {}},
@@ -219,7 +226,7 @@ TABLES = {
         ),
         Table(
             "generative",
-            quality.TEXT,
+            quality.PAIRS,
             ("model", "n_loops", "steps", "judge_nll", "unigram_entropy"),
             partial(quality.text_table, "generative"),
             {"generative": {}},
@@ -276,7 +283,7 @@ TABLES = {
             science.LEARNED,
             ("model", "rule", "verdict", "useful"),
             science.verdicts_table,
-            {"stopping-verdicts": {}},
+            {"stopping-verdicts": science.ALL_ITEMS},
         ),
         Table(
             "attention-along-sampling",

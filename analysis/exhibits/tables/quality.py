@@ -24,7 +24,11 @@ N_PUZZLES = 500
 CLUES = {"sudoku": 20, "sudoku9": 60}
 """Cells that are given: 5 ninths of a 6x6 grid, about 3 quarters of a 9x9 one."""
 
-TEXT = select(task="sotu", arm=("base", "loop"), seed=0)
+PAIR = select(task="sotu", arm=("base", "loop"), seed=0)
+PAIRS = select(task="sotu", arm=("base", "loop"), weights=True)
+"""The text models of equal size and training FLOPs: one pair, and all seeds."""
+DOCUMENTS = select(task="sotu")
+"""Models that were read on few documents, weights or none."""
 GSM = select(task="gsm")
 
 
@@ -80,6 +84,18 @@ def noise_level_table(models: Select, zoo: Zoo) -> pd.DataFrame:
                    [1, 2, *(most * times for times in range(1, READ_TO + 1))])  # fmt: skip
         frame.insert(0, "model", model.name)
         frames.append(frame.assign(n_units=stats.count_units(len(values), clusters)))
+    return pd.concat(frames, ignore_index=True)
+
+
+def documents_table(zoo: Zoo) -> pd.DataFrame:
+    """Test NELBO by S and document of text models, one mask a sequence; `n` sequences are a document's."""
+    frames = []
+    for model in DOCUMENTS.of(zoo):
+        counts = read_at(model, zoo)
+        values, owner = _sequence_nll(model, counts)
+        frame = pd.DataFrame(values, columns=pd.Index(counts, name="n_loops")).groupby(owner)
+        long = frame.mean().rename_axis("document").reset_index().melt("document", value_name="nll")
+        frames.append(long.assign(n=long["document"].map(frame.size()), **label(model)))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -174,11 +190,12 @@ def excess_kl_table(models: Select, zoo: Zoo) -> pd.DataFrame:
 
 
 def text_table(measure: str, zoo: Zoo) -> pd.DataFrame:
-    """One measure of the base text model, at S = 1 as it was trained, and of the looped one to twice S_max."""
+    """One measure of the text models: base at S = 1, as it was trained, loop at 1 and S_max, seed 0 beyond."""
     frames = []
-    for run in TEXT.of(zoo):
+    for run in PAIRS.of(zoo):
         counts = [1, run.s_max, 2 * run.s_max] if run.s_max > 1 else [1]
-        frames.append(evaluate(run.name, measure, counts))
+        answer = evaluate(run.name, measure, counts if run.seed == 0 else counts[:2])
+        frames.append(answer.assign(arm=run.arm, seed=run.seed))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -201,7 +218,7 @@ def _word_problems(model: Run) -> Question:
 
 def references_table(zoo: Zoo) -> pd.DataFrame:
     """Unigram and bigram test NLL (nats per token) on the blocks that the text models are tested on."""
-    records = [run.record for run in TEXT.of(zoo)]
+    records = [run.record for run in PAIR.of(zoo)]
     rows = [
         (task_of(record), kind, record["evaluation"][f"{kind}_nll"], record["evaluation"][f"{kind}_nll_se"])
         for record in records

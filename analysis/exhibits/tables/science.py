@@ -10,6 +10,8 @@ from loopmdm.model.network.config import LoopMDMConfig
 from loopmdm.model.zoo.runs import MAIN_TASKS, Run, Select, Zoo, select
 
 HALF = {"mask_ratios": (0.5,)}
+ALL_ITEMS = {"n": 1024}
+"""No test set of ours is larger."""
 THREE = {"mask_ratios": (0.25, 0.5, 0.75)}
 """At which shares of masked positions a measure is asked."""
 READ_TO = 3
@@ -122,7 +124,8 @@ def verdicts_table(zoo: Zoo) -> pd.DataFrame:
 
     Columns of `loopmdm.analysis.measures.stopping.verdicts` with model, task, seed and rule.
     """
-    frames = [asked("stopping-verdicts", run, run.s_max).answer().assign(seed=run.seed) for run in LEARNED.of(zoo)]
+    answers = ((run, asked("stopping-verdicts", run, run.s_max, **ALL_ITEMS).answer()) for run in LEARNED.of(zoo))
+    frames = [answer.assign(seed=run.seed) for run, answer in answers]
     return pd.concat(frames, ignore_index=True)
 
 

@@ -47,10 +47,10 @@ def causal_frontier(case: Case, _: MaskedBatch, n_thresholds: int = 20) -> pd.Da
 
 
 def verdicts(case: Case, n_thresholds: int = 20) -> pd.DataFrame:
-    """Non-inferiority and usefulness of every rule, a row each."""
+    """Non-inferiority and usefulness of every rule, and the use of a schedule by mask ratio, a row each."""
     test, validation = records(case)
     bounds = [noninferiority(test, validation, rule, n_thresholds=n_thresholds) for rule in test.rules]
-    useful = usefulness(test, validation, n_thresholds).rename(
+    useful = usefulness(test, validation, n_thresholds, schedule=True).rename(
         columns={
             "verdict": "useful",
             "threshold": "useful_threshold",
@@ -58,7 +58,7 @@ def verdicts(case: Case, n_thresholds: int = 20) -> pd.DataFrame:
             "n": "useful_n",
         }
     )
-    return pd.DataFrame(bounds).merge(useful, on="rule", validate="1:1")
+    return pd.DataFrame(bounds).merge(useful, on="rule", how="right", validate="1:1")
 
 
 def calibrations(case: Case) -> pd.DataFrame:

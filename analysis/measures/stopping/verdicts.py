@@ -4,6 +4,8 @@ Thresholds are chosen on validation and judged on test. A verdict reads an inter
 interval lies on one side, and "undecided" where it does not, or where looping gains nothing measurable.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 import torch
@@ -16,7 +18,8 @@ from loopmdm.model.errors import UsageError
 
 CONTROLS = ("fixed", "schedule", "shuffled")
 """What adaptive stopping has to beat at equal FLOPs."""
-NO_RULES = ("fixed", "noise-schedule", "oracle")
+SCHEDULE = "noise-schedule"
+NO_RULES = ("fixed", SCHEDULE, "oracle")
 
 
 def noninferiority(
@@ -61,16 +64,25 @@ def _against_all(record: LoopRecord, rule: str, threshold: float, margin: float)
 
 
 def usefulness(
-    record: LoopRecord, fitted: LoopRecord, n_thresholds: int = 20, margin: float = 0.01
+    record: LoopRecord, fitted: LoopRecord, n_thresholds: int = 20, margin: float = 0.01, schedule: bool = False
 ) -> pd.DataFrame:
     """Whether each rule spends its FLOPs better than fixed S, a mask-ratio schedule, and its own counts shuffled.
 
     As `judge_usefulness`, from records: thresholds are chosen on `fitted` (validation) and judged on `record`
-    (test); an advantage below `margin` x (NLL(S = 1) - NLL(S_max)) counts as none.
+    (test); an advantage below `margin` x (NLL(S = 1) - NLL(S_max)) counts as none. With `schedule` the last row is
+    the schedule by mask ratio, against fixed S alone.
     """
     gains = (record.losses[0] - record.losses[-1]).numpy()
+    least = max(0.0, margin * float(gains.mean()))
     chosen = None if fitted is record else frontier(fitted, fitted, n_thresholds)
-    return judge_usefulness(frontier(record, fitted, n_thresholds), chosen, max(0.0, margin * float(gains.mean())))
+    table = frontier(record, fitted, n_thresholds)
+    judged = judge_usefulness(table, chosen, least)
+    return pd.concat([judged, judge_schedule(table, chosen, least)], ignore_index=True) if schedule else judged
+
+
+def judge_schedule(table: pd.DataFrame, chosen: pd.DataFrame | None = None, least: float = 0.0) -> pd.DataFrame:
+    """As `judge_usefulness`, of loops scheduled by mask ratio alone, which have one control: fixed S."""
+    return _judged(table, chosen, least, [SCHEDULE], ("fixed",))
 
 
 def judge_usefulness(table: pd.DataFrame, chosen: pd.DataFrame | None = None, least: float = 0.0) -> pd.DataFrame:
@@ -86,18 +98,25 @@ def judge_usefulness(table: pd.DataFrame, chosen: pd.DataFrame | None = None, le
     Columns: rule threshold mean_loops flops nll verdict, per control against_ _se _low _high; n_useful
     n_thresholds n n_units.
     """
+    rules = [rule for rule in table["rule"].unique() if rule not in NO_RULES]
+    return _judged(table, chosen, least, rules, CONTROLS)
+
+
+def _judged(
+    table: pd.DataFrame, chosen: pd.DataFrame | None, least: float, rules: list[str], controls: Sequence[str]
+) -> pd.DataFrame:
     rows = []
-    whole = table[table["mask_ratio"].isna() & ~table["rule"].isin(NO_RULES)]
+    whole = table[table["mask_ratio"].isna() & table["rule"].isin(rules)]
     for rule, part in whole.groupby("rule", sort=False):
         seen = part if chosen is None else chosen[chosen["mask_ratio"].isna() & (chosen["rule"] == rule)]
         seen = seen[seen["threshold"].isin(part["threshold"])]
         if not len(seen):
             raise UsageError(f"{rule}: the two frontiers share no threshold; make both with the same `fitted`")
-        worst = np.max([seen[f"against_{name}"] + seen[f"against_{name}_se"] for name in CONTROLS], axis=0)
+        worst = np.max([seen[f"against_{name}"] + seen[f"against_{name}_se"] for name in controls], axis=0)
         best = seen["threshold"].iloc[int(np.argmin(np.where(np.isfinite(worst), worst, np.inf)))]
         row = part[part["threshold"] == best].iloc[0]
-        many = [_verdict(other, least, len(part))[0] for _, other in part.iterrows()]
-        verdict, bounds = _verdict(row, least, len(part) if chosen is None else 1)
+        many = [_verdict(other, least, len(part), controls)[0] for _, other in part.iterrows()]
+        verdict, bounds = _verdict(row, least, len(part) if chosen is None else 1, controls)
         kept = {name: row[name] for name in ("rule", "threshold", "mean_loops", "flops", "nll")}
         rows.append(kept | {"verdict": verdict} | bounds | {
             "n_useful": many.count("useful"), "n_thresholds": len(part),
@@ -106,17 +125,17 @@ def judge_usefulness(table: pd.DataFrame, chosen: pd.DataFrame | None = None, le
     return pd.DataFrame(rows)
 
 
-def _verdict(row: pd.Series, least: float, tests: int) -> tuple[str, dict[str, float]]:
+def _verdict(row: pd.Series, least: float, tests: int, controls: Sequence[str]) -> tuple[str, dict[str, float]]:
     units = int(row["n_units"])
     half = stats.t95(units, tests)
     bounds: dict[str, float] = {}
-    for name in CONTROLS:
+    for name in controls:
         value, error = float(row[f"against_{name}"]), float(row[f"against_{name}_se"])
         bounds |= {f"against_{name}": value, f"against_{name}_se": error}
         bounds |= {f"against_{name}_low": value - half * error, f"against_{name}_high": value + half * error}
-    if any(bounds[f"against_{name}_low"] >= -least for name in CONTROLS):
+    if any(bounds[f"against_{name}_low"] >= -least for name in controls):
         return "not useful", bounds
-    if all(bounds[f"against_{name}_high"] < 0 for name in CONTROLS):
+    if all(bounds[f"against_{name}_high"] < 0 for name in controls):
         return "useful", bounds
     return "undecided", bounds
 

@@ -199,7 +199,7 @@ def test_figures_are_drawn_where_asked(tmp_path):
     ("arguments", "says"),
     [
         (["figures", "mask-to-mask"], "did you mean mask-to-mask-by-loop"),
-        (["figures", "--from", "nowhere"], "tables or checkpoints"),
+        (["figures", "--from", "nowhere"], 'must be "tables" or "checkpoints"'),
         (["evaluate", "sudoku-lop"], "did you mean sudoku-loop"),
         (["evaluate", "sudoku-loop", "--n-loops", "0"], "at least 1"),
         (["evaluate", "sudoku-loop", "--measure", "nlll"], "did you mean nll"),
