@@ -95,7 +95,8 @@ def documents_table(zoo: Zoo) -> pd.DataFrame:
         values, owner = _sequence_nll(model, counts)
         frame = pd.DataFrame(values, columns=pd.Index(counts, name="n_loops")).groupby(owner)
         long = frame.mean().rename_axis("document").reset_index().melt("document", value_name="nll")
-        frames.append(long.assign(n=long["document"].map(frame.size()), **label(model)))
+        long = long.astype({"n_loops": int}).assign(n=long["document"].map(frame.size()))
+        frames.append(long.assign(**label(model)))
     return pd.concat(frames, ignore_index=True)
 
 
