@@ -17,6 +17,7 @@ from torch import nn
 
 from loopmdm.model.adapters import shims
 from loopmdm.model.adapters.families import Family, family_named, name_of_class
+from loopmdm.model.adapters.layout import NAMES as SIZE_NAMES
 from loopmdm.model.corpora.tokenizer import reading_text
 from loopmdm.model.errors import UsageError
 from loopmdm.model.files import read_json
@@ -28,9 +29,11 @@ PAPERWORK = {
     "_name_or_path", "_commit_hash", "_attn_implementation", "_attn_implementation_autoset", "architectures",
     "auto_map", "dtype", "torch_dtype", "model_type", "transformers_version", "id2label", "label2id",
     "gradient_checkpointing", "attn_implementation", "use_cache", "tokenizer_class", "task_specific_params",
-    "finetuning_task",
+    "finetuning_task", "output_past", "prefix", "use_mrope=False",
+    *(f"{kind}_token{end}" for kind in ("bos", "cls", "eos", "mask", "pad", "sep", "unk") for end in ("", "_id")),
+    *(word for words in SIZE_NAMES.values() for word in words),
 }  # fmt: skip
-"""Config attributes that say nothing about the forward."""
+"""Config attributes that say nothing about the forward, as `Family.ignores`; sizes are checked otherwise."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def load(
     """The model that config.json describes, its tokenizer if it has one, and where they come from."""
     name, record = _family_of(config, family)
     _check_stored(wanted, config)
-    native = _model(wanted, record, _own_code(wanted, name, config))
+    native = _model(wanted, config, record, _own_code(wanted, name, config))
     source = {"source": wanted.name, "revision": wanted.revision or config.get("_commit_hash")}
     return native, _tokenizer(wanted), source | {"dtype": str(next(native.parameters()).dtype)}
 
@@ -122,16 +125,26 @@ def _own_code(wanted: Wanted, name: str, config: Mapping[str, Any]) -> bool:
     return True
 
 
-def _model(wanted: Wanted, record: Family | None, own_code: bool) -> nn.Module:
-    auto = getattr(import_module("transformers"), "AutoModelForMaskedLM" if record is None else record.auto)
+def _auto_of(config: Mapping[str, Any]) -> str:
+    """The class of transformers that builds a model without a record, by where config.json's own class stands."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    brought = [name for name in ("AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModel")
+               if name in (config.get("auto_map") or {})]  # fmt: skip
+    causal = set(CAUSAL.values()).intersection(config.get("architectures") or ())
+    return next(iter(brought), "AutoModelForCausalLM" if causal else "AutoModelForMaskedLM")
+
+
+def _model(wanted: Wanted, config: Mapping[str, Any], record: Family | None, own_code: bool) -> nn.Module:
+    auto = getattr(import_module("transformers"), _auto_of(config) if record is None else record.auto)
     options: dict[str, Any] = {"attn_implementation": "sdpa"} if wanted.hears else {}
     options |= {"trust_remote_code": True} if own_code else {}
     if not sys.stderr.isatty():
         import_module("transformers.utils.logging").disable_progress_bar()
     with shims.old_code(own_code):
-        if wanted.device.type == "meta":
-            return _empty(wanted, auto, options)
         try:
+            if wanted.device.type == "meta":
+                return _empty(wanted, auto, options)
             native, info = auto.from_pretrained(
                 wanted.name,
                 revision=wanted.revision,
@@ -237,11 +250,13 @@ def check_config(native: nn.Module, family: Family) -> None:
     except Exception:  # a config that cannot stand without arguments has no defaults to compare with
         return
     values = config.to_dict()
-    ignored = {entry for entry in family.ignores if "=" not in entry}
-    ignored |= {
-        entry.partition("=")[0] for entry in family.ignores if entry in {f"{k}={v}" for k, v in values.items()}
-    }
-    unknown = sorted(values.keys() - known - PAPERWORK - ignored)
+    ignored = PAPERWORK | set(family.ignores)
+    unknown = sorted(
+        name
+        for name, value in values.items()
+        if name not in known and value is not None and "dropout" not in name  # in eval mode nothing is dropped
+        if not {name, f"{name}={value}"} & ignored
+    )
     if unknown:
         raise UsageError(
             f"the config has {unknown[0]} = {values[unknown[0]]!r}, which neither {type(config).__name__} nor the "
