@@ -224,7 +224,8 @@ ESM = replace(
     parts={**BERT.parts, "ln1": "attention.LayerNorm", "ln2": "LayerNorm"},
     sizes={"n_ctx": lambda config: config.max_position_embeddings - config.pad_token_id - 1},
     masks={33: 32}, pre_norm=True, additive=True, ignores=(*HEADS_OF_OTHERS, "hidden_act=gelu"),
-    remarks=(MLM, "with token_dropout [MASK]'s embedding is zero, and the others grow with the share of masks"),
+    remarks=(MLM, "with token_dropout [MASK]'s embedding is zero, the others grow with the share of masks",
+             "masks alone have no logits with it (0 / 0)"),
 )
 MODERNBERT = Family(
     classes=("ModernBertForMaskedLM",),

@@ -41,7 +41,7 @@ def open_model(
     without weights. `trust_remote_code` lets code run that lies beside the weights; `revision` pins it. `changes`:
     as `hook_model`.
     """
-    if not isinstance(name, str | Path) or not name:
+    if not isinstance(name, str | Path) or not name or name == HUB:
         raise UsageError(f"a model is opened by name or folder, got {name!r:.60}; hook_model takes a loaded one")
     dtype = None if dtype is None else floating(dtype)
     place = check_device(device)

@@ -319,6 +319,11 @@ def test_no_network(monkeypatch):
         open_model("hf:nobody-here/no-such-model")
 
 
+def test_a_hub_without_a_name():
+    with pytest.raises(UsageError, match=r"opened by name or folder, got 'hf:'"):
+        open_model("hf:")
+
+
 @pytest.mark.parametrize("version", ["4.40.1", "6.0.0"])
 def test_a_transformers_too_old_or_new(folder, monkeypatch, version):
     monkeypatch.setattr(loading, "version", lambda name: version)
