@@ -125,18 +125,25 @@ def _own_code(wanted: Wanted, name: str, config: Mapping[str, Any]) -> bool:
     return True
 
 
-def _auto_of(config: Mapping[str, Any]) -> str:
+def _auto_of(wanted: Wanted, config: Mapping[str, Any]) -> str:
     """The class of transformers that builds a model without a record, by where config.json's own class stands."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto import modeling_auto as auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    brought = [name for name in ("AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModel")
-               if name in (config.get("auto_map") or {})]  # fmt: skip
-    causal = set(CAUSAL.values()).intersection(config.get("architectures") or ())
-    return next(iter(brought), "AutoModelForCausalLM" if causal else "AutoModelForMaskedLM")
+    masked, causal, kind = "AutoModelForMaskedLM", "AutoModelForCausalLM", config.get("model_type")
+    brought = [name for name in (masked, causal, "AutoModel") if name in (config.get("auto_map") or {})]
+    if brought:
+        return brought[0]
+    names = {masked: auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, causal: auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    known = {name: classes[kind] for name, classes in names.items() if kind in classes}
+    if not known and kind in CONFIG_MAPPING:
+        raise UsageError(f"{wanted.name} ({kind}) is no language model of one stack; open a masked or causal one")
+    own = config.get("architectures") or ()
+    return next((name for name, cls in known.items() if cls in own), next(iter(known), masked))
 
 
 def _model(wanted: Wanted, config: Mapping[str, Any], record: Family | None, own_code: bool) -> nn.Module:
-    auto = getattr(import_module("transformers"), _auto_of(config) if record is None else record.auto)
+    auto = getattr(import_module("transformers"), _auto_of(wanted, config) if record is None else record.auto)
     options: dict[str, Any] = {"attn_implementation": "sdpa"} if wanted.hears else {}
     options |= {"trust_remote_code": True} if own_code else {}
     if not sys.stderr.isatty():
@@ -153,14 +160,19 @@ def _model(wanted: Wanted, config: Mapping[str, Any], record: Family | None, own
                 **options,
             )
         except Exception as error:  # damaged files, other versions' code: every library raises its own
-            raise UsageError(
-                f"{wanted.name} does not load with transformers {version('transformers')}: {_line(error)}"
-            ) from error
+            why = f"does not load with transformers {version('transformers')}: {_line(error)}"
+            if "through torch.nn.functional.scaled_dot_product_attention" in str(error):
+                why = "attends by code of its own; give hears=False for all but its patterns"
+            raise UsageError(f"{wanted.name} {why}") from error
         if own_code:
             shims.mend(native)
     lost = sorted(info["missing_keys"])
     if lost:
-        raise UsageError(f"{wanted.name} lacks {lost[0]} (and {len(lost) - 1} more weights); download it again")
+        own, built = config.get("architectures") or (), type(native).__name__
+        remedy = "download it again"
+        if own and built not in own:
+            remedy = f"it was saved as {own[0]}; open a checkpoint of {built}, which has the head"
+        raise UsageError(f"{wanted.name} lacks {lost[0]} (and {len(lost) - 1} more weights); {remedy}")
     return native.to(wanted.device)
 
 

@@ -319,6 +319,22 @@ def test_no_network(monkeypatch):
         open_model("hf:nobody-here/no-such-model")
 
 
+@pytest.mark.parametrize(
+    ("kind", "sizes", "says"),
+    [
+        ("BertModel", {}, r"lacks cls.*it was saved as BertModel; open a checkpoint of BertForMaskedLM"),
+        ("LlamaForSequenceClassification", {}, r"open a checkpoint of LlamaForCausalLM, which has the head"),
+        ("RoFormerForMaskedLM", {"embedding_size": 32}, r"attends by code of its own; give hears=False"),
+        ("ViTModel", {"image_size": 8, "patch_size": 4}, r"\(vit\) is no language model of one stack"),
+    ],
+)
+def test_a_checkpoint_of_another_kind(kind, sizes, says, tmp_path):
+    make = getattr(transformers, kind)
+    make(make.config_class(**natives.SIZES, **sizes)).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=says):
+        open_model(tmp_path, mask_token_id=103)
+
+
 def test_a_hub_without_a_name():
     with pytest.raises(UsageError, match=r"opened by name or folder, got 'hf:'"):
         open_model("hf:")
