@@ -37,6 +37,8 @@ class Access:
 
     def test_set(self, m: HookedLoopMDM, split: Split = "test") -> TestSet:
         """One's own texts if there are any, else what the model's record names."""
+        if m.model.device.type == "meta":
+            raise UsageError(f"{m.model_name} has no weights on the meta device; take another --device")
         if self.text is not None:
             if not self.text.is_file():
                 raise UsageError(f"{self.text} is no file; --text takes a UTF-8 file with a sequence a line")

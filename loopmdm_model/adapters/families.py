@@ -14,12 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from loopmdm.model.adapters.cycles import Cycle, Injected, InjectedNormed, NormedGated, TwoStacks, TwoStates
-from loopmdm.model.errors import UsageError, unknown_name
+from loopmdm.model.adapters.kinds import checked
+from loopmdm.model.errors import UsageError, check_count, check_keys, unknown_name
 from loopmdm.model.layout import Facts
 from loopmdm.model.registry import Registry
 
 PATHS = ("blocks", "embed", "head", "attn", "attn_out", "mlp")
 """What a user gives for a model without a record."""
+PARTS = ("attn", "attn_out", "mlp", "ln1", "ln2", "q", "k")
+"""Parts of a block."""
 
 Arguments = Callable[[Tensor, Tensor | None], dict[str, Any]]
 
@@ -109,26 +112,36 @@ class Family(Facts):
     hears: bool = True
     pre_norm: bool = True
 
+    def __post_init__(self):
+        """Every field of its kind."""
+        for each in fields(self):
+            object.__setattr__(self, each.name, checked(each.name, getattr(self, each.name)))
+        check_keys(self.parts, PARTS, "parts")
+        if self.times and len(self.times) != len(self.blocks):
+            raise UsageError(f"times must have a number for each of {', '.join(self.blocks)}, got {self.times}")
+
     def find_blocks(self, native: nn.Module) -> list[nn.Module]:
         """The blocks of a model, in order, those that run several times named as often."""
-        lists = [list(_at(native, path, "blocks").children()) for path in self.blocks]
-        times = [_number(native, each) for each in self.times] or [1] * len(lists)
+        lists = [list(at(native, path, "blocks").children()) for path in self.blocks]
+        if not all(lists):
+            raise UsageError(f"{type(native).__name__} has no blocks in {', '.join(self.blocks)}; give blocks=")
+        times = [number(native, each) for each in self.times] or [1] * len(lists)
         return [block for several, n in zip(lists, times, strict=True) for block in several * n]
 
     def part(self, block: nn.Module, name: str) -> nn.Module:
         """A part of a block."""
-        return _at(block, self.parts[name], name)
+        return at(block, self.parts[name], name)
 
     def unembed(self, native: nn.Module, x: Tensor) -> Tensor:
         """Logits of states [batch, pos, d_model]."""
         for step in self.head:
-            x = _at(native, step, "head")(x) if isinstance(step, str) else step(native, x)
+            x = at(native, step, "head")(x) if isinstance(step, str) else step(native, x)
         return x
 
     def embedded(self, native: nn.Module, token: Tensor) -> Tensor:
         """The embedding of a token id, in d_model."""
-        x = _at(native, self.embed, "embed")(token.reshape(1, 1))
-        return (_at(native, self.lift, "lift")(x) if self.lift else x)[0, 0]
+        x = at(native, self.embed, "embed")(token.reshape(1, 1))
+        return (at(native, self.lift, "lift")(x) if self.lift else x)[0, 0]
 
     def arguments(self, tokens: Tensor, keys: Tensor | None) -> dict[str, Any]:
         """Keywords of a native call."""
@@ -142,11 +155,16 @@ class Family(Facts):
         return Facts(**stated | {"mask_token_id": mask_token_id, "causal": causal})
 
 
-def _number(native: nn.Module, said: int | str) -> int:
-    return said if isinstance(said, int) else getattr(native.config, said)
+def number(native: nn.Module, said: int | str) -> int:
+    """A number as it is, or as the config has it under that name."""
+    found = getattr(getattr(native, "config", None), said, None) if isinstance(said, str) else said
+    if found is None:
+        raise UsageError(f"the config of {type(native).__name__} has no {said!r}; give a number instead")
+    return check_count(said if isinstance(said, str) else "times", found, least=0)
 
 
-def _at(module: nn.Module, path: str, role: str) -> nn.Module:
+def at(module: nn.Module, path: str, role: str) -> nn.Module:
+    """The part at a path; UsageError that names its role."""
     try:
         return module.get_submodule(path)
     except AttributeError:
@@ -176,7 +194,7 @@ ROBERTA = replace(
     BERT, classes=("RobertaForMaskedLM", "XLMRobertaForMaskedLM", "CamembertForMaskedLM"),
     blocks=("roberta.encoder.layer",), embed="roberta.embeddings.word_embeddings", head=("lm_head",),
     sizes={"n_ctx": lambda config: config.max_position_embeddings - config.pad_token_id - 1},
-    masks={50265: 50264, 250002: 250001},
+    masks={50265: 50264, 250002: 250001, 32005: 32004},
 )
 ALBERT = replace(
     BERT, classes=("AlbertForMaskedLM",),
@@ -205,8 +223,9 @@ ESM = replace(
     head=("esm.encoder.emb_layer_norm_after", "lm_head"),
     parts={**BERT.parts, "ln1": "attention.LayerNorm", "ln2": "LayerNorm"},
     sizes={"n_ctx": lambda config: config.max_position_embeddings - config.pad_token_id - 1},
-    masks={33: 32}, pre_norm=True, additive=True,
-    remarks=(MLM, "with token_dropout [MASK]'s embedding is zero, and the others grow with the share of masks"),
+    masks={33: 32}, pre_norm=True, additive=True, ignores=(*HEADS_OF_OTHERS, "hidden_act=gelu"),
+    remarks=(MLM, "with token_dropout [MASK]'s embedding is zero, the others grow with the share of masks",
+             "masks alone have no logits with it (0 / 0)"),
 )
 MODERNBERT = Family(
     classes=("ModernBertForMaskedLM",),

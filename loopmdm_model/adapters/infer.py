@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loopmdm.model.adapters.families import PATHS, Family
+from loopmdm.model.adapters.families import HEADS_OF_OTHERS, LLAMA, PARTS, PATHS, Family
+from loopmdm.model.adapters.kinds import checked
 from loopmdm.model.errors import UsageError
 
 COMMON = {
@@ -20,6 +21,8 @@ COMMON = {
 """Names to try for a part, likelier ones first."""
 BESIDE = {"attention.self": "attention.output.dense"}
 """Where the output projection stands if not inside attention."""
+OLDER = (*HEADS_OF_OTHERS, *LLAMA.ignores, "max_window_layers")
+"""Config attributes of published checkpoints that transformers reads into others, or no longer."""
 
 
 def rescaled(native: nn.Module, x: Tensor) -> Tensor:
@@ -46,15 +49,16 @@ def from_paths(given: Mapping[str, Any]) -> Family:
     missing = [path for path in PATHS if path not in given]
     if missing:
         raise UsageError(f"{', '.join(missing)} missing; a model without a record needs {', '.join(PATHS)}")
-    several = {
-        name: (given[name],) if isinstance(given[name], str) else tuple(given[name]) for name in ("blocks", "head")
-    }
-    parts = {name: given[name] for name in ("attn", "attn_out", "mlp")}
-    rest = {name: value for name, value in given.items() if name not in PATHS}
-    chosen: dict[str, Any] = (
-        {"additive": False, "pre_norm": False, "options": {"use_cache": False}} | several | rest
-    )
-    return Family(embed=given["embed"], parts=parts, **chosen)
+    parts, rest = parts_of(given)
+    chosen: dict[str, Any] = {"additive": False, "pre_norm": False, "options": {"use_cache": False}} | rest
+    return Family(parts=parts, **chosen)
+
+
+def parts_of(given: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
+    """The paths of parts of a block among what a user gives, and all else."""
+    inside = {name: given[name] for name in PATHS if name in PARTS and name in given}
+    rest = {name: value for name, value in given.items() if name not in (*inside, "parts")}
+    return checked("parts", given.get("parts", {})) | inside, rest
 
 
 def guesses(native: nn.Module) -> Iterator[Family]:
@@ -84,8 +88,9 @@ def guesses(native: nn.Module) -> Iterator[Family]:
     ends = (found["head"], *(name for name in ("decoder",) if hasattr(native, name)))
     if any(getattr(getattr(native, "config", None), name, None) is not None for name in RESCALED):
         ends = (*ends, rescaled)
-    guess = found | {"remarks": ("its parts were guessed",)}
-    for causal in (True, False):
+    guess = found | {"remarks": ("its parts were guessed",), "ignores": OLDER}
+    masked = "Masked" in type(native).__name__  # where nothing can be tried the first guess stands
+    for causal in (not masked, masked):
         for linear in (True, False):
             for head in [(norm, *ends) for norm in norms] + [ends]:
                 yield from_paths(guess | {"head": head, "causal": causal, "linear_heads": linear})

@@ -7,14 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from loopmdm.model.adapters.families import Family
+from loopmdm.model.adapters.families import Family, at, number
+from loopmdm.model.adapters.kinds import checked_loop
 from loopmdm.model.adapters.listening import leaves
-from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.errors import UsageError, check_count, check_keys
 from loopmdm.model.layout import Facts, Layout
 
 NAMES: dict[str, Sequence[str]] = {
     "d_vocab": ("vocab_size",),
-    "n_ctx": ("max_position_embeddings", "max_sequence_length", "n_positions", "seq_len"),
+    "n_ctx": ("max_position_embeddings", "max_sequence_length", "n_positions", "n_ctx", "seq_len"),
     "d_model": ("hidden_size", "d_model", "n_embd"),
     "n_heads": ("num_attention_heads", "n_heads", "n_head", "num_heads"),
     "n_kv_heads": ("num_key_value_heads", "n_kv_heads"),
@@ -85,10 +86,11 @@ def read_layout(
 
     A model that loops nothing is all prelude; its hooks have TransformerLens' plain names.
     """
+    loop = checked_loop(loop)
     sizes = _sizes(getattr(native, "config", None), family)
     blocks = family.find_blocks(native)
     own = _own_loop(native, family, len(blocks))
-    first, looped = loop or own or (len(blocks), 0)
+    first, looped = next((said for said in (loop, own) if said is not None), (len(blocks), 0))
     native_loops = sizes["native_loops"] if own == (first, looped) else 1
     return ForeignLayout(
         **{
@@ -108,8 +110,6 @@ def read_layout(
 
 
 def _segments(n_layers: int, first: int, looped: int) -> dict[str, int]:
-    check_count("loop[0]", first, least=0)
-    check_count("loop[1]", looped, least=0)
     if n_layers < first + looped:
         raise UsageError(f"loop=({first}, {looped}) does not fit into the {n_layers} layers there are")
     return {"n_prelude_layers": first, "n_loop_layers": looped, "n_coda_layers": n_layers - first - looped}
@@ -118,13 +118,17 @@ def _segments(n_layers: int, first: int, looped: int) -> dict[str, int]:
 def _own_loop(native: nn.Module, family: Family, n_layers: int) -> tuple[int, int] | None:
     if family.loop is None:
         return None
-    config: Any = native.config
-    first, looped = [getattr(config, part) if isinstance(part, str) else part for part in family.loop]
-    return (first, n_layers - first if looped is None else looped)  # pyright: ignore
+    first, looped = family.loop
+    first = number(native, first)
+    return first, n_layers - first if looped is None else number(native, looped)
 
 
 def _sizes(config: Any, family: Family) -> dict[str, int]:
+    check_keys(family.sizes, NAMES, "sizes")
+    least = {"n_experts": 0, "n_chosen": 0, "d_mlp": 0}
     found = {name: _size(config, family, name) for name in NAMES}
+    for name, value in found.items():
+        found[name] = None if value is None else check_count(f"sizes.{name}", value, least.get(name, 1))
     for name in ("d_vocab", "d_model", "n_heads"):
         if found[name] is None:
             raise UsageError(
@@ -167,5 +171,5 @@ def _products(block: nn.Module, family: Family, sizes: dict[str, int]) -> float:
 
 
 def _head_products(native: nn.Module, family: Family) -> int:
-    steps = [native.get_submodule(step) for step in family.head if isinstance(step, str)]
+    steps = [at(native, step, "head") for step in family.head if isinstance(step, str)]
     return sum(weight.numel() for step in steps for weight in step.parameters() if weight.ndim >= 2)

@@ -17,6 +17,7 @@ from torch import nn
 
 from loopmdm.model.adapters import shims
 from loopmdm.model.adapters.families import Family, family_named, name_of_class
+from loopmdm.model.adapters.layout import NAMES as SIZE_NAMES
 from loopmdm.model.corpora.tokenizer import reading_text
 from loopmdm.model.errors import UsageError
 from loopmdm.model.files import read_json
@@ -28,9 +29,11 @@ PAPERWORK = {
     "_name_or_path", "_commit_hash", "_attn_implementation", "_attn_implementation_autoset", "architectures",
     "auto_map", "dtype", "torch_dtype", "model_type", "transformers_version", "id2label", "label2id",
     "gradient_checkpointing", "attn_implementation", "use_cache", "tokenizer_class", "task_specific_params",
-    "finetuning_task",
+    "finetuning_task", "output_past", "prefix", "use_mrope=False",
+    *(f"{kind}_token{end}" for kind in ("bos", "cls", "eos", "mask", "pad", "sep", "unk") for end in ("", "_id")),
+    *(word for words in SIZE_NAMES.values() for word in words),
 }  # fmt: skip
-"""Config attributes that say nothing about the forward."""
+"""Config attributes that say nothing about the forward, as `Family.ignores`; sizes are checked otherwise."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def load(
     """The model that config.json describes, its tokenizer if it has one, and where they come from."""
     name, record = _family_of(config, family)
     _check_stored(wanted, config)
-    native = _model(wanted, record, _own_code(wanted, name, config))
+    native = _model(wanted, config, record, _own_code(wanted, name, config))
     source = {"source": wanted.name, "revision": wanted.revision or config.get("_commit_hash")}
     return native, _tokenizer(wanted), source | {"dtype": str(next(native.parameters()).dtype)}
 
@@ -122,16 +125,33 @@ def _own_code(wanted: Wanted, name: str, config: Mapping[str, Any]) -> bool:
     return True
 
 
-def _model(wanted: Wanted, record: Family | None, own_code: bool) -> nn.Module:
-    auto = getattr(import_module("transformers"), "AutoModelForMaskedLM" if record is None else record.auto)
+def _auto_of(wanted: Wanted, config: Mapping[str, Any]) -> str:
+    """The class of transformers that builds a model without a record, by where config.json's own class stands."""
+    from transformers.models.auto import modeling_auto as auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    masked, causal, kind = "AutoModelForMaskedLM", "AutoModelForCausalLM", config.get("model_type")
+    brought = [name for name in (masked, causal, "AutoModel") if name in (config.get("auto_map") or {})]
+    if brought:
+        return brought[0]
+    names = {masked: auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, causal: auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    known = {name: classes[kind] for name, classes in names.items() if kind in classes}
+    if not known and kind in CONFIG_MAPPING:
+        raise UsageError(f"{wanted.name} ({kind}) is no language model of one stack; open a masked or causal one")
+    own = config.get("architectures") or ()
+    return next((name for name, cls in known.items() if cls in own), next(iter(known), masked))
+
+
+def _model(wanted: Wanted, config: Mapping[str, Any], record: Family | None, own_code: bool) -> nn.Module:
+    auto = getattr(import_module("transformers"), _auto_of(wanted, config) if record is None else record.auto)
     options: dict[str, Any] = {"attn_implementation": "sdpa"} if wanted.hears else {}
     options |= {"trust_remote_code": True} if own_code else {}
     if not sys.stderr.isatty():
         import_module("transformers.utils.logging").disable_progress_bar()
     with shims.old_code(own_code):
-        if wanted.device.type == "meta":
-            return _empty(wanted, auto, options)
         try:
+            if wanted.device.type == "meta":
+                return _empty(wanted, auto, options)
             native, info = auto.from_pretrained(
                 wanted.name,
                 revision=wanted.revision,
@@ -140,14 +160,19 @@ def _model(wanted: Wanted, record: Family | None, own_code: bool) -> nn.Module:
                 **options,
             )
         except Exception as error:  # damaged files, other versions' code: every library raises its own
-            raise UsageError(
-                f"{wanted.name} does not load with transformers {version('transformers')}: {_line(error)}"
-            ) from error
+            why = f"does not load with transformers {version('transformers')}: {_line(error)}"
+            if "through torch.nn.functional.scaled_dot_product_attention" in str(error):
+                why = "attends by code of its own; give hears=False for all but its patterns"
+            raise UsageError(f"{wanted.name} {why}") from error
         if own_code:
             shims.mend(native)
     lost = sorted(info["missing_keys"])
     if lost:
-        raise UsageError(f"{wanted.name} lacks {lost[0]} (and {len(lost) - 1} more weights); download it again")
+        own, built = config.get("architectures") or (), type(native).__name__
+        remedy = "download it again"
+        if own and built not in own:
+            remedy = f"it was saved as {own[0]}; open a checkpoint of {built}, which has the head"
+        raise UsageError(f"{wanted.name} lacks {lost[0]} (and {len(lost) - 1} more weights); {remedy}")
     return native.to(wanted.device)
 
 
@@ -237,11 +262,13 @@ def check_config(native: nn.Module, family: Family) -> None:
     except Exception:  # a config that cannot stand without arguments has no defaults to compare with
         return
     values = config.to_dict()
-    ignored = {entry for entry in family.ignores if "=" not in entry}
-    ignored |= {
-        entry.partition("=")[0] for entry in family.ignores if entry in {f"{k}={v}" for k, v in values.items()}
-    }
-    unknown = sorted(values.keys() - known - PAPERWORK - ignored)
+    ignored = PAPERWORK | set(family.ignores)
+    unknown = sorted(
+        name
+        for name, value in values.items()
+        if name not in known and value is not None and "dropout" not in name  # in eval mode nothing is dropped
+        if not {name, f"{name}={value}"} & ignored
+    )
     if unknown:
         raise UsageError(
             f"the config has {unknown[0]} = {values[unknown[0]]!r}, which neither {type(config).__name__} nor the "

@@ -12,7 +12,8 @@ from loopmdm.model.adapters import loading
 from loopmdm.model.adapters.checks import check
 from loopmdm.model.adapters.core import ForeignCore
 from loopmdm.model.adapters.families import PATHS, Family, family_named, looks_like, name_of_class
-from loopmdm.model.adapters.infer import from_paths, guesses
+from loopmdm.model.adapters.infer import from_paths, guesses, parts_of
+from loopmdm.model.adapters.kinds import checked
 from loopmdm.model.adapters.layout import read_layout
 from loopmdm.model.adapters.specimens import SPECIMENS, Specimen
 from loopmdm.model.errors import UsageError, check_keys, unknown_name
@@ -40,7 +41,7 @@ def open_model(
     without weights. `trust_remote_code` lets code run that lies beside the weights; `revision` pins it. `changes`:
     as `hook_model`.
     """
-    if not isinstance(name, str | Path) or not name:
+    if not isinstance(name, str | Path) or not name or name == HUB:
         raise UsageError(f"a model is opened by name or folder, got {name!r:.60}; hook_model takes a loaded one")
     dtype = None if dtype is None else floating(dtype)
     place = check_device(device)
@@ -122,6 +123,7 @@ def _first_that_fits(
     `how` is (loop, max_loops, tokenizer) as given.
     """
     name, records = _records(native, family, changes)
+    loading.check_config(native, records[0])
     failures = []
     for record in records:
         try:
@@ -152,16 +154,13 @@ def _records(native: nn.Module, family: Any, changes: Mapping[str, Any]) -> tupl
 
 
 def _changed(record: Family, changes: Mapping[str, Any]) -> Family:
-    parts = {name: changes[name] for name in ("attn", "attn_out", "mlp") if name in changes}
-    rest = {name: value for name, value in changes.items() if name not in parts}
-    for name in ("blocks", "head"):
-        if isinstance(rest.get(name), str):
-            rest[name] = (rest[name],)
+    parts, rest = parts_of(changes)
+    if "ignores" in rest:  # these beside what the record knows, as the message that asks for them says
+        rest["ignores"] = (*record.ignores, *checked("ignores", rest["ignores"]))
     return replace(record, **rest, parts={**record.parts, **parts})
 
 
 def _core(native: nn.Module, record: Family, loop: Any, max_loops: int | None, tokenizer: Any) -> ForeignCore:
-    loading.check_config(native, record)
     mask = loading.mask_of(native, record, tokenizer)
     layout = read_layout(native, record, mask, loop, max_loops)
     if mask is not None and not 0 <= mask < layout.d_vocab:

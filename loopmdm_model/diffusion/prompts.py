@@ -62,6 +62,7 @@ class Start:
         prompts, clues = _prompts(model, prompt, around), _clues(model, clues)
         n = _count(n, prompts, clues)
         known = _framed(n, _inside(cfg, frame, clues, length), frame).to(_device(model))
+        check_data("the model's weights", known)
         if prompts is not None:
             _begin(known, prompts, known.shape[1] - len(frame[1]), cfg.n_ctx)
         known = _place(known, clues)

@@ -18,7 +18,7 @@ from loopmdm.analysis.measures.interventions import damp
 from loopmdm.analysis.measures.interventions.training_free import training_free
 from loopmdm.analysis.measures.options import OnTests
 from loopmdm.analysis.measures.starts import over_starts
-from loopmdm.model import LoopMDM, MaskedBatch, UsageError, nelbo
+from loopmdm.model import LoopMDM, MaskedBatch, UsageError, nelbo, sample
 from loopmdm.model.adapters import hook_model
 from loopmdm.model.masking import hide
 from loopmdm.model.sequences import Sequences
@@ -134,6 +134,19 @@ def test_more_masks_than_in_training_are_warned_of(places):
 # --- causal models ---
 
 
+def test_where_a_causal_models_states_go_is_asked_of_it():
+    assert all(MEASURES[name].groupless for name in ("convergence", "fixed-points", "state-paths"))
+
+
+def test_a_model_without_weights_measures_nothing(places):
+    for name in (str(places / "Bert"), "sudoku-loop"):
+        changes = {} if name == "sudoku-loop" else BERT.changes
+        with pytest.raises(UsageError, match="no weights on the meta device; take another --device"):
+            measure("attention-shape", name, access=Access(device="meta", changes=changes))
+        with pytest.raises(UsageError, match='weights lie on the device "meta"'):
+            sample(Access(device="meta", changes=changes).open(name), n=1, steps=2)
+
+
 @pytest.mark.parametrize("name", [name for name, item in MEASURES.items() if item.groupless])
 def test_a_causal_model_has_rows_without_groups_and_a_sentence(places, name):
     how = on(places, changes={"loop": (1, 2), "max_loops": 3})
@@ -141,7 +154,9 @@ def test_a_causal_model_has_rows_without_groups_and_a_sentence(places, name):
         frame = measure(name, str(places / "Llama"), access=how)
     group = next((c for c in ("query_group", "token_group") if c in frame), None)
     if group is not None:
-        assert frame.loc[frame[group] == "masked", "n"].eq(0).all() and (frame[group] == "masked").any()
+        masked = frame[frame[group] == "masked"]
+        assert len(masked)
+        assert masked["pc1"].isna().all() if name == "state-paths" else masked["n"].eq(0).all()
     numbers = frame.select_dtypes("float").drop(columns=["nominal_mask_ratio", "mask_ratio"], errors="ignore")
     if name == "attention-change":  # of the rows of masked queries
         assert numbers.isna().all(axis=None) and frame["n"].eq(0).all()

@@ -136,4 +136,4 @@ def far_out(case: Case, b: MaskedBatch, least_loops: int = 64) -> pd.DataFrame:
     return convergence(case.m, b, max(least_loops, case.n_loops), clusters=case.clusters)
 
 
-MEASURES = (Measure("convergence", "does the change fall faster than a drift's 1/i", far_out),)
+MEASURES = (Measure("convergence", "does the change fall faster than a drift's 1/i", far_out, groupless=far_out),)

@@ -246,4 +246,4 @@ def of_few(case: Case, b: MaskedBatch, n_sequences: int = 16, least_loops: int =
     return fixed_point_summary(found, few.clusters).assign(n_units=few.n_units)
 
 
-MEASURES = (Measure("fixed-points", "residual far out; spectral radius or growth rate", of_few),)
+MEASURES = (Measure("fixed-points", "residual far out; spectral radius or growth rate", of_few, groupless=of_few),)

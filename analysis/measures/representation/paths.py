@@ -131,4 +131,5 @@ def _visit(
             yield start, loop, state, groups
 
 
-MEASURES = (Measure("state-paths", "paths of the mean state in PCA coordinates", plain(state_paths), loops=2),)
+PATHS = plain(state_paths)
+MEASURES = (Measure("state-paths", "paths of the mean state in PCA coordinates", PATHS, loops=2, groupless=PATHS),)

@@ -69,6 +69,7 @@ def test_each_fact_refuses_its_need():
     lacking = {"masks": {"mask_token_id": None}, "bidirectional": {"causal": True}, "unshifted": {"shifted": True}}
     lacking |= {
         "additive": {"additive": False},
+        "linear_heads": {"linear_heads": False},
         "nested": {"nested": False},
         "fixed_start": {"random_start": True},
     }

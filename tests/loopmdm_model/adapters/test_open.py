@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from loopmdm.analysis import cut
 from loopmdm.model import LoopMDM, UsageError, open_model, sample, sites
-from loopmdm.model.adapters import FAMILIES, hook_model, loading
+from loopmdm.model.adapters import FAMILIES, Family, hook_model, loading
+from loopmdm.model.adapters.families import PATHS
 from loopmdm.model.errors import UnknownNameError
 from tests.conftest import toy_model
 from tests.loopmdm_model.adapters import natives, standins
@@ -318,6 +319,27 @@ def test_no_network(monkeypatch):
         open_model("hf:nobody-here/no-such-model")
 
 
+@pytest.mark.parametrize(
+    ("kind", "sizes", "says"),
+    [
+        ("BertModel", {}, r"lacks cls.*it was saved as BertModel; open a checkpoint of BertForMaskedLM"),
+        ("LlamaForSequenceClassification", {}, r"open a checkpoint of LlamaForCausalLM, which has the head"),
+        ("RoFormerForMaskedLM", {"embedding_size": 32}, r"attends by code of its own; give hears=False"),
+        ("ViTModel", {"image_size": 8, "patch_size": 4}, r"\(vit\) is no language model of one stack"),
+    ],
+)
+def test_a_checkpoint_of_another_kind(kind, sizes, says, tmp_path):
+    make = getattr(transformers, kind)
+    make(make.config_class(**natives.SIZES, **sizes)).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=says):
+        open_model(tmp_path, mask_token_id=103)
+
+
+def test_a_hub_without_a_name():
+    with pytest.raises(UsageError, match=r"opened by name or folder, got 'hf:'"):
+        open_model("hf:")
+
+
 @pytest.mark.parametrize("version", ["4.40.1", "6.0.0"])
 def test_a_transformers_too_old_or_new(folder, monkeypatch, version):
     monkeypatch.setattr(loading, "version", lambda name: version)
@@ -433,6 +455,94 @@ def test_a_config_attribute_that_nobody_knows():
     with pytest.raises(UsageError, match=r"position_embedding_type = 'relative_key'"):
         hook_model(natives.native("Bert", position_embedding_type="relative_key"), mask_token_id=103)
     hook_model(natives.native("Bert", position_embedding_type="absolute"), mask_token_id=103)
+
+
+def test_what_a_message_says_to_ignore_is_ignored_beside_what_the_record_knows():
+    native = natives.native("Bert", twisted=True, pooler_fc_size=768)
+    assert hook_model(native, mask_token_id=103, ignores="twisted").record["family"] == "bert"
+    with pytest.raises(UsageError, match=r"\Athe config has twisted = 3.*give ignores"):
+        hook_model(natives.native("GPT2", twisted=3))  # not as if a guess had failed
+
+
+CONFIGS = {
+    "XLMRobertaForMaskedLM": {"model_type": "xlm-roberta", "output_past": True, "vocab_size": 250002},
+    "EsmForMaskedLM": {
+        "model_type": "esm",
+        "hidden_act": "gelu",
+        "vocab_size": 33,
+        "mask_token_id": 32,
+        "pad_token_id": 1,
+    },
+    "Qwen2ForCausalLM": {"model_type": "qwen2", "use_mrope": False},
+    "Qwen3MoeForCausalLM": {"model_type": "qwen3_moe", "head_dim": 16, "rope_theta": 1e6, "max_window_layers": 2},
+    "GPT2LMHeadModel": {"model_type": "gpt2", "n_ctx": 64, "n_positions": 64, "summary_type": "cls_index"},
+    "GemmaForCausalLM": {"model_type": "gemma", "hidden_activation": None, "rope_scaling": None},
+    "OPTForCausalLM": {"model_type": "opt", "activation_dropout": 0.0, "prefix": "</s>"},
+    "EuroBertForMaskedLM": {"model_type": "eurobert", "bos_token": "<s>", "pad_token_id": 1, "mask_token_id": 5},
+}
+"""What config.json of published models has beside what transformers' classes know today."""
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_as_they_are_published(name, tmp_path):
+    sizes = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = {"architectures": [name]} | sizes | CONFIGS[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    m = open_model(tmp_path, device="meta")
+    assert m.facts.causal == name.endswith(("CausalLM", "LMHeadModel"))
+    assert type(m.model.native).__name__ == name
+
+
+def test_a_causal_model_without_a_record_opens_by_its_folder(tmp_path):
+    native = natives.native("GPT2")
+    native.save_pretrained(tmp_path)
+    m, tokens = open_model(tmp_path), natives.tokens()
+    assert m.record["family"] == "guessed" and m.facts.causal
+    assert torch.equal(m(tokens), native(tokens).logits)
+
+
+BAD = ("", "x", 5, -1, 2.5, True, None, (), [], {}, {"a": 1}, (1, 2), ("a", "b", "c"), b"x", float("nan"))
+
+
+@pytest.mark.parametrize("name", [*PATHS, *(each.name for each in fields(Family)), "loop", "max_loops"])
+def test_a_wrong_value_of_anything_is_one_line(name):
+    native = natives.native("Bert")
+    for value in BAD:
+        try:
+            hook_model(native, **({"mask_token_id": 103} | {name: value}))
+        except UsageError as error:
+            assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"loop": 0}, r"loop must be \(first, n\).*got 0"),
+        ({"loop": (1,)}, r"loop must be \(first, n\)"),
+        ({"loop": (1, 2.0)}, r"loop\[1\] must be an integer"),
+        ({"mask_token_id": "103"}, r"mask_token_id must be an integer, got '103'"),
+        ({"sizes": {"heads": 4}}, r"unknown key in sizes 'heads'; did you mean n_heads"),
+        ({"sizes": {"n_heads": 0}}, r"sizes.n_heads must be at least 1"),
+        ({"causal": "no"}, r"causal must be True or False, got 'no'"),
+        ({"parts": {"query": "q"}}, r"unknown key in parts 'query'"),
+        ({"head": "nowhere"}, r"has no 'nowhere'; give head="),
+        ({"times": (1, 2)}, r"times must have a number for each of bert.encoder.layer"),
+        ({"times": "cycles"}, r"has no 'cycles'; give a number"),
+        ({"blocks": ()}, r"blocks must be a path, or several"),
+        ({"blocks": "cls.predictions.decoder"}, r"has no blocks in cls.predictions.decoder"),
+        ({"cycle": "Injected"}, r"cycle must be a Cycle's class"),
+        ({"trained_to": 15}, r"trained_to must be a number in 0..1, got 15"),
+    ],
+)
+def test_a_wrong_value_says_what_is_wanted(given, says):
+    with pytest.raises(UsageError, match=says):
+        hook_model(natives.native("Bert"), **({"mask_token_id": 103} | given))
+
+
+def test_parts_by_their_own_names():
+    changed = {"parts": {"q": "attention.self.value"}, "attn_out": "attention.output.dense"}
+    m = hook_model(natives.native("Bert"), mask_token_id=103, **changed)
+    assert m.model.family.parts["q"] == "attention.self.value" and m.model.family.parts["k"].endswith("key")
 
 
 def test_facts_that_are_not_true():
