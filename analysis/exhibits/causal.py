@@ -7,13 +7,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from loopmdm.analysis.exhibits import tables
+from loopmdm.analysis.exhibits import declared, tables
 from loopmdm.analysis.exhibits.answers import (
     Answer,
     Gate,
     NotRun,
     answer_of,
     by_t,
+    ends,
     given_break,
     left_plateau,
     of_arm,
@@ -35,7 +36,7 @@ from loopmdm.analysis.exhibits.registry import (
 from loopmdm.analysis.numbers import contrasts, stats
 from loopmdm.analysis.numbers.estimate import across_seeds, with_interval
 from loopmdm.analysis.plots import causal, quality
-from loopmdm.analysis.plots.style import COLUMN, PAGE
+from loopmdm.analysis.plots.style import ARM_STYLE, CLOSED_STYLE, COLUMN, PAGE
 
 TWO_BY_TWO = ("base", "loop", "base-isolated", "loop-isolated")
 
@@ -109,12 +110,22 @@ def _gain(df: pd.DataFrame) -> float:
 
 
 def two_by_two(loaded: Tables) -> MatplotlibFigure:
-    """Looping x masked-to-masked attention in the middle layer, both in training."""
+    """Looping x what is seen of masked keys in the middle layer, both in training; declared runs on the right."""
     df = loaded["nll-by-loops"]
-    df = df[(df["task"] == "sudoku") & (df["n_loops"] == df["max_loops"]) & df["arm"].isin(TWO_BY_TWO)]
-    drawn, ax = plt.subplots(figsize=(COLUMN, 2.7), layout="constrained")
-    quality.plot_arms(across_seeds(df, "nll", ["arm"]), "nll", ax=ax)
-    ax.set(title="6x6 Sudoku, trained arms", ylabel="test NELBO (nats per token)")
+    df = df[(df["task"] == "sudoku") & (df["n_loops"] == df["max_loops"])]
+    panels_of = {"masked to masked cut": df[df["arm"].isin(TWO_BY_TWO)]}
+    runs = declared.two_by_two("sudoku")
+    if runs is not None:
+        names = [run.name for arm in runs.values() for run in arm]
+        panels_of["masked keys hidden from all others"] = df[df["model"].isin(names)]
+    drawn, axes = plt.subplots(
+        1, len(panels_of), figsize=(COLUMN * len(panels_of), 2.7), layout="constrained", squeeze=False, sharey=True
+    )
+    for ax, (title, part) in zip(axes[0], panels_of.items(), strict=True):
+        looks = ARM_STYLE if set(part["arm"]) <= set(TWO_BY_TWO) else CLOSED_STYLE
+        quality.plot_arms(across_seeds(part, "nll", ["arm"]), "nll", looks, ax=ax)
+        ax.set(title=f"6x6 Sudoku, {title}")
+    axes[0, 0].set_ylabel("test NELBO (nats per token)")
     return drawn
 
 
@@ -139,10 +150,14 @@ def training_free(loaded: Tables) -> MatplotlibFigure:
 
 
 def _two_by_two(task: str) -> Answer:
-    """Of runs that left the plateau, in all four arms."""
+    """Of runs that left the plateau, in all four arms: the declared ones once they are there."""
     df = tables.load("nll-by-loops")
     df = df[(df["task"] == task) & (df["n_loops"] == df["max_loops"])].sort_values("seed")
-    whole = {arm: df[df["arm"] == arm] for arm in ("loop", "base", "loop-isolated", "base-isolated")}
+    runs = declared.two_by_two(task)
+    if runs is None:
+        whole = {arm: df[df["arm"] == arm] for arm in ("loop", "base", "loop-isolated", "base-isolated")}
+    else:
+        whole = {arm: df[df["model"].isin([run.name for run in part])] for arm, part in runs.items()}
     left = {arm: rows["nll"][left_plateau(rows["model"], task)].to_numpy() for arm, rows in whole.items()}
     if min(map(len, left.values())) < 2:
         raise NotRun
@@ -153,9 +168,13 @@ def _two_by_two(task: str) -> Answer:
 
 def _loop_beats_base(task: str) -> Gate:
     """Whether looping helps at all where nothing is hidden: else there is no gain to lose."""
-    df = tables.load("nll-by-loops")
-    df = df[(df["task"] == task) & (df["n_loops"] == df["max_loops"])]
-    loop, base = (df[df["arm"] == arm] for arm in ("loop", "base"))
+    runs = declared.two_by_two(task)
+    if runs is None:
+        df = tables.load("nll-by-loops")
+        df = df[(df["task"] == task) & (df["n_loops"] == df["max_loops"])]
+        loop, base = (df[df["arm"] == arm] for arm in ("loop", "base"))
+    else:
+        loop, base = ends(task, "loop"), ends(task, "base")
     found = given_break(task, loop, base)
     return Gate(found.high < 0, f"loop less base {found.estimate:.3f} ({found.low:.3f} to {found.high:.3f})")
 

@@ -12,8 +12,10 @@ from loopmdm.model.errors import UsageError, check_keys
 from loopmdm.model.files import read_toml
 from loopmdm.model.zoo.runs import Run, Zoo, figures_folder
 
-SETS = {"sudoku": "sudoku-s4"}
+SETS = {"sudoku": "sudoku-s4", "arithmetic": "arithmetic-depth"}
 """The set that decides between looped, base and deep models of a task."""
+CLOSED = {"sudoku": "sudoku-relays-closed"}
+"""The set whose masked keys nobody else sees: with the runs of the same seeds in `SETS`, a 2 x 2."""
 ROLES = ("loop", "base", "deep")
 
 
@@ -61,7 +63,25 @@ def deciding(task: str, zoo: Zoo | None = None) -> dict[str, tuple[Run, ...]]:
     return {role: tuple(run for run in runs if run.arm.partition("-")[0] == role) for role in ROLES}
 
 
+def two_by_two(task: str, zoo: Zoo | None = None) -> dict[str, tuple[Run, ...]] | None:
+    """Runs with and without looping, with masked keys seen and hidden ("-closed"), of the same seeds.
+
+    None until the declared sets are whole.
+    """
+    zoo = Zoo.shipped() if zoo is None else zoo
+    sets = load_declared()
+    seen, closed = (sets.get(names.get(task, "")) for names in (SETS, CLOSED))
+    if seen is None or closed is None or not (seen.whole(zoo) and closed.whole(zoo)):
+        return None
+    seeds = {run.seed for run in closed.of(zoo)}
+    runs = [run for run in (*seen.of(zoo), *closed.of(zoo)) if run.seed in seeds]
+    arms = dict.fromkeys(run.arm for run in runs if run.arm != "deep")
+    ordered = sorted(arms, key=lambda arm: (arm.endswith("-closed"), not arm.startswith("loop")))
+    return {arm: tuple(run for run in runs if run.arm == arm) for arm in ordered}
+
+
 def is_confirmed(task: str, claim: str) -> bool:
     """Whether a claim is answered on a task by runs that were declared before their results."""
-    declared = load_declared().get(SETS.get(task, ""))
-    return declared is not None and claim in declared.claims and declared.whole(Zoo.shipped())
+    sets, zoo = load_declared(), Zoo.shipped()
+    mine = [sets.get(names.get(task, "")) for names in (SETS, CLOSED)]
+    return any(declared is not None and claim in declared.claims and declared.whole(zoo) for declared in mine)

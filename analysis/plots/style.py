@@ -27,6 +27,11 @@ ARM_STYLE = {
     "base-isolated": {"color": "#c9c9c9", "marker": "D", "linestyle": ":"},
     "loop-isolated": {"color": "#9ecae1", "marker": "v", "linestyle": ":"},
 }
+CLOSED_STYLE = {arm: ARM_STYLE[arm] for arm in ("base", "loop-s4")} | {
+    "base-closed": ARM_STYLE["base-isolated"] | {"label": "base,\nhidden"},
+    "loop-s4-closed": ARM_STYLE["loop-isolated"] | {"label": "loop,\nhidden"},
+}
+"""With masked keys seen, and hidden from all other queries."""
 PLACE_STYLE = {
     arm: {"color": colour, "marker": marker, "label": label}
     for arm, colour, marker, label in (
