@@ -237,6 +237,20 @@ class MaskedBatch(_Rows):
         return int(self.masked.sum()) / total if total else float("nan")
 
 
+def before_next(data: Sequences | MaskedBatch) -> MaskedBatch:
+    """What a causal model is asked: at every token that has a next one, which that is.
+
+    Those count as masked, though the model sees them; `clean` holds the next token there. UsageError where a
+    sequence is of one token.
+    """
+    s = data.sequences if isinstance(data, MaskedBatch) else data
+    real = torch.ones_like(s.allowed) if s.real is None else s.real
+    told = real & torch.cat([real[:, 1:], torch.zeros_like(real[:, :1])], dim=1)
+    if not bool(told.any(-1).all()):
+        raise UsageError("a sequence has one token only: nothing to predict; leave it out")
+    return MaskedBatch(s.tokens, torch.where(told, s.tokens.roll(-1, 1), s.tokens), told, None, s.real, s.clusters)
+
+
 def as_batch(name: str, b: Any, clusters: Any = None) -> MaskedBatch:
     """The batch that the measure `name` is given, with `clusters` if they come beside it."""
     if not isinstance(b, MaskedBatch):

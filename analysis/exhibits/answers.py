@@ -4,7 +4,7 @@ An answer is a function from a task to an `Answer`; a gate is one to a `Gate`, t
 the answer would say nothing.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -88,17 +88,16 @@ def on_few(seeds: tuple[float, float, float], values: pd.Series, weights: pd.Ser
     return seeds[0], *contrasts.crossed(*seeds[1:], float(over_items), int(n_items))
 
 
-def by_document(task: str, models: Iterable[str]) -> tuple[pd.DataFrame, pd.Series] | None:
-    """Test NELBO by document, averaged over `models`, a column a loop count, and sequences of each.
+def by_document(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series] | None:
+    """Test NELBO by document, averaged over the models of `rows`, a column a loop count, and sequences of each.
 
-    None where documents are not few.
+    None where the test units of `rows`, of the table nll-by-loops, are not few.
     """
-    df = tables.load("nll-by-document")
-    df = df[(df["task"] == task) & df["model"].isin(list(models))]
-    if df.empty or df["document"].nunique() >= FEW:
+    if "n_units" not in rows or rows["n_units"].max() >= FEW:
         return None
-    grouped = df.groupby(["document", "n_loops"])
-    return grouped["nll"].mean().unstack(), df.groupby("document")["n"].first()
+    df = tables.load("nll-by-document")
+    df = df[df["model"].isin(rows["model"])]
+    return df.groupby(["document", "n_loops"])["nll"].mean().unstack(), df.groupby("document")["n"].first()
 
 
 def by_t(estimate: float, error: float, freedom: float, n_seeds: int, n: int, note: str = "") -> Answer:
@@ -140,7 +139,7 @@ def _on_documents(
     """The difference of two arms crossed with the documents that they were read on, where those are few."""
     means = []
     for arm in (ours, theirs):
-        read = by_document(str(arm["task"].iloc[0]), arm["model"])
+        read = by_document(arm)
         if read is None:
             return seeds
         means.append((read[0][int(arm["n_loops"].iloc[0])], read[1]))

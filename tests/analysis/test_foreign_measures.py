@@ -17,6 +17,7 @@ from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.interventions import damp
 from loopmdm.analysis.measures.interventions.training_free import training_free
 from loopmdm.analysis.measures.options import OnTests
+from loopmdm.analysis.measures.representation import settled_loops
 from loopmdm.analysis.measures.starts import over_starts
 from loopmdm.model import LoopMDM, MaskedBatch, UsageError, nelbo, sample
 from loopmdm.model.adapters import hook_model
@@ -135,7 +136,7 @@ def test_more_masks_than_in_training_are_warned_of(places):
 
 
 def test_where_a_causal_models_states_go_is_asked_of_it():
-    assert all(MEASURES[name].groupless for name in ("convergence", "fixed-points", "state-paths"))
+    assert all(MEASURES[name].groupless for name in ("convergence", "fixed-points", "state-paths", "settled"))
 
 
 def test_a_model_without_weights_measures_nothing(places):
@@ -176,6 +177,24 @@ def test_what_is_asked_of_a_measure_reaches_causal_models_too(places):
     assert len(frames[0]) < len(frames[1])
     with pytest.raises(UsageError, match="stopping-frontier compares loops; give n_loops of at least 2"):
         measure("stopping-frontier", str(places / "Llama"), 1, access=how)
+
+
+def test_a_causal_models_answers_settle_on_its_next_tokens(places):
+    m = on(places, changes={"loop": (1, 2), "max_loops": 3}).open(places / "Llama")
+    tokens = torch.randint(40, 100, (2, 8), generator=torch.Generator().manual_seed(0))
+    real = torch.ones_like(tokens, dtype=torch.bool)
+    real[1, 5:] = False
+    b = MaskedBatch(tokens, tokens, torch.zeros_like(real), None, real)
+    found = settled_loops(m, b, 3)
+    assert [tuple(at) for at in found[["sequence", "position"]].to_numpy()] == (
+        [(0, pos) for pos in range(7)] + [(1, pos) for pos in range(4)]
+    )
+    answers = [m.readout(state, context).argmax(-1) for state, context in m.states(tokens, 3, real)]
+    for row in found.itertuples():
+        told = [int(answer[row.sequence, row.position]) for answer in answers]
+        stays = [loop for loop in range(3) if set(told[loop:]) == {told[-1]}]
+        assert row.settled == stays[0] and row.appears == told.index(told[-1])
+        assert row.correct == (told[-1] == int(tokens[row.sequence, row.position + 1]))
 
 
 def test_what_asks_for_masked_positions_alone_is_refused(places):

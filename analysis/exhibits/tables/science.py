@@ -10,7 +10,7 @@ from loopmdm.model.network.config import LoopMDMConfig
 from loopmdm.model.zoo.runs import MAIN_TASKS, Run, Select, Zoo, select
 
 HALF = {"mask_ratios": (0.5,)}
-ALL_ITEMS = {"n": 1024}
+ALL_ITEMS = {"n": 2048}
 """No test set of ours is larger."""
 THREE = {"mask_ratios": (0.25, 0.5, 0.75)}
 """At which shares of masked positions a measure is asked."""

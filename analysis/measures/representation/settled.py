@@ -24,7 +24,7 @@ from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.watch.states import check_loops, token_groups
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
-from loopmdm.model.sequences import MaskedBatch, as_batch
+from loopmdm.model.sequences import MaskedBatch, as_batch, before_next
 from loopmdm.model.stopping.rules import Lens
 
 KEYS = ["n_loops", "mask_ratio", "lens"]
@@ -58,13 +58,15 @@ def settled_loops(
     """One row a hidden position: n_loops mask_ratio lens sequence position final_id correct, and
 
     appears settled first_right right_settled (0-based loops). `correct`: the final answer is the true token.
-    UsageError if nothing is masked, or nobody knows what is.
+    UsageError if nothing is masked, or nobody knows what is. Of a causal model: every token that has a next one,
+    which is the true one.
     """
     b, n_loops = as_batch("settled_loops", b), check_loops(m, n_loops)
+    b = before_next(b) if m.facts.causal else b
     check_lens(lens)
     frames = []
     for start, part in b.batches(batch_size):
-        masked = token_groups(m, part)["masked"]
+        masked = part.masked if m.facts.causal else token_groups(m, part)["masked"]
         states = m.states(part.tokens, n_loops, part.attention_mask)
         answers = torch.stack([read(m, state, context, lens, masked).argmax(-1) for state, context in states])
         sequence, position = masked.nonzero().cpu().numpy().T
@@ -124,4 +126,6 @@ def shares(case: Case, b: MaskedBatch) -> pd.DataFrame:
     return settled_curve(settled_loops(case.m, b, case.n_loops), b.clusters)
 
 
-MEASURES = (Measure("settled", "loops by which the answer has appeared, stays, is right", shares),)
+MEASURES = (
+    Measure("settled", "loops by which the answer has appeared, stays, is right", shares, groupless=shares),
+)

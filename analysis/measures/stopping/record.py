@@ -17,11 +17,10 @@ from loopmdm.model import flops
 from loopmdm.model.diffusion.likelihood import Read, draws, row_sums
 from loopmdm.model.errors import UsageError, check_count, check_model
 from loopmdm.model.information import entropy, kl
-from loopmdm.model.layout import Facts, asked
 from loopmdm.model.network.config import LoopMDMConfig
 from loopmdm.model.precision import wide, width
 from loopmdm.model.protocol import LoopedModel, core_of
-from loopmdm.model.sequences import MaskedBatch, Sequences, as_batch
+from loopmdm.model.sequences import MaskedBatch, Sequences, as_batch, before_next
 from loopmdm.model.stopping.halting import spread, spread_change
 from loopmdm.model.stopping.rules import (
     ArgmaxStable,
@@ -166,7 +165,7 @@ def record(m: LoopedModel, data: Data, rules: Sequence[StoppingRule] | None, rea
     criteria: dict[str, list[Tensor]] = {name: [] for name in named}
     for batch in batches:
         for _, part in batch.batches(read.batch_size):
-            seen, nobody = _Recorder(named, part, _reader(m, part), m.facts), torch.zeros_like(part.masked)
+            seen, nobody = _Recorder(named, part, _reader(m, part)), torch.zeros_like(part.masked)
             m.run(part.tokens, most, attention_mask=part.attention_mask, rows=nobody, on_loop=seen)
             losses.append(torch.stack(seen.losses).cpu())
             correct.append(torch.stack(seen.correct).cpu())
@@ -189,7 +188,7 @@ def masked_draws(m: LoopedModel, data: Data, read: Read) -> list[MaskedBatch]:
     Of a causal model: every token that has a next one counts as masked, and that one is what is predicted.
     """
     if m.facts.causal:
-        return [_before_next(data)]
+        return [before_next(data)]
     if isinstance(data, MaskedBatch):
         if not bool(data.masked.any(-1).all()):
             raise UsageError("a sequence has no masked position: nothing to read; leave it out")
@@ -197,15 +196,6 @@ def masked_draws(m: LoopedModel, data: Data, read: Read) -> list[MaskedBatch]:
     if not bool(data.allowed.any(-1).all()):
         raise UsageError("a sequence has nothing maskable; leave it out")
     return [batch for batch, _ in draws(m, data, read)]
-
-
-def _before_next(data: Data) -> MaskedBatch:
-    s = data.sequences if isinstance(data, MaskedBatch) else data
-    real = torch.ones_like(s.allowed) if s.real is None else s.real
-    _, next_real = asked(real, real, "predicts")
-    if not bool(next_real.any(-1).all()):
-        raise UsageError("a sequence has one token only: nothing to predict; leave it out")
-    return MaskedBatch(s.tokens, s.tokens, next_real, None, s.real, s.clusters)
 
 
 def _reader(m: LoopedModel, part: MaskedBatch) -> Callable[[Tensor], Tensor]:
@@ -218,12 +208,9 @@ def _reader(m: LoopedModel, part: MaskedBatch) -> Callable[[Tensor], Tensor]:
 class _Recorder:
     """Called after every loop; a read-out's probabilities are computed once for all who look at them."""
 
-    def __init__(
-        self, rules: dict[str, StoppingRule], part: MaskedBatch, read: Callable[[Tensor], Tensor], facts: Facts
-    ):
+    def __init__(self, rules: dict[str, StoppingRule], part: MaskedBatch, read: Callable[[Tensor], Tensor]):
         self.rules, self.part, self.read = rules, part, read
-        clean = part.clean.roll(-1, 1) if facts.causal else part.truth("a record of losses")
-        self.truth = clean[part.masked]
+        self.truth = part.truth("a record of losses")[part.masked]
         self.losses: list[Tensor] = []
         self.correct: list[Tensor] = []
         self.criteria: dict[str, list[Tensor]] = {name: [] for name in rules}

@@ -1,6 +1,7 @@
 """Verdicts follow intervals, answers recover planted truths, and every entry can be answered."""
 
 import contextlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ from loopmdm.analysis import exhibits as figures
 from loopmdm.analysis.exhibits import answers, inference, tables
 from loopmdm.analysis.exhibits import verdicts as claims
 from loopmdm.analysis.exhibits.answers import Answer, NotRun, answer_of, between_arms, by_t
-from loopmdm.analysis.exhibits.declared import deciding, load_declared
+from loopmdm.analysis.exhibits.declared import deciding, load_declared, two_by_two
 from loopmdm.analysis.exhibits.verdicts import load_claims, verdict
 from loopmdm.analysis.numbers import contrasts
 from loopmdm.model.errors import UsageError
@@ -172,7 +173,62 @@ def test_a_declared_set_answers_once_it_is_whole():
     short = Zoo(tuple(run for run in zoo if run.name != "sudoku-base-seed7"), zoo.listed)
     assert not s4.whole(short)
     assert {run.arm for run in deciding("sudoku", short)["loop"]} == {"loop"}
-    assert not sets["sudoku-relays-closed"].whole(zoo)
+
+
+def test_a_two_by_two_is_of_the_same_seeds_once_both_sets_are_whole():
+    zoo = Zoo.shipped()
+    template, there = zoo.select(task="sudoku", arm="base")[0], {run.name for run in zoo}
+    added = [
+        replace(
+            template,
+            arm=spec.removeprefix("sudoku-"),
+            file=spec,
+            seed=seed,
+            spec=replace(template.spec, name=name),
+        )
+        for spec in ("sudoku-loop-s4-closed", "sudoku-base-closed")
+        for seed in range(5, 10)
+        if (name := f"{spec}-seed{seed}") not in there
+    ]
+    whole = Zoo((*zoo, *added), zoo.listed)
+    arms = two_by_two("sudoku", whole)
+    assert list(arms) == ["loop-s4", "base", "loop-s4-closed", "base-closed"]
+    assert all([run.seed for run in runs] == [5, 6, 7, 8, 9] for runs in arms.values())
+    short = Zoo(tuple(run for run in whole if run.name != "sudoku-base-closed-seed9"), zoo.listed)
+    assert two_by_two("sudoku", short) is None and two_by_two("sotu", whole) is None
+
+
+def test_seeds_read_on_the_same_few_documents_share_their_error():
+    """Effects of 5 seeds and 8 documents, crossed: the interval covers, that over seeds alone does not."""
+    generator, trials = np.random.default_rng(0), 2000
+    crossed = alone = 0
+    for _ in range(trials):
+        seeds, documents = 0.02 * generator.normal(size=(5, 1)), 0.05 * generator.normal(size=8)
+        values = seeds + documents + 0.01 * generator.normal(size=(5, 8))
+        errors = values.std(axis=1, ddof=1) / 8**0.5
+        found, blind = (answer_of(values.mean(axis=1), errors, 8, n_units) for n_units in (8, 1000))
+        crossed += found.low < 0 < found.high
+        alone += blind.low < 0 < blind.high
+    assert crossed / trials > 0.94 and alone / trials < 0.85
+
+
+def test_a_document_that_alone_carries_a_difference_does_not_decide(monkeypatch):
+    known = planted(base={1: 1.0}, loop={1: 1.3, 2: 0.9, 4: 0.9})
+    rows = known["nll-by-loops"].assign(task="sotu", n_units=8)
+    monkeypatch.setattr(inference, "looped", lambda task: 2)
+    gain = {0: -3.2, **dict.fromkeys(range(1, 8), 0.0)}
+    documents = pd.DataFrame(
+        [
+            row | {"document": number, "nll": 1.3 + (change if row["n_loops"] == 2 else 0.0), "n": 5}
+            for row in rows.to_dict("records") for number, change in gain.items()
+        ]
+    )  # fmt: skip
+    loaded = {"nll-by-loops": rows, "nll-by-document": documents}
+    monkeypatch.setattr(tables, "load", loaded.__getitem__)
+    found = answered("more-loops-are-better", "sotu")
+    assert found.estimate == pytest.approx(-0.4) and found.high > 0
+    loaded["nll-by-document"] = documents.assign(nll=1.3 - 0.4 * (documents["n_loops"] == 2))
+    assert answered("more-loops-are-better", "sotu").high < 0
 
 
 def test_p_values_agree_with_intervals():
@@ -204,7 +260,7 @@ def planted(**levels):
     """Two tables: test NELBO by S of two seeds an arm, all of which left the plateau."""
     rows = [
         {"model": f"sudoku-{arm}{'' if seed == 0 else f'-seed{seed}'}", "task": "sudoku", "arm": arm, "seed": seed,
-         "n_loops": s, "nll": level + 0.01 * seed, "n": 10, "n_units": 10, "max_loops": 2 if arm == "loop" else 1}
+         "n_loops": s, "nll": level + 0.01 * seed, "n": 10, "n_units": 90, "max_loops": 2 if arm == "loop" else 1}
         for arm, by_s in levels.items() for s, level in by_s.items() for seed in (0, 1, 2, 3, 4)
     ]  # fmt: skip
     curves = [row | {"nelbo": 0.1, "point": 1, "tokens": 9.0, "flops": 9.0} for row in rows]

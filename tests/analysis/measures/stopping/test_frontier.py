@@ -135,11 +135,23 @@ def test_the_schedule_is_a_control_of_its_own():
     assert row["against_fixed"] + 5 * row["against_fixed_se"] < 0
     assert abs(row["against_schedule"]) < 1e-9 and abs(row["against_shuffled"]) < 1e-9
     assert usefulness(record, record, 8)["verdict"].tolist() == ["not useful"]
+    both = usefulness(record, record, 8, schedule=True).set_index("rule")
+    assert both["verdict"].to_dict() == {"state-delta": "not useful", "noise-schedule": "useful"}
+    assert both.loc["noise-schedule", "against_fixed"] < -0.1
     parts = frontier(record, record, 8)
     empty = parts[parts["mask_ratio"] == 0.5]
     assert (
         len(empty) and (empty["n"] == 0).all() and empty["nll"].isna().all() and empty["mean_loops"].isna().all()
     )
+
+
+def test_a_schedule_is_no_use_where_noise_says_nothing():
+    generator, rows = np.random.default_rng(5), 600
+    needed = generator.integers(1, 5, rows)
+    losses = (np.arange(1, 5)[:, None] < needed).astype(float)
+    record, other = (planted(losses, losses + 0.5, generator.choice([0.1, 0.9], rows)) for _ in range(2))
+    judged = usefulness(record, other, 8, schedule=True).set_index("rule")
+    assert judged.loc["noise-schedule", "verdict"] != "useful"
 
 
 def test_a_rule_that_knows_beats_its_controls_and_one_that_guesses_does_not():
