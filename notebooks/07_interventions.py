@@ -147,8 +147,10 @@ with patch(m, 1, first):
 # ## Trained without the edges
 #
 # A cut at inference meets a model that never trained for it. The stronger control is a model trained without
-# these edges in its middle layer (`forbid_mask_to_mask`), looped and not: a two by two. If looping gains as
-# much there, the paper's explanation of *why* looping works is wrong for this task, whatever the cuts say.
+# these edges in its middle layer, looped and not: a two by two. With masked-to-masked edges alone gone
+# (`forbid_mask_to_mask`) clean cells still pass on what masked ones hold; with masked keys hidden from all other
+# queries (`forbid_masked_keys`) nobody does. If looping gains as much there, the paper's explanation of *why*
+# looping works is wrong for this task, whatever the cuts say.
 
 # %%
 figures.FIGURES["trained-two-by-two"].show()

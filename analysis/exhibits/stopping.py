@@ -104,7 +104,8 @@ EXHIBITS = (
         sees the answer; up to 2 x S_max loops. What a rule reads is counted. {GRIDS}; {TEXT}; two masks each;
         one seed of training. A rule that lies on or above the fixed or the scheduled line saves nothing by
         looking at the sequence. The vertical range is that of fixed S. The paper stops on small state changes;
-        its threshold and scope are not public, ours are the masked positions of a sequence.""",
+        its threshold and scope are not public, ours are the masked positions of a sequence. The verdicts are
+        over all test sequences and five seeds.""",
         (
             Reading("stopping-halves-loops", _halves_loops, ("stopping-verdicts",)),
             Reading("stopping-knows-where", _knows_where, ("stopping-verdicts",)),

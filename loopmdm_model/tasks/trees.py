@@ -78,7 +78,9 @@ class TreeModel:
             belief[:, node] = _normalised(below[:, node] * (outside @ self.transition))
         return torch.from_numpy(belief)
 
-    def hops(self, masked: Bool[Tensor, "n pos"]) -> Int[Tensor, "n pos"]:
+    def hops(
+        self, masked: Bool[Tensor, "n pos"], tokens: Tensor | None = None  # noqa: ARG002 - as other tasks
+    ) -> Int[Tensor, "n pos"]:  # fmt: skip
         """Rounds of belief propagation after which a hidden node's belief is exact; 0 for clean nodes.
 
         It is the distance to the farthest clean node that a path of hidden nodes leads to; 0 also where

@@ -14,9 +14,12 @@ from loopmdm.model.corpora.windows import sliding_windows
 from loopmdm.model.diffusion.likelihood import loop_counts, masked_draw, nelbo, nelbo_by_loop
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.information import kl
+from loopmdm.model.tasks.arithmetic import ARITHMETIC_TASKS
 from loopmdm.model.tasks.batches import encode
 from loopmdm.model.tasks.trees import TREE_TASKS
 
+KNOWN = {**TREE_TASKS, **ARITHMETIC_TASKS}
+"""Tasks whose exact posterior is known."""
 ZERO_SHOT_DOCUMENTS, ZERO_SHOT_WINDOWS = 500, 512
 
 
@@ -74,14 +77,14 @@ def zero_shot(case: Case, counts: list[int], n_samples: int = 2) -> pd.DataFrame
 def excess_kl(case: Case, counts: list[int], n_samples: int = 2, batch_size: int = 32) -> pd.DataFrame:
     """KL(exact posterior || model) in nats per hidden node, by hops; masks as in the NELBO."""
     check_count("batch_size", batch_size)
-    if case.test.task not in TREE_TASKS:
+    if case.test.task not in KNOWN:
         raise UsageError(f"{case.m.model_name}: no exact posterior is known for {case.test.task}")
-    task, tokens = TREE_TASKS[case.test.task], case.test.tokens
+    task, tokens = KNOWN[case.test.task], case.test.tokens
     most = task.n_nodes
     total, number = np.zeros((len(counts), len(tokens), most)), np.zeros((len(tokens), most))
     for draw in range(n_samples):
         b = masked_draw(case.test.sequences, case.m.cfg.mask_token_id, 0, draw, n_samples)
-        posterior, distance = task.posterior(tokens, b.masked), task.hops(b.masked)
+        posterior, distance = task.posterior(tokens, b.masked), task.hops(b.masked, b.tokens)
         for start in range(0, len(tokens), batch_size):
             span = slice(start, start + batch_size)
             part = b.rows(span)
@@ -112,7 +115,7 @@ MEASURES = (
     ),
     Measure(
         "excess-kl",
-        "excess over the exact posterior of tree and markov, by hops",
+        "excess over the exact posterior of tree, markov and arithmetic, by hops",
         excess_kl,
         "loops",
         others=False,
