@@ -74,7 +74,7 @@ class Arithmetic:
         """What an operator makes of two residues."""
         return (left + right, left - right, left * right)[operator] % self.n_states
 
-    def maskable(self, tokens: Int[Tensor, "n pos"]) -> Bool[Tensor, "n pos"]:
+    def predicted(self, tokens: Int[Tensor, "n pos"]) -> Bool[Tensor, "n pos"]:
         """The values: what follows an operator."""
         after = torch.zeros_like(tokens, dtype=torch.bool)
         after[:, 1:] = tokens[:, :-1] >= self.n_states

@@ -29,10 +29,11 @@ from loopmdm.model.tasks.arithmetic import ARITHMETIC_TASKS
 from loopmdm.model.tasks.sudoku import BOARDS
 from loopmdm.model.tasks.trees import TREE_TASKS
 
+GENERATED = {**TREE_TASKS, **ARITHMETIC_TASKS}
+"""Tasks whose sequences are made as they are needed, and whose exact posterior is known."""
 TASK_SIZES = {name: (board.n_cells, board.size + 1) for name, board in BOARDS.items()} | {
-    name: (task.n_nodes, task.n_states + 1) for name, task in TREE_TASKS.items()
+    name: (task.n_nodes, len(task.symbols) + 1) for name, task in GENERATED.items()
 }
-TASK_SIZES |= {name: (task.n_nodes, len(task.symbols) + 1) for name, task in ARITHMETIC_TASKS.items()}
 """Tasks that fix their own length and number of ids, [MASK] included."""
 
 
@@ -157,43 +158,15 @@ class TextData(Everywhere):
 
 
 @dataclass
-class TreeData:
-    """Sequences of a tree-structured model; what is always observed is condition."""
-
-    name: str
-    seed: int
-
-    def __post_init__(self):
-        """One token a state."""
-        self.model = TREE_TASKS[self.name]
-        self.tokenizer = digit_tokenizer(self.model.n_states)
-        self.length = self.model.n_nodes
-        self.fingerprint = repr(self.model)
-        self.epoch_tokens = 0
-
-    def batch(self, step: int, size: int) -> Int[Tensor, "batch pos"]:
-        """Fresh sequences at every step."""
-        return self.model.sample(size, FIRST_TRAINING_SEED + self.seed, first_index=step * size)
-
-    def evaluation(self, split: corpora.Split, limit: int | None = None) -> Int[Tensor, "batch pos"]:
-        """The same sequences for every run."""
-        return self.model.sample(limit or 1000, HELD_OUT_SEEDS[split])
-
-    def maskable(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
-        """The nodes that are not always observed."""
-        return self.model.maskable.to(tokens.device).expand_as(tokens)
-
-
-@dataclass
-class ArithmeticData:
-    """Trees written out with their values; all but the values is condition."""
+class MadeData:
+    """Sequences made by a task whose exact answers are known; what is not predicted is condition."""
 
     name: str
     seed: int
 
     def __post_init__(self):
         """One token a symbol."""
-        self.task = ARITHMETIC_TASKS[self.name]
+        self.task = GENERATED[self.name]
         self.tokenizer = symbol_tokenizer(self.task.symbols)
         self.length = self.task.n_nodes
         self.fingerprint = repr(self.task)
@@ -208,8 +181,8 @@ class ArithmeticData:
         return self.task.sample(limit or 1000, HELD_OUT_SEEDS[split])
 
     def maskable(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
-        """The values."""
-        return self.task.maskable(tokens)
+        """What the task predicts."""
+        return self.task.predicted(tokens)
 
 
 HELD_OUT_SEEDS, FIRST_TRAINING_SEED = {"validation": 0, "test": 1}, 1000
@@ -284,10 +257,8 @@ def dataset(
     check_name(name)
     if name in BOARDS:
         return SudokuData(name, seed)
-    if name in TREE_TASKS:
-        return TreeData(name, seed)
-    if name in ARITHMETIC_TASKS:
-        return ArithmeticData(name, seed)
+    if name in GENERATED:
+        return MadeData(name, seed)
     if name == gsm.NAME:
         return gsm.GSMData(seed, tokenizer or (gpt2_tokenizer() if kind == "gpt2" else None), length, d_vocab)
     return TextData(name, tokenizer or make_tokenizer(kind, name, d_vocab), length, seed, limit)

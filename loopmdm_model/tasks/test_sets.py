@@ -16,10 +16,8 @@ from loopmdm.model.precision import check_logits
 from loopmdm.model.protocol import LoopedModel
 from loopmdm.model.sequences import MaskedBatch, Sequences
 from loopmdm.model.tasks import gsm
-from loopmdm.model.tasks.arithmetic import ARITHMETIC_TASKS
-from loopmdm.model.tasks.batches import HELD_OUT_SEEDS, encode, evaluation_blocks
+from loopmdm.model.tasks.batches import GENERATED, HELD_OUT_SEEDS, encode, evaluation_blocks
 from loopmdm.model.tasks.sudoku import BOARDS, Board
-from loopmdm.model.tasks.trees import TREE_TASKS
 
 
 @dataclass(frozen=True)
@@ -83,12 +81,9 @@ def load_test_set(task: str, length: int, tokenizer: Tokenizer | None, split: co
     """Held-out sequences; text comes from the embedded slice, which holds the whole split."""
     if task in BOARDS:
         return TestSet(task, Sequences.of(BOARDS[task].sample_grids(split, 1000)))
-    if task in TREE_TASKS:
-        model = TREE_TASKS[task]
-        return TestSet(task, Sequences.of(model.sample(1000, HELD_OUT_SEEDS[split]), model.maskable))
-    if task in ARITHMETIC_TASKS:
-        tokens = ARITHMETIC_TASKS[task].sample(1000, HELD_OUT_SEEDS[split])
-        return TestSet(task, Sequences.of(tokens, ARITHMETIC_TASKS[task].maskable(tokens)))
+    if task in GENERATED:
+        tokens = GENERATED[task].sample(1000, HELD_OUT_SEEDS[split])
+        return TestSet(task, Sequences.of(tokens, GENERATED[task].predicted(tokens)))
     if tokenizer is None:
         raise UsageError(f"evaluating on {task} needs the model's tokenizer.json")
     if task == gsm.NAME:

@@ -41,6 +41,15 @@ class TreeModel:
         """Nodes that are not always observed."""
         return torch.tensor([node not in self.observed for node in range(self.n_nodes)])
 
+    def predicted(self, tokens: Int[Tensor, "n pos"]) -> Bool[Tensor, "n pos"]:
+        """The nodes that are not always observed, of each sequence."""
+        return self.maskable.to(tokens.device).expand_as(tokens)
+
+    @property
+    def symbols(self) -> list[str]:
+        """What ids stand for, [MASK] aside."""
+        return [str(state + 1) for state in range(self.n_states)]
+
     @property
     def transition(self) -> Float[np.ndarray, "parent child"]:
         """p(child's state | parent's state); symmetric."""

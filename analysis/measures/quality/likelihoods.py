@@ -14,12 +14,8 @@ from loopmdm.model.corpora.windows import sliding_windows
 from loopmdm.model.diffusion.likelihood import loop_counts, masked_draw, nelbo, nelbo_by_loop
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.information import kl
-from loopmdm.model.tasks.arithmetic import ARITHMETIC_TASKS
-from loopmdm.model.tasks.batches import encode
-from loopmdm.model.tasks.trees import TREE_TASKS
+from loopmdm.model.tasks.batches import GENERATED, encode
 
-KNOWN = {**TREE_TASKS, **ARITHMETIC_TASKS}
-"""Tasks whose exact posterior is known."""
 ZERO_SHOT_DOCUMENTS, ZERO_SHOT_WINDOWS = 500, 512
 
 
@@ -77,9 +73,9 @@ def zero_shot(case: Case, counts: list[int], n_samples: int = 2) -> pd.DataFrame
 def excess_kl(case: Case, counts: list[int], n_samples: int = 2, batch_size: int = 32) -> pd.DataFrame:
     """KL(exact posterior || model) in nats per hidden node, by hops; masks as in the NELBO."""
     check_count("batch_size", batch_size)
-    if case.test.task not in KNOWN:
+    if case.test.task not in GENERATED:
         raise UsageError(f"{case.m.model_name}: no exact posterior is known for {case.test.task}")
-    task, tokens = KNOWN[case.test.task], case.test.tokens
+    task, tokens = GENERATED[case.test.task], case.test.tokens
     most = task.n_nodes
     total, number = np.zeros((len(counts), len(tokens), most)), np.zeros((len(tokens), most))
     for draw in range(n_samples):

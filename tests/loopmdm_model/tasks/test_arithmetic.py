@@ -32,7 +32,7 @@ def read(task: Arithmetic, row: list[int]) -> list[tuple[int, str, int, int]]:
 def test_every_value_is_that_of_its_expression(task):
     tokens = task.sample(60, seed=1)
     assert tokens.shape == (60, task.n_nodes)
-    maskable = task.maskable(tokens)
+    maskable = task.predicted(tokens)
     assert torch.equal(maskable.sum(-1), torch.full((60,), task.n_operators))
     for row, may in zip(tokens.tolist(), maskable.tolist(), strict=True):
         operations = read(task, row)
@@ -44,7 +44,7 @@ def test_every_value_is_that_of_its_expression(task):
 @pytest.mark.parametrize("task", SHAPES)
 def test_steps_are_those_of_the_deepest_hidden_operand(task):
     tokens = task.sample(40, seed=2)
-    masked = task.maskable(tokens) & (torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)) < 0.7)
+    masked = task.predicted(tokens) & (torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)) < 0.7)
     hidden = tokens.masked_fill(masked, len(task.symbols))
     steps, posterior = task.hops(masked, hidden), task.posterior(hidden, masked)
     assert torch.equal(steps > 0, masked)
@@ -63,7 +63,7 @@ def test_steps_are_those_of_the_deepest_hidden_operand(task):
 
 def test_spines_are_deep_and_sequences_a_function_of_their_number():
     tokens = TASK.sample(200, seed=0)
-    steps = TASK.hops(TASK.maskable(tokens), tokens).amax(-1).double()
+    steps = TASK.hops(TASK.predicted(tokens), tokens).amax(-1).double()
     assert 7.5 < float(steps.mean()) < 9 and int(steps.min()) >= 6
     assert torch.equal(TASK.sample(3, 0, first_index=5), TASK.sample(8, 0)[5:])
     assert not torch.equal(TASK.sample(3, 0), TASK.sample(3, 1))
