@@ -28,6 +28,7 @@ FLOORS = (
     "model.precision model.files model.randomness model.registry model.layout model.context model.means",
     "model.sites model.flops model.taps model.sequences",
     "model.masking model.stopping model.corpora model.adapters.cycles",
+    "model.adapters.kinds",
     "model.adapters.families",
     "model.protocol",
     "model.tasks model.network",

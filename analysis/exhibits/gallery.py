@@ -26,6 +26,8 @@ from loopmdm.model.zoo.runs import MAIN_TASKS
 
 HEADLINE = "mask-to-mask-by-loop"
 HASHES = "hashes.json"
+LARGE = 190_000
+"""Bytes of a picture that are a lot in a repository."""
 SHADE = 40
 """Largest difference of a colour, of 255, that is no difference."""
 BLOCK = "<!-- generated: {0} -->\n{1}<!-- end of {0} -->"
@@ -85,8 +87,13 @@ def same_picture(one: Path, other: Path) -> bool:
 
 
 def shrunk(picture: Path, target: Path) -> None:
-    """The picture with 256 colours, a third of the size."""
-    Image.open(picture).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(target, "PNG", optimize=True)
+    """The picture with 256 colours, a third of the size; with 64 where that is still a lot."""
+    for colours in (256, 64):  # a long text needs few, and shades of its letters cost most
+        Image.open(picture).convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(
+            target, "PNG", optimize=True
+        )
+        if target.stat().st_size < LARGE:
+            return
 
 
 def _read_hashes(gallery: Path) -> dict:

@@ -70,7 +70,7 @@ def settled_loops(
         states = m.states(part.tokens, n_loops, part.attention_mask)
         answers = torch.stack([read(m, state, context, lens, masked).argmax(-1) for state, context in states])
         sequence, position = masked.nonzero().cpu().numpy().T
-        truth = part.truth("settled_loops")[masked]
+        truth = (part.clean if m.facts.causal else part.truth("settled_loops"))[masked]
         columns = {"sequence": start + sequence, "position": position, "final_id": answers[-1].cpu().numpy()}
         columns |= {"correct": (answers[-1] == truth).cpu().numpy()} | first_loops(answers, truth)
         frames.append(pd.DataFrame(columns))

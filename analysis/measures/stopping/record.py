@@ -165,7 +165,7 @@ def record(m: LoopedModel, data: Data, rules: Sequence[StoppingRule] | None, rea
     criteria: dict[str, list[Tensor]] = {name: [] for name in named}
     for batch in batches:
         for _, part in batch.batches(read.batch_size):
-            seen, nobody = _Recorder(named, part, _reader(m, part)), torch.zeros_like(part.masked)
+            seen, nobody = _Recorder(named, part, _reader(m, part), m.facts.causal), torch.zeros_like(part.masked)
             m.run(part.tokens, most, attention_mask=part.attention_mask, rows=nobody, on_loop=seen)
             losses.append(torch.stack(seen.losses).cpu())
             correct.append(torch.stack(seen.correct).cpu())
@@ -208,9 +208,12 @@ def _reader(m: LoopedModel, part: MaskedBatch) -> Callable[[Tensor], Tensor]:
 class _Recorder:
     """Called after every loop; a read-out's probabilities are computed once for all who look at them."""
 
-    def __init__(self, rules: dict[str, StoppingRule], part: MaskedBatch, read: Callable[[Tensor], Tensor]):
+    def __init__(
+        self, rules: dict[str, StoppingRule], part: MaskedBatch, read: Callable[[Tensor], Tensor], causal: bool
+    ):
         self.rules, self.part, self.read = rules, part, read
-        self.truth = part.truth("a record of losses")[part.masked]
+        clean = part.clean if causal else part.truth("a record of losses")  # a next token may be the same again
+        self.truth = clean[part.masked]
         self.losses: list[Tensor] = []
         self.correct: list[Tensor] = []
         self.criteria: dict[str, list[Tensor]] = {name: [] for name in rules}
