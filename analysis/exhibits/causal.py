@@ -112,16 +112,14 @@ def two_by_two(loaded: Tables) -> MatplotlibFigure:
     """Looping x what is seen of masked keys in the middle layer, both in training; declared runs on the right."""
     df = loaded["nll-by-loops"]
     df = df[(df["task"] == "sudoku") & (df["n_loops"] == df["max_loops"])]
-    panels_of = {"masked to masked cut": df[df["arm"].isin(TWO_BY_TWO)]}
+    shown = [("masked to masked cut", df[df["arm"].isin(TWO_BY_TWO)], ARM_STYLE)]
     runs = declared.two_by_two("sudoku")
     if runs is not None:
         names = [run.name for arm in runs.values() for run in arm]
-        panels_of["masked keys hidden from all others"] = df[df["model"].isin(names)]
-    drawn, axes = plt.subplots(
-        1, len(panels_of), figsize=(COLUMN * len(panels_of), 2.7), layout="constrained", squeeze=False, sharey=True
-    )
-    for ax, (title, part) in zip(axes[0], panels_of.items(), strict=True):
-        looks = ARM_STYLE if set(part["arm"]) <= set(TWO_BY_TWO) else CLOSED_STYLE
+        shown.append(("masked keys hidden from all others", df[df["model"].isin(names)], CLOSED_STYLE))
+    size = (COLUMN * len(shown), 2.7)
+    drawn, axes = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False, sharey=True)
+    for ax, (title, part, looks) in zip(axes[0], shown, strict=True):
         quality.plot_arms(across_seeds(part, "nll", ["arm"]), "nll", looks, ax=ax)
         ax.set(title=f"6x6 Sudoku, {title}")
     axes[0, 0].set_ylabel("test NELBO (nats per token)")
