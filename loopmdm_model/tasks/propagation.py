@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from loopmdm.model.errors import UsageError
+from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.tasks.solver import EMPTY, is_unique
 from loopmdm.model.tasks.sudoku import Board
 
@@ -60,20 +60,30 @@ def propagate(board: Board, cells: Int[Tensor, "batch cell"], hidden_singles: bo
     depth = torch.where(known.any(-1), 0, EMPTY)
     first = _candidates(known, member).sum(-1)
     for step in range(1, board.n_cells + 2):
-        possible = _candidates(known, member)
-        _check_consistent(board, known, possible, member)
-        single = possible & (possible.sum(-1, keepdim=True) == 1)
-        if hidden_singles:
-            alone = torch.einsum("uc,bcs->bus", member, possible.float()) == 1
-            single = single | possible & (torch.einsum("uc,bus->bcs", member, alone.float()) > 0)
-        new = single.any(-1)
+        new = _singles(board, known, member, hidden_singles)
         if not bool(new.any()):
             break
-        found = torch.nn.functional.one_hot(single.int().argmax(-1), board.size).bool()
-        known = known | found & new[..., None]
-        depth = depth.masked_fill(new, step)
+        known = known | new
+        depth = depth.masked_fill(new.any(-1), step)
     symbols = torch.where(known.any(-1), known.int().argmax(-1), EMPTY)
     return Propagation(depth, symbols, first)
+
+
+def candidates_by_round(
+    board: Board, cells: Int[Tensor, "batch cell"], n_rounds: int, hidden_singles: bool = True
+) -> Bool[Tensor, "round batch cell symbol"]:
+    """What each cell may still hold after 0, 1, .. `n_rounds` rounds of filling.
+
+    Of a filled cell its symbol alone; of an open one all that its row, column and box do not hold. UsageError as
+    in `propagate`.
+    """
+    check_count("n_rounds", n_rounds, least=0)
+    known, member = _known(board, cells), units(board).float()
+    found = []
+    for _ in range(n_rounds + 1):
+        found.append(known | _candidates(known, member))
+        known = known | _singles(board, known, member, hidden_singles)
+    return torch.stack(found)
 
 
 def unique(board: Board, cells: Int[Tensor, "batch cell"]) -> Bool[Tensor, " batch"]:
@@ -101,6 +111,20 @@ def _candidates(
     held = torch.einsum("uc,bcs->bus", member, known.float())
     seen = torch.einsum("uc,bus->bcs", member, held) > 0
     return ~known.any(-1, keepdim=True) & ~seen
+
+
+def _singles(
+    board: Board, known: Tensor, member: Float[Tensor, "unit cell"], hidden: bool
+) -> Bool[Tensor, "batch cell symbol"]:
+    """What one round fills."""
+    possible = _candidates(known, member)
+    _check_consistent(board, known, possible, member)
+    single = possible & (possible.sum(-1, keepdim=True) == 1)
+    if hidden:
+        alone = torch.einsum("uc,bcs->bus", member, possible.float()) == 1
+        single = single | possible & (torch.einsum("uc,bus->bcs", member, alone.float()) > 0)
+    found = torch.nn.functional.one_hot(single.int().argmax(-1), board.size).bool()
+    return found & single.any(-1)[..., None]
 
 
 def _check_consistent(board: Board, known: Tensor, possible: Tensor, member: Tensor) -> None:
