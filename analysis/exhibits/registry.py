@@ -203,9 +203,11 @@ def compared(df: pd.DataFrame, task: str) -> pd.DataFrame:
 
 OTHER_TASKS = {
     "imdb": "text (imdb)",
+    "imdb-d48": "text (imdb), d = 48",
     "wiki": "text (wiki)",
     "gsm": "word problems",
     "sudoku9": "Sudoku 9x9",
+    "arithmetic": "arithmetic",
     "tree": "tree",
     "markov": "chain (control)",
 }

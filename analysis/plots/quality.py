@@ -279,3 +279,23 @@ def plot_loops_or_steps(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_xticks([], minor=True)
     ax.set(xlabel="GFLOPs a sample (budgets ticked)")
     return ax
+
+
+@of_rows
+def plot_gap(df: pd.DataFrame, looks: Mapping[str, Mapping], *, ax: Axes | None = None) -> Axes:
+    """NELBO of loop less that of base over tokens a parameter of base, a line a run of `label`s, 95% at its end.
+
+    `df`: label tokens parameters gap low high; `looks` by label, in the order of drawing.
+    """
+    ax = ax or plt.gca()
+    for label, look in looks.items():
+        part = df[df["label"] == label].sort_values("tokens")
+        if part.empty:
+            continue
+        across = part["tokens"] / part["parameters"]
+        ax.plot(across, part["gap"], label=label, markevery=[-1], **look)
+        last = part.iloc[-1]
+        ax.vlines(across.iloc[-1], last["low"], last["high"], color=look["color"], linewidth=0.7, alpha=0.7)
+    ax.axhline(0, **NULL)
+    ax.set(xlabel="training tokens / parameters of base", ylabel="loop less base\n(nats per token)", xscale="log")
+    return ax

@@ -179,6 +179,7 @@ TABLES = {
             "learning-curves", EVERY, ("model", "arm", "seed", "flops", "nelbo"), training.learning_curves_table
         ),
         Table("flops-to-target", EVERY, ("task", "arm", "against", "ratio"), training.flops_to_target_table),
+        Table("looping-gap", EVERY, ("task", "arm", "at", "tokens", "gap"), training.looping_gap_table),
         Table(
             "nll-by-loops",
             EVERY,
