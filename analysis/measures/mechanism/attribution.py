@@ -12,8 +12,8 @@ apart in three ways, each of which sums to f:
              f less the sum of these
 
 Without a coda "direct" and "linear" differ by the final norm alone: a norm does not change with the length of its
-input, so "linear" sums to almost nothing and its rest is f. Sources: Elhage et al. 2021; for differences Wang et al. 2022
-(arXiv 2211.00593).
+input, so "linear" sums to almost nothing and its rest is f. Sources: Elhage et al. 2021; for differences Wang et
+al. 2022 (arXiv 2211.00593).
 """
 
 import warnings
@@ -37,6 +37,7 @@ from loopmdm.model.context import Context
 from loopmdm.model.errors import UsageError, check_count, check_model, check_word
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.precision import check_logits, wide
+from loopmdm.model.randomness import row_uniforms
 from loopmdm.model.sequences import MaskedBatch, as_batch
 from loopmdm.model.sites import at
 
@@ -114,7 +115,7 @@ def attribute(
     found: dict[tuple[str, Part], list[Tensor]] = {}
     whole: list[Tensor] = []
     for start, part in b.batches(batch_size):
-        run = _Run.of(m, part, n_loops, None if asked is None else _some(asked, start, len(part)))
+        run = _Run.of(m, part, n_loops, None if asked is None else some(asked, slice(start, start + len(part))))
         whole.append(run.by_sequence(run.difference))
         for read, write, values in run.shares(chosen):
             found.setdefault((read, write), []).append(values)
@@ -162,11 +163,11 @@ def _readable(m: HookedLoopMDM, reads: Iterable[str]) -> list[str]:
     return wanted
 
 
-def _some(asked: Contrast, start: int, n: int) -> Contrast:
-    """The questions of sequences start .. start + n - 1."""
-    first, number = int(asked.rows[:start].sum()), int(asked.rows[start : start + n].sum())
-    span = slice(first, first + number)
-    return Contrast(asked.rows[start : start + n], asked.right[span], asked.wrong[span])
+def some(asked: Contrast, span: slice) -> Contrast:
+    """The questions of the sequences of a span."""
+    first, number = int(asked.rows[: span.start].sum()), int(asked.rows[span].sum())
+    rows = slice(first, first + number)
+    return Contrast(asked.rows[span], asked.right[rows], asked.wrong[rows])
 
 
 @dataclass
@@ -195,7 +196,7 @@ class _Run:
         with torch.enable_grad(), m.hooks(ends):  # pyright: ignore[reportArgumentType]
             logits = m.readout(state, context, rows=rows)
             check_logits(logits)
-            asked = _best_wrong(m, b, logits.detach()) if asked is None else asked  # empty is falsy
+            asked = best_wrong(m, b, logits.detach()) if asked is None else asked  # empty is falsy
             difference = asked.difference(logits)
             total = (difference * _weights(asked, difference.dtype)).sum()
             (gradient,) = torch.autograd.grad(total, state)
@@ -269,11 +270,22 @@ def _weights(asked: Contrast, dtype: torch.dtype) -> Float[Tensor, " row"]:
     return 1 / asked.rows.sum(-1)[owner].to(dtype)
 
 
-def _best_wrong(m: HookedLoopMDM, b: MaskedBatch, logits: Float[Tensor, "row d_vocab"]) -> Contrast:
+def best_wrong(m: HookedLoopMDM, b: MaskedBatch, logits: Float[Tensor, "row d_vocab"], by: str = NAME) -> Contrast:
     """As `contrast`, of logits that are there."""
-    right = (b.clean if m.facts.causal else b.truth(NAME))[b.masked]
+    right = (b.clean if m.facts.causal else b.truth(by))[b.masked]
     wrong = logits.scatter(-1, right[:, None], float("-inf")).argmax(-1)
     return Contrast(b.masked, right, wrong)
+
+
+def any_wrong(m: HookedLoopMDM, b: MaskedBatch, seed: int = 0, by: str = NAME) -> Contrast:
+    """The true token against any other one, drawn evenly, in place of the best wrong one: a null without luck."""
+    b = questions(by, m, b)
+    right = (b.clean if m.facts.causal else b.truth(by))[b.masked]
+    drawn = row_uniforms(seed, "tokens", len(right), m.cfg.d_vocab).to(right.device)
+    drawn.scatter_(-1, right[:, None], -1.0)
+    if m.cfg.mask_token_id is not None:
+        drawn[:, m.cfg.mask_token_id] = -1.0
+    return Contrast(b.masked, right, drawn.argmax(-1))
 
 
 def run(case: Case, b: MaskedBatch, reads: tuple[str, ...] = READS, n_exact: int = 32) -> pd.DataFrame:
