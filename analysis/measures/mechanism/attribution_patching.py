@@ -28,14 +28,8 @@ from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.mechanism.attribution import any_wrong, best_wrong, some
 from loopmdm.analysis.measures.mechanism.contrast import Contrast
 from loopmdm.analysis.measures.mechanism.corruption import corrupted, places
-from loopmdm.analysis.measures.mechanism.patching import (
-    LEAVES,
-    Effects,
-    Node,
-    Pair,
-    Places,
-    activation_patching,
-)
+from loopmdm.analysis.measures.mechanism.nodes import BY_HEAD, LEAVES, Node
+from loopmdm.analysis.measures.mechanism.patching import Effects, Pair, Places, activation_patching
 from loopmdm.analysis.measures.mechanism.saturation import Scored
 from loopmdm.analysis.measures.registry import Measure
 from loopmdm.analysis.numbers import stats
@@ -142,7 +136,7 @@ class _Backward:
             for place, mask in where.items():
                 summed = (by_position * mask[..., None]).sum(1)
                 for head in range(summed.shape[-1]):
-                    one = head if component in ("z", "q", "k", "v") else None
+                    one = head if component in BY_HEAD else None
                     yield (place, Node(component, site.loop, site.layer, one)), summed[:, head]
 
     def dropped(self, where: Places) -> Iterator[tuple[tuple[str, Node], Float[Tensor, " batch"]]]:

@@ -1,4 +1,4 @@
-"""AtP is exact where the model is linear, AtP* where only the softmax is not; what they miss is said by agreement."""
+"""AtP is exact where the model is linear, AtP* where only the softmax is not; what they miss is told."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,8 +9,10 @@ from loopmdm.analysis.measures import measure
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.mechanism.attribution import any_wrong
 from loopmdm.analysis.measures.mechanism.attribution_patching import agreement, attribution_patching
+from loopmdm.analysis.measures.mechanism.contrast import contrast
 from loopmdm.analysis.measures.mechanism.corruption import corrupted, places
-from loopmdm.analysis.measures.mechanism.patching import Effects, Node, activation_patching
+from loopmdm.analysis.measures.mechanism.nodes import Node
+from loopmdm.analysis.measures.mechanism.patching import Effects, activation_patching
 from loopmdm.analysis.measures.options import OnTests
 from loopmdm.analysis.plots.mechanism import plot_patching
 from loopmdm.model.adapters import hook_model
@@ -30,11 +32,11 @@ SIX, STILL = BOARDS["sudoku6"], 1e6
 
 
 class Straight(LoopMDM):
-    """Linear in all it writes: norms stand still, MLPs add nothing, patterns hang on no state but in `bent` layers."""
+    """Linear in all it writes: norms stand still, MLPs add nothing, patterns are uniform but in `bent` layers."""
 
     def __init__(self, bent: tuple[int, ...] = ()):
         torch.manual_seed(0)
-        super().__init__(toy_config(normalization_type="RMS"))
+        super().__init__(toy_config(normalization_type="RMS", mlp_bias=False))
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
                 parameter.data.fill_(STILL / self.cfg.d_model**0.5)  # what every norm divides by
@@ -113,8 +115,6 @@ def test_atp_is_the_derivative_of_patching(batch):
 
 
 def _metric(m, b):
-    from loopmdm.analysis.measures.mechanism.contrast import contrast
-
     asked = contrast(m, b)
     return lambda logits: asked.by_sequence(asked.difference(logits[b.masked]))
 
@@ -171,7 +171,7 @@ def test_against_the_exact_effect_on_random_models():
 
 
 def test_a_gradient_misses_what_the_planted_models_steps_hide():
-    """Its MLPs are steps, flat where it stands: AtP of the heads is 0, the exact effect is not; fills are linear."""
+    """Its MLPs are steps, flat where it stands: AtP of heads is 0, the exact effect is not; fills are linear."""
     m = naked_singles(max_loops=4)
     clean = puzzles(SIX, SIX.sample_grids("test", 12), 16, unique=True)
     other = corrupted(m, clean)

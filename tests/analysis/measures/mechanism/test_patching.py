@@ -10,13 +10,8 @@ from loopmdm.analysis.measures.interventions.selections import relation_of
 from loopmdm.analysis.measures.mechanism.attribution import any_wrong
 from loopmdm.analysis.measures.mechanism.contrast import contrast
 from loopmdm.analysis.measures.mechanism.corruption import corrupted, places
-from loopmdm.analysis.measures.mechanism.patching import (
-    Node,
-    activation_patching,
-    patched,
-    record,
-    standard_nodes,
-)
+from loopmdm.analysis.measures.mechanism.nodes import Node, standard_nodes
+from loopmdm.analysis.measures.mechanism.patching import activation_patching, patched, record
 from loopmdm.model.adapters import hook_model
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
