@@ -191,7 +191,7 @@ def _begin(x: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
 
 
 def agreement(exact: Effects, approximate: Effects, place: str = "all") -> pd.DataFrame:
-    """How well mean effects of nodes agree, by component and over all ("any").
+    """How well mean effects of nodes agree: of all ("any"), of those in loops ("looped"), and by component.
 
     Columns: component pearson spearman sign (share of nodes whose signs agree, of those whose exact effect is not
     0) n_nodes. NaN where fewer than 3 nodes have both, or one side does not vary.
@@ -202,7 +202,8 @@ def agreement(exact: Effects, approximate: Effects, place: str = "all") -> pd.Da
         raise UsageError("agreement: the two have no node in common; ask both of the same components")
     both = pd.DataFrame({"component": [node.component for _, node in keys], "exact": sides[0],
                          "approximate": sides[1]})  # fmt: skip
-    groups = [("any", both), *both.groupby("component", sort=False)]
+    looped = both[[node.loop is not None for _, node in keys]]
+    groups = [("any", both), ("looped", looped), *both.groupby("component", sort=False)]
     return pd.DataFrame([{"component": name} | _agree(part) for name, part in groups])
 
 
@@ -230,9 +231,9 @@ def run(
 ) -> pd.DataFrame:
     """AtP on `n_sequences` of a batch with one clean token changed; beside it the exact effect on `n_exact`.
 
-    Columns of `Effects.frame`, and exact, exact_se, approximate (AtP on the same sequences), n_exact, and over all
-    nodes pearson, spearman and sign; with `star` graddrop. `wrong`: against the "best" wrong token of the clean
-    run, whose luck any change undoes, or "any" at random. A batch without clean tokens has no rows.
+    Columns of `Effects.frame`, and exact, exact_se, approximate (AtP on the same sequences), n_exact, and over
+    nodes in loops pearson, spearman and sign; with `star` graddrop. `wrong`: against the "best" wrong token of the
+    clean run, whose luck any change undoes, or "any" at random. A batch without clean tokens has no rows.
     """
     m, few = case.m, check_count("n_exact", n_exact)
     check_word("wrong", wrong, ("best", "any"))
@@ -276,7 +277,7 @@ def _beside(frame: pd.DataFrame, exact: Effects, approximate: Effects) -> pd.Dat
     told = exact.frame()[[*keys, "value", "standard_error", "n"]]
     told = told.rename(columns={"value": "exact", "standard_error": "exact_se", "n": "n_exact"})
     same = approximate.frame()[[*keys, "value"]].rename(columns={"value": "approximate"})
-    over = agreement(exact, approximate).iloc[0]
+    over = agreement(exact, approximate).set_index("component").loc["looped"]
     frame = frame.merge(told.merge(same, on=keys), on=keys, how="left")
     return frame.assign(**{name: float(over[name]) for name in ("pearson", "spearman", "sign")})
 
