@@ -272,7 +272,7 @@ def test_the_tables_say_what_was_planted(planted):
     relayed = relay_effects(m, b.rows(slice(0, 12)), 3, seed=1)
     told = relayed[relayed["metric"] == "kl"].set_index(["loop", "second", "relay", "relation"])["value"]
     assert told[0, 1, "masked", "any"] > 0.0 and told[0, 1, "masked", "none"] == 0.0
-    assert (told[:, :, "clean"] == 0.0).all()  # a clue hears nothing
+    assert (told[:, :, "clean"] < 1e-9).all()  # a clue hears nothing
 
 
 # --- a null ---
