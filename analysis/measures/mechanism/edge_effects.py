@@ -23,7 +23,7 @@ from torch import Tensor
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.mechanism.contrast import questions
 from loopmdm.analysis.measures.mechanism.edge_attribution import edge_attribution
-from loopmdm.analysis.measures.mechanism.edge_groups import SELF, EdgeGroup, edge_groups
+from loopmdm.analysis.measures.mechanism.edge_groups import SELF, edge_groups
 from loopmdm.analysis.measures.mechanism.edge_inputs import Corruption, changed, corrupted
 from loopmdm.analysis.measures.mechanism.edge_paths import Hop, along_path
 from loopmdm.analysis.measures.mechanism.edges import METRICS, EdgeStudy
@@ -91,34 +91,32 @@ def edge_effects(
     table = _Table(names, len(b), b.clusters)
     for start, part in b.batches(batch_size):
         span = slice(start, start + len(part))
+        _to_first_order(table, EdgeStudy.of(m, part, other[span], n_loops), by, span, "attribution, all")
+    for start, part in b.rows(slice(0, most)).batches(batch_size):
+        span = slice(start, start + len(part))
         study = EdgeStudy.of(m, part, other[span], n_loops)
-        groups = edge_groups(m, study.batch, by)
-        whole = (torch.arange(start, start + len(part)) < most).to(b.tokens.device)
-        if bool(whole.any()):
-            for loop, group, lost in _patched(study, groups):
-                for metric in METRICS:
-                    place = (n_loops, "exact", loop, group.relation, group.keys, group.queries, metric)
-                    _put(table, place, span, lost[metric], groups[group], whole)
-        for loop, carried in edge_attribution(study):
-            each = carried.sum(1)
-            for group, edges in groups.items():
-                place = (loop, group.relation, group.keys, group.queries, "difference")
-                total = (each * edges).flatten(1).sum(-1)
-                _put(table, (n_loops, "attribution", *place), span, total, edges, whole)
-                _put(table, (n_loops, "attribution, all", *place), span, total, edges, torch.ones_like(whole))
+        _to_first_order(table, study, by, span, "attribution")
+        _exactly(table, study, by, span)
     return table.frame()
 
 
-def _put(table: _Table, place: Place, span: slice, values: Tensor, edges: Tensor, whole: Tensor) -> None:
-    table.put(place, span, values.masked_fill(~whole, torch.nan), edges.flatten(1).sum(-1))
+def _to_first_order(table: _Table, study: EdgeStudy, by: By, span: slice, method: str) -> None:
+    groups = edge_groups(study.m, study.batch, by)
+    for loop, carried in edge_attribution(study):
+        each = carried.sum(1)
+        for group, edges in groups.items():
+            place = (study.n_loops, method, loop, group.relation, group.keys, group.queries, "difference")
+            table.put(place, span, (each * edges).flatten(1).sum(-1), edges.flatten(1).sum(-1))
 
 
-def _patched(
-    study: EdgeStudy, groups: dict[EdgeGroup, Bool[Tensor, "batch query key"]]
-) -> Iterator[tuple[int, EdgeGroup, dict[str, Float[Tensor, " batch"]]]]:
+def _exactly(table: _Table, study: EdgeStudy, by: By, span: slice) -> None:
+    groups = edge_groups(study.m, study.batch, by)
     for loop in range(study.n_loops):
         for group, edges in groups.items():
-            yield loop, group, study.by_sequence(study.lost(study.patched(edges, [loop])))
+            lost = study.by_sequence(study.lost(study.patched(edges, [loop])))
+            for metric in METRICS:
+                place = (study.n_loops, "exact", loop, group.relation, group.keys, group.queries, metric)
+                table.put(place, span, lost[metric], edges.flatten(1).sum(-1))
 
 
 def relay_effects(
@@ -231,14 +229,14 @@ def _effects_of(
     case: Case,
     corruption: str = "token",
     mask_ratio: float = 0.5,
-    n_exact: int = 32,
+    n_exact: int = 16,
     by: str = "holds",
 ) -> pd.DataFrame:
     """By loop, relation (distance on text) and group: exact for `n_exact` sequences, to first order for all."""
     return _on(case, case.masked(mask_ratio), corruption, n_exact, by)
 
 
-def _on(case: Case, b: MaskedBatch, corruption: str = "token", n_exact: int = 32, by: str = "holds", **_: Any):
+def _on(case: Case, b: MaskedBatch, corruption: str = "token", n_exact: int = 16, by: str = "holds", **_: Any):
     given: dict[str, Any] = {"corruption": corruption, "n_exact": n_exact, "by": by}
     return edge_effects(case.m, b, case.n_loops, seed=case.seed, **given)
 
