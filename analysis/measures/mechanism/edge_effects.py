@@ -25,7 +25,7 @@ from loopmdm.analysis.measures.mechanism.contrast import questions
 from loopmdm.analysis.measures.mechanism.edge_attribution import edge_attribution
 from loopmdm.analysis.measures.mechanism.edge_groups import SELF, edge_groups
 from loopmdm.analysis.measures.mechanism.edge_inputs import Corruption, changed, corrupted
-from loopmdm.analysis.measures.mechanism.edge_paths import Hop, along_path
+from loopmdm.analysis.measures.mechanism.edge_paths import Hop, hear, hold
 from loopmdm.analysis.measures.mechanism.edges import METRICS, EdgeStudy
 from loopmdm.analysis.measures.registry import Measure
 from loopmdm.analysis.numbers import stats
@@ -163,10 +163,13 @@ def _relayed(
         hears = _members(study, relay) & ~sources
         first = hears[:, :, None] & sources[:, None, :]
         for loop in range(study.n_loops - 1):
+            state = hear(study, Hop(loop, first), study.corrupt.messages)
             for second in range(loop + 1, study.n_loops):
+                source = hold(study, state, loop + 1, second)
                 for relation, edges in onward.items():
                     then = edges & hears[:, None, :]
-                    lost = study.lost(along_path(study, [Hop(loop, first), Hop(second, then)]))
+                    received = hear(study, Hop(second, then), source)
+                    lost = study.lost(study.onward(received, second + 1))
                     yield (loop, second, relay, relation), then, study.by_sequence(lost)
 
 
@@ -242,7 +245,7 @@ def _on(case: Case, b: MaskedBatch, corruption: str = "token", n_exact: int = 16
 
 
 def _relays_of(
-    case: Case, corruption: str = "token", mask_ratio: float = 0.5, n_sequences: int = 64
+    case: Case, corruption: str = "token", mask_ratio: float = 0.5, n_sequences: int = 16
 ) -> pd.DataFrame:
     """By pair of loops, relay and relation of the second hop, on `n_sequences` of the test sequences."""
     b = case.masked(mask_ratio)

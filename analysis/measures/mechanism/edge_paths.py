@@ -68,21 +68,23 @@ def along_path(study: EdgeStudy, hops: Sequence[Hop]) -> Float[Tensor, "row d_vo
         raise UsageError(f"a path needs hops in rising loops of 0..{study.n_loops - 1}, got {loops}")
     source, state = study.corrupt.messages, study.clean.states[0]
     for hop, following in zip(hops, [*hops[1:], None], strict=True):
-        heard = _hear(study, hop, source)
-        state = torch.where(hop.queries[..., None], heard, study.clean.states[hop.loop + 1])
+        state = hear(study, hop, source)
         if following is not None:
-            source = _held(study, state, hop.loop + 1, following.loop)
+            source = hold(study, state, hop.loop + 1, following.loop)
     return study.onward(state, loops[-1] + 1)
 
 
-def _hear(study: EdgeStudy, hop: Hop, source: Messages) -> Tensor:
-    """H(loop) where a hop's queries read `source` along its edges, and everybody else's keys are clean."""
+@torch.no_grad()
+def hear(study: EdgeStudy, hop: Hop, source: Messages) -> Float[Tensor, "batch pos d_model"]:
+    """H(loop) where a hop's queries read `source` along its edges and clean keys else; all others are clean."""
     rest = _others(hop.edges) & ~hop.edges
     with read_edges(study.m, [(hop.edges, source), (rest, study.clean.messages)], hop.loop):
-        return study.m.loop(study.clean.states[hop.loop], study.clean.context, hop.loop)
+        heard = study.m.loop(study.clean.states[hop.loop], study.clean.context, hop.loop)
+    return torch.where(hop.queries[..., None], heard, study.clean.states[hop.loop + 1])
 
 
-def _held(study: EdgeStudy, state: Tensor, first: int, last: int) -> Messages:
+@torch.no_grad()
+def hold(study: EdgeStudy, state: Float[Tensor, "batch pos d_model"], first: int, last: int) -> Messages:
     """What positions say in loop `last` whose streams went on from H(first - 1) without being heard by others."""
     rest, m, recorder = _others(state), study.m, Recorder()
     with read_edges(m, [(rest, study.clean.messages)]):

@@ -5,6 +5,7 @@ after r rounds of singles. If so, the state of another board's cell that may hol
 hidden cells at once, and nothing is lost (Chan et al. 2022, "Causal scrubbing"). What cells are exchanged within:
 
     candidates    cells that may hold the same symbols after round r: the hypothesis
+    truth         cells whose hidden symbol is the same: a control, the answer alone
     number        cells that may hold as many symbols: a control, difficulty alone
     any           any hidden cells: a control, nothing of the board kept
 
@@ -13,10 +14,12 @@ loop. Cells without a partner under the hypothesis stay as they are in all three
 have one); the model then runs on to n_loops and is asked all hidden cells.
 
     cost = loss - loss intact,    recovered = (loss of "any" - loss) / (loss of "any" - loss intact)
-    kl = KL(intact || scrubbed) of the answer: also where some cells gain what others lose
+    kl = KL(intact || scrubbed) of the answer,    kept = 1 - kl / kl of "any"
 
-recovered only where "any" costs more than 5 standard errors. A state may hold more than the hypothesis says and
-still pass, if the answer does not need it.
+recovered and kept only where "any" exceeds 0 by more than 5 standard errors. Classes of later rounds, and "truth",
+know more of the solution than the model does: an exchange then repairs some of its errors, cost falls below 0 and
+recovered exceeds 1. `kl`, which has no sign, tells rounds apart. A state may hold more than the hypothesis says
+and still pass, if the answer does not need it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,7 +45,7 @@ from loopmdm.model.tasks.propagation import candidates_by_round
 from loopmdm.model.tasks.puzzles import puzzles
 from loopmdm.model.tasks.sudoku import BOARDS, board_of_model
 
-ARMS = ("candidates", "number", "any")
+ARMS = ("candidates", "truth", "number", "any")
 BEYOND = 5.0
 """Standard errors that "any" must cost for a share of it to mean something."""
 
@@ -78,8 +81,8 @@ def propagation_scrubbing(
 ) -> pd.DataFrame:
     """What exchanging states within classes costs, by loop, round and arm.
 
-    Columns: n_loops loop round same_place arm cost cost_se kl kl_se recovered recovered_se loss n partners
-    changed.
+    Columns: n_loops loop round same_place arm cost cost_se kl kl_se recovered recovered_se kept kept_se
+    loss n partners changed.
     Nats per hidden cell, errors over boards. `changed`: share of the exchanged cells whose state came from a cell
     with other candidates (0 under the hypothesis). UsageError for models of no Sudoku board, and where fewer than
     two boards are given.
@@ -116,7 +119,7 @@ def _arms(
 ) -> Iterator[dict]:
     loop, states = at
     b = run.batch
-    labels = _labels(candidates, scrub.same_place)
+    labels = _labels(candidates, b.truth("scrubbing").cpu(), scrub.same_place)
     partner = exchange(labels["candidates"], b.masked.cpu(), scrub.seed)
     there = partner >= 0
     found = {"candidates": partner}
@@ -130,22 +133,23 @@ def _arms(
         moved = other.flatten()
         known = moved >= 0
         differs = float((code[moved[known]] != code[known]).float().mean()) if bool(known.any()) else float("nan")
-        told = _estimates(lost[arm], lost["any"][0], intact, b.clusters)
+        told = _estimates(lost[arm], lost["any"], intact, b.clusters)
         yield {"arm": arm} | told | {"partners": share, "changed": differs}
 
 
 def _labels(
-    candidates: Bool[Tensor, "batch cell symbol"], same_place: bool
+    candidates: Bool[Tensor, "batch cell symbol"], truth: Int[Tensor, "batch cell"], same_place: bool
 ) -> dict[str, Int[Tensor, "batch cell"]]:
     """Classes of cells by arm; the same place makes the place part of the class."""
     size, cells = candidates.shape[-1], candidates.shape[1]
     place = torch.arange(cells).expand(candidates.shape[:2]) * 2**size if same_place else 0
-    code = (candidates * 2 ** torch.arange(size)).sum(-1)
-    return {
-        "candidates": code + place,
-        "number": candidates.sum(-1) + place,
-        "any": torch.zeros_like(code) + place,
+    found = {
+        "candidates": (candidates * 2 ** torch.arange(size)).sum(-1),
+        "truth": truth,
+        "number": candidates.sum(-1),
+        "any": torch.zeros_like(truth),
     }
+    return {arm: label + place for arm, label in found.items()}
 
 
 def exchange(
@@ -181,21 +185,30 @@ def _put(states: Float[Tensor, "batch cell d_model"], partner: Int[Tensor, "batc
 
 
 def _estimates(
-    lost: tuple[np.ndarray, np.ndarray], floor: np.ndarray, intact: np.ndarray, clusters: np.ndarray | None
+    lost: tuple[np.ndarray, np.ndarray],
+    floor: tuple[np.ndarray, np.ndarray],
+    intact: np.ndarray,
+    clusters: np.ndarray | None,
 ) -> dict[str, float | int]:
-    """Cost, KL and recovered share, and their errors over boards."""
-    loss, apart = lost
-    cost, error, n = stats.mean_and_error(loss - intact, clusters)
-    whole, whole_error, _ = stats.mean_and_error(floor - intact, clusters)
-    share = share_error = float("nan")
-    if whole > BEYOND * whole_error:
-        share = float(1 - cost / whole)
-        influence = ((floor - loss) - share * (floor - intact)) / whole
-        share_error = float(stats.influence_error(influence, clusters))
-    mean, _, _ = stats.mean_and_error(loss, clusters)
-    kl, kl_error, _ = stats.mean_and_error(apart, clusters)
-    return {"cost": float(cost), "cost_se": float(error), "kl": float(kl), "kl_se": float(kl_error),
-            "recovered": share, "recovered_se": share_error, "loss": float(mean), "n": int(n)}  # fmt: skip
+    """Cost, KL and the shares of "any" (`floor`) that are not lost, with errors over boards."""
+    loss, kl = lost
+    mean, _, n = stats.mean_and_error(loss, clusters)
+    told: dict[str, float | int] = {"loss": float(mean), "n": int(n)}
+    named = (("cost", "recovered", loss - intact, floor[0] - intact), ("kl", "kept", kl, floor[1]))
+    for name, share, values, whole in named:
+        value, error, _ = stats.mean_and_error(values, clusters)
+        told |= {name: float(value), f"{name}_se": float(error)}
+        told |= dict(zip((share, f"{share}_se"), _share(values, whole, clusters), strict=True))
+    return told
+
+
+def _share(values: np.ndarray, whole: np.ndarray, clusters: np.ndarray | None) -> tuple[float, float]:
+    """1 - mean of `values` over mean of `whole`, and its error; NaN where the latter may be 0."""
+    most, error, _ = stats.mean_and_error(whole, clusters)
+    if not most > BEYOND * error:
+        return float("nan"), float("nan")
+    ratio = float(stats.mean_and_error(values, clusters)[0] / most)
+    return 1 - ratio, float(stats.influence_error((values - ratio * whole) / most, clusters))
 
 
 class _Run:

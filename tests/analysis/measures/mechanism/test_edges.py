@@ -275,6 +275,18 @@ def test_the_tables_say_what_was_planted(planted):
     assert (told[:, :, "clean"] < 1e-9).all()  # a clue hears nothing
 
 
+def test_the_table_of_relays_is_path_patching(hooked, batch):
+    frame = relay_effects(hooked, batch, 3, corruption="token", seed=2)
+    other = corrupted(hooked, batch, "token", seed=2)
+    sources, own = changed(batch.tokens, other), torch.eye(10, dtype=torch.bool)
+    first = (batch.masked & ~sources)[:, :, None] & sources[:, None, :]
+    second = batch.masked[:, :, None] & (batch.masked & ~sources)[:, None, :] & ~own
+    expected = path_patching(hooked, batch, other, [Hop(0, first), Hop(2, second)], 3)
+    found = frame.set_index(["loop", "second", "relay", "relation", "metric"])["value"]
+    for metric, values in expected.items():
+        assert found[0, 2, "masked", "any", metric] == pytest.approx(float(values.mean()), abs=1e-6)
+
+
 # --- a null ---
 
 

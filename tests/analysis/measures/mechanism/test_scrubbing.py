@@ -63,8 +63,9 @@ def test_cost_and_share_by_hand():
     )
     arms = frame.set_index("arm")
     whole = arms.loc["any", "cost"]
-    for arm in ("candidates", "number"):
+    for arm in ("candidates", "truth", "number"):
         assert arms.loc[arm, "recovered"] == pytest.approx(1 - arms.loc[arm, "cost"] / whole)
+        assert arms.loc[arm, "kept"] == pytest.approx(1 - arms.loc[arm, "kl"] / arms.loc["any", "kl"])
     intact = arms["loss"] - arms["cost"]
     assert intact.to_numpy() == pytest.approx(intact.iloc[0])
 
