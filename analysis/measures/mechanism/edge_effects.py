@@ -23,12 +23,13 @@ from torch import Tensor
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.mechanism.contrast import questions
 from loopmdm.analysis.measures.mechanism.edge_attribution import edge_attribution
-from loopmdm.analysis.measures.mechanism.edge_groups import SELF, edge_groups
+from loopmdm.analysis.measures.mechanism.edge_groups import SELF, edge_groups, relations
 from loopmdm.analysis.measures.mechanism.edge_inputs import Corruption, changed, corrupted
 from loopmdm.analysis.measures.mechanism.edge_paths import Hop, hear, hold
 from loopmdm.analysis.measures.mechanism.edges import METRICS, EdgeStudy
 from loopmdm.analysis.measures.registry import Measure
 from loopmdm.analysis.numbers import stats
+from loopmdm.analysis.watch.groups import TOKEN_GROUPS
 from loopmdm.analysis.watch.states import check_loops
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.hooks.hooked import HookedLoopMDM
@@ -36,6 +37,7 @@ from loopmdm.model.layout import By, check_by
 from loopmdm.model.sequences import MaskedBatch
 
 Place = tuple[Any, ...]
+METHODS = ("exact", "attribution", "attribution, all")
 
 
 class _Table:
@@ -46,15 +48,17 @@ class _Table:
         self.values: dict[Place, np.ndarray] = {}
         self.edges: dict[Place, np.ndarray] = {}
 
-    def put(self, place: Place, span: slice, values: Tensor, edges: Tensor) -> None:
+    def put(self, place: Place, span: slice | np.ndarray, values: Tensor, edges: Tensor) -> None:
         """`values` and numbers of `edges` [sequence] of a part."""
         for store, found in ((self.values, values.masked_fill(edges == 0, torch.nan)), (self.edges, edges)):
             store.setdefault(place, np.full(self.n, np.nan))[span] = found.double().cpu().numpy()
 
-    def frame(self) -> pd.DataFrame:
-        """A row for each place: value, standard_error, per_edge, per_edge_se, n_edges, n."""
+    def frame(self, order: list[str]) -> pd.DataFrame:
+        """A row for each place, words in `order`: value, standard_error, per_edge, per_edge_se, n_edges, n."""
         rows = []
-        for place, values in self.values.items():
+        rank = {word: number for number, word in enumerate(order)}
+        for place in sorted(self.values, key=lambda place: [rank.get(part, part) for part in place]):
+            values = self.values[place]
             edges = np.where(np.isfinite(values), self.edges[place], np.nan)
             mean, error, n = stats.mean_and_error(values, self.clusters)
             number = float(edges[np.isfinite(edges)].mean()) if n else float("nan")
@@ -75,11 +79,11 @@ def edge_effects(
     seed: int = 0,
     batch_size: int = 32,
 ) -> pd.DataFrame:
-    """What edges carry, by loop, relation and group; exact for the first `n_exact` sequences (default: all).
+    """What edges carry, by loop, relation and group; exact for `n_exact` sequences, evenly spread (None: all).
 
     Columns: n_loops method loop relation keys queries metric value standard_error per_edge per_edge_se n_edges n.
-    Nats a sequence (mean over its asked positions); a row counts the sequences that have such edges. Both methods
-    have the sequences of "exact"; "attribution, all" has all of them.
+    Nats a sequence (mean over its asked positions); a row counts the sequences that have such edges. "attribution"
+    has the sequences of "exact", "attribution, all" all of them.
     """
     check_by(m.facts, by, "edge_effects")
     n_loops, told = check_loops(m, n_loops), questions("edge_effects", m, b)
@@ -92,15 +96,16 @@ def edge_effects(
     for start, part in b.batches(batch_size):
         span = slice(start, start + len(part))
         _to_first_order(table, EdgeStudy.of(m, part, other[span], n_loops), by, span, "attribution, all")
-    for start, part in b.rows(slice(0, most)).batches(batch_size):
-        span = slice(start, start + len(part))
+    keep = torch.linspace(0, len(b) - 1, min(most, len(b))).long()
+    for start, part in b.rows(keep).batches(batch_size):
+        span = keep[start : start + len(part)].numpy()
         study = EdgeStudy.of(m, part, other[span], n_loops)
         _to_first_order(table, study, by, span, "attribution")
         _exactly(table, study, by, span)
-    return table.frame()
+    return table.frame([*METHODS, *relations(m, b.tokens.shape[1]), "any", *TOKEN_GROUPS, *METRICS])
 
 
-def _to_first_order(table: _Table, study: EdgeStudy, by: By, span: slice, method: str) -> None:
+def _to_first_order(table: _Table, study: EdgeStudy, by: By, span: slice | np.ndarray, method: str) -> None:
     groups = edge_groups(study.m, study.batch, by)
     for loop, carried in edge_attribution(study):
         each = carried.sum(1)
@@ -109,7 +114,7 @@ def _to_first_order(table: _Table, study: EdgeStudy, by: By, span: slice, method
             table.put(place, span, (each * edges).flatten(1).sum(-1), edges.flatten(1).sum(-1))
 
 
-def _exactly(table: _Table, study: EdgeStudy, by: By, span: slice) -> None:
+def _exactly(table: _Table, study: EdgeStudy, by: By, span: slice | np.ndarray) -> None:
     groups = edge_groups(study.m, study.batch, by)
     for loop in range(study.n_loops):
         for group, edges in groups.items():
@@ -146,7 +151,7 @@ def relay_effects(
         for place, second, lost in _relayed(study, changed(study.batch.tokens, other[span])):
             for metric in METRICS:
                 table.put((n_loops, *place, metric), span, lost[metric], second.flatten(1).sum(-1))
-    return table.frame()
+    return table.frame([*METHODS, *relations(m, b.tokens.shape[1]), "any", *TOKEN_GROUPS, *METRICS])
 
 
 def _relayed(

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pandas as pd
 import pytest
 import torch
 
@@ -273,6 +274,24 @@ def test_the_tables_say_what_was_planted(planted):
     told = relayed[relayed["metric"] == "kl"].set_index(["loop", "second", "relay", "relation"])["value"]
     assert told[0, 1, "masked", "any"] > 0.0 and told[0, 1, "masked", "none"] == 0.0
     assert (told[:, :, "clean"] < 1e-9).all()  # a clue hears nothing
+
+
+def test_rows_of_both_methods_are_of_the_same_sequences(hooked, batch):
+    whole = edge_effects(hooked, batch, 2, corruption="resample")
+    some = edge_effects(hooked, batch, 2, corruption="resample", n_exact=2, batch_size=1)
+    names = ["loop", "relation", "keys", "queries", "metric"]
+    study = EdgeStudy.of(hooked, batch, corrupted(hooked, batch, "resample"), 2)
+    edges = edge_groups(hooked, study.batch)
+    group = next(group for group in edges if group.relation == "1" and group.keys == group.queries == "masked")
+    lost = study.by_sequence(study.lost(study.patched(edges[group], [1])))["kl"]
+    has = edges[group].flatten(1).any(-1)
+    for frame, keep in ((whole, [0, 1, 2, 3]), (some, [0, 3])):
+        row = frame[frame["method"] == "exact"].set_index(names).loc[(1, "1", "masked", "masked", "kl")]
+        assert row["n"] == int(has[keep].sum())
+        assert row["value"] == pytest.approx(float(lost[keep][has[keep]].mean()), abs=1e-6)
+        assert row["per_edge"] == pytest.approx(row["value"] / row["n_edges"])
+    everyone = [frame[frame["method"] == "attribution, all"].set_index(names)["value"] for frame in (whole, some)]
+    pd.testing.assert_series_equal(*everyone, atol=1e-5, rtol=1e-4)
 
 
 def test_the_table_of_relays_is_path_patching(hooked, batch):
