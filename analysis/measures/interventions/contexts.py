@@ -1,8 +1,8 @@
-"""Interventions as context managers on a HookedLoopMDM."""
+"""Interventions as context managers on a HookedLoopMDM; those that take something away say `by` what."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,13 +16,16 @@ from loopmdm.analysis.measures.interventions.places import (
     in_loops,
     several,
 )
+from loopmdm.analysis.measures.interventions.reference import By, Reference, check_reference
 from loopmdm.analysis.measures.interventions.selections import Choose, as_choice, looks
+from loopmdm.analysis.measures.interventions.values import replace_values
 from loopmdm.analysis.watch.groups import TOKEN_GROUPS, members
 from loopmdm.model.errors import UsageError, check_count, check_model, check_number, check_word
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.precision import wide
 
 Group = Literal["masked", "clean"]
+Part = Literal["attn", "mlp"]
 
 
 def _members(m: HookedLoopMDM, group: str) -> Tensor:
@@ -43,15 +46,22 @@ def cut(
     heads: Chosen = None,
     matched: bool = False,
     seed: int = 0,
+    by: By = "zero",
 ) -> Iterator[HookedLoopMDM]:
     """Forbid attention along edges "query group->key group" (scores to -inf; self is always kept).
 
     `loops`, `layers`, `heads` choose where (default: every loop, the looped layers, all heads). With `matched`
     random edges are cut instead that carry the same mass at the same distances: the control for having cut
     anything at all. Attention is explicit in all layers, in every arm; "none" cuts nothing: what a cut is
-    compared with. `what` may also be a choice of edges, as in `choice(m, EdgeSet(relation="row"))`.
+    compared with. `what` may also be a choice of edges, as in `choice(m, EdgeSet(relation="row"))`. With a
+    `Reference` the edges stay and carry its values: `replace_values`, with pattern, mass and scale kept.
     """
     check_model(m, "cut", hooked=True)
+    reference = check_reference(by)
+    if reference is not None:
+        with _carrying(m, reference, what, (loops, layers, heads), matched):
+            yield m
+        return
     where = applications(m.cfg, loops, layers, "attn_scores")
     chosen, choose = several("head", heads, m.cfg.n_heads), as_choice(m, what)
     if matched and not isinstance(what, str):
@@ -67,6 +77,17 @@ def cut(
         return scores.masked_fill(in_heads(gone, chosen, m.cfg.n_heads), float("-inf"))
 
     with m.attention_path("eager"), m.hooks([(where, forbid)]):
+        yield m
+
+
+@contextmanager
+def _carrying(
+    m: HookedLoopMDM, by: Reference, what: str | Choose, where: tuple[Loops, Chosen, Chosen], matched: bool
+) -> Iterator[HookedLoopMDM]:
+    loops, layers, heads = where
+    if matched:
+        raise UsageError('matched goes with by="zero"; the control of a reference is EdgeSet(side="outside")')
+    with replace_values(m, by.values, what, loops, heads, layers):
         yield m
 
 
@@ -113,10 +134,27 @@ def _between(m: HookedLoopMDM, loops: Loops, change: Any) -> Iterator[HookedLoop
 
 
 @contextmanager
-def freeze(m: HookedLoopMDM, group: Group = "clean", loops: Loops = None) -> Iterator[HookedLoopMDM]:
-    """Hold the states of a group: what the chosen loops would write to them is dropped."""
+def freeze(
+    m: HookedLoopMDM,
+    group: Group = "clean",
+    loops: Loops = None,
+    by: Literal["own"] | Reference = "own",
+) -> Iterator[HookedLoopMDM]:
+    """Hold the states of a group: what the chosen loops would write to them is dropped.
+
+    With a `Reference` they are its states after each of these loops instead.
+    """
     check_model(m, "freeze", hooked=True)
     _check_group(group)
+    reference = check_reference(by, "own")
+    if reference is not None:
+
+        def replace(after: Tensor, hook: Any) -> Tensor:
+            return torch.where(_members(m, group)[..., None], reference.at(hook, after), after)
+
+        with m.hooks([(in_loops(loops, "hook_out"), replace)]):
+            yield m
+        return
 
     def change(before: Tensor, after: Tensor) -> Tensor:
         return torch.where(_members(m, group)[..., None], before, after)
@@ -153,14 +191,51 @@ def patch(m: HookedLoopMDM, loop: int, state: Tensor, rows: Tensor | None = None
 
 
 @contextmanager
-def skip(m: HookedLoopMDM, layers: Chosen = None, loops: Loops = None) -> Iterator[HookedLoopMDM]:
-    """Leave layers out in the chosen loops: they add nothing to the stream."""
+def skip(
+    m: HookedLoopMDM,
+    layers: Chosen = None,
+    loops: Loops = None,
+    by: By = "zero",
+    parts: Sequence[Part] = get_args(Part),
+) -> Iterator[HookedLoopMDM]:
+    """Leave layers out in the chosen loops: they add nothing to the stream, or what a `Reference` adds there.
+
+    `parts`: attention, MLP or both.
+    """
     check_model(m, "skip", hooked=True)
-
-    def nothing(update: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        return torch.zeros_like(update)
-
-    with m.hooks(
-        [(applications(m.cfg, loops, layers, leaf), nothing) for leaf in ("hook_attn_out", "hook_mlp_out")]
-    ):
+    for part in parts:
+        check_word("part", part, get_args(Part))
+    instead = _stand_in(by)
+    with m.hooks([(applications(m.cfg, loops, layers, f"hook_{part}_out"), instead) for part in parts]):
         yield m
+
+
+@contextmanager
+def ablate(
+    m: HookedLoopMDM, heads: Chosen = None, layers: Chosen = None, loops: Loops = None, by: By = "zero"
+) -> Iterator[HookedLoopMDM]:
+    """Heads (None: all) of layers (default: the looped ones) give zero, or what they give in a `Reference`."""
+    check_model(m, "ablate", hooked=True)
+    chosen = several("head", heads, m.cfg.n_heads)
+    instead = _stand_in(by)
+
+    def replace(z: Tensor, hook: Any) -> Tensor:
+        other = instead(z, hook)
+        if chosen is None:
+            return other
+        z = z.clone()
+        z[:, :, chosen] = other[:, :, chosen]
+        return z
+
+    with m.hooks([(applications(m.cfg, loops, layers, "z"), replace)]):
+        yield m
+
+
+def _stand_in(by: By) -> Callable[[Tensor, Any], Tensor]:
+    """A hook that puts zeros, or what a reference holds, in place of an activation."""
+    reference = check_reference(by)
+
+    def replace(x: Tensor, hook: Any) -> Tensor:
+        return torch.zeros_like(x) if reference is None else reference.at(hook, x)
+
+    return replace

@@ -78,17 +78,18 @@ def replace_values(
     what: str | Choose = "masked->masked",
     loops: Loops = slice(1, None),
     heads: Chosen = None,
+    layers: Chosen = None,
 ) -> Iterator[HookedLoopMDM]:
     """Along the edges `what` keys hand on `values` (`record_values` of as many sequences) in place of their own.
 
     Attention is explicit in all layers, as under `cut`: cut(m, "none") is what it is compared with. Blocks nest in
     any order: values and patterns are what all of them made, and where two replace values along an edge, the inner
-    one does. UsageError where a loop runs of which no values are there.
+    one does. `layers` None: the looped ones. UsageError where a loop runs of which no values are there.
     """
     check_model(m, "replace_values", hooked=True)
     if not isinstance(values, dict):
         raise UsageError(f"values are those of record_values, got {values!r:.60}")
-    places = {leaf: applications(m.cfg, loops, None, leaf) for leaf in ("v", "pattern", "z")}
+    places = {leaf: applications(m.cfg, loops, layers, leaf) for leaf in ("v", "pattern", "z")}
     chosen, choose = several("head", heads, m.cfg.n_heads), as_choice(m, what)
 
     def keep(value: Tensor, hook: Any) -> None:
