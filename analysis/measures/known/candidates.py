@@ -13,7 +13,7 @@ dies in loop r. Of hidden cells, averaged over cells (or symbols) of all boards 
                     jaccard); rounds that change nothing on the board any more are its last one, and of rounds that
                     tie exactly the first counts
     lead            nearest less the round that a round a loop would give, min(i, the board's last)
-    live            share of the symbols excluded in round r that are live; `round` missing: never excluded, not true
+    live            share of the symbols excluded in round r that are live; `round` missing: wrong, never excluded
     death           share of them that die in loop i for good; `loop` missing: live after the last
     death_loop, death_median   mean and median loop of death by r; what never dies counts as dying after the last
     slope           of the loop of death on the round of exclusion, least squares over such symbols: 1 where a loop

@@ -1,8 +1,8 @@
 """What a read-out still considers in each hidden cell of a Sudoku board, beside what propagation still allows.
 
     p_i(v)     softmax over the board's symbols of the read-out after loop i
-    live       p_i(v) > threshold, by default 1 / (2 size): a read-out that is uniform over any set of symbols gives
-               each of them 1 / size or more, so a symbol is dead once it has less than half of that
+    live       p_i(v) > threshold, by default 1 / (2 size): uniform over any set of symbols, each of them has
+               1 / size or more, so that a symbol is dead once it has less than half of that
     C_k        candidates after k rounds of filling (`candidates_by_round`)
     excluded   the first round whose C_k lacks the symbol; 0: by the clues alone
     died       the first loop from which on the symbol is dead to the last one
@@ -33,10 +33,7 @@ NEVER = -1
 
 @dataclass(frozen=True, eq=False)
 class Considered:
-    """Read-outs of hidden cells: `log_p` [loop, row, symbol] nats, `truth` [row], `owner` [row] the board's number.
-
-    `hidden` [batch, cell] marks the rows.
-    """
+    """Read-outs of the hidden cells of a batch, its rows: `log_p` [loop, row, symbol], nats."""
 
     board: Board
     batch: MaskedBatch

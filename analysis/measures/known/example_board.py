@@ -39,9 +39,9 @@ def example_board(
 
     A row per panel, cell and symbol. Columns: panel loop rounds cell row column box symbol p live best clue
     settled right changed; symbols from 1. `settled`: one symbol is live; `right`: the best one is the solution's;
-    `changed`: the best one is not that of the panel before. `loop` is missing in the last panel, where p is uniform
-    over the candidates, `rounds` in the others. attrs: "board" its number among those with one solution, "depth"
-    its chain, -1 where it needs search, "threshold" of live. UsageError where no board is of that kind.
+    `changed`: the best one is not that of the panel before. `loop` is missing in the last panel, where p is
+    uniform over the candidates, `rounds` in the others. attrs: "board" its number among those with one solution,
+    "depth" its chain, -1 where it needs search, "threshold" of live. UsageError where no board is of that kind.
     """
     check_word("kind", kind, list(KINDS))
     check_word("rule", rule, list(RULES))
