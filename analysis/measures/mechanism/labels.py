@@ -36,9 +36,9 @@ from loopmdm.model.tasks.propagation import candidates_by_round, propagate, unit
 Target = tuple[str, int | None]
 """What is asked, and after how many rounds (None: rounds have no part in it)."""
 _FUNCTION_WORDS = """
-a an the and or but nor so if as than that this these those of in on at by to for from with into upon over under i me
-my we us our you your he him his she her it its they them their who which what be is are was were been has have had do
-does did will would shall should can could may might must not no there when
+a an the and or but nor so if as than that this these those of in on at by to for from with into upon over under i
+me my we us our you your he him his she her it its they them their who which what be is are was were been has have
+had do does did will would shall should can could may might must not no there when
 """
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 MARKS = "Ġ▁ "
