@@ -1,0 +1,39 @@
+"""Untrained twins: a model of the same shape that has learned nothing, the null of what a measure finds.
+
+A LoopMDM is initialised anew. Of any other model every matrix keeps its numbers and loses their order, so that
+sizes stay and what was learned does not.
+"""
+
+from copy import deepcopy
+
+import torch
+
+from loopmdm.model.errors import check_model, check_seed
+from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.network.model import LoopMDM
+
+
+def untrained(m: HookedLoopMDM, seed: int = 0) -> HookedLoopMDM:
+    """A twin of `m` with weights that learned nothing, a function of `seed`; no hooks go along."""
+    check_model(m, "untrained", hooked=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(check_seed(seed))
+        core = _anew(m) if type(m.model) is LoopMDM else _shuffled(m)
+    twin = type(m)(core, m.tokenizer)
+    twin.model_name, twin.record = m.model_name, m.record
+    return twin
+
+
+def _anew(m: HookedLoopMDM) -> LoopMDM:
+    assert isinstance(m.model, LoopMDM)
+    return LoopMDM(m.model.cfg).to(m.model.device, m.model.dtype).eval()
+
+
+def _shuffled(m: HookedLoopMDM) -> torch.nn.Module:
+    core = deepcopy(m.model)
+    with torch.no_grad():
+        for parameter in core.parameters():
+            if parameter.ndim > 1:
+                order = torch.randperm(parameter.numel()).to(parameter.device)
+                parameter.copy_(parameter.flatten()[order].view_as(parameter))
+    return core
