@@ -65,7 +65,11 @@ class LearnedLens:
         ).view(state.shape)
 
     def read(
-        self, m: HookedLoopMDM, state: Float[Tensor, "batch pos d_model"], loop: int, rows: Bool[Tensor, "batch pos"]
+        self,
+        m: HookedLoopMDM,
+        state: Float[Tensor, "batch pos d_model"],
+        loop: int,
+        rows: Bool[Tensor, "batch pos"],
     ) -> Float[Tensor, "row d_vocab"]:
         """Log-probabilities at `rows`, in reading order, as `lenses.read` gives them; see `check` for the model."""
         if not bool(rows.any()):

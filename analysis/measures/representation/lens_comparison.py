@@ -36,6 +36,8 @@ from loopmdm.model.sequences import MaskedBatch
 
 NULL = "shuffled"
 READ = (*LENSES, *LEARNED, NULL)
+TWINS = 64
+"""Test sequences that untrained twins are read on."""
 METRICS = ("kl_final", "cross_entropy", "agreement", "accuracy")
 Reader = Callable[[int, Tensor, Context, Tensor], Tensor]
 """From loop, state, context and rows to log-probabilities."""
@@ -118,7 +120,7 @@ def of_case(
     lenses: tuple[str, ...] = READ,
     mask_ratio: float = 0.5,
     n_fit: int = 192,
-    steps: int = 150,
+    steps: int = 120,
     n_jacobian: int = 4,
     twins: int = 1,
 ) -> pd.DataFrame:
@@ -129,13 +131,20 @@ def of_case(
     for name in lenses:
         if name not in READ:
             raise unknown_name("lens", name, READ)
-    test, held = (_asked(case, part, mask_ratio) for part in (case.sequences, case.validation.sequences.spread(n_fit)))
+    test, held = (
+        _asked(case, part, mask_ratio) for part in (case.sequences, case.validation.sequences.spread(n_fit))
+    )
     arms = {"trained": case.m} | {f"untrained {seed}": untrained(case.m, seed) for seed in range(twins)}
     frames = []
     for name, m in arms.items():
         wanted = lenses if name == "trained" else tuple(lens for lens in lenses if lens != NULL)
         learned = fitted(m, held, case.n_loops, wanted, Descent(steps=steps, seed=case.seed), n_jacobian)
-        frame = compare_lenses(m, test, learned, case.n_loops)
+        asked = (
+            test
+            if name == "trained"
+            else test.rows(torch.linspace(0, len(test) - 1, min(TWINS, len(test))).long())
+        )
+        frame = compare_lenses(m, asked, learned, case.n_loops).assign(n_units=asked.n_units)
         frames.append(frame[frame["lens"].isin(lenses)].assign(weights=name))
     return pd.concat(frames, ignore_index=True)
 
@@ -150,5 +159,7 @@ def _asked(case: Case, sequences, mask_ratio: float) -> MaskedBatch:
 
 
 MEASURES = (
-    Measure("lenses", "coda, direct, tuned and Jacobian lens by loop, and their nulls", of_case, "test set", needs=()),
+    Measure(
+        "lenses", "coda, direct, tuned and Jacobian lens by loop, and their nulls", of_case, "test set", needs=()
+    ),
 )

@@ -44,9 +44,9 @@ CHECKS = 8
 class Descent:
     """How translators are tuned: `steps` of Adam at `rate`, falling linearly to 0, on `n_rows` rows each."""
 
-    steps: int = 150
+    steps: int = 120
     n_rows: int = 128
-    rate: float = 3e-3
+    rate: float = 2e-3
     seed: int = 0
 
     def __post_init__(self):
@@ -227,7 +227,10 @@ def fit_jacobian(
             f"the Jacobian lens takes one backward pass a dimension: d_model {d} exceeds {LARGEST}; "
             "leave it out, as in lenses=('coda', 'direct', 'tuned')"
         )
-    total, means = torch.zeros(n_loops, d, d, dtype=torch.float64), torch.zeros(n_loops + 1, d, dtype=torch.float64)
+    total, means = (
+        torch.zeros(n_loops, d, d, dtype=torch.float64),
+        torch.zeros(n_loops + 1, d, dtype=torch.float64),
+    )
     n = 0
     for first, part in b.batches(batch_size):
         rows = read_at(m.model, part.masked)

@@ -6,7 +6,14 @@ import torch
 
 from loopmdm.analysis.measures import measure
 from loopmdm.analysis.measures.representation.fixed_points import LoopMap
-from loopmdm.analysis.measures.representation.gain import Places, Push, Trace, follow_push, perturbation_gain, pushed
+from loopmdm.analysis.measures.representation.gain import (
+    Places,
+    Push,
+    Trace,
+    follow_push,
+    perturbation_gain,
+    pushed,
+)
 from loopmdm.analysis.measures.representation.twins import untrained
 from loopmdm.model.adapters import hook_model
 from loopmdm.model.errors import UsageError
@@ -91,7 +98,9 @@ def test_reverse_mode_twice_gives_what_forward_mode_does(hooked, batch, monkeypa
 
 def test_shares_sum_to_one_and_distances_part_all_pairs(hooked, batch):
     frame = perturbation_gain(hooked, batch, 3)
-    total = rows(frame, metric="share", receiver="any").groupby(["loop", "direction", "size", "source"])["value"].sum()
+    total = (
+        rows(frame, metric="share", receiver="any").groupby(["loop", "direction", "size", "source"])["value"].sum()
+    )
     np.testing.assert_allclose(total, 1.0, atol=1e-6)
     split = rows(frame, metric="share").groupby(["receiver", "loop", "direction", "size", "source"])["value"].sum()
     np.testing.assert_allclose(split["masked"] + split["clean"], split["any"], atol=1e-6)
