@@ -59,15 +59,18 @@ def _lines(ax: Axes, df: pd.DataFrame, column: str, looks: dict[str, dict[str, A
         part = df[(df[column] == name) & df["value"].notna()].sort_values("loop")
         if len(part):
             interval_band(ax, part["loop"] + 1, part, "value", label=name, **look)
-    ax.legend(frameon=False)
+    if ax.lines:
+        ax.legend(frameon=False)
 
 
 def plot_card(df: pd.DataFrame, name: str = "", example: Any = None) -> Figure:
-    """A head's card: attention, effects for clean and for masked keys, and, if given, a map `example` [query, key].
+    """A head's card: attention, effects for clean and masked keys and, if given, a map `example` [query, key].
 
     `df`: rows of `head_cards` of one head, model and mask ratio, with low and high.
     """
     with style():
+        if not len(df):
+            raise ValueError("plot_card: the frame has no rows; give one that was measured")
         n = 3 if example is None else 4
         figure, axes = plt.subplots(1, n, figsize=(PAGE * n / 3, 2.3), layout="constrained")
         plot_head_attention(df, ax=axes[0])

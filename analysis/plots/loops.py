@@ -48,24 +48,26 @@ def plot_lenses(df: pd.DataFrame, metric: str = "kl_final", *, ax: Axes | None =
 def plot_gain(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Gain over loops, a line a distance (on a board a relation), the pushed position left out; logarithmic.
 
-    `df`: rows of metric "gain" of one model, direction, size, source and receiver: loop distance relation value low
-    high.
+    `df`: rows of metric "gain" of one model, direction, size, source and receiver: loop distance relation value
+    low high.
     """
     ax = ax or plt.gca()
-    df = df[(df["distance"] != "0") & (df["value"] > 0)]
+    df = pd.DataFrame(df[(df["distance"] != "0") & (df["value"] > 0)])
     kinds = list(dict.fromkeys(zip(df["distance"], df["relation"], strict=True)))
     for number, (distance, relation) in enumerate(kinds):
         part = df[(df["distance"] == distance) & (df["relation"] == relation)].sort_values("loop")
         name = f"|i - j| = {distance}" if relation == "any" else f"{relation} ({distance})"
         look = DISTANCE_STYLE[number % len(DISTANCE_STYLE)]
-        interval_band(ax, part["loop"] + 1, part.assign(low=part["low"].clip(lower=1e-12)), "value", label=name, **look)
+        interval_band(
+            ax, part["loop"] + 1, part.assign(low=part["low"].clip(lower=1e-12)), "value", label=name, **look
+        )
     ax.set(xlabel="loop (1 = first)", ylabel="change there / push", yscale="log")
     return ax
 
 
 @of_rows
 def plot_growth(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Growth of a change per loop, of all positions and of its own, nats; `df`: as `plot_gain`, metric "growth"."""
+    """Growth of a change per loop, of all positions and of its own, nats; `df`: as `plot_gain`, of "growth"."""
     ax = ax or plt.gca()
     for name, look in zip(("total", "own"), DISTANCE_STYLE, strict=False):
         part = df[(df["distance"] == name) & df["value"].notna()].sort_values("loop")

@@ -7,9 +7,9 @@ Of hidden queries (of a causal model: of all that have a next token):
     entropy           of a row of the pattern, nats
     direct, gradient, now, removed, erasure    what it does (`head_effects.py`), by kind of key
 
-    label    "sink" if sinks get half or more; "self" if one's own key does, "renew" if the head also takes away what
-             the place holds (erasure of 0.5 or more); else the relation of most lift, if that is 2 or more and the
-             relation gets a tenth or more; "broad" if none. Of the relations "none" and "far" cannot be a label
+    label    "sink" if sinks get half or more; "self" if one's own key does, "renew" if the head also takes away
+             what the place holds (erasure of 0.5 or more); else the relation of most lift, if that is 2 or more
+             and the relation gets a tenth or more; "broad" if none. "none" and "far" cannot be a label
     effect   "copies" or "suppresses" by the sign of "now" for symbols on clean keys, if it is of 0.1 nats or more
              and beyond two standard errors; else "neither"
 
@@ -24,20 +24,19 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from loopmdm.analysis.measures.attention.head_effects import KEYS, READS, Seen, effects
+from loopmdm.analysis.measures.attention.head_effects import READS, Seen, effects
 from loopmdm.analysis.measures.attention.relations import Relations
 from loopmdm.analysis.measures.attention.sinks import Sinks, received_attention
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.interventions.places import applications
 from loopmdm.analysis.measures.mechanism.contrast import questions
 from loopmdm.analysis.measures.registry import Measure
-from loopmdm.analysis.measures.representation.twins import untrained
+from loopmdm.analysis.measures.representation.twins import asked_of, untrained
 from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.numbers.estimate import with_interval
 from loopmdm.analysis.watch.states import check_loops
 from loopmdm.model.errors import UsageError, check_count, check_model
 from loopmdm.model.hooks.hooked import HookedLoopMDM
-from loopmdm.model.masking import mask_tokens
 from loopmdm.model.precision import wide
 from loopmdm.model.sequences import MaskedBatch
 
@@ -147,9 +146,9 @@ def _labelled(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def label(card: pd.DataFrame) -> tuple[str, str]:
-    """Label and effect of one head at one loop, by the rules above; `card` has metric, of, value, standard_error."""
-    value = card.set_index(["metric", "of"])["value"]
-    error = card.set_index(["metric", "of"])["standard_error"]
+    """Label and effect of one head at one loop, by the rules above; `card` has metric of value standard_error."""
+    names = list(zip(card["metric"], card["of"], strict=True))
+    value, error = (dict(zip(names, card[name].tolist(), strict=True)) for name in ("value", "standard_error"))
     change, spread = value.get(("now", "clean"), np.nan), error.get(("now", "clean"), np.nan)
     strong = abs(change) >= EFFECT and not abs(change) <= 2 * spread
     effect = ("copies" if change > 0 else "suppresses") if strong else "neither"
@@ -157,9 +156,9 @@ def label(card: pd.DataFrame) -> tuple[str, str]:
         return "sink", effect
     if value["attention", "self"] >= HALF:
         return ("renew" if value.get(("erasure", ""), np.nan) >= HALF else "self"), effect
-    lift, mass = value["lift"].drop(list(NO_LABELS), errors="ignore"), value["attention"]
-    found = lift[(lift >= LIFT) & (mass.reindex(lift.index) >= TENTH)]
-    return ("broad" if found.empty else str(found.idxmax())), effect
+    lifts = {of: number for (metric, of), number in value.items() if metric == "lift" and of not in NO_LABELS}
+    found = {of: lift for of, lift in lifts.items() if lift >= LIFT and value["attention", of] >= TENTH}
+    return (max(found, key=lambda of: found[of]) if found else "broad"), effect
 
 
 def label_rates(frame: pd.DataFrame) -> pd.DataFrame:
@@ -179,7 +178,7 @@ def label_rates(frame: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(frozen=True, eq=False)
 class HeadCard:
-    """One head over loops: `frame`, its rows of `head_cards` of one model and mask ratio; shows itself in notebooks."""
+    """One head over loops, from the rows `frame` of one model and mask ratio; shows itself in notebooks."""
 
     layer: int
     head: int
@@ -225,7 +224,7 @@ def of_case(
     """Cards of a model's heads and of `twins` untrained ones' (`weights`)."""
     check_count("n_sequences", n_sequences)
     check_count("twins", twins, least=0)
-    test, held = (_asked(case, part.spread(n_sequences), mask_ratio) for part in
+    test, held = (asked_of(case, part.spread(n_sequences), mask_ratio) for part in
                   (case.sequences, case.validation.sequences))  # fmt: skip
     arms = {"trained": case.m} | {f"untrained {seed}": untrained(case.m, seed) for seed in range(twins)}
     frames = []
@@ -238,15 +237,6 @@ def of_case(
     return pd.concat(frames, ignore_index=True).assign(n_units=test.n_units)
 
 
-def _asked(case: Case, sequences: Any, mask_ratio: float) -> MaskedBatch:
-    """Sequences masked, or of a causal model as they stand."""
-    mask = case.m.cfg.mask_token_id
-    if mask is not None and not case.m.facts.causal:
-        return mask_tokens(sequences, mask, mask_ratio=mask_ratio, seed=case.seed)
-    none = torch.zeros_like(sequences.allowed)
-    return MaskedBatch(sequences.tokens, sequences.tokens, none, None, sequences.real, sequences.clusters)
-
-
 MEASURES = (
-    Measure("head-cards", "where looped heads look and what they do, with labels", of_case, "test set", needs=NEEDS),
+    Measure("head-cards", "where looped heads look and what they do, labelled", of_case, "test set", needs=NEEDS),
 )

@@ -1,20 +1,20 @@
-"""What heads do to the answer: does seeing a symbol raise its logit at the query (copying) or lower it (suppression)?
+"""What heads do to the answer: does seeing a symbol raise its logit at the query (copying) or lower it (taken)?
 
 Key k holds symbol s: a clue its own, a masked key the one that the coda reads off its state before this loop. What
 head h hands on from k at full attention is v_k W_O. Four reads of its effect on logits y at one hidden query q:
 
     direct     y_u = (v_k W_O) . d y_u / d h(end), the final norm frozen: past everything that follows
-    gradient   y_u = (v_k W_O) . d y_u / d (what attention writes at q): through this loop's MLP and all that follows,
-               to first order
-    now        y_u = answer after this loop less that without what the head writes at q: no linearisation, all keys at
-               once; what the head does before later loops repair or repeat it
+    gradient   y_u = (v_k W_O) . d y_u / d (what attention writes at q): through this loop's MLP and all that
+               follows, to first order
+    now        y_u = answer after this loop less that without what the head writes at q: no linearisation, all keys
+               at once; what the head does before later loops repair or repeat it
     removed    the same of the answer after the last loop
 
     score = sum_k A_qk (y_s - mean of the other symbols' y) / sum_k A_qk,   over the keys of one kind, nats
 
 A model that computes by thresholds is flat around its states: there direct and gradient are 0 where "now" is not.
-`erasure` is -<w, x> / <w, w> of what a head writes, w, and the stream that it reads, x: 1 where it takes away exactly
-what its place holds along w.
+`erasure` is -<w, x> / <w, w> of what a head writes, w, and the stream that it reads, x: 1 where it takes away
+exactly what its place holds along w.
 """
 
 from collections.abc import Callable, Iterator
@@ -43,7 +43,7 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True)
 class Application:
-    """What one query a sequence saw: `pattern` [batch, head, key], `value` [batch, key, head, d_head], `stream`."""
+    """What one query a sequence saw: its attention, the keys' values, and the stream there before the layer."""
 
     pattern: Float[Tensor, "batch head key"]
     value: Float[Tensor, "batch key head d_head"]
@@ -55,7 +55,7 @@ class Application:
 
 
 class Seen:
-    """A batch run once, one hidden query a sequence: states H(-1), .., applications, intact logits at the queries."""
+    """A batch run once, one hidden query a sequence: states H(-1), .., applications, intact logits there."""
 
     def __init__(self, m: HookedLoopMDM, b: MaskedBatch, n_loops: int, seed: int, first: int):
         self.m, self.b, self.n_loops = m, b, n_loops
@@ -74,8 +74,11 @@ class Seen:
 
         def keep(leaf: str) -> Callable[..., None]:
             def hear(x: Tensor, hook: Any) -> None:
-                kept[hook.loop(), hook.layer(), leaf] = wide(x[self.rows, :, self.query] if leaf == "pattern" else
-                                                             x if leaf == "v" else x[self.rows, self.query]).clone()  # fmt: skip
+                if leaf == "pattern":
+                    x = x[self.rows, :, self.query]
+                elif leaf == "resid_pre":
+                    x = x[self.rows, self.query]
+                kept[hook.loop(), hook.layer(), leaf] = wide(x).clone()
 
             return hear
 
@@ -142,7 +145,7 @@ def direct(seen: Seen, place: Place, symbols: Int[Tensor, "batch key"]) -> Float
 
 
 def gradients(seen: Seen) -> dict[Place, Float[Tensor, "batch d_vocab d_model"]]:
-    """d logits at the query / d what attention writes there, at every place; [MASK]'s row is 0."""
+    """D logits at the query / d what attention writes there, at every place; [MASK]'s row is 0."""
     m, moved = seen.m, {}
 
     def add(x: Tensor, hook: Any) -> Tensor:
@@ -205,7 +208,7 @@ def removed(seen: Seen, place: Place) -> dict[str, Float[Tensor, "batch head d_v
 
 
 def effects(seen: Seen) -> Iterator[tuple[Place, dict[tuple[str, str], Float[Tensor, "batch head"]]]]:
-    """Scores by place, {(read, kind of key): [batch, head]}, and {("erasure", ""): ..}; NaN where no key is seen."""
+    """Scores by place, {(read, kind of key): [batch, head]}, and ("erasure", ""); NaN where no key is seen."""
     small = seen.m.cfg.d_vocab <= MOST_SYMBOLS
     slopes, kinds, before = gradients(seen) if small else {}, seen.kinds(), (-1, seen.b.tokens)
     for place, application in seen.places.items():

@@ -3,11 +3,11 @@
     H'(s) = H(s) + a d at one position p,       c_j(i) = ||H'_j(i) - H_j(i)|| / ||a d||
     a -> 0:  c_j(i) = ||(J_i .. J_{s+1} d)_j|| / ||d||,  J_i the derivative of loop i (Jacobian-vector products)
 
-The direction d is random, or the step from the token that p shows to another one's embedding. `size` is a: 0 is the
-derivative; of a random direction in units of the states' spread over positions, of a token's in whole steps (1 puts
-the other token there). By distance of j from p: on a board 0, 1 (a shared row, column or box) and 2, told apart by
-relation; in text |i - j| in bins. What a head can look at it can hear in one loop, so nothing but training keeps a
-change near: the null is an untrained twin. A position that reads its units only passes a change one unit a loop.
+The direction d is random, or the step from the token that p shows to another one's embedding. `size` is a: 0 is
+the derivative; of a random direction in units of the states' spread over positions, of a token's in whole steps (1
+puts the other token there). By distance of j from p: on a board 0, 1 (a shared row, column or box) and 2, told
+apart by relation; in text |i - j| in bins. What a head can look at it can hear in one loop, so nothing but training
+keeps a change near: the null is an untrained twin. Cells that read their units alone pass a change one unit a loop.
 
     gain     mean of c_j(i) over the receivers at a distance
     share    of the sum of squares of c, what lies at that distance; over distances it sums to 1
@@ -16,6 +16,7 @@ change near: the null is an untrained twin. A position that reads its units only
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -74,7 +75,7 @@ class Push:
 
 @dataclass(frozen=True)
 class Places:
-    """Classes of distance: `distance` and `relation` name them, `member` [class, source, receiver] parts all pairs.
+    """Classes of distance, by `distance` and `relation`; `member` [class, source, receiver] parts all pairs.
 
     In causal models earlier receivers are in no class: nothing can reach them.
     """
@@ -92,7 +93,7 @@ class Places:
             return cls(("0", "1", "1", "1", "2"), ("self", *RELATIONS), found)
         apart = (torch.arange(n)[:, None] - torch.arange(n)).abs()
         edges = [0, *(end for end in BINS if end < n - 1), n]
-        spans = [(low + 1, high) for low, high in zip(edges[:-1], edges[1:], strict=True)]
+        spans = [(low + 1, high) for low, high in pairwise(edges)]
         names = [f"{low}" if low == high else f"{low}-{high}" for low, high in spans]
         names[-1] = f"{spans[-1][0]}+"
         found = torch.stack([own, *((low <= apart) & (apart <= high) for low, high in spans)])
@@ -245,7 +246,7 @@ def _followed(
 def _numbers(
     change: Float[Tensor, "batch loop pos"], source: Source, places: Places, holds: dict[str, Tensor]
 ) -> Float[Tensor, "batch metric"]:
-    """gain [receiver, class, loop], share [receiver, class, loop], growth [total | own, loop], flat; NaN: none."""
+    """Gain [receiver, class, loop], share [receiver, class, loop], growth [total | own, loop], flat; NaN: none."""
     kinds = places.member.to(change.device)[:, source.position].transpose(0, 1)
     at = torch.stack([kinds & holds[group][:, None] for group in RECEIVERS], 1).to(change)  # [b, group, kind, pos]
     count = at.sum(-1)[..., None]
@@ -281,8 +282,8 @@ def perturbation_gain(
     """Gain, share and growth of a change by loop and distance.
 
     Columns: n_loops start loop direction size source receiver metric distance relation mask_ratio value
-    standard_error n. `source` (where it is pushed) and `receiver` are token groups, masked, clean; loop `start` is the
-    push itself. Errors are over sequences or documents. A group without members is NaN with n = 0, as is growth
+    standard_error n. `source` (where it is pushed) and `receiver` are token groups; loop `start` is the push
+    itself. Errors are over sequences or documents. A group without members is NaN with n = 0, as is growth
     from or to nothing. UsageError where no loop follows `start`.
     """
     check_model(m, "perturbation-gain", hooked=True)

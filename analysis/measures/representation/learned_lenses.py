@@ -7,8 +7,8 @@
     jacobian   A_i = E[d h(end) / d H(i)] at the same position, h(end) the state before the final norm, b_i so that
                means map to means: what is left of the computation, linearised, nothing being fitted to its answers
 
-A_i = 1, b_i = 0 is the direct lens. A learned lens belongs to the weights, the number of loops and the mask ratio that
-it was made with; of other weights it is refused.
+A_i = 1, b_i = 0 is the direct lens. A learned lens belongs to the weights, the number of loops and the mask ratio
+that it was made with; of other weights it is refused.
 """
 
 import hashlib
@@ -71,7 +71,7 @@ class LearnedLens:
         loop: int,
         rows: Bool[Tensor, "batch pos"],
     ) -> Float[Tensor, "row d_vocab"]:
-        """Log-probabilities at `rows`, in reading order, as `lenses.read` gives them; see `check` for the model."""
+        """Log-probabilities at `rows`, in reading order, as `lenses.read`; `check` asks for the model."""
         if not bool(rows.any()):
             return torch.zeros(0, m.cfg.d_vocab, device=state.device)
         logits = m.model.unembedding(self.translate(state, loop).to(m.model.dtype), rows=rows)
@@ -82,8 +82,8 @@ class LearnedLens:
         """Itself; UsageError unless it was made of these weights."""
         if self.record.get("model_hash") != weights_hash(m.model):
             raise UsageError(
-                f"this {self.kind} lens is of {self.record.get('model') or 'another model'}, with other weights than "
-                f"{m.model_name or 'this model'}; fit one to it"
+                f"this {self.kind} lens is of {self.record.get('model') or 'another model'}, with other weights "
+                f"than {m.model_name or 'this model'}; fit one to it"
             )
         return self
 

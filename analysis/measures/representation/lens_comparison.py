@@ -7,8 +7,9 @@ At hidden positions of test sequences, by loop; lenses are learned on validation
     agreement       share of positions whose best token is the final answer's
     accuracy        share whose best token is the true one
 
-At the last loop the coda's kl_final is 0. A learned map of d_model^2 numbers can say something of any state, so its
-nulls stand beside it: "shuffled", tuned on other rows' answers, and all lenses of an untrained twin (`weights`).
+At the last loop the coda's kl_final is 0. A learned map of d_model^2 numbers can say something of any state, so
+its nulls stand beside it: "shuffled", tuned on other rows' answers, and all lenses of an untrained twin
+(`weights`).
 """
 
 from collections.abc import Callable
@@ -24,14 +25,13 @@ from loopmdm.analysis.measures.registry import Measure
 from loopmdm.analysis.measures.representation.learned_lenses import LearnedLens
 from loopmdm.analysis.measures.representation.lens_fitting import Descent, fit_jacobian, fit_tuned
 from loopmdm.analysis.measures.representation.lenses import LEARNED, LENSES, read
-from loopmdm.analysis.measures.representation.twins import untrained
+from loopmdm.analysis.measures.representation.twins import asked_of, untrained
 from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.watch.states import check_loops, row_mean
 from loopmdm.model.context import Context
 from loopmdm.model.errors import UsageError, check_count, check_model, unknown_name
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.information import kl
-from loopmdm.model.masking import mask_tokens
 from loopmdm.model.sequences import MaskedBatch
 
 NULL = "shuffled"
@@ -68,7 +68,8 @@ def compare_lenses(
     """
     check_model(m, "compare_lenses", hooked=True)
     b, n_loops = questions("compare_lenses", m, b), check_loops(m, n_loops)
-    b.clean if m.facts.causal else b.truth("compare_lenses")
+    if not m.facts.causal:
+        b.truth("compare_lenses")
     short = [name for name, lens in learned.items() if lens.n_loops < n_loops]
     if short:
         raise UsageError(f"the lens {short[0]} reads {learned[short[0]].n_loops} loops of {n_loops}; fit it again")
@@ -131,31 +132,18 @@ def of_case(
     for name in lenses:
         if name not in READ:
             raise unknown_name("lens", name, READ)
-    test, held = (
-        _asked(case, part, mask_ratio) for part in (case.sequences, case.validation.sequences.spread(n_fit))
-    )
+    parts = case.sequences, case.validation.sequences.spread(n_fit)
+    test, held = (asked_of(case, part, mask_ratio) for part in parts)
+    few = test.rows(torch.linspace(0, len(test) - 1, min(TWINS, len(test))).long())
     arms = {"trained": case.m} | {f"untrained {seed}": untrained(case.m, seed) for seed in range(twins)}
     frames = []
     for name, m in arms.items():
         wanted = lenses if name == "trained" else tuple(lens for lens in lenses if lens != NULL)
         learned = fitted(m, held, case.n_loops, wanted, Descent(steps=steps, seed=case.seed), n_jacobian)
-        asked = (
-            test
-            if name == "trained"
-            else test.rows(torch.linspace(0, len(test) - 1, min(TWINS, len(test))).long())
-        )
+        asked = test if name == "trained" else few
         frame = compare_lenses(m, asked, learned, case.n_loops).assign(n_units=asked.n_units)
         frames.append(frame[frame["lens"].isin(lenses)].assign(weights=name))
     return pd.concat(frames, ignore_index=True)
-
-
-def _asked(case: Case, sequences, mask_ratio: float) -> MaskedBatch:
-    """Sequences as they are read; those of a causal model as they stand, which it is asked for the next tokens of."""
-    mask = case.m.cfg.mask_token_id
-    if mask is not None and not case.m.facts.causal:
-        return mask_tokens(sequences, mask, mask_ratio=mask_ratio, seed=case.seed)
-    none = torch.zeros_like(sequences.allowed)
-    return MaskedBatch(sequences.tokens, sequences.tokens, none, None, sequences.real, sequences.clusters)
 
 
 MEASURES = (

@@ -60,7 +60,7 @@ class Descent:
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """States of hidden positions: `states` [loop, row, d_model], `end` [row, d_model] after the coda, `owner` [row].
+    """States of hidden positions: `states` by loop, `end` after the coda; `owner` is each one's document.
 
     Of a shifted model they are those that predict the hidden positions.
     """

@@ -7,11 +7,19 @@ from torch.nn.functional import one_hot
 
 from loopmdm.analysis.measures import measure
 from loopmdm.analysis.measures.attention.cards import Looks, head_card, head_cards, label_rates
-from loopmdm.analysis.measures.attention.head_effects import Seen, by_gradient, direct, gradients, other_than, removed
+from loopmdm.analysis.measures.attention.head_effects import (
+    Seen,
+    by_gradient,
+    direct,
+    gradients,
+    other_than,
+    removed,
+)
 from loopmdm.analysis.measures.attention.relations import Relations
 from loopmdm.analysis.measures.mechanism.contrast import questions
 from loopmdm.analysis.measures.representation.twins import untrained
 from loopmdm.analysis.plots.cards import plot_card
+from loopmdm.model.adapters import hook_model
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.masking import mask_tokens
@@ -21,6 +29,7 @@ from loopmdm.model.tasks.puzzles import puzzles
 from loopmdm.model.tasks.sudoku import BOARDS
 from tests.analysis.measures.representation.test_gain import foreign
 from tests.conftest import toy_model
+from tests.loopmdm_model.adapters import standins
 
 SIX = BOARDS["sudoku6"]
 
@@ -134,7 +143,9 @@ def test_taken_is_what_no_logit_reads_and_what_removing_a_head_gives_back(plante
     for read in ("direct", "gradient"):
         found = value(planted_cards, read, "clean", layer=0)
         assert len(found) and np.nanmax(np.abs(found)) < 1e-4
-    first = planted_cards[(planted_cards["layer"] == 0) & (planted_cards["loop"] == 0) & (planted_cards["head"] < 3)]
+    first = planted_cards[
+        (planted_cards["layer"] == 0) & (planted_cards["loop"] == 0) & (planted_cards["head"] < 3)
+    ]
     assert set(first["effect"]) == {"suppresses"}
     m = naked_singles(SIX)
     seen = Seen(m, boards, 1, 0, 0)
@@ -164,9 +175,12 @@ def test_untrained_heads_get_no_label(boards):
 
 @pytest.mark.parametrize("name", ["bidirectional", "causal"])
 def test_other_peoples_heads_have_cards(name):
-    m, b = foreign(name)
+    m, b = foreign("causal")
+    if name == "bidirectional":
+        m = hook_model(standins.prepared(standins.LLaDAModelLM()), loop=(1, 1), max_loops=2)
+        b = mask_tokens(b.clean, m.cfg.mask_token_id, mask_ratio=0.5)
     frame = head_cards(m, b, 2, Looks(n_effects=4))
-    assert set(frame["head"]) == set(range(4)) and set(frame["layer"]) == {1, 2}
+    assert set(frame["head"]) == set(range(m.cfg.n_heads)) and set(frame["layer"]) == set(m.cfg.layers("loop"))
     assert value(frame, "now", "clean").size and np.isfinite(value(frame, "now", "clean")).any()
     if name == "causal":
         assert (value(frame, "attention", "next") == 0).all() and np.isnan(value(frame, "lift", "next")).all()
@@ -180,7 +194,7 @@ def test_the_measure_has_its_twin_and_cards_show_themselves():
     assert len(card.labels) == 2 and "layer 1, head 3" in card._repr_html_() and "loop 1:" in card._repr_html_()
     axes = card.plot(np.eye(36)).axes
     assert len(axes) == 4 and {line.get_label() for line in axes[0].lines} >= {"row", "column", "box"}
-    with pytest.raises(ValueError, match="plot_head_attention: the frame has no rows"):
+    with pytest.raises(ValueError, match="plot_card: the frame has no rows"):
         plot_card(own[:0])
     with pytest.raises(UsageError, match="no head 9 of layer 1 is among the cards"):
         head_card(own, 1, 9)
@@ -193,6 +207,7 @@ def test_what_has_no_cards_is_refused_in_a_line(hooked, batch):
     flat = HookedLoopMDM(toy_model(n_loop_layers=0))
     for call, says in (
         (lambda: head_cards(m, b), r"head-cards needs logits at their own position.*facts\.shifted = True"),
+        (lambda: head_cards(*foreign("bidirectional")), r"head-cards needs an additive residual stream"),
         (lambda: head_cards(flat, batch, 1), "are of looped heads; this model loops no layer"),
         (lambda: head_cards(hooked, batch, 2, Looks(n_effects=0)), "n_effects must be at least 1"),
     ):

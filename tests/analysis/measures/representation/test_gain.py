@@ -1,4 +1,4 @@
-"""A change is followed: derivative and difference agree, shares sum to 1, a planted reader passes one unit a loop."""
+"""A change is followed: derivative and difference agree, shares sum to 1, planted readers pass one unit a loop."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Learned lenses: exact where the rest is linear or nothing follows, no worse than direct, bound to their weights."""
+"""Learned lenses: exact where the rest is linear or nothing follows, no worse than direct, bound to weights."""
 
 from dataclasses import dataclass, replace
 
@@ -21,7 +21,7 @@ from loopmdm.analysis.measures.representation.lens_fitting import (
 from loopmdm.analysis.measures.representation.lenses import LEARNED, LENSES, read
 from loopmdm.analysis.measures.representation.twins import untrained
 from loopmdm.model.context import Context
-from loopmdm.model.errors import UsageError, UnknownNameError
+from loopmdm.model.errors import UnknownNameError, UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.layout import Facts
 from loopmdm.model.masking import mask_tokens
@@ -59,16 +59,16 @@ class Linear(Core):
         self.maps = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
         self.head = nn.Linear(16, 23)
 
-    def context(self, tokens, attention_mask=None):  # noqa: ARG002
+    def context(self, tokens, attention_mask=None):
         return Context(tokens, 22, None)
 
-    def enter(self, tokens, context):  # noqa: ARG002
+    def enter(self, tokens, context):
         return self.embed(tokens)
 
-    def layer(self, layer, x, context, tap=NO_TAP, held=None):  # noqa: ARG002
+    def layer(self, layer, x, context, tap=NO_TAP, held=None):
         return tap("hook_resid_post", self.maps[layer](tap("hook_resid_pre", x)))
 
-    def unembedding(self, x, taps=no_taps, rows=None):  # noqa: ARG002
+    def unembedding(self, x, taps=no_taps, rows=None):
         logits = self.head(x if rows is None else x[rows])
         logits[..., 22] = float("-inf")
         return logits
