@@ -1,5 +1,7 @@
 """What a state would answer, by two lenses: the coda then the unembedding, or the unembedding directly.
 
+Two more are learned from a model, one map a loop, and stand in `learned_lenses.py`.
+
 The coda's read-out after loop i is the model at n_loops = i + 1. The direct one skips the coda's layers,
 for which the state was made: where the two disagree, the direct one says what is linearly there, not what
 the model would say (the two lenses paint different pictures of a recurrent model: arXiv 2507.02199).
@@ -22,6 +24,8 @@ from loopmdm.model.precision import check_logits, wide
 from loopmdm.model.stopping.rules import Lens
 
 LENSES: tuple[Lens, ...] = get_args(Lens)
+LEARNED = ("tuned", "jacobian")
+"""Lenses that are fitted to a model before they read it: `learned_lenses.py`."""
 
 
 def check_lens(lens: str) -> None:

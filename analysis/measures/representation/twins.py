@@ -1,0 +1,52 @@
+"""Untrained twins: a model of the same shape that has learned nothing, the null of what a measure finds.
+
+A LoopMDM is initialised anew. Of any other model every matrix keeps its numbers and loses their order, so that
+sizes stay and what was learned does not.
+"""
+
+from copy import deepcopy
+
+import torch
+
+from loopmdm.analysis.measures.case import Case
+from loopmdm.model.errors import check_model, check_seed
+from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.masking import mask_tokens
+from loopmdm.model.network.model import LoopMDM
+from loopmdm.model.protocol import Core
+from loopmdm.model.sequences import MaskedBatch, Sequences
+
+
+def untrained(m: HookedLoopMDM, seed: int = 0) -> HookedLoopMDM:
+    """A twin of `m` with weights that learned nothing, a function of `seed`; no hooks go along."""
+    check_model(m, "untrained", hooked=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(check_seed(seed))
+        core = _anew(m) if type(m.model) is LoopMDM else _shuffled(m)
+    twin = type(m)(core, m.tokenizer)
+    twin.model_name, twin.record = m.model_name, m.record
+    return twin
+
+
+def _anew(m: HookedLoopMDM) -> LoopMDM:
+    assert isinstance(m.model, LoopMDM)
+    return LoopMDM(m.model.cfg).to(m.model.device, m.model.dtype).eval()
+
+
+def _shuffled(m: HookedLoopMDM) -> Core:
+    core = deepcopy(m.model)
+    with torch.no_grad():
+        for parameter in core.parameters():
+            if parameter.ndim > 1:
+                order = torch.randperm(parameter.numel()).to(parameter.device)
+                parameter.copy_(parameter.flatten()[order].view_as(parameter))
+    return core
+
+
+def asked_of(case: Case, sequences: Sequences, mask_ratio: float) -> MaskedBatch:
+    """Sequences with a share of what may be masked hidden; of a causal model, or without [MASK], as they are."""
+    mask = case.m.cfg.mask_token_id
+    if mask is not None and not case.m.facts.causal:
+        return mask_tokens(sequences, mask, mask_ratio=mask_ratio, seed=case.seed)
+    s, none = sequences, torch.zeros_like(sequences.allowed)
+    return MaskedBatch(s.tokens, s.tokens, none, None, s.real, s.clusters)
