@@ -5,7 +5,7 @@ mask ratio or denoising step. All sites share the rows, so H(0), H(1), .. of one
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
@@ -184,7 +184,11 @@ class Gathered:
     model: Identity
     wanted: Wanted
     n_loops: int
-    known: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def positions(self) -> str:
+        """Which positions have rows: "masked", "clean" or "all"."""
+        return self.wanted.positions
 
     def __len__(self) -> int:
         """Rows."""
