@@ -13,10 +13,13 @@ from loopmdm.analysis.measures.mechanism.dictionaries.coder import Dictionary, O
 from loopmdm.analysis.measures.mechanism.dictionaries.control import untrained
 from loopmdm.analysis.measures.mechanism.dictionaries.lives import Lives, feature_lives
 from loopmdm.analysis.measures.mechanism.dictionaries.meaning import Variables, coverage, known_variables, matches
+from loopmdm.analysis.measures.mechanism.dictionaries.pages import FeaturePage, feature_page
+from loopmdm.analysis.measures.mechanism.dictionaries.report import dictionary_scores
 from loopmdm.analysis.measures.mechanism.dictionaries.splicing import Spliced, splice, splice_losses
 from loopmdm.analysis.measures.mechanism.dictionaries.training import Training, train_dictionary
 
 __all__ = [
-    "Dictionary", "Lives", "Origin", "Shape", "Spliced", "Training", "Variables", "coverage", "feature_lives",
-    "known_variables", "matches", "splice", "splice_losses", "train_dictionary", "untrained",
+    "Dictionary", "FeaturePage", "Lives", "Origin", "Shape", "Spliced", "Training", "Variables", "coverage",
+    "dictionary_scores", "feature_lives", "feature_page", "known_variables", "matches", "splice", "splice_losses",
+    "train_dictionary", "untrained",
 ]  # fmt: skip

@@ -1,8 +1,8 @@
 """The control: the same dictionary, trained in the same way on a model that has learned nothing.
 
 Sparse dictionaries find directions, and variables of the input, in random networks, too (Heap et al. 2025, "Sparse
-autoencoders can interpret randomly initialized transformers"): what is found says something of training only as far
-as it goes beyond this.
+autoencoders can interpret randomly initialized transformers"): what is found says something of training only as
+far as it goes beyond this.
 """
 
 from copy import deepcopy

@@ -8,7 +8,7 @@ nothing can be recovered; the same share of the divergence, 1 - KL(intact || spl
 defined there, too. A crosscoder's code is that of the intact run and has seen later loops (`coder`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -94,20 +94,30 @@ def ratio(top: np.ndarray, bottom: np.ndarray, clusters: np.ndarray | None) -> t
 
 
 @torch.no_grad()
-def splice_losses(m: HookedLoopMDM, b: MaskedBatch, dictionary: Dictionary, batch_size: int = 32) -> Spliced:
+def splice_losses(
+    m: HookedLoopMDM,
+    b: MaskedBatch,
+    dictionary: Dictionary,
+    arms: Sequence[str] = ARMS,
+    batch_size: int = 32,
+) -> Spliced:
     """Losses of a batch: intact, and with each site spliced, set to its mean, and set to 0.
+
+    `arms` may leave "zero" out, which no share needs.
 
     UsageError for a dictionary of another model, and where nothing is asked.
     """
     dictionary.check(m)
     b = questions("splice_losses", m, b)
     check_count("batch_size", batch_size)
-    parts = [_losses(m, part, dictionary) for _, part in b.batches(batch_size)]
+    if tuple(arms) not in (ARMS, ARMS[:2]):
+        raise UsageError(f"arms are {ARMS} or the first two, got {arms!r:.60}")
+    parts = [_losses(m, part, dictionary, len(arms)) for _, part in b.batches(batch_size)]
     joined = [np.concatenate(found, -1) for found in zip(*parts, strict=True)]
     return Spliced(*joined, clusters=b.clusters)  # pyright: ignore
 
 
-def _losses(m: HookedLoopMDM, b: MaskedBatch, dictionary: Dictionary) -> tuple[np.ndarray, ...]:
+def _losses(m: HookedLoopMDM, b: MaskedBatch, dictionary: Dictionary, n_arms: int) -> tuple[np.ndarray, ...]:
     names = list(dictionary.origin.sites)
     rows = Wanted(positions=dictionary.origin.positions).members(m, b)  # pyright: ignore
     caught = catch(m, b, dictionary.origin.n_loops, names, rows)
@@ -116,7 +126,7 @@ def _losses(m: HookedLoopMDM, b: MaskedBatch, dictionary: Dictionary) -> tuple[n
     means = dictionary.means.to(x)
     intact = _answers(m, b, dictionary.origin.n_loops)
     losses, divergences = [], []
-    for values in (given, means.expand_as(x), torch.zeros_like(x)):
+    for values in (given, means.expand_as(x), torch.zeros_like(x))[:n_arms]:
         found = [_spliced(m, b, (name, values[:, at], rows), dictionary) for at, name in enumerate(names)]
         losses.append([_loss(m, b, log_p) for log_p in found])
         divergences.append([_mean(kl(intact, log_p), b) for log_p in found])
