@@ -38,6 +38,7 @@ FLOORS = (
     "model.zoo",
     "analysis.numbers analysis.plots",
     "analysis.watch",
+    "analysis.activations",
     "analysis.measures",
     "analysis.exhibits",
     "analysis.report analysis.harness",

@@ -1,0 +1,58 @@
+"""Plots of sparse dictionaries over loops: what they keep, and when their features live."""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+
+from loopmdm.analysis.plots.style import of_rows
+
+ARM_STYLE = {
+    "trained": {"color": "#1b4f8f", "marker": "o", "linestyle": "-"},
+    "untrained": {"color": "#8c8c8c", "marker": "s", "linestyle": "--"},
+}
+LIFE_STYLE = {
+    "born": {"color": "#08306b", "hatch": "", "label": "first loop"},
+    "last": {"color": "#e08214", "hatch": "///", "label": "last loop"},
+}
+
+
+@of_rows
+def plot_recovered(df: pd.DataFrame, metric: str = "loss_recovered", *, ax: Axes | None = None) -> Axes:
+    """A share by loop, an arm a line, bars one standard error; `df`: arm loop metric value standard_error."""
+    ax = ax or plt.gca()
+    chosen = df[(df["metric"] == metric) & df["loop"].notna()]
+    for arm, part in chosen.groupby("arm", sort=False):
+        part = part.sort_values("loop")
+        look = ARM_STYLE.get(str(arm), ARM_STYLE["trained"])
+        place = part["loop"].to_numpy(dtype=int) + 1
+        ax.errorbar(place, part["value"], yerr=part["standard_error"], label=f"{arm} model", capsize=2, **look)
+    ax.set(xlabel="loop (1 = first)", ylabel=metric.replace("_", " "))
+    ax.set_xticks(sorted(set(chosen["loop"].to_numpy(dtype=int) + 1)))
+    return ax
+
+
+@of_rows
+def plot_lives(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Shares of live features by the first and the last loop of their lives; `df`: rows of one arm, as above."""
+    ax = ax or plt.gca()
+    for side, (metric, look) in enumerate(LIFE_STYLE.items()):
+        part = df[(df["metric"] == metric) & df["loop"].notna()].sort_values("loop")
+        place = part["loop"].to_numpy(dtype=int) + 1 + (side - 0.5) * 0.36
+        ax.bar(place, part["value"], width=0.34, yerr=part["standard_error"], edgecolor="white", **look)
+    ax.set(xlabel="loop (1 = first)", ylabel="share of live features", ylim=(0, None))
+    ax.set_xticks(sorted(set(df["loop"].dropna().to_numpy(dtype=int) + 1)))
+    return ax
+
+
+@of_rows
+def plot_profiles(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Features x loops in grey, by loop of the largest profile; `df`: feature loop profile (over its largest)."""
+    ax = ax or plt.gca()
+    table = df.pivot(index="feature", columns="loop", values="profile")
+    table = table.iloc[table.to_numpy().argmax(axis=1).argsort(kind="stable")]
+    image = ax.imshow(table.to_numpy(dtype=float), cmap="Greys", vmin=0, vmax=1, aspect="auto")
+    ax.set_xticks(range(table.shape[1]), [str(int(loop) + 1) for loop in table.columns])
+    ax.set(xlabel="loop (1 = first)", ylabel="feature, by loop of its largest")
+    ax.grid(False)
+    ax.figure.colorbar(image, ax=ax, label="profile over its largest")
+    return ax
