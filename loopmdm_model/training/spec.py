@@ -189,7 +189,8 @@ class RunSpec:
         reserved = {"d_vocab", "n_ctx", "mask_token_id"} & spec.model.keys()
         if reserved:
             raise UsageError(f"{origin} [model]: {', '.join(sorted(reserved))} follow from [data]; remove them")
-        _ = spec.config  # is refused if it makes no sense
+        if spec.config.max_loops == 1 and spec.loops.earlier:  # a config that makes no sense is refused here
+            raise UsageError(f"{origin} [loops]: earlier needs more than one loop; raise max_loops or remove it")
         return spec
 
     @classmethod
