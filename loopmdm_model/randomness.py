@@ -14,7 +14,7 @@ from loopmdm.model.errors import check_count, check_seed
 
 STREAMS = {"positions": 1, "counts": 2, "order": 3, "data": 4, "loops": 5, "relabel": 6}
 STREAMS |= {"reveal": 7, "tokens": 8, "times": 9, "remask": 10, "blocks": 11, "grids": 12, "dig": 13, "edges": 14}
-STREAMS |= {"donors": 15, "noise": 16}
+STREAMS |= {"donors": 15, "noise": 16, "earlier": 17}
 
 
 def row_uniforms(

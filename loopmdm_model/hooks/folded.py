@@ -5,6 +5,9 @@
 n(x) is the normalised stream without weights: what `ln1`, `ln2` and `ln_final` shown here compute, and what
 ActivationCache's `apply_ln=True` gives. All is computed from the model's own parameters when asked for, so
 nothing is stored twice: writing into a shown weight changes nothing. The parameters are those of `.model`.
+A constant by which a layer multiplies what it adds (`scaled_residual`) is in W_O, b_O, W_out and b_out. Norms
+after attention and MLP (`sandwich_norm`) are in no weight: `facts.linear_heads` is False, sums over heads are
+refused.
 """
 
 from functools import cached_property
@@ -72,7 +75,8 @@ class AttentionWeights:
 
     def __init__(self, block: Block):
         self.block, self.heads = block, (block.attn.n_heads, block.attn.d_head)
-        self.W_O, self.b_O = block.attn.out.weight.T.unflatten(0, self.heads), _bias(block.attn.out)
+        out = block.attn.out
+        self.W_O, self.b_O = out.whole_weight.T.unflatten(0, self.heads), out.whole_bias
 
     @cached_property
     def _qkv(self) -> tuple[Tensor, Tensor]:
@@ -91,7 +95,7 @@ class MLPWeights:
 
     def __init__(self, block: Block):
         self.block = block
-        self.W_out, self.b_out = block.mlp.out.weight.T, _bias(block.mlp.out)
+        self.W_out, self.b_out = block.mlp.out.whole_weight.T, block.mlp.out.whole_bias
 
     @cached_property
     def _in(self) -> tuple[Tensor, Tensor]:
@@ -258,7 +262,8 @@ class FoldedWeights:
         raise NotImplementedError
 
     def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Tensor:
-        """Sum of the output biases up to `layer`, [d_model]."""
+        """Sum of the output biases up to `layer`, [d_model]; UsageError where they do not add up in the stream."""
+        self.model.facts.need("additive", "linear_heads", by="accumulated_bias")
         total = torch.zeros(self.model.cfg.d_model, device=self.model.device, dtype=self.model.dtype)
         for block in self.blocks[:layer]:
             total = total + block.attn.b_O + (block.mlp.b_out if include_mlp_biases else 0)

@@ -85,18 +85,22 @@ class UnrolledCache(ActivationCache):
 
     def get_full_resid_decomposition(self, *args: Any, **kwargs: Any) -> Any:
         """As in TransformerLens."""
-        return self._summed("get_full_resid_decomposition", args, kwargs)
+        return self._summed("get_full_resid_decomposition", args, kwargs, "linear_heads")
 
     def stack_head_results(self, *args: Any, **kwargs: Any) -> Any:
         """As in TransformerLens."""
-        return self._summed("stack_head_results", args, kwargs)
+        return self._summed("stack_head_results", args, kwargs, "linear_heads")
+
+    def stack_neuron_results(self, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens."""
+        return self._summed("stack_neuron_results", args, kwargs, "linear_heads")
 
     def logit_attrs(self, *args: Any, **kwargs: Any) -> Any:
         """As in TransformerLens."""
         return self._summed("logit_attrs", args, kwargs)
 
-    def _summed(self, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-        self.model.cfg.facts.need("additive", by=name)  # pyright: ignore[reportAttributeAccessIssue]
+    def _summed(self, name: str, args: tuple, kwargs: dict[str, Any], *needs: str) -> Any:
+        self.model.cfg.facts.need("additive", *needs, by=name)  # pyright: ignore[reportAttributeAccessIssue]
         return getattr(super(), name)(*args, **kwargs)
 
 

@@ -15,10 +15,12 @@ from typing import Any, Literal
 
 from loopmdm.model.errors import UsageError, check_count, check_keys, check_word
 from loopmdm.model.files import read_json
-from loopmdm.model.layout import SEGMENTS, Layout
+from loopmdm.model.layout import SEGMENTS, Facts, Layout
 from loopmdm.model.sites import LEAVES, OUTER
 
 FORBIDDEN = ("forbid_mask_to_mask", "forbid_masked_keys")
+STABILISERS = {"input_injection": "none", "sandwich_norm": False, "scaled_residual": False}
+"""Fields of the arms that are no LoopMDM of the paper, and what they are where they are off."""
 LARGEST_TABLE = 2**26
 """Numbers in a table of rotary angles, n_ctx x d_head."""
 
@@ -35,6 +37,11 @@ class LoopMDMConfig(Layout):
     projections start smaller by sqrt(2 x depth): `init_depth` "all" counts the effective depth in every
     layer, "looped" in the looped layers alone and n_layers elsewhere, so that arms which differ in their
     loops start from the same prelude and coda.
+
+    Three arms, off by default, that others found to steady loops and the paper does not have:
+    `input_injection` "decay" mixes e, what the prelude gives, into every loop's input, h <- a h + (1 - a) e
+    (`layers.Injection`); `sandwich_norm` norms what attention and MLP give before it is added, in looped layers;
+    `scaled_residual` multiplies what looped layers add by 1 / sqrt(max_loops), whatever n_loops a call runs.
     """
 
     d_vocab: int
@@ -61,6 +68,9 @@ class LoopMDMConfig(Layout):
     forbid_mask_to_mask: tuple[str, ...] = ()
     forbid_masked_keys: tuple[str, ...] = ()
     init_depth: Literal["all", "looped"] = "all"
+    input_injection: Literal["none", "decay"] = "none"
+    sandwich_norm: bool = False
+    scaled_residual: bool = False
 
     def __post_init__(self):
         """Fill derived fields and refuse shapes that cannot run."""
@@ -111,7 +121,7 @@ class LoopMDMConfig(Layout):
 
     def _check_choices(self) -> None:
         choices = {"normalization_type": ("LN", "RMS"), "act_fn": ("gelu_new", "gelu", "silu")}
-        choices |= {"init_depth": ("all", "looped")}
+        choices |= {"init_depth": ("all", "looped"), "input_injection": ("none", "decay")}
         for field, allowed in choices.items():
             check_word(field, getattr(self, field), allowed)
         for field in FORBIDDEN:
@@ -120,6 +130,28 @@ class LoopMDMConfig(Layout):
             for segment in getattr(self, field):
                 if segment not in SEGMENTS:
                     raise UsageError(f"{field} takes segments of {SEGMENTS}, got {segment!r}")
+        if self.sandwich_norm and self.scaled_residual:
+            raise UsageError("scaled_residual does nothing before the norms of sandwich_norm; take one of them")
+
+    @property
+    def facts(self) -> Facts:
+        """What kind of model it is."""
+        said = {
+            "what the prelude gives is mixed into the state before every loop": self.input_injection != "none",
+            "looped layers norm once more what they add": self.sandwich_norm,
+            "what looped layers add is multiplied by 1 / sqrt(S_max)": self.scaled_residual,
+        }
+        return Facts(
+            mask_token_id=self.mask_token_id,
+            additive=self.input_injection == "none",
+            linear_heads=not self.sandwich_norm,
+            remarks=tuple(remark for remark, holds in said.items() if holds),
+        )
+
+    @property
+    def residual_scale(self) -> float:
+        """What looped layers add is multiplied by this."""
+        return self.max_loops**-0.5 if self.scaled_residual else 1.0
 
     @cached_property
     def leaves(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -147,8 +179,10 @@ class LoopMDMConfig(Layout):
         return self.effective_depth if counts else float(self.n_layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-ready dict of all fields."""
-        return dataclasses.asdict(self) | {field: list(getattr(self, field)) for field in FORBIDDEN}
+        """Plain JSON-ready dict of all fields; those of arms only where they are on, so that other files stay."""
+        off = [field for field, value in STABILISERS.items() if getattr(self, field) == value]
+        values = dataclasses.asdict(self) | {field: list(getattr(self, field)) for field in FORBIDDEN}
+        return {field: value for field, value in values.items() if field not in off}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "LoopMDMConfig":

@@ -1,4 +1,4 @@
-"""The parts of one transformer layer: norm, rotary attention, MLP, block.
+"""The parts of one transformer layer: norm, rotary attention, MLP, block; and what may stand before a loop.
 
 Leaf names offered to taps are TransformerLens'; axis order is [batch, pos, head, d_head] for
 q/k/v/z and [batch, head, query, key] for scores and patterns.
@@ -49,6 +49,59 @@ class Norm(nn.Module):
         return tap(self.normalized_name, x)
 
 
+class Output(nn.Linear):
+    """The map that writes to the stream: W x + b, times a constant `scale`, which the weights shown include."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool, scale: float):
+        super().__init__(n_in, n_out, bias=bias)
+        self.scale = scale
+
+    def forward(self, input: Float[Tensor, "*rows n_in"]) -> Float[Tensor, "*rows n_out"]:
+        """W x + b, scaled."""
+        return self.scaled(super().forward(input))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """`x` times the constant; itself, bit for bit, where that is 1."""
+        return x if self.scale == 1 else x * self.scale
+
+    @property
+    def whole_weight(self) -> Float[Tensor, "n_out n_in"]:
+        """The weight as the stream meets it."""
+        return self.scaled(self.weight)
+
+    @property
+    def whole_bias(self) -> Float[Tensor, " n_out"]:
+        """The bias as the stream meets it; zero where there is none."""
+        return self.weight.new_zeros(self.out_features) if self.bias is None else self.scaled(self.bias)
+
+
+class Injection(nn.Module):
+    """Mixes what the prelude gave, e, into the state h before a loop: h <- a h + (1 - a) e, a = sigmoid(weight).
+
+    One a per channel: the state is carried on by a diagonal map whose spectral radius is below 1 whatever is
+    learned, as in Parcae (arXiv 2604.12946). There the input's gain is free of the decay. Here they sum to 1, so
+    that e is where the mix rests, and the first loop, which gets e itself, is the plain model's bit for bit.
+    At first a = 0.88: half of what one loop wrote is left five loops later.
+    """
+
+    START = 2.0
+
+    def __init__(self, d_model: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((d_model,), self.START))
+
+    @property
+    def decay(self) -> Float[Tensor, " d_model"]:
+        """The share a of the state that is kept, per channel."""
+        return self.weight.sigmoid()
+
+    def forward(
+        self, state: Float[Tensor, "batch pos d_model"], entered: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The mix of a state with e."""
+        return torch.lerp(entered.to(state), state, self.decay.to(state))  # e + a (h - e): exact where h = e
+
+
 def rotary_tables(cfg: LoopMDMConfig) -> tuple[Tensor, Tensor]:
     """Cosines, and sines signed for `rotate` (first half negative): [n_ctx, 1, 1, d_head]."""
     half = torch.arange(0, cfg.d_head, 2, dtype=torch.float64) / cfg.d_head
@@ -71,12 +124,12 @@ def rotate(x: Float[Tensor, "batch pos two head d_head"], cos: Tensor, sin: Tens
 class Attention(nn.Module):
     """Bidirectional multi-head attention with rotary positions."""
 
-    def __init__(self, cfg: LoopMDMConfig):
+    def __init__(self, cfg: LoopMDMConfig, scale: float = 1.0):
         super().__init__()
         width = cfg.n_heads * cfg.d_head
         self.n_heads, self.d_head = cfg.n_heads, cfg.d_head
         self.qkv = nn.Linear(cfg.d_model, 3 * width, bias=cfg.attn_bias)
-        self.out = nn.Linear(width, cfg.d_model, bias=cfg.attn_bias)
+        self.out = Output(width, cfg.d_model, cfg.attn_bias, scale)
 
     def forward(
         self,
@@ -130,21 +183,21 @@ class Attention(nn.Module):
         return self.out(z.transpose(1, 2).flatten(-2))
 
     def _per_head(self, z: Tensor, tap: Tap) -> Tensor:
-        weight = self.out.weight.unflatten(1, (self.n_heads, self.d_head))
+        weight = self.out.whole_weight.unflatten(1, (self.n_heads, self.d_head))
         result = tap("attn.hook_result", torch.einsum("bphd,mhd->bphm", z, weight))
         total = result.sum(dim=-2)
-        return total if self.out.bias is None else total + self.out.bias
+        return total if self.out.bias is None else total + self.out.whole_bias
 
 
 class MLP(nn.Module):
     """Two-layer perceptron, gated (SwiGLU with silu) by configuration."""
 
-    def __init__(self, cfg: LoopMDMConfig):
+    def __init__(self, cfg: LoopMDMConfig, scale: float = 1.0):
         super().__init__()
         self.act = ACTIVATIONS[cfg.act_fn]
         self.up = nn.Linear(cfg.d_model, cfg.d_mlp, bias=cfg.mlp_bias)
         self.gate = nn.Linear(cfg.d_model, cfg.d_mlp, bias=cfg.mlp_bias) if cfg.gated_mlp else None
-        self.out = nn.Linear(cfg.d_mlp, cfg.d_model, bias=cfg.mlp_bias)
+        self.out = Output(cfg.d_mlp, cfg.d_model, cfg.mlp_bias, scale)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"], tap: Tap = NO_TAP) -> Tensor:
         """Map x [batch, pos, d_model] to the same shape; `mlp.hook_pre` holds what the activation sees."""
@@ -157,12 +210,21 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer layer: x + attn(ln1 x), then x + mlp(ln2 x)."""
+    """Pre-norm transformer layer: x + attn(ln1 x), then x + mlp(ln2 x).
 
-    def __init__(self, cfg: LoopMDMConfig):
+    Looped ones may add scale * attn(ln1 x), or norm what they add, ln1_post(attn(ln1 x)), likewise of the MLP: the
+    sandwich of Huginn (arXiv 2502.05171) and Ouro (arXiv 2510.25741). `hook_attn_out` and `hook_mlp_out` are what
+    is added, as in TransformerLens; the outer norms offer nothing else.
+    """
+
+    def __init__(self, cfg: LoopMDMConfig, looped: bool = False):
         super().__init__()
-        self.ln1, self.attn = Norm(cfg, "ln1."), Attention(cfg)
-        self.ln2, self.mlp = Norm(cfg, "ln2."), MLP(cfg)
+        scale = cfg.residual_scale if looped else 1.0
+        self.ln1, self.attn = Norm(cfg, "ln1."), Attention(cfg, scale)
+        self.ln2, self.mlp = Norm(cfg, "ln2."), MLP(cfg, scale)
+        normed = looped and cfg.sandwich_norm
+        self.ln1_post = Norm(cfg, "ln1_post.") if normed else None
+        self.ln2_post = Norm(cfg, "ln2_post.") if normed else None
 
     def forward(
         self,
@@ -177,9 +239,11 @@ class Block(nn.Module):
         What attention and MLP would add at `held` positions is 0: the slow twin of `skip`, for listeners.
         """
         x = tap("hook_resid_pre", x)
-        x = x + tap("hook_attn_out", _silent(self.attn(self.ln1(x, tap), rotary, allowed, tap), held))
+        added = _normed(self.attn(self.ln1(x, tap), rotary, allowed, tap), self.ln1_post)
+        x = x + tap("hook_attn_out", _silent(added, held))
         x = tap("hook_resid_mid", x)
-        x = x + tap("hook_mlp_out", _silent(self.mlp(self.ln2(x, tap), tap), held))
+        added = _normed(self.mlp(self.ln2(x, tap), tap), self.ln2_post)
+        x = x + tap("hook_mlp_out", _silent(added, held))
         return tap("hook_resid_post", x)
 
     def skip(
@@ -190,9 +254,13 @@ class Block(nn.Module):
         first = held.long().argsort(dim=1, stable=True)  # who moves comes first
         index = first[:, : int((~held).sum(1).max())]
         before = x[batch, index]
-        after = before + self.attn.rows(self.ln1(x), index, rotary, allowed)
-        after = after + self.mlp(self.ln2(after))
+        after = before + _normed(self.attn.rows(self.ln1(x), index, rotary, allowed), self.ln1_post)
+        after = after + _normed(self.mlp(self.ln2(after)), self.ln2_post)
         return x.index_put((batch, index), torch.where(held[batch, index][..., None], before, after))
+
+
+def _normed(update: Tensor, norm: Norm | None) -> Tensor:
+    return update if norm is None else norm(update)
 
 
 def _silent(update: Tensor, held: Tensor | None) -> Tensor:

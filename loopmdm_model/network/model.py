@@ -5,7 +5,8 @@
 There is no time input, no input injection, no loop embedding and no loss on inner loops: the
 equations of "Looped Diffusion Language Models" (arXiv 2605.26106) show none. It follows that loop
 i's states are the same for every S > i, and that the coda read-out after loop i *is* the model at
-n_loops = i + 1.
+n_loops = i + 1. Both hold, too, in the arms that the config can turn on beside the paper's model
+(`LoopMDMConfig`: injection, sandwich norms, scaled updates), none of which looks at S.
 """
 
 from dataclasses import dataclass, replace
@@ -13,15 +14,15 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from loopmdm.model.context import Context
-from loopmdm.model.errors import UsageError
+from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.layout import SEGMENTS
 from loopmdm.model.network import checkpoints
 from loopmdm.model.network.config import LoopMDMConfig
-from loopmdm.model.network.layers import Block, Norm, rotary_tables
+from loopmdm.model.network.layers import Block, Injection, Norm, rotary_tables
 from loopmdm.model.protocol import Core, check_attention_mask, check_tokens
 from loopmdm.model.taps import NO_TAP, Tap, TapSource, no_taps
 
@@ -30,16 +31,19 @@ from loopmdm.model.taps import NO_TAP, Tap, TapSource, no_taps
 class LoopMDMContext(Context):
     """A context with the rotary tables, and who may attend to whom.
 
-    `allowed` [batch, 1, 1 or query, key] or None per segment.
+    `allowed` [batch, 1, 1 or query, key] or None per segment; `entered` [batch, pos, d_model] is what the prelude
+    gave, kept by models that inject it.
     """
 
     rotary: tuple[Tensor, Tensor]
     allowed: dict[str, Tensor | None]
+    entered: Tensor | None = None
 
     def rows(self, keep: Tensor) -> "LoopMDMContext":
         """The context of the sequences `keep` (index or boolean [batch])."""
         allowed = {name: None if mask is None else mask[keep] for name, mask in self.allowed.items()}
-        return replace(cast(LoopMDMContext, Context.rows(self, keep)), allowed=allowed)
+        entered = None if self.entered is None else self.entered[keep]
+        return replace(cast(LoopMDMContext, Context.rows(self, keep)), allowed=allowed, entered=entered)
 
 
 class LoopMDM(Core):
@@ -57,7 +61,8 @@ class LoopMDM(Core):
             )
         self.cfg = cfg
         self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.blocks = nn.ModuleList(Block(cfg, cfg.segment(layer) == "loop") for layer in range(cfg.n_layers))
+        self.injection = Injection(cfg.d_model) if cfg.input_injection == "decay" else None
         self.ln_final = Norm(cfg, "ln_final.")
         self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=cfg.unembed_bias)
         cos, sin = rotary_tables(cfg)
@@ -97,6 +102,62 @@ class LoopMDM(Core):
     def enter(self, tokens: Tensor, context: Context) -> Tensor:  # noqa: ARG002
         """Token embeddings."""
         return self.embed(tokens)
+
+    def prelude(self, tokens: Tensor, context: LoopMDMContext, taps: TapSource = no_taps) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Embed and run the prelude layers: H(-1), kept in the context where loops inject it."""
+        x = super().prelude(tokens, context, taps)
+        if self.injection is not None:
+            context.entered = x
+        return x
+
+    def layers(
+        self,
+        segment: str,
+        x: Tensor,
+        context: LoopMDMContext,
+        taps: TapSource,
+        prefix: str = "",
+        among: range | None = None,
+    ) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The layers of a segment; a loop begins with the injection, after which held positions get their x back.
+
+        Others attend to held positions with the injection: had these converged, holding would change nothing.
+        """
+        if segment != "loop" or self.injection is None:
+            return super().layers(segment, x, context, taps, prefix, among)
+        if context.entered is None:
+            raise UsageError(
+                "this model's loops need what its prelude left: take state and context from m.states(tokens)"
+            )
+        mixed = self.injection(x, context.entered)
+        out = super().layers(segment, mixed, context, taps, prefix, among)
+        return out if context.held is None else torch.where(context.held[..., None], x, out)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        n_loops: int | None = None,
+        attention_mask: Tensor | None = None,
+        taps: TapSource = no_taps,
+        *,
+        earlier: int | None = None,
+    ) -> Float[Tensor, "*two batch pos d_vocab"]:
+        """As `Core.forward`; with `earlier`, a smaller loop count, logits of both, [2, batch, pos, d_vocab].
+
+        For training, whose wrappers know no other entry.
+        """
+        if earlier is None:
+            return super().forward(tokens, n_loops, attention_mask, taps)
+        n_loops = check_count("n_loops", self.cfg.max_loops if n_loops is None else n_loops)
+        if check_count("earlier", earlier) >= n_loops:
+            raise UsageError(f"earlier must be below n_loops {n_loops}, got {earlier}")
+        context, found = self.context(tokens, attention_mask), []
+        x = self.prelude(tokens, context, taps)
+        for loop in range(n_loops):
+            x = self.loop(x, context, loop, taps)
+            if loop + 1 in (earlier, n_loops):
+                found.append(self.readout(x, context, taps))
+        return torch.stack(found)
 
     def layer(
         self, layer: int, x: Tensor, context: LoopMDMContext, tap: Tap = NO_TAP, held: Tensor | None = None
@@ -139,25 +200,39 @@ class LoopMDM(Core):
 
     def output_weight(self, layer: int) -> Float[Tensor, "d_model width"]:
         """The weight that takes all heads' z, side by side, to the stream."""
-        return self.block(layer).attn.out.weight
+        return self.block(layer).attn.out.whole_weight
 
     def output_bias(self, layer: int) -> Float[Tensor, " d_model"]:
         """The bias that comes with `output_weight`; zero where there is none."""
-        out = self.block(layer).attn.out
-        return out.weight.new_zeros(self.cfg.d_model) if out.bias is None else out.bias
+        return self.block(layer).attn.out.whole_bias
 
     def readout_weights(self) -> tuple[Norm, nn.Linear]:
         """The final norm and the unembedding."""
         return self.ln_final, self.unembed
 
     def looping(self, first: int, n_layers: int, max_loops: int = 1) -> "LoopMDM":
-        """The same weights with other layers looped; at n_loops = 1 it is the model it was made from."""
+        """The same weights with other layers looped; at n_loops = 1 it is the model it was made from.
+
+        UsageError where looped layers have something that others lack: norms of their own, or a scale by S_max.
+        """
+        self._check_looping(first, n_layers, max_loops)
         fields = self.cfg.to_dict() | self.cfg.segmented(first, n_layers, max_loops)
         with torch.device("meta"):
             other = LoopMDM(LoopMDMConfig.from_dict(fields))
         other.load_state_dict(self.state_dict(), assign=True)
         other.rotary_cos, other.rotary_sin = self.rotary_cos, self.rotary_sin
         return other.train(self.training)
+
+    def _check_looping(self, first: int, n_layers: int, max_loops: int) -> None:
+        own, cfg = self.cfg.layers("loop"), self.cfg
+        moved = range(first, first + n_layers) != own
+        if cfg.sandwich_norm and moved:
+            raise UsageError(f"only layers {[*own]} have norms after attention and MLP; no others can loop")
+        if cfg.scaled_residual and (moved or max_loops != cfg.max_loops):
+            raise UsageError(
+                f"layers {[*own]} add 1 / sqrt({cfg.max_loops}) of what they compute; no others can loop, and "
+                f"max_loops must stay {cfg.max_loops} (n_loops of a call is free)"
+            )
 
     # --- on disk ---
 

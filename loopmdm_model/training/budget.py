@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from loopmdm.model.errors import UsageError
-from loopmdm.model.flops import training_flops
+from loopmdm.model.flops import readout_flops, training_flops
 from loopmdm.model.network.config import LoopMDMConfig
 from loopmdm.model.randomness import step_generator
 
@@ -33,6 +33,11 @@ class Schedule(Protocol):
     @property
     def widen_until(self) -> float:
         """From which share on the cap is S_max."""
+        ...
+
+    @property
+    def earlier(self) -> bool:
+        """Whether the loss is taken at an earlier loop, too."""
         ...
 
     def cap(self, progress: float, max_loops: int) -> int:
@@ -87,7 +92,14 @@ class Plan:
 
 def step_cost(spec: Planned, n_loops: float) -> float:
     """Training FLOPs of one step at `n_loops`."""
-    return training_flops(spec.config, spec.data.length, n_loops, spec.training.batch_size)
+    length, batch = spec.data.length, spec.training.batch_size
+    cost = training_flops(spec.config, length, n_loops, batch)
+    return cost + batch * earlier_cost(spec.config, spec.loops, length) if n_loops > 1 else cost
+
+
+def earlier_cost(cfg: LoopMDMConfig, loops: Schedule, length: int) -> float:
+    """Training FLOPs, a sequence, of the read-out that `loops.earlier` adds where S > 1; else 0."""
+    return 3.0 * readout_flops(cfg, length) if loops.earlier else 0.0
 
 
 def share_spent(spec: Planned, steps: int, flops: float) -> float:
@@ -102,15 +114,19 @@ def share_spent(spec: Planned, steps: int, flops: float) -> float:
 
 def plan(spec: Planned) -> Plan:
     """Walk through the budget with the expected cost of each step; UsageError if it never ends."""
+    cfg, spent, steps, loops, length = spec.config, 0.0, 0, 0.0, spec.data.length
     base = step_cost(spec, 1)
     _check_steps(spec)
-    extra = step_cost(spec, 2) - base
-    cfg, spent, steps, loops = spec.config, 0.0, 0, 0.0
-    known: dict[int, float] = {}  # E[S] below each cap
+    again = spec.training.batch_size * earlier_cost(cfg, spec.loops, length)
+    extra = step_cost(spec, 2) - base - again
+    known: dict[int, tuple[float, float]] = {}  # E[S] and the chance of S > 1 below each cap
     while (share := share_spent(spec, steps, spent)) < 1:
         cap = spec.loops.cap(share, cfg.max_loops)
-        mean = known[cap] = known.get(cap) or mean_loops(cfg, spec.loops, cap, spec.data.length)
-        cost = base + (mean - 1) * extra
+        if cap not in known:
+            chances = loop_chances(cfg, spec.loops, cap, length)
+            known[cap] = mean_loops(cfg, spec.loops, cap, length), 1 - float(chances[0])
+        mean, deeper = known[cap]
+        cost = base + (mean - 1) * extra + deeper * again
         # with the cap at its end all further steps are alike
         count = _steps_left(spec, steps, spent, cost) if share >= spec.loops.widen_until else 1
         steps, spent, loops = steps + count, spent + count * cost, loops + count * mean
@@ -150,6 +166,7 @@ def loop_chances(cfg: LoopMDMConfig, loops: Schedule, cap: int, length: int) -> 
     weights = np.ones(cap)
     if loops.distribution != "uniform":
         cost = np.array([training_flops(cfg, length, s) for s in range(1, cap + 1)])
+        cost[1:] += earlier_cost(cfg, loops, length)
         weights = cost if loops.distribution == "flop-proportional" else 1 / cost
     return weights / weights.sum()
 
@@ -169,6 +186,13 @@ def draw_loops(spec: Planned, step: int, progress: float) -> int:
     return 1 + min(int(np.searchsorted(edges, generator.random(), side="right")), cap - 1)
 
 
+def draw_earlier(spec: Planned, step: int, n_loops: int) -> int | None:
+    """The earlier loop count of a step that takes its loss there, too, uniform on 1..n_loops - 1; else None."""
+    if not spec.loops.earlier or n_loops == 1:
+        return None
+    return 1 + int(step_generator(spec.seed, "earlier", step).integers(n_loops - 1))
+
+
 def training_memory(spec: Planned, n_parameters: int) -> float:
     """Bytes of one process, about: weights, gradients, two moments and the average in float32; activations.
 
@@ -176,9 +200,10 @@ def training_memory(spec: Planned, n_parameters: int) -> float:
     """
     cfg, training = spec.config, spec.training
     tokens = training.batch_size * spec.data.length / training.accumulate
-    applications = cfg.n_prelude_layers + cfg.max_loops * cfg.n_loop_layers + cfg.n_coda_layers
+    readouts = 2 if spec.loops.earlier else 1
+    applications = cfg.n_prelude_layers + cfg.max_loops * cfg.n_loop_layers + readouts * cfg.n_coda_layers
     size = 2 if training.precision == "bf16" else 4
-    per_token = applications * (12 * cfg.d_model + 2 * cfg.d_mlp) * size + 3 * 4 * cfg.d_vocab
+    per_token = applications * (12 * cfg.d_model + 2 * cfg.d_mlp) * size + readouts * 3 * 4 * cfg.d_vocab
     return 20.0 * n_parameters + tokens * per_token
 
 

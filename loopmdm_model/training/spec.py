@@ -54,11 +54,14 @@ class LoopSchedule:
 
     `distribution`: "uniform" on 1..cap (the paper's), "fixed" (always the cap), "flop-proportional" (the chance
     of S grows with the cost of a step) or "flop-balanced" (it falls with it: equal FLOPs for every S).
+    `earlier` (an arm, not the paper's): where S > 1 the loss is the mean of that after S loops and that after s',
+    drawn uniformly from 1..S-1; both read-outs count as FLOPs.
     """
 
     widen_from: float = 0.0
     widen_until: float = 0.0
     distribution: str = "uniform"
+    earlier: bool = False
 
     def __post_init__(self):
         """A known distribution; shares of the budget in order."""
@@ -156,8 +159,10 @@ class RunSpec:
         return LoopMDMConfig.from_dict(self.model | {"d_vocab": self.data.d_vocab, "n_ctx": self.data.length})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict, as the TOML file reads: `init_seed` only if it is given."""
+        """Plain nested dict, as the TOML file reads: `init_seed` and `loops.earlier` only if they are given."""
         values = dataclasses.asdict(self)
+        if not self.loops.earlier:
+            del values["loops"]["earlier"]
         return {key: value for key, value in values.items() if (key, value) != ("init_seed", None)}
 
     def seeded(self, seed: int) -> "RunSpec":
@@ -184,7 +189,8 @@ class RunSpec:
         reserved = {"d_vocab", "n_ctx", "mask_token_id"} & spec.model.keys()
         if reserved:
             raise UsageError(f"{origin} [model]: {', '.join(sorted(reserved))} follow from [data]; remove them")
-        _ = spec.config  # is refused if it makes no sense
+        if spec.config.max_loops == 1 and spec.loops.earlier:  # a config that makes no sense is refused here
+            raise UsageError(f"{origin} [loops]: earlier needs more than one loop; raise max_loops or remove it")
         return spec
 
     @classmethod

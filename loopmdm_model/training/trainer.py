@@ -32,7 +32,7 @@ from loopmdm.model.files import LOCK, clear_partial, lock_folder, write_atomic
 from loopmdm.model.network import checkpoints
 from loopmdm.model.network.model import LoopMDM
 from loopmdm.model.sequences import MaskedBatch, Sequences
-from loopmdm.model.taps import explicit_taps, no_taps
+from loopmdm.model.taps import TapSource, explicit_taps, no_taps
 from loopmdm.model.tasks.batches import Dataset, dataset
 from loopmdm.model.training import budget, state
 from loopmdm.model.training.allocator import keep_freed_memory
@@ -279,10 +279,17 @@ class Trainer:
         training = self.spec.training
         taps = no_taps if training.matmul_precision == "highest" else explicit_taps
         with matmul_precision(training.matmul_precision):
-            logits = self.model(part.tokens, n_loops=n_loops, taps=taps)
-            loss = masked_cross_entropy(logits, part).mean()
+            loss = self._loss(part, n_loops, taps)
             self.accelerator.backward(loss / training.accumulate)
         return loss.detach()
+
+    def _loss(self, part: MaskedBatch, n_loops: int, taps: TapSource) -> Tensor:
+        """Mean cross-entropy after `n_loops` loops; with `loops.earlier` its mean with that at an earlier one."""
+        earlier = budget.draw_earlier(self.spec, self.progress.step, n_loops)
+        if earlier is None:
+            return masked_cross_entropy(self.model(part.tokens, n_loops=n_loops, taps=taps), part).mean()
+        both = self.model(part.tokens, n_loops=n_loops, taps=taps, earlier=earlier)
+        return torch.stack([masked_cross_entropy(logits, part).mean() for logits in both]).mean()
 
     def _parts(self) -> list[MaskedBatch]:
         """Rows of the step's batch that fall to this process, in parts for gradient accumulation."""
