@@ -100,7 +100,7 @@ def _column_order(df: pd.DataFrame, kind: str) -> dict[tuple[int, int, int], str
 
 
 def _written(number: float, most: float, few: bool) -> str:
-    """The number where there is room, else the sign of what is not small: both colours are dark without colours."""
+    """The number where there is room, else the sign of what is not small: in grey both ends are dark."""
     if not few:
         return "" if abs(number) < SMALL * most else "+" if number > 0 else "-"
     digits = 0 if most >= 100 else 1 if most >= 10 else 2
