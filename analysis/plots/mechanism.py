@@ -10,6 +10,8 @@ from loopmdm.analysis.plots.style import of_rows
 
 MANY = 16
 """Columns beyond which numbers do not fit into cells."""
+SMALL = 0.02
+"""Share of the largest number below which no sign is written."""
 PARTS = ("attention", "attention bias", "attn_out", "mlp", "mlp_out", "embed", "bias", "rest", "interaction")
 SHOWN = {"attention bias": "attention's bias", "mlp": "MLP", "mlp_out": "MLP", "attn_out": "attention"}
 ENDS = {"embed": -1, "bias": 1, "rest": 2, "interaction": 2}
@@ -41,12 +43,10 @@ def _map(ax: Axes, df: pd.DataFrame, kind: str, label: str) -> Axes:
     values = table.to_numpy(dtype=float)
     most = max(float(np.nanmax(np.abs(values))), 1e-12)
     image = ax.imshow(values, cmap="PuOr_r", norm=TwoSlopeNorm(0.0, -most, most), aspect="auto")
-    if table.shape[1] <= MANY:
-        for (row, column), number in np.ndenumerate(values):
-            if np.isfinite(number):
-                dark = abs(number) > 0.6 * most
-                ax.text(column, row, _written(number, most), ha="center", va="center", fontsize=5.2,
-                        color="white" if dark else "black")  # fmt: skip
+    for (row, column), number in np.ndenumerate(values):
+        if np.isfinite(number) and (told := _written(number, most, few=table.shape[1] <= MANY)):
+            ax.text(column, row, told, ha="center", va="center", fontsize=5.2,
+                    color="white" if abs(number) > 0.6 * most else "black")  # fmt: skip
     ax.set_xticks(range(table.shape[1]), list(table.columns), rotation=90 if table.shape[1] > MANY else 0)
     ax.set_yticks(range(table.shape[0]), list(table.index))
     ax.set(xlabel="where it is written (L: layer before or after the loops; numbers: loops, 1 = first)")
@@ -99,6 +99,9 @@ def _column_order(df: pd.DataFrame, kind: str) -> dict[tuple[int, int, int], str
     return dict(sorted(found.items()))
 
 
-def _written(number: float, most: float) -> str:
+def _written(number: float, most: float, few: bool) -> str:
+    """The number where there is room, else the sign of what is not small: in grey both ends are dark."""
+    if not few:
+        return "" if abs(number) < SMALL * most else "+" if number > 0 else "-"
     digits = 0 if most >= 100 else 1 if most >= 10 else 2
     return f"{number:+.{digits}f}" if abs(number) >= 0.5 * 10.0**-digits else "0"

@@ -241,3 +241,13 @@ def test_the_measure_is_the_function_and_its_plot_shows_every_cell(batch):
     plt.close(ax.figure)
     with pytest.raises(ValueError, match="no rows"):
         plot_attribution(frame[:0])
+
+
+def test_where_numbers_do_not_fit_signs_are_written():
+    b = puzzles(SIX, SIX.sample_grids("test", 4), 16, unique=True)
+    frame = attribute(naked_singles(max_loops=12), b, 12, reads=["direct"]).frame()
+    ax = plot_attribution(frame, ax=plt.subplots()[1])
+    assert {text.get_text() for text in ax.texts} == {"+", "-"}
+    shown = frame["value"].abs() >= 0.02 * frame["value"].abs().max()
+    assert len(ax.texts) == shown.sum()
+    plt.close(ax.figure)
