@@ -6,8 +6,9 @@
 The direction d is random, or the step from the token that p shows to another one's embedding. `size` is a: 0 is
 the derivative; of a random direction in units of the states' spread over positions, of a token's in whole steps (1
 puts the other token there). By distance of j from p: on a board 0, 1 (a shared row, column or box) and 2, told
-apart by relation; in text |i - j| in bins. What a head can look at it can hear in one loop, so nothing but training
-keeps a change near: the null is an untrained twin. Cells that read their units alone pass a change one unit a loop.
+apart by relation; in text |i - j| in bins. What a head can look at it can hear in one loop, so nothing but
+training keeps a change near: the null is an untrained twin. Cells that read their units alone pass it one unit a
+loop.
 
     gain     mean of c_j(i) over the receivers at a distance
     share    of the sum of squares of c, what lies at that distance; over distances it sums to 1
@@ -16,7 +17,6 @@ keeps a change near: the null is an untrained twin. Cells that read their units 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -25,8 +25,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from loopmdm.analysis.measures.case import Case
-from loopmdm.analysis.measures.interventions.selections import RELATIONS, relation_of
 from loopmdm.analysis.measures.registry import Measure
+from loopmdm.analysis.measures.representation.distances import Places
 from loopmdm.analysis.measures.representation.fixed_points import LoopMap
 from loopmdm.analysis.measures.representation.twins import untrained
 from loopmdm.analysis.numbers import stats
@@ -38,13 +38,10 @@ from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.precision import wide
 from loopmdm.model.randomness import row_uniforms
 from loopmdm.model.sequences import MaskedBatch, as_batch
-from loopmdm.model.tasks.sudoku import board_of_model
 
 DIRECTIONS = ("random", "token")
 RECEIVERS = ("any", *TOKEN_GROUPS)
 COLUMNS = ["n_loops", "start", "loop", "direction", "size", "source", "receiver", "metric", "distance", "relation"]
-BINS = (1, 2, 4, 8, 16)
-"""Where bins of |i - j| in text end; the last one is open."""
 
 
 @dataclass(frozen=True)
@@ -71,34 +68,6 @@ class Push:
             check_word("direction", direction, DIRECTIONS)
         for size in self.sizes:
             check_number("size", size, least=0)
-
-
-@dataclass(frozen=True)
-class Places:
-    """Classes of distance, by `distance` and `relation`; `member` [class, source, receiver] parts all pairs.
-
-    In causal models earlier receivers are in no class: nothing can reach them.
-    """
-
-    distance: tuple[str, ...]
-    relation: tuple[str, ...]
-    member: Bool[Tensor, "kind pos pos"]
-
-    @classmethod
-    def of(cls, m: HookedLoopMDM, n: int) -> "Places":
-        """Of the board that `m` fills, or of `n` positions of text."""
-        own, board = torch.eye(n, dtype=torch.bool), board_of_model(m.cfg)
-        if board is not None:
-            found = torch.stack([own, *(relation_of(board, name) for name in RELATIONS)])
-            return cls(("0", "1", "1", "1", "2"), ("self", *RELATIONS), found)
-        apart = (torch.arange(n)[:, None] - torch.arange(n)).abs()
-        edges = [0, *(end for end in BINS if end < n - 1), n]
-        spans = [(low + 1, high) for low, high in pairwise(edges)]
-        names = [f"{low}" if low == high else f"{low}-{high}" for low, high in spans]
-        names[-1] = f"{spans[-1][0]}+"
-        found = torch.stack([own, *((low <= apart) & (apart <= high) for low, high in spans)])
-        found = found & torch.ones(n, n, dtype=torch.bool).triu() if m.facts.causal else found
-        return cls(("0", *names), ("self", *["any"] * len(names)), found)
 
 
 # --- pushing ---

@@ -104,13 +104,12 @@ def _part(m: HookedLoopMDM, part: MaskedBatch, n_loops: int, readers: dict[str, 
 def fitted(
     m: HookedLoopMDM, b: MaskedBatch, n_loops: int, lenses: tuple[str, ...], descent: Descent, few: int
 ) -> dict[str, LearnedLens]:
-    """The learned ones among `lenses`, from validation sequences `b`; the Jacobian from `few` of them."""
+    """The learned ones among `lenses`, from validation sequences `b`; the Jacobian of `few` of them."""
     found = {}
     if "tuned" in lenses:
         found["tuned"] = fit_tuned(m, b, n_loops, descent)
     if "jacobian" in lenses:
-        some = torch.linspace(0, len(b) - 1, min(few, len(b))).long()
-        found["jacobian"] = fit_jacobian(m, b.rows(some), n_loops, descent.seed)
+        found["jacobian"] = fit_jacobian(m, b, n_loops, few, descent.seed)
     if NULL in lenses:
         found[NULL] = fit_tuned(m, b, n_loops, descent, shuffled=True)
     return found
@@ -122,7 +121,7 @@ def of_case(
     mask_ratio: float = 0.5,
     n_fit: int = 192,
     steps: int = 120,
-    n_jacobian: int = 4,
+    n_jacobian: int = 8,
     twins: int = 1,
 ) -> pd.DataFrame:
     """Lenses of the case's model, and those of `twins` untrained ones, fitted to `n_fit` validation sequences."""

@@ -38,6 +38,8 @@ HELD_OUT = 4
 """Every so many-th sequence or document chooses among steps."""
 CHECKS = 8
 """How often that happens."""
+PASSED = 16
+"""Sequences that a backward pass goes through at once."""
 
 
 @dataclass(frozen=True)
@@ -214,11 +216,12 @@ class _Folded:
 
 
 def fit_jacobian(
-    m: HookedLoopMDM, b: MaskedBatch, n_loops: int | None = None, seed: int = 0, batch_size: int = 16
+    m: HookedLoopMDM, b: MaskedBatch, n_loops: int | None = None, n_sequences: int | None = None, seed: int = 0
 ) -> LearnedLens:
-    """The Jacobian lens from hidden positions of `b`: one backward pass a dimension and `batch_size` sequences.
+    """The Jacobian lens from hidden positions of `b`: one backward pass a dimension and 16 sequences.
 
-    UsageError beyond d_model 1024, where that is too many.
+    Jacobians are those of `n_sequences` evenly spread ones (None: all), the means that map to each other those of
+    all. UsageError beyond d_model 1024, where that is too many passes.
     """
     check_model(m, "fit_jacobian", hooked=True)
     b, n_loops, d = questions("fit_jacobian", m, b), check_loops(m, n_loops), m.cfg.d_model
@@ -227,21 +230,19 @@ def fit_jacobian(
             f"the Jacobian lens takes one backward pass a dimension: d_model {d} exceeds {LARGEST}; "
             "leave it out, as in lenses=('coda', 'direct', 'tuned')"
         )
-    total, means = (
-        torch.zeros(n_loops, d, d, dtype=torch.float64),
-        torch.zeros(n_loops + 1, d, dtype=torch.float64),
-    )
-    n = 0
-    for first, part in b.batches(batch_size):
+    n_few = len(b) if n_sequences is None else min(check_count("n_sequences", n_sequences), len(b))
+    few = b.rows(torch.linspace(0, len(b) - 1, n_few).long())
+    total, n = torch.zeros(n_loops, d, d, dtype=torch.float64), 0
+    for first, part in few.batches(PASSED):
         rows = read_at(m.model, part.masked)
         states, end = _graph(m, part, n_loops)
         n += int(rows.sum())
-        means += torch.stack([wide(state.detach())[rows].double().sum(0) for state in [*states, end]]).cpu()
         for k, gradients in _rows_of_jacobian(states, end, rows, (seed, first)):
             total[:, k] += gradients
-    jacobian, mean = total / n, means / n
-    bias = mean[-1] - torch.einsum("lij,lj->li", jacobian, mean[:-1])
-    record = _told(m, b, n_loops, n) | {"seed": seed}
+    asked = Asked.of(m, b, n_loops)
+    jacobian, mean = total / n, asked.states.double().mean(1).cpu()
+    bias = asked.end.double().mean(0).cpu() - torch.einsum("lij,lj->li", jacobian, mean)
+    record = _told(m, b, n_loops, len(asked)) | {"seed": seed, "n_jacobians": n}
     return LearnedLens("jacobian", jacobian.float(), bias.float(), record)
 
 
