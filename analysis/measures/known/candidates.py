@@ -17,7 +17,8 @@ dies in loop r. Of hidden cells, averaged over cells (or symbols) of all boards 
     death           share of them that die in loop i for good; `loop` missing: live after the last
     death_loop, death_median   mean and median loop of death by r; what never dies counts as dying after the last
     slope           of the loop of death on the round of exclusion, least squares over such symbols: 1 where a loop
-                    is a round; never dying counts as above, which flattens it
+                    is a round; never dying counts as above, which flattens it. It is above 0 in a model
+                    without loops, too, whose hard cells are the open ones: compare with such a model
     true_dead       share of cells whose own symbol is dead: given up too early
     solved, newly_solved, newly_undone   shares of boards; undone: of those ever solved, not solved at last
 
@@ -28,6 +29,7 @@ first loop on, whatever it does inside: a lead says so. Errors over boards. Defi
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -71,7 +73,7 @@ class _Boards:
         return _said(*stats.mean_and_error(values, self.clusters))
 
 
-def _said(value: np.ndarray, error: np.ndarray, n: np.ndarray) -> dict[str, float]:
+def _said(value: Any, error: Any, n: Any) -> dict[str, float]:
     return {"value": float(value), "standard_error": float(error), "n": int(n)}
 
 
@@ -103,8 +105,8 @@ def candidates(
             rows += [label | {"rule": rule} | row for row in _of_sets(read, sets)]
             rows += [label | {"rule": rule} | row for row in _of_deaths(read, sets)]
     frame = pd.DataFrame(rows, columns=[name for name in COLUMNS if name not in ("low", "high")])
-    units = frame["n"].map({n: stats.count_units(n, found.batch.clusters) for n in frame["n"].unique()})
-    half = frame["standard_error"] * units.map({n: stats.t95(n) for n in units.unique()})
+    units = frame["n"].map({n: stats.count_units(int(n), found.batch.clusters) for n in frame["n"].unique()})
+    half = frame["standard_error"] * units.map({n: stats.t95(int(n)) for n in units.unique()})
     frame = frame.assign(low=frame["value"] - half, high=frame["value"] + half)[COLUMNS]
     return frame.astype({"loop": "Int64", "round": "Int64"})
 
@@ -198,7 +200,7 @@ def _slope(x: np.ndarray, y: np.ndarray, boards: _Boards) -> dict[str, float]:
     left = y - y.mean() - slope * apart
     present = boards.sums(np.ones(len(x))) > 0
     influence = np.where(present, n * boards.sums(apart * left) / spread, np.nan)
-    return _said(slope, stats.influence_error(influence, boards.clusters), np.array(n))
+    return _said(slope, stats.influence_error(influence, boards.clusters), n)
 
 
 # --- boards ---

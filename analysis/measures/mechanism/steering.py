@@ -9,6 +9,8 @@ cell is pushed towards a wrong symbol v, at one loop, and read after the last on
     peers    mean change of p(v) over the hidden cells in its row, column or box where the clues leave v possible
     others   the same over hidden cells outside them: what a push does to all, constraint or not
     felt     others less peers: above 0, peers drop v because of the cell
+    beyond   felt less what the random push of the same board, loop and strength gives: a cell that is merely
+             disturbed makes its peers less sure, too
 
 `kind`: open, v is possible as far as the clues say; excluded, a clue in sight of the cell holds v. Directions of
 length 1, by symbol and loop, from other boards: means (states of cells whose symbol is v, less those of the other
@@ -224,8 +226,8 @@ def steering(
     """Pushes of one kind in all directions, loops and strengths, and "random" beside them.
 
     Columns: n_loops kind direction loop strength norm_share metric intact value standard_error low high n.
-    Metrics: cell, follows, peers, others, felt (see the module), `value` the change that the push makes, `intact`
-    what is there without; paired by board, 95% by Student's t.
+    Metrics: cell, follows, peers, others, felt, beyond (see the module), `value` the change that the push makes,
+    `intact` what is there without; paired by board, 95% by Student's t.
     """
     for strength in strengths:
         if isinstance(strength, bool) or not isinstance(strength, int | float):
@@ -235,9 +237,10 @@ def steering(
     before = _read(answers(m, p.batch, n_loops, board.size), p)
     lots = row_uniforms(seed, "noise", len(p.batch), m.cfg.d_model)
     random = _unit(torch.special.ndtri(lots.clamp(1e-12, 1 - 1e-12)).numpy())
-    names = [*dict.fromkeys(name for name, _ in directions.vectors), "random"]
+    names = ["random", *dict.fromkeys(name for name, _ in directions.vectors)]
     rows = []
     for loop, spread in directions.spread.items():
+        at_random: dict[float, np.ndarray] = {}
         for name in names:
             towards = random if name == "random" else directions.vectors[name, loop][p.symbol]
             for strength in strengths:
@@ -245,7 +248,10 @@ def steering(
                     after = _read(answers(m, p.batch, n_loops, board.size), p)
                 at = {"n_loops": n_loops, "kind": kind, "direction": name, "loop": loop}
                 at |= {"strength": float(strength), "norm_share": spread / directions.norm[loop]}
-                rows += [at | row for row in _compared(before, after, p.batch.clusters)]
+                change = _change(before, after)
+                at_random.setdefault(strength, change["felt"])  # random comes first
+                change["beyond"] = change["felt"] - at_random[strength]
+                rows += [at | row for row in _rows(change, before, p.batch.clusters)]
     return pd.DataFrame(rows)
 
 
@@ -257,11 +263,15 @@ def _read(p: Float[Tensor, "batch cell symbol"], pushed: Pushes) -> dict[str, np
     return found | {"follows": (best == pushed.symbol).double().numpy()}
 
 
-def _compared(
-    before: dict[str, np.ndarray], after: dict[str, np.ndarray], clusters: np.ndarray | None
-) -> Iterator[dict]:
+def _change(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Per board: what the push changes, and how much more in peers than in others."""
     change = {name: after[name] - before[name] for name in before}
-    change["felt"] = change["others"] - change["peers"]
+    return change | {"felt": change["others"] - change["peers"]}
+
+
+def _rows(
+    change: dict[str, np.ndarray], before: dict[str, np.ndarray], clusters: np.ndarray | None
+) -> Iterator[dict]:
     for metric, values in change.items():
         value, error, n = (float(part) for part in stats.mean_and_error(values, clusters))
         half = error * stats.t95(stats.count_units(int(n), clusters))

@@ -132,6 +132,11 @@ def test_random_pushes_are_felt_by_nobody_in_an_untrained_model(boards):
     found = symbol_directions(m, boards, 2, ("means",))
     frame = steering(m, boards, found, strengths=(1.0,))
     felt = frame[frame["metric"] == "felt"]
+    beyond = frame[frame["metric"] == "beyond"].set_index(["direction", "loop"])["value"]
+    of = felt.set_index(["direction", "loop"])["value"]
+    for loop in (-1, 0, 1):
+        assert beyond["random", loop] == 0
+        assert beyond["means", loop] == pytest.approx(of["means", loop] - of["random", loop], abs=1e-9)
     # 6 intervals of 95%: two misses or more have a chance of 3%
     assert (felt["low"].gt(0) | felt["high"].lt(0)).sum() <= 2 and felt["value"].abs().max() < 0.1
     np.testing.assert_allclose(
