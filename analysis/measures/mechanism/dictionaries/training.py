@@ -11,7 +11,7 @@ transposed decoders, random directions.
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -104,6 +104,7 @@ def train_dictionary(samples: Samples, shape: Shape | None = None, training: Tra
         state.step(x, step)
     _set_threshold(made, samples, training)
     made.fold()
+    made.zero_grad(set_to_none=True)
     return made.eval().requires_grad_(False)
 
 
@@ -189,9 +190,3 @@ def _set_threshold(made: Dictionary, samples: Samples, training: Training) -> No
         for _, x in zip(range(CALIBRATION), rows, strict=False)
     ]
     made.threshold.copy_(torch.stack(found).mean())
-
-
-def told(made: Dictionary, **figures: Any) -> Dictionary:
-    """The dictionary with figures in its record."""
-    made.origin.told.update(figures)
-    return made

@@ -220,7 +220,7 @@ def test_a_planted_feature_says_what_the_model_does(planted):
     for symbol in (0, 4):
         feature = int(auc(codes[:, 3], true)[:, symbol].argmax())
         page = feature_page(dictionary, m, feature, b)
-        assert page.effects["token"].iloc[0] == str(symbol) and page.effects["effect"].iloc[0] > 1
+        assert page.effects["token"].iloc[0] == str(symbol) and page.effects["effect"].iloc[0] > 0.5
         assert "follows symbol" in repr(page) and "<table" in page._repr_html_()
         assert len(page.examples) == 10 and page.examples["code"].is_monotonic_decreasing
         assert page.examples["text"].str.contains(f">>[{symbol}]<<", regex=False).all()
