@@ -34,7 +34,7 @@ FLOORS = (
     "model.tasks model.network",
     "model.diffusion",
     "model.hooks",
-    "model.adapters model.training",
+    "model.adapters model.training model.planted",
     "model.zoo",
     "analysis.numbers analysis.plots",
     "analysis.watch",

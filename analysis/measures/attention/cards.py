@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from loopmdm.analysis.measures.attention.head_effects import READS, Seen, effects
-from loopmdm.analysis.measures.attention.relations import Relations
 from loopmdm.analysis.measures.attention.sinks import Sinks, received_attention
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.interventions.places import applications
 from loopmdm.analysis.measures.mechanism.contrast import questions
 from loopmdm.analysis.measures.registry import Measure
-from loopmdm.analysis.measures.representation.twins import asked_of, untrained
+from loopmdm.analysis.measures.relations import Relations
+from loopmdm.analysis.measures.twins import asked_of, untrained
 from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.numbers.estimate import with_interval
 from loopmdm.analysis.watch.states import check_loops

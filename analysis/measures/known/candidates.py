@@ -23,7 +23,7 @@ dies in loop r. Of hidden cells, averaged over cells (or symbols) of all boards 
     solved, newly_solved, newly_undone   shares of boards; undone: of those ever solved, not solved at last
 
 Arms: observed; shuffled (candidates of another board with the same cells hidden: what the clues' places give
-alone); untrained (`controls.py`). A model that answers at once what it can answer is near the last round from the
+alone); untrained (`twins.py`). A model that answers at once what it can answer is near the last round from the
 first loop on, whatever it does inside: a lead says so. Errors over boards. Definitions are ours.
 """
 
@@ -37,8 +37,8 @@ import pandas as pd
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.known.boards import puzzles_of
 from loopmdm.analysis.measures.known.considered import NEVER, RULES, Allowed, Considered, allowed, considered
-from loopmdm.analysis.measures.mechanism.controls import untrained
 from loopmdm.analysis.measures.registry import Measure
+from loopmdm.analysis.measures.twins import untrained
 from loopmdm.analysis.numbers import stats
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.sequences import MaskedBatch
@@ -91,8 +91,7 @@ def candidates(
     or clusters of them. Boards with several solutions are left out; UsageError where none is left.
     """
     found = considered(m, b, n_loops, threshold)
-    with untrained(m, seed) as fresh:
-        ignorant = considered(fresh, found.batch, len(found.log_p), threshold)
+    ignorant = considered(untrained(m, seed), found.batch, len(found.log_p), threshold)
     rows = []
     for arm in ARMS:
         read = ignorant if arm == "untrained" else found

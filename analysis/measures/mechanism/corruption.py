@@ -1,31 +1,54 @@
-"""Pairs of runs that differ in one clean token: what is changed, and where positions stand to it.
+"""Pairs of runs that differ in what they show: what is changed, and where positions stand to it.
 
-On a board a clue gets another symbol that no other clue of its row, column or box holds, so that the corrupted
-run has no conflict to see at once. Elsewhere a clean token, next to a masked one where there is such, is replaced
-by a clean token of another sequence. What is hidden and what the answer was stay as they are.
+    token       one clean token. On a board a clue gets another symbol that no other clue of its row, column or box
+                holds, so that the corrupted run has no conflict to see at once. Elsewhere a clean token, next to a
+                masked one where there is such, is replaced by a clean token of another sequence
+    resample    the whole of another sequence, of another document where several share one, under the same mask
+
+What is hidden stays hidden, so that positions of both runs mean the same (Zhang & Nanda 2024 on how to corrupt;
+Chan et al. 2022 on resampling).
 """
 
 from dataclasses import replace
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from loopmdm.analysis.measures.interventions.selections import RELATIONS, relation_of
-from loopmdm.model.errors import UsageError
+from loopmdm.analysis.measures.interventions.values import donors
+from loopmdm.model.errors import UsageError, check_word
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.randomness import row_uniforms
 from loopmdm.model.sequences import MaskedBatch, as_batch, before_next
 from loopmdm.model.tasks.propagation import units
 from loopmdm.model.tasks.sudoku import Board, board_of_model
 
+Corruption = Literal["token", "resample"]
+CORRUPTIONS: tuple[Corruption, ...] = get_args(Corruption)
 
-def corrupted(m: HookedLoopMDM, b: MaskedBatch, seed: int = 0) -> MaskedBatch:
-    """`b` with one clean token of every sequence changed; sequences without any stay as they are.
 
-    Row i of what is drawn depends on `seed` and i. UsageError where nothing can be changed.
+def corrupted(m: HookedLoopMDM, b: MaskedBatch, seed: int = 0, how: Corruption = "token") -> MaskedBatch:
+    """`b` with one clean token of every sequence changed, or all of them; sequences without any stay as they are.
+
+    Row i of what is drawn depends on `seed` and i. UsageError where nothing can be changed, or where sequences
+    cannot swap masks.
     """
     b = as_batch("corrupted", b)
+    check_word("corruption", how, CORRUPTIONS)
+    return _one_changed(m, b, seed) if how == "token" else _resampled(m, b, seed)
+
+
+def _resampled(m: HookedLoopMDM, b: MaskedBatch, seed: int) -> MaskedBatch:
+    if b.sequences.real is not None:
+        raise UsageError('corruption "resample" needs sequences without padding; take "token"')
+    shown = b.tokens if m.facts.causal else b.sequences.tokens
+    clean = shown[torch.from_numpy(donors(b.sequences, seed, 0))]
+    return replace(b, tokens=torch.where(m.cfg.hidden(b.tokens), b.tokens, clean), clean=clean)
+
+
+def _one_changed(m: HookedLoopMDM, b: MaskedBatch, seed: int) -> MaskedBatch:
     where, what = _choices(m, b)
     drawn = row_uniforms(seed, "donors", len(b), 2)
     tokens, clean = b.tokens.clone(), b.clean.clone()

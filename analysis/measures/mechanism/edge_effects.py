@@ -22,12 +22,13 @@ from torch import Tensor
 
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.mechanism.contrast import questions
+from loopmdm.analysis.measures.mechanism.corruption import Corruption, corrupted
 from loopmdm.analysis.measures.mechanism.edge_attribution import edge_attribution
-from loopmdm.analysis.measures.mechanism.edge_groups import SELF, edge_groups, relations
-from loopmdm.analysis.measures.mechanism.edge_inputs import Corruption, changed, corrupted
+from loopmdm.analysis.measures.mechanism.edge_groups import edge_groups
 from loopmdm.analysis.measures.mechanism.edge_paths import Hop, hear, hold
 from loopmdm.analysis.measures.mechanism.edges import METRICS, EdgeStudy
 from loopmdm.analysis.measures.registry import Measure
+from loopmdm.analysis.measures.relations import SELF, relations
 from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.watch.groups import TOKEN_GROUPS
 from loopmdm.analysis.watch.states import check_loops
@@ -86,11 +87,8 @@ def edge_effects(
     has the sequences of "exact", "attribution, all" all of them.
     """
     check_by(m.facts, by, "edge_effects")
-    n_loops, told = check_loops(m, n_loops), questions("edge_effects", m, b)
-    other, most = (
-        corrupted(m, told, corruption, seed),
-        len(b) if n_exact is None else check_count("n_exact", n_exact),
-    )
+    n_loops, other = check_loops(m, n_loops), _other("edge_effects", m, b, corruption, seed)
+    most = len(b) if n_exact is None else check_count("n_exact", n_exact)
     names = ("n_loops", "method", "loop", "relation", "keys", "queries", "metric")
     table = _Table(names, len(b), b.clusters)
     for start, part in b.batches(batch_size):
@@ -124,6 +122,21 @@ def _exactly(table: _Table, study: EdgeStudy, by: By, span: slice | np.ndarray) 
                 table.put(place, span, lost[metric], edges.flatten(1).sum(-1))
 
 
+def _other(
+    name: str, m: HookedLoopMDM, b: MaskedBatch, corruption: Corruption, seed: int
+) -> Int[Tensor, "batch pos"]:
+    """The corrupted tokens; UsageError for a sequence in which nothing can be changed."""
+    questions(name, m, b)
+    other = corrupted(m, b, seed, corruption).tokens
+    same = (other == b.tokens).all(-1)
+    if bool(same.any()):
+        number = int(same.nonzero()[0, 0])
+        raise UsageError(
+            f"{name}: sequence {number} shows no token that could be changed; mask less, or leave it out"
+        )
+    return other
+
+
 def relay_effects(
     m: HookedLoopMDM,
     b: MaskedBatch,
@@ -139,16 +152,15 @@ def relay_effects(
     `edge_effects`; edges are those of the second hop. Relation "any" is all of them at once.
     """
     m.facts.need("masks", "bidirectional", by="relay_effects")
-    n_loops, told = check_loops(m, n_loops), questions("relay_effects", m, b)
-    if n_loops < 2:
+    if check_loops(m, n_loops) < 2:
         raise UsageError("a relay needs two loops; give n_loops of at least 2")
-    other = corrupted(m, told, corruption, seed)
+    n_loops, other = check_loops(m, n_loops), _other("relay_effects", m, b, corruption, seed)
     names = ("n_loops", "loop", "second", "relay", "relation", "metric")
     table = _Table(names, len(b), b.clusters)
     for start, part in b.batches(batch_size):
         span = slice(start, start + len(part))
         study = EdgeStudy.of(m, part, other[span], n_loops)
-        for place, second, lost in _relayed(study, changed(study.batch.tokens, other[span])):
+        for place, second, lost in _relayed(study, study.batch.tokens != other[span]):
             for metric in METRICS:
                 table.put((n_loops, *place, metric), span, lost[metric], second.flatten(1).sum(-1))
     return table.frame([*METHODS, *relations(m, b.tokens.shape[1]), "any", *TOKEN_GROUPS, *METRICS])

@@ -13,14 +13,11 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from loopmdm.analysis.measures.interventions.selections import RELATIONS, relation_of
+from loopmdm.analysis.measures.relations import relations
 from loopmdm.analysis.watch.groups import members
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.layout import By, asked
 from loopmdm.model.sequences import MaskedBatch
-from loopmdm.model.tasks.sudoku import board_of_model
-
-SELF = "self"
 
 
 @dataclass(frozen=True)
@@ -30,22 +27,6 @@ class EdgeGroup:
     relation: str
     keys: str
     queries: str
-
-
-def relations(m: HookedLoopMDM, width: int) -> dict[str, Bool[Tensor, "query key"]]:
-    """Which pairs of `width` positions are in each relation; they part all pairs."""
-    own = torch.eye(width, dtype=torch.bool, device=m.model.device)
-    board = board_of_model(m.cfg)
-    if board is not None and board.n_cells == width:
-        return {SELF: own} | {name: relation_of(board, name).to(own.device) for name in RELATIONS}
-    place = torch.arange(width, device=own.device)
-    distance = (place[:, None] - place[None]).abs()
-    found, low = {SELF: own}, 1
-    while low < width:
-        last = min(2 * low, width) - 1
-        found[str(low) if last == low else f"{low}-{last}"] = (distance >= low) & (distance <= last)
-        low *= 2
-    return found
 
 
 def edge_groups(

@@ -14,7 +14,7 @@ that are fitted. Probes are fitted on other sequences (boards, documents) than t
                held for all sequences (Hewitt & Liang 2019), which a probe can only learn by heart
 
 Arms (`labels`): true; control; shuffled, answers permuted over rows, where auc is 1/2 but for chance: 95% of such
-intervals hold it. `weights`: trained, untrained (`controls.py`). Loop -1 is the prelude's output: what loops had
+intervals hold it. `weights`: trained, untrained (`twins.py`). Loop -1 is the prelude's output: what loops had
 no part in. That something can be read does not say that the model reads it: steering.py asks. Errors over
 sequences or clusters: an AUC's by what each row adds to it (DeLong et al. 1988), summed within units (Obuchowski
 1997).
@@ -31,9 +31,9 @@ from scipy.stats import rankdata
 
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.known.boards import puzzles_of
-from loopmdm.analysis.measures.mechanism.controls import untrained
 from loopmdm.analysis.measures.mechanism.labels import Labelled, Target, sudoku_labels, text_labels
 from loopmdm.analysis.measures.registry import Measure
+from loopmdm.analysis.measures.twins import untrained
 from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.watch.states import check_loops, trajectory
 from loopmdm.model.errors import UsageError
@@ -249,8 +249,7 @@ def on_case(
     fit, test = (
         labelled(part, mask_ratio, n_clues, n_rounds).some(n_rows, case.seed) for part in (_validating(case), case)
     )
-    with untrained(case.m, case.seed) as fresh:
-        bare = probe(fresh, fit, test, case.n_loops, case.seed)
+    bare = probe(untrained(case.m, case.seed), fit, test, case.n_loops, case.seed)
     found = probe(case.m, fit, test, case.n_loops, case.seed)
     return pd.concat([found.assign(weights="trained"), bare.assign(weights="untrained")], ignore_index=True)
 

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.registry import Measure
-from loopmdm.analysis.measures.representation.distances import Places
+from loopmdm.analysis.measures.relations import Places
 from loopmdm.analysis.measures.representation.fixed_points import LoopMap
-from loopmdm.analysis.measures.representation.twins import untrained
+from loopmdm.analysis.measures.twins import untrained
 from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.watch.groups import TOKEN_GROUPS, members
 from loopmdm.analysis.watch.states import check_loops

@@ -25,7 +25,7 @@ from loopmdm.analysis.measures.registry import Measure
 from loopmdm.analysis.measures.representation.learned_lenses import LearnedLens
 from loopmdm.analysis.measures.representation.lens_fitting import Descent, fit_jacobian, fit_tuned
 from loopmdm.analysis.measures.representation.lenses import LEARNED, LENSES, read
-from loopmdm.analysis.measures.representation.twins import asked_of, untrained
+from loopmdm.analysis.measures.twins import asked_of, untrained
 from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.watch.states import check_loops, row_mean
 from loopmdm.model.context import Context

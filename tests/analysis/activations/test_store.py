@@ -14,9 +14,9 @@ from loopmdm.analysis.measures.options import OnMasks
 from loopmdm.model import HookedLoopMDM, UsageError
 from loopmdm.model.adapters import hook_model
 from loopmdm.model.errors import NotFiniteError
+from loopmdm.model.planted import naked_singles
 from loopmdm.model.sequences import MaskedBatch, Sequences
 from loopmdm.model.sites import at
-from loopmdm.model.tasks.planted import naked_singles
 from loopmdm.model.tasks.test_sets import TestSet
 from tests.conftest import toy_model
 from tests.loopmdm_model.adapters import natives

@@ -10,13 +10,13 @@ dictionary_learning has crosscoders over two models and brings nnsight; neither 
 """
 
 from loopmdm.analysis.measures.mechanism.dictionaries.coder import Dictionary, Origin, Shape
-from loopmdm.analysis.measures.mechanism.dictionaries.control import untrained
 from loopmdm.analysis.measures.mechanism.dictionaries.lives import Lives, feature_lives
 from loopmdm.analysis.measures.mechanism.dictionaries.meaning import Variables, coverage, known_variables, matches
 from loopmdm.analysis.measures.mechanism.dictionaries.pages import FeaturePage, feature_page
 from loopmdm.analysis.measures.mechanism.dictionaries.report import dictionary_scores
 from loopmdm.analysis.measures.mechanism.dictionaries.splicing import Spliced, splice, splice_losses
 from loopmdm.analysis.measures.mechanism.dictionaries.training import Training, train_dictionary
+from loopmdm.analysis.measures.twins import untrained
 
 __all__ = [
     "Dictionary", "FeaturePage", "Lives", "Origin", "Shape", "Spliced", "Training", "Variables", "coverage",

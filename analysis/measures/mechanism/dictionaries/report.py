@@ -1,6 +1,6 @@
 """What a dictionary is worth and what it says, beside one of an untrained model: the measure "dictionaries".
 
-Arms "trained" and "untrained" (`control`): the same kind, size, steps and seed. Metrics, by loop or over all (loop
+Arms "trained" and "untrained" (a twin): the same kind, size, steps and seed. Metrics, by loop or over all (loop
 missing), a crosscoder's code being one for all loops:
 
     explained_variance   share of the states' variance given back
@@ -31,7 +31,6 @@ from loopmdm.analysis.activations.catching import Given
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.mechanism.contrast import questions
 from loopmdm.analysis.measures.mechanism.dictionaries.coder import Dictionary, Shape
-from loopmdm.analysis.measures.mechanism.dictionaries.control import untrained
 from loopmdm.analysis.measures.mechanism.dictionaries.lives import feature_lives
 from loopmdm.analysis.measures.mechanism.dictionaries.meaning import (
     Variables,
@@ -43,6 +42,7 @@ from loopmdm.analysis.measures.mechanism.dictionaries.splicing import ARMS, spli
 from loopmdm.analysis.measures.mechanism.dictionaries.training import Training, train_dictionary
 from loopmdm.analysis.measures.options import RATIOS, OnMasks
 from loopmdm.analysis.measures.registry import Measure
+from loopmdm.analysis.measures.twins import untrained
 from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.watch.states import row_mean
 from loopmdm.model.errors import check_count

@@ -15,15 +15,15 @@ from loopmdm.analysis.measures.attention.head_effects import (
     other_than,
     removed,
 )
-from loopmdm.analysis.measures.attention.relations import Relations
 from loopmdm.analysis.measures.mechanism.contrast import questions
-from loopmdm.analysis.measures.representation.twins import untrained
+from loopmdm.analysis.measures.relations import Relations
+from loopmdm.analysis.measures.twins import untrained
 from loopmdm.analysis.plots.cards import plot_card
 from loopmdm.model.adapters import hook_model
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.masking import mask_tokens
-from loopmdm.model.tasks.planted import CANDIDATE_LOGIT, HEADS, KNOWN_LOGIT, naked_singles
+from loopmdm.model.planted import CANDIDATE_LOGIT, HEADS, KNOWN_LOGIT, naked_singles
 from loopmdm.model.tasks.propagation import units
 from loopmdm.model.tasks.puzzles import puzzles
 from loopmdm.model.tasks.sudoku import BOARDS

@@ -18,7 +18,7 @@ from loopmdm.analysis.measures.interventions.reference import other_tokens
 from loopmdm.analysis.measures.interventions.values import donors
 from loopmdm.model.adapters import hook_model
 from loopmdm.model.errors import UsageError
-from loopmdm.model.tasks.planted import HEADS, naked_singles
+from loopmdm.model.planted import HEADS, naked_singles
 from loopmdm.model.tasks.puzzles import puzzles
 from loopmdm.model.tasks.sudoku import BOARDS
 from tests.loopmdm_model.adapters import natives

@@ -12,12 +12,12 @@ from loopmdm.analysis.measures import measure
 from loopmdm.analysis.measures.known.candidates import candidates
 from loopmdm.analysis.measures.known.considered import RULES, allowed, considered
 from loopmdm.analysis.measures.known.example_board import example_board
-from loopmdm.analysis.measures.mechanism.controls import untrained
+from loopmdm.analysis.measures.twins import untrained
 from loopmdm.analysis.plots.candidates import plot_candidates, plot_deaths, plot_live
 from loopmdm.model.adapters import hook_model
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
-from loopmdm.model.tasks.planted import naked_singles
+from loopmdm.model.planted import naked_singles
 from loopmdm.model.tasks.propagation import propagate, units
 from loopmdm.model.tasks.puzzles import puzzles
 from loopmdm.model.tasks.sudoku import BOARDS
@@ -114,20 +114,20 @@ def test_an_untrained_model_is_at_chance(frame):
     assert abs(part(frame, "slope", "untrained")["value"].iloc[0]) < 0.1
 
 
-def test_an_untrained_model_is_fresh_or_scrambled_and_comes_back():
+def test_an_untrained_model_is_fresh_or_scrambled():
     m = HookedLoopMDM(toy_model())
-    with untrained(m, 1) as fresh, untrained(m, 1) as again, untrained(m, 2) as other:
-        assert fresh.cfg == m.cfg and fresh is not m
-        weights = [x.model.embed.weight for x in (fresh, again, other, m)]
-        assert torch.equal(weights[0], weights[1])
-        assert not torch.equal(weights[0], weights[2]) and not torch.equal(weights[0], weights[3])
+    fresh, again, other = untrained(m, 1), untrained(m, 1), untrained(m, 2)
+    assert fresh.cfg == m.cfg and fresh is not m
+    weights = [x.model.embed.weight for x in (fresh, again, other, m)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2]) and not torch.equal(weights[0], weights[3])
     foreign = hook_model(natives.native("Bert"), mask_token_id=103)
     before = [weight.clone() for weight in foreign.model.parameters()]
-    with untrained(foreign) as scrambled:
-        moved = [not torch.equal(w, b) for w, b in zip(scrambled.model.parameters(), before, strict=True)]
-        assert scrambled is foreign and sum(moved) >= len([w for w in before if w.ndim > 1]) - 2
-        for now, then in zip(scrambled.model.parameters(), before, strict=True):
-            torch.testing.assert_close(now.flatten().sort().values, then.flatten().sort().values, rtol=0, atol=0)
+    scrambled = list(untrained(foreign).model.parameters())
+    moved = [not torch.equal(w, b) for w, b in zip(scrambled, before, strict=True)]
+    assert sum(moved) >= len([w for w in before if w.ndim > 1]) - 2
+    for now, then in zip(scrambled, before, strict=True):
+        torch.testing.assert_close(now.flatten().sort().values, then.flatten().sort().values, rtol=0, atol=0)
     assert all(torch.equal(w, b) for w, b in zip(foreign.model.parameters(), before, strict=True))
 
 

@@ -20,8 +20,8 @@ from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.masking import mask_tokens
 from loopmdm.model.network.model import LoopMDM
+from loopmdm.model.planted import naked_singles
 from loopmdm.model.sequences import MaskedBatch, Sequences
-from loopmdm.model.tasks.planted import naked_singles
 from loopmdm.model.tasks.puzzles import puzzles
 from loopmdm.model.tasks.sudoku import BOARDS
 from loopmdm.model.tasks.test_sets import TestSet

@@ -32,8 +32,8 @@ from loopmdm.analysis.measures.mechanism.dictionaries.meaning import auc
 from loopmdm.analysis.plots.dictionaries import plot_lives, plot_profiles, plot_recovered
 from loopmdm.model import HookedLoopMDM, UsageError
 from loopmdm.model.adapters import hook_model
+from loopmdm.model.planted import naked_singles
 from loopmdm.model.sequences import MaskedBatch
-from loopmdm.model.tasks.planted import naked_singles
 from loopmdm.model.tasks.puzzles import puzzles
 from loopmdm.model.tasks.sudoku import BOARDS
 from tests.conftest import toy_model

@@ -8,6 +8,7 @@ import torch
 
 from loopmdm.analysis.measures.interventions.selections import relation_of
 from loopmdm.analysis.measures.mechanism.contrast import questions
+from loopmdm.analysis.measures.mechanism.corruption import corrupted
 from loopmdm.analysis.measures.mechanism.edge_attribution import edge_attribution
 from loopmdm.analysis.measures.mechanism.edge_effects import (
     edge_effects,
@@ -15,17 +16,17 @@ from loopmdm.analysis.measures.mechanism.edge_effects import (
     relation_test,
     relay_effects,
 )
-from loopmdm.analysis.measures.mechanism.edge_groups import edge_groups, relations
-from loopmdm.analysis.measures.mechanism.edge_inputs import changed, corrupted
+from loopmdm.analysis.measures.mechanism.edge_groups import edge_groups
 from loopmdm.analysis.measures.mechanism.edge_paths import Hop, along_path, path_patching
 from loopmdm.analysis.measures.mechanism.edges import EdgeStudy, Messages, edge_patching, read_edges, record
+from loopmdm.analysis.measures.relations import relations
 from loopmdm.model.adapters import hook_model
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.masking import mask_tokens
 from loopmdm.model.network.model import LoopMDM
+from loopmdm.model.planted import HEADS, naked_singles
 from loopmdm.model.sequences import MaskedBatch
-from loopmdm.model.tasks.planted import HEADS, naked_singles
 from loopmdm.model.tasks.propagation import candidates_by_round, propagate
 from loopmdm.model.tasks.puzzles import puzzles
 from loopmdm.model.tasks.sudoku import BOARDS
@@ -45,7 +46,7 @@ def nothing(b: MaskedBatch) -> torch.Tensor:
 
 @pytest.fixture
 def study(hooked, batch) -> EdgeStudy:
-    return EdgeStudy.of(hooked, batch, corrupted(hooked, batch, "resample"), 3)
+    return EdgeStudy.of(hooked, batch, corrupted(hooked, batch, how="resample").tokens, 3)
 
 
 # --- identities ---
@@ -74,11 +75,11 @@ def test_one_loop_of_messages_is_all_that_others_say_in_it():
     """Without a prelude only the changed place enters otherwise, so the rest hears all of it through edges."""
     m = HookedLoopMDM(toy_model(n_prelude_layers=0, n_loop_layers=1))
     b = mask_tokens(torch.randint(0, 22, (4, 10), generator=torch.Generator().manual_seed(1)), 22, mask_ratio=0.5)
-    other = corrupted(m, b, "token", seed=3)
+    other = corrupted(m, b, seed=3).tokens
     study = EdgeStudy.of(m, b, other, 1)
     with read_edges(m, [(everything(b), study.corrupt.messages)], 0):
         heard = m.loop(study.clean.states[0], study.clean.context, 0)
-    rest = ~changed(b.tokens, other)
+    rest = b.tokens == other
     torch.testing.assert_close(heard[rest], study.corrupt.states[1][rest], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(heard[rest], study.clean.states[1][rest], atol=1e-3)
 
@@ -112,7 +113,7 @@ def test_attribution_of_a_partition_adds_up(study):
 def test_attribution_is_the_derivative_of_patching():
     m = HookedLoopMDM(toy_model(n_loop_layers=1).double())
     b = mask_tokens(torch.randint(0, 22, (4, 10), generator=torch.Generator().manual_seed(1)), 22, mask_ratio=0.5)
-    study, step = EdgeStudy.of(m, b, corrupted(m, b, "resample"), 3), 1e-5
+    study, step = EdgeStudy.of(m, b, corrupted(m, b, how="resample").tokens, 3), 1e-5
     near = study.clean.messages.mixed(study.corrupt.messages, step)
     small = dataclasses.replace(study, corrupt=dataclasses.replace(study.corrupt, messages=near))
     chosen = torch.rand(4, 2, 10, 10, generator=torch.Generator().manual_seed(0)) < 0.3
@@ -124,7 +125,7 @@ def test_attribution_is_the_derivative_of_patching():
 def test_one_hop_is_edge_patching_and_no_hop_is_nothing():
     m = HookedLoopMDM(toy_model(n_loop_layers=1))
     b = mask_tokens(torch.randint(0, 22, (4, 10), generator=torch.Generator().manual_seed(1)), 22, mask_ratio=0.5)
-    other = corrupted(m, b, "resample")
+    other = corrupted(m, b, how="resample").tokens
     edges = everything(b) & ~torch.eye(10, dtype=torch.bool) & b.masked[:, :, None]
     for loop in range(3):
         path = path_patching(m, b, other, [Hop(loop, edges)], 3)
@@ -147,7 +148,7 @@ def planted():
     """Boards with chains of deductions, one clue changed."""
     m = naked_singles(BOARD)
     b = puzzles(BOARD, BOARD.sample_grids("test", 40), 16, unique=True)
-    return m, b, corrupted(m, b, "token", seed=1)
+    return m, b, corrupted(m, b, seed=1).tokens
 
 
 def test_only_edges_of_a_unit_carry_and_each_head_its_own(planted):
@@ -280,7 +281,7 @@ def test_rows_of_both_methods_are_of_the_same_sequences(hooked, batch):
     whole = edge_effects(hooked, batch, 2, corruption="resample")
     some = edge_effects(hooked, batch, 2, corruption="resample", n_exact=2, batch_size=1)
     names = ["loop", "relation", "keys", "queries", "metric"]
-    study = EdgeStudy.of(hooked, batch, corrupted(hooked, batch, "resample"), 2)
+    study = EdgeStudy.of(hooked, batch, corrupted(hooked, batch, how="resample").tokens, 2)
     edges = edge_groups(hooked, study.batch)
     group = next(group for group in edges if group.relation == "1" and group.keys == group.queries == "masked")
     lost = study.by_sequence(study.lost(study.patched(edges[group], [1])))["kl"]
@@ -296,8 +297,8 @@ def test_rows_of_both_methods_are_of_the_same_sequences(hooked, batch):
 
 def test_the_table_of_relays_is_path_patching(hooked, batch):
     frame = relay_effects(hooked, batch, 3, corruption="token", seed=2)
-    other = corrupted(hooked, batch, "token", seed=2)
-    sources, own = changed(batch.tokens, other), torch.eye(10, dtype=torch.bool)
+    other = corrupted(hooked, batch, seed=2).tokens
+    sources, own = batch.tokens != other, torch.eye(10, dtype=torch.bool)
     first = (batch.masked & ~sources)[:, :, None] & sources[:, None, :]
     second = batch.masked[:, :, None] & (batch.masked & ~sources)[:, None, :] & ~own
     expected = path_patching(hooked, batch, other, [Hop(0, first), Hop(2, second)], 3)
@@ -343,7 +344,7 @@ def test_on_other_peoples_models(name):
     causal = m.facts.causal
     b = MaskedBatch(tokens, tokens, torch.zeros_like(tokens).bool()) if causal else m.mask(tokens, ratio=0.4)
     told = questions("test", m, b)
-    other = corrupted(m, told, "resample")
+    other = corrupted(m, told, how="resample").tokens
     study = EdgeStudy.of(m, b, other, 2)
     expected = m.readout(study.corrupt.states[-1], study.corrupt.context, rows=study.asked.rows)
     with read_edges(m, [(everything(b), study.corrupt.messages)]):
@@ -368,7 +369,7 @@ def test_on_other_peoples_models(name):
 
 
 def test_what_is_wrong_is_said_in_a_line(hooked, batch, study):
-    other = corrupted(hooked, batch, "resample")
+    other = corrupted(hooked, batch, how="resample").tokens
     own = everything(batch)
     shorter = record(hooked, batch.tokens, 1).messages
     with (
@@ -377,7 +378,7 @@ def test_what_is_wrong_is_said_in_a_line(hooked, batch, study):
     ):
         hooked(batch.tokens, n_loops=2)
     for call, said in (
-        (lambda: corrupted(hooked, batch, "noise"), 'corruption must be "token" or "resample"'),
+        (lambda: corrupted(hooked, batch, how="noise"), 'corruption must be "token" or "resample"'),
         (lambda: EdgeStudy.of(hooked, batch, other[:2]), "must have the shape of the clean ones"),
         (lambda: EdgeStudy.of(hooked, batch, other.roll(1, 1)), "must be masked at the same positions"),
         (lambda: edge_patching(hooked, batch, other, own, [7]), "loops run from 0 to 2, got 7"),
@@ -393,8 +394,8 @@ def test_what_is_wrong_is_said_in_a_line(hooked, batch, study):
         with pytest.raises(UsageError, match=said):
             call()
     nothing_shown = MaskedBatch(torch.full((2, 4), 22), torch.ones(2, 4).long(), torch.ones(2, 4).bool())
-    with pytest.raises(UsageError, match="sequence 0 shows no token that could be changed"):
-        corrupted(hooked, nothing_shown, "token")
+    with pytest.raises(UsageError, match="no sequence has a clean token that can be changed"):
+        corrupted(hooked, nothing_shown)
 
 
 def test_scores_that_are_no_product_are_refused(hooked, batch):

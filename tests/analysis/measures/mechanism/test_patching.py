@@ -16,8 +16,8 @@ from loopmdm.model.adapters import hook_model
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.masking import mask_tokens
+from loopmdm.model.planted import HEADS, naked_singles
 from loopmdm.model.sequences import MaskedBatch
-from loopmdm.model.tasks.planted import HEADS, naked_singles
 from loopmdm.model.tasks.propagation import units
 from loopmdm.model.tasks.puzzles import puzzles
 from loopmdm.model.tasks.sudoku import BOARDS

@@ -9,7 +9,7 @@ from loopmdm.analysis.measures.mechanism.scrubbing import Scrub, exchange, propa
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.network.model import LoopMDM
-from loopmdm.model.tasks.planted import naked_singles
+from loopmdm.model.planted import naked_singles
 from loopmdm.model.tasks.puzzles import puzzles
 from loopmdm.model.tasks.sudoku import BOARDS
 from tests.conftest import toy_config

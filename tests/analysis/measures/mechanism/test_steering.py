@@ -16,7 +16,7 @@ from loopmdm.analysis.measures.mechanism.steering import (
 from loopmdm.model.adapters import hook_model
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
-from loopmdm.model.tasks.planted import CANDIDATE_LOGIT, KNOWN_LOGIT, naked_singles
+from loopmdm.model.planted import CANDIDATE_LOGIT, KNOWN_LOGIT, naked_singles
 from loopmdm.model.tasks.propagation import candidates_by_round, propagate, units
 from loopmdm.model.tasks.puzzles import puzzles
 from loopmdm.model.tasks.sudoku import BOARDS

@@ -14,13 +14,13 @@ from loopmdm.analysis.measures.representation.gain import (
     perturbation_gain,
     pushed,
 )
-from loopmdm.analysis.measures.representation.twins import untrained
+from loopmdm.analysis.measures.twins import untrained
 from loopmdm.model.adapters import hook_model
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.masking import hide
+from loopmdm.model.planted import naked_singles
 from loopmdm.model.sequences import MaskedBatch
-from loopmdm.model.tasks.planted import naked_singles
 from loopmdm.model.tasks.puzzles import puzzles
 from loopmdm.model.tasks.sudoku import BOARDS
 from tests.analysis.measures.representation.test_change import planted

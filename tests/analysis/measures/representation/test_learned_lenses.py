@@ -19,16 +19,16 @@ from loopmdm.analysis.measures.representation.lens_fitting import (
     unembed,
 )
 from loopmdm.analysis.measures.representation.lenses import LEARNED, LENSES, read
-from loopmdm.analysis.measures.representation.twins import untrained
+from loopmdm.analysis.measures.twins import untrained
 from loopmdm.model.context import Context
 from loopmdm.model.errors import UnknownNameError, UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.layout import Facts
 from loopmdm.model.masking import mask_tokens
+from loopmdm.model.planted import naked_singles
 from loopmdm.model.protocol import Core
 from loopmdm.model.sequences import MaskedBatch
 from loopmdm.model.taps import NO_TAP, no_taps
-from loopmdm.model.tasks.planted import naked_singles
 from loopmdm.model.tasks.puzzles import puzzles
 from loopmdm.model.tasks.sudoku import BOARDS
 from tests.analysis.measures.representation.test_gain import FOREIGN, foreign

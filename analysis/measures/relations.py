@@ -1,7 +1,9 @@
-"""What a key is to a query: relations that part all pairs, of cells on a board or of positions in text.
+"""What two positions are to each other: relations that part all pairs, of cells on a board or of positions in text.
 
-    board   self | box | row | column (these two of another box) | none
-    text    self | previous | next | same (shows the token that is asked for at the query) | near | far
+    board                     self | box | row | column (these two of another box) | none
+    text, by distance         self | |query - key| by powers of two: 1, 2-3, 4-7, ..   (`relations`, `Places`)
+    text, by what is there    self | previous | next | same (shows the token that is asked for at the query) | near |
+                              far                                                      (`Relations`)
 
 The first that holds counts, so that shares of attention sum to 1 over relations. Near is up to 8 positions away.
 """
@@ -17,9 +19,49 @@ from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.sequences import MaskedBatch
 from loopmdm.model.tasks.sudoku import board_of_model
 
-BOARD = ("self", *RELATIONS)
-TEXT = ("self", "previous", "next", "same", "near", "far")
+SELF = "self"
+BOARD = (SELF, *RELATIONS)
+TEXT = (SELF, "previous", "next", "same", "near", "far")
 NEAR = 8
+
+
+def relations(m: HookedLoopMDM, width: int) -> dict[str, Bool[Tensor, "query key"]]:
+    """Which pairs of `width` positions are in each relation; they part all pairs."""
+    own = torch.eye(width, dtype=torch.bool, device=m.model.device)
+    board = board_of_model(m.cfg)
+    if board is not None and board.n_cells == width:
+        return {SELF: own} | {name: relation_of(board, name).to(own.device) for name in RELATIONS}
+    place = torch.arange(width, device=own.device)
+    distance = (place[:, None] - place[None]).abs()
+    found, low = {SELF: own}, 1
+    while low < width:
+        last = min(2 * low, width) - 1
+        found[str(low) if last == low else f"{low}-{last}"] = (distance >= low) & (distance <= last)
+        low *= 2
+    return found
+
+
+@dataclass(frozen=True)
+class Places:
+    """Classes of distance, by `distance` and `relation`; `member` [class, source, receiver] part all pairs.
+
+    On a board cells of one row, column or box are at distance 1, all others at 2: any two cells share a peer. In
+    causal models earlier receivers are in no class: nothing can reach them.
+    """
+
+    distance: tuple[str, ...]
+    relation: tuple[str, ...]
+    member: Bool[Tensor, "kind pos pos"]
+
+    @classmethod
+    def of(cls, m: HookedLoopMDM, n: int) -> "Places":
+        """Of the board that `m` fills, or of `n` positions of text."""
+        found = relations(m, n)
+        member = torch.stack(list(found.values()))
+        if tuple(found) == BOARD:
+            return cls(("0", "1", "1", "1", "2"), BOARD, member)
+        member = member & torch.ones_like(member[0]).triu() if m.facts.causal else member
+        return cls(("0", *list(found)[1:]), (SELF, *["any"] * (len(found) - 1)), member)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loopmdm.model.errors import UsageError
-from loopmdm.model.tasks.planted import CANDIDATE_LOGIT, HEADS, KNOWN_LOGIT, UNITS, naked_singles
+from loopmdm.model.planted import CANDIDATE_LOGIT, HEADS, KNOWN_LOGIT, UNITS, naked_singles
 from loopmdm.model.tasks.propagation import candidates_by_round, propagate, units
 from loopmdm.model.tasks.puzzles import puzzles
 from loopmdm.model.tasks.sudoku import BOARDS

@@ -1,7 +1,8 @@
 """Untrained twins: a model of the same shape that has learned nothing, the null of what a measure finds.
 
 A LoopMDM is initialised anew. Of any other model every matrix keeps its numbers and loses their order, so that
-sizes stay and what was learned does not.
+sizes stay and what was learned does not. Sparse dictionaries and probes find something in random networks, too
+(Heap et al. 2025; Hewitt & Liang 2019): what is found says something of training only as far as it goes beyond.
 """
 
 from copy import deepcopy
@@ -23,14 +24,14 @@ def untrained(m: HookedLoopMDM, seed: int = 0) -> HookedLoopMDM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(check_seed(seed))
         core = _anew(m) if type(m.model) is LoopMDM else _shuffled(m)
-    twin = type(m)(core, m.tokenizer)
-    twin.model_name, twin.record = m.model_name, m.record
+    twin = type(m)(core.eval().requires_grad_(False), m.tokenizer)
+    twin.model_name, twin.record = f"{m.model_name} untrained".strip(), m.record
     return twin
 
 
 def _anew(m: HookedLoopMDM) -> LoopMDM:
     assert isinstance(m.model, LoopMDM)
-    return LoopMDM(m.model.cfg).to(m.model.device, m.model.dtype).eval()
+    return LoopMDM(m.model.cfg).to(m.model.device, m.model.dtype)
 
 
 def _shuffled(m: HookedLoopMDM) -> Core:
