@@ -214,7 +214,8 @@ class Block(nn.Module):
 
     Looped ones may add scale * attn(ln1 x), or norm what they add, ln1_post(attn(ln1 x)), likewise of the MLP: the
     sandwich of Huginn (arXiv 2502.05171) and Ouro (arXiv 2510.25741). `hook_attn_out` and `hook_mlp_out` are what
-    is added, as in TransformerLens; the outer norms offer nothing else.
+    is added, as in TransformerLens; the outer norms offer nothing else. Their weights start at 1: what a looped
+    layer adds is at first of size 1, far above embeddings of `initializer_range`.
     """
 
     def __init__(self, cfg: LoopMDMConfig, looped: bool = False):
