@@ -1,9 +1,9 @@
-"""What two positions are to each other: relations that part all pairs, of cells on a board or of positions in text.
+"""What two positions are to each other: relations that part all pairs of cells or of positions in text.
 
-    board                     self | box | row | column (these two of another box) | none
-    text, by distance         self | |query - key| by powers of two: 1, 2-3, 4-7, ..   (`relations`, `Places`)
-    text, by what is there    self | previous | next | same (shows the token that is asked for at the query) | near |
-                              far                                                      (`Relations`)
+    board                self | box | row | column (these two of another box) | none
+    text, by distance    self | |query - key| by powers of two: 1, 2-3, 4-7, ..   (`relations`, `Places`)
+    text, by content     self | previous | next | same (shows what is asked for at the query) | near | far
+                         (`Relations`)
 
 The first that holds counts, so that shares of attention sum to 1 over relations. Near is up to 8 positions away.
 """

@@ -30,6 +30,9 @@ FIRST = select(task=MAIN_TASKS, arm="loop", seed=0)
 LEARNED = select(arm="loop", weights=True, but_task=AT_CHANCE)
 """Every looped model with weights, of tasks that were learned."""
 BOARDS = select(task="sudoku", arm="loop", weights=True)
+SOLVERS = BOARDS | select(task="sudoku", arm="loop-s4", seed=0)
+SHOWN = FIRST | select(task="sudoku", arm="loop-s4", seed=0)
+"""The looped models whose computation is taken apart."""
 TREES = select(task=("tree", "markov"), arm="loop", weights=True)
 CONFIRMING = select(task="sudoku", arm="loop-s4", seed=range(3, 10))
 """Looped runs of a declared set (figures/claims.toml): their attention is measured before their weights go."""
@@ -157,6 +160,23 @@ PLAIN: tuple[tuple[str, Select, tuple[str, ...], dict], ...] = (
     ("sudoku-settling", select(task="sudoku", arm="loop", seed=0), ("depth", "loop_settled", "share"), {}),
     ("sudoku-depth", BOARDS | select(task="sudoku", arm="base", seed=0), ("arm", "correlation"), {}),
     ("sudoku-orders", BOARDS, ("n_loops", "order", "solve_rate"), {"n": 100}),
+    ("candidates", SOLVERS, ("arm", "rule", "metric", "loop", "round", "value"), {}),
+    ("edge-effects", SHOWN, ("loop", "relation", "keys", "queries", "value"), {"n_exact": 32}),
+    ("relay-effects", main_tasks("loop") | SHOWN, ("loop", "relay", "relation", "value"), {"n_sequences": 32}),
+    ("head-cards", main_tasks("loop") | SHOWN, ("loop", "head", "label", "metric", "value"), {}),
+    ("logit-attribution", SHOWN, ("read", "part", "loop", "value"), HALF),
+    (
+        "attribution-patching",
+        main_tasks("loop") | SHOWN,
+        ("component", "loop", "value"),
+        HALF | {"wrong": "any", "n_exact": 32},
+    ),
+    ("propagation-scrubbing", SOLVERS, ("loop", "arm", "round", "kl"), {"n_boards": 256}),
+    ("probes", SHOWN, ("target", "loop", "value"), {}),
+    ("steering", select(task="sudoku", arm=("loop", "loop-s4"), seed=0), ("direction", "loop", "value"), {}),
+    ("lenses", SHOWN, ("lens", "loop", "metric", "value"), {}),
+    ("perturbation-gain", SHOWN, ("loop", "metric", "value"), HALF),
+    ("dictionaries", SHOWN, ("arm", "loop", "metric", "value"), {}),
     ("belief-rounds", TREES, ("loop", "round", "kl"), {}),
     ("best-rounds", TREES, ("loop", "best_round"), {}),
 )  # fmt: skip
