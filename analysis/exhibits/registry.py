@@ -250,6 +250,7 @@ THEMES = {
     "representation": "Representation",
     "causal": "Causal tests",
     "known": "Known answers",
+    "mechanism": "What a loop does",
     "others": "Other people's models",
 }
 """In the order in which they are shown, with their titles."""

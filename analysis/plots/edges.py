@@ -66,15 +66,15 @@ def plot_relays(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 @of_rows
 def plot_scrubbing(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Nats lost by exchanging states over rounds of propagation, a line a class; rows of one loop.
+    """KL from the intact answer when states are exchanged, over rounds of propagation, a line a class; one loop.
 
-    `df`: round arm cost low high.
+    `df`: round arm kl low high.
     """
     ax = ax or plt.gca()
     for arm, look in CLASS_STYLE.items():
         part = df[df["arm"] == arm].drop_duplicates("round").sort_values("round")
-        ax.errorbar(part["round"], part["cost"], yerr=reach(part, "cost"), linewidth=1.0, **look)
+        ax.errorbar(part["round"], part["kl"], yerr=reach(part, "kl"), linewidth=1.0, **look)
     ax.axhline(0, **NULL)
     ax.set_xticks(sorted(df["round"].unique()))
-    ax.set(xlabel="rounds of propagation", ylabel="loss added (nats per hidden cell)")
+    ax.set(xlabel="rounds of propagation", ylabel="KL from the intact\nanswer (nats a cell)")
     return ax

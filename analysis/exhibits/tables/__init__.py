@@ -175,6 +175,7 @@ TABLES = {
         Table(
             "attention-maps", internals.MAPPED, ("loop", "head", "query", "key"), internals.attention_maps_table
         ),
+        Table("example-board", internals.SOLVER, ("panel", "cell", "symbol", "p"), internals.example_board_table),
         Table(
             "learning-curves", EVERY, ("model", "arm", "seed", "flops", "nelbo"), training.learning_curves_table
         ),

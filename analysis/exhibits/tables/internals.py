@@ -6,6 +6,7 @@ import torch
 
 from loopmdm.analysis.exhibits.tables.science import FIRST, HALF, READ_TO, THREE, asked, main_tasks, measured
 from loopmdm.model.masking import mask_tokens
+from loopmdm.model.tasks.propagation import propagate
 from loopmdm.model.zoo.runs import Zoo, select
 
 MAPPED = select(task="sotu", arm="loop", seed=0)
@@ -29,6 +30,26 @@ def mask_attention_table(zoo: Zoo) -> pd.DataFrame:
 def representation_table(zoo: Zoo) -> pd.DataFrame:
     """Loop-wise change of the looped models to 3 x S_max."""
     return measured("representation-change", FIRST, zoo, READ_TO, **THREE)
+
+
+SOLVER = select(task="sudoku", arm="loop-s4", seed=0)
+
+
+def example_board_table(zoo: Zoo) -> pd.DataFrame:
+    """One board after every loop of the Sudoku model that is taken apart, chosen by rule (`example_board`).
+
+    Of the puzzles with 16 clues that naked singles alone solve.
+    """
+    from loopmdm.analysis.measures.case import Case
+    from loopmdm.analysis.measures.known.boards import board_of, puzzles_of
+    from loopmdm.analysis.measures.known.example_board import example_board
+
+    (run,) = SOLVER.of(zoo)
+    case = Case.of(run.name)
+    b = puzzles_of(case, 16, True)
+    b = b.rows(propagate(board_of(b), b.tokens, hidden_singles=False).solved)
+    with torch.no_grad():
+        return example_board(case.m, b, run.s_max).assign(model=run.name)
 
 
 def attention_maps_table(zoo: Zoo) -> pd.DataFrame:
