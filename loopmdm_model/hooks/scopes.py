@@ -93,7 +93,7 @@ class Listener:
     """A scope's hooks at one site: forward ones are called, backward ones hang on a point of their own.
 
     Those with an attribute `hears_last` are called after the hooks of all scopes, inner ones included. A hook at
-    the pattern with a method `attend(asked, hook=)` does not ask for the pattern: it is called if someone else does,
+    the pattern with a method `attend(asked, hook=)` does not ask for it: it is called if someone else does,
     and otherwise its `attend` computes z.
     """
 

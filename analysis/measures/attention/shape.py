@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from loopmdm.analysis.measures.registry import Measure, plain
@@ -40,11 +41,9 @@ class ShapeSums(PlaceSums):
     def vectors(self, seen: Seen) -> Tensor:
         """[sequence, head, query group, metric and null]."""
         entropy, distance = seen.sums.entropy, seen.sums.distance
-        real = seen.states.real.to(entropy.dtype)
-        lengths = real.sum(-1)
-        apart = _distances(real.shape[1], real.device).to(real.dtype)
-        uniform = (real @ apart / lengths[:, None])[:, None].expand_as(entropy)
-        log_length = lengths.log()[:, None, None].expand_as(entropy)
+        real = seen.states.real
+        uniform = _uniform_distance(real).to(entropy.dtype)[:, None].expand_as(entropy)
+        log_length = real.sum(-1).to(entropy.dtype).log()[:, None, None].expand_as(entropy)
         concentration = seen.sums.received.amax(-1).masked_fill(seen.states.empty[:, None], float("nan"))
         mean = seen.states.mean
         return torch.stack(
@@ -65,9 +64,13 @@ class ShapeSums(PlaceSums):
         return columns | {"n": moments.n}
 
 
-def _distances(length: int, device: torch.device) -> Tensor:
-    position = torch.arange(length, device=device)
-    return (position[:, None] - position).abs().float()
+def _uniform_distance(real: Bool[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:
+    """Mean |q - k| over the real keys, for every query: sums from the left, so that no square is made."""
+    keys = real.double()
+    position = torch.arange(real.shape[1], device=real.device).double()
+    number, place = keys.cumsum(-1), (keys * position).cumsum(-1)
+    left, right = position * number - place, (place[:, -1:] - place) - position * (number[:, -1:] - number)
+    return (left + right) / number[:, -1:]
 
 
 def attention_shape(
