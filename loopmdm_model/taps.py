@@ -2,8 +2,9 @@
 
 Every layer application is handed a *tap* and calls `x = tap("hook_resid_pre", x)`; the default tap
 returns x untouched. `tap.wants(name)` tells whether anyone listens, so that costly intermediates
-(the attention pattern) are computed only then. A *tap source* maps the prefix of an application,
-such as "loop.2.blocks.1.", to its tap. Training never meets a hook library.
+(the attention pattern) are computed only then; `tap.attend`, where there is one, computes attention in the fused
+function's place, for whoever wants sums over patterns and can do without the patterns. A *tap source* maps the
+prefix of an application, such as "loop.2.blocks.1.", to its tap. Training never meets a hook library.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from loopmdm.model.context import Context
+from loopmdm.model.tiles import Attend
 
 
 class Tap:
@@ -19,6 +21,8 @@ class Tap:
     __slots__ = ()
     explicit = False
     """Compute attention explicitly even if nobody asks for the pattern."""
+    attend: Attend | None = None
+    """Who computes attention where scores and pattern are not wanted; None: the fused function."""
 
     def __call__(self, name: str, x: Tensor) -> Tensor:  # noqa: ARG002
         """Offer activation `x` under its leaf name; returns what the model goes on with."""

@@ -26,7 +26,8 @@ def imported(path: Path) -> set[str]:
 FLOORS = (
     "folders model.errors model.information",
     "model.precision model.files model.randomness model.registry model.layout model.context model.means",
-    "model.sites model.flops model.taps model.sequences",
+    "model.sites model.flops model.tiles model.sequences",
+    "model.taps",
     "model.masking model.stopping model.corpora model.adapters.cycles",
     "model.adapters.kinds",
     "model.adapters.families",

@@ -1,15 +1,15 @@
 """Groups of queries and keys, and what a pattern is reduced to before anything else.
 
 Queries are masked or clean. For every query the keys are `self` and groups of *others*. With A [query, key]
-and w(q, Q) = 1 / |Q| for queries in group Q, one pass over the pattern gives
+and w(q, Q) = 1 / |Q| for queries in group Q, one pass over the pattern (`sums.py`) gives
 
-    received(Q, k) = sum over q of w(q, Q) A(q, k),      own(q) = A(q, q)
+    others(Q, k) = sum over q != k of w(q, Q) A(q, k),      own(q) = A(q, q)
 
-and every group mass follows: mass(Q -> K) = sum over k in K of received(Q, k) - sum over q in Q and K of
-w(q, Q) own(q). Padding is in no group. Definitions are ours.
+and every group mass follows: mass(Q -> K) = sum over k in K of others(Q, k). Padding is in no group. Definitions
+are ours.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,12 +18,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from loopmdm.analysis.watch.sums import Asks, PatternSums
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.layout import By, asked
 from loopmdm.model.precision import wide, width
 from loopmdm.model.sequences import MaskedBatch
+from loopmdm.model.tiles import tiles_of
 
 TOKEN_GROUPS = ("masked", "clean")
+NOTHING_MORE = Asks()
 
 
 def members(masked: Tensor, real: Tensor) -> dict[str, Bool[Tensor, "batch pos"]]:
@@ -88,38 +91,55 @@ class States:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One layer application of one batch, while it runs.
-
-    `pattern` [batch, head, query, key], `value` [batch, key, head, d_head] or None; `received`
-    [batch, head, 2, key] and `own` [batch, head, query] are in float32 or wider.
-    """
+class Place:
+    """Which layer application is seen, of which batch."""
 
     prefix: str
     layer: int
     loop: int | None
-    pattern: Tensor
-    value: Tensor | None
     states: States
 
-    @cached_property
-    def received(self) -> Float[Tensor, "batch head 2 key"]:
-        """Mean attention that each key gets from the queries of each group."""
-        weights = self.states.queries.transpose(1, 2)[:, None].to(self.pattern.dtype)
-        return wide(weights @ self.pattern)
 
-    @cached_property
-    def own(self) -> Float[Tensor, "batch head query"]:
-        """Attention of each position to itself."""
-        return wide(self.pattern.diagonal(dim1=-2, dim2=-1))
+@dataclass(frozen=True)
+class Seen(Place):
+    """One layer application of one batch, while it runs, as one reducer sees it.
+
+    `sums` over its pattern; `content` [batch, head, query, group] where the reducer asked for it; the pattern
+    itself, [batch, head, query, key], where a reducer of the walk needs one.
+    """
+
+    sums: PatternSums
+    content: Float[Tensor, "batch head query group"] | None = None
+    given: Float[Tensor, "batch head query key"] | None = None
+
+    @classmethod
+    def of(cls, place: Place, pattern: Tensor, value: Tensor | None = None, asks: Asks = NOTHING_MORE) -> "Seen":
+        """Of a whole pattern, and of values [batch, key, head, d_head] where content is asked for."""
+        sums = pattern_sums(place.states, pattern, value, [asks])
+        return cls(**vars(place), sums=sums, content=sums.contents[0], given=pattern)
+
+    @property
+    def pattern(self) -> Float[Tensor, "batch head query key"]:
+        """The whole pattern, for reducers with `needs_pattern`."""
+        assert self.given is not None, "a reducer that reads patterns says so: needs_pattern = True"
+        return self.given
 
 
-Members = Callable[[Seen], Tensor]
+def pattern_sums(states: States, pattern: Tensor, value: Tensor | None, asks: Sequence[Asks]) -> PatternSums:
+    """The sums of a pattern that stands somewhere; values are [batch, key, head, d_head]."""
+    by_head = None if value is None else value.transpose(1, 2)
+    sums = PatternSums(states.queries, pattern.shape[1], asks, by_head, pattern.dtype)
+    for tile in tiles_of(pattern):
+        sums.see(tile)
+    return sums
+
+
+Members = Callable[[Place], Tensor]
 
 
 @dataclass(frozen=True)
 class KeyGroups:
-    """How keys are grouped: `names` of the groups of others, `members(seen)` [batch, head or 1, key, group]."""
+    """How keys are grouped: `names` of the groups of others, `members(place)` [batch, head or 1, key, group]."""
 
     names: tuple[str, ...]
     members: Members
@@ -130,16 +150,15 @@ class KeyGroups:
         return "self", *self.names
 
 
-MASKED_OR_CLEAN = KeyGroups(TOKEN_GROUPS, lambda seen: seen.states.members[:, None])
+MASKED_OR_CLEAN = KeyGroups(TOKEN_GROUPS, lambda place: place.states.members[:, None])
 
 
 def group_masses(seen: Seen, keys: Float[Tensor, "batch one key group"]) -> Float[Tensor, "batch head 2 kinds"]:
     """Masses over self and each group of others; NaN where a sequence has no such query."""
-    queries, keys = seen.states.queries.to(seen.own.dtype), keys.to(seen.own.dtype)
-    own = torch.einsum("bqg,bhq->bhg", queries, seen.own)[..., None]
-    twice = torch.einsum("bqg,bhq,bhqk->bhgk", queries, seen.own, keys.expand(-1, seen.own.shape[1], -1, -1))
-    others = (seen.received @ keys - twice).clamp(min=0)  # what float32 leaves of nothing may be negative
-    return torch.cat([own, others], dim=-1).masked_fill(seen.states.empty[:, None, :, None], float("nan"))
+    own, others = seen.sums.own, seen.sums.others
+    itself = torch.einsum("bqg,bhq->bhg", seen.states.queries.to(own.dtype), own)[..., None]
+    masses = torch.cat([itself, others @ keys.to(own.dtype)], dim=-1)
+    return masses.masked_fill(seen.states.empty[:, None, :, None], float("nan"))
 
 
 def group_chances(states: States, keys: Tensor) -> Float[Tensor, "batch head 2 kinds"]:
@@ -151,26 +170,10 @@ def group_chances(states: States, keys: Tensor) -> Float[Tensor, "batch head 2 k
     return chance.masked_fill(states.empty[:, None, :, None], float("nan"))
 
 
-def group_contents(seen: Seen, keys: Tensor, gram: Tensor) -> Float[Tensor, "batch head 2 kinds"]:
-    """Mean norm of sum over K of A (v - mean_K v) W_O; `self` is one key and moves no content: 0.
-
-    `gram` [head, d_head, d_head] is W_O W_O^T, so that ||z W_O||^2 = z gram z^T.
-    """
-    assert seen.value is not None
-    norms = []
-    value, pattern = wide(seen.value).transpose(1, 2), wide(seen.pattern)
-    keys = keys.to(pattern.dtype)
-    own = seen.own[..., None]
-    masses = pattern @ keys - own * keys
-    for group, mass in zip(keys.unbind(-1), masses.unbind(-1), strict=True):
-        inside = group[..., None]
-        v = value * inside
-        count = group.sum(dim=-1)[..., None, None]
-        centre = (v.sum(dim=2, keepdim=True) - v) / (count - inside).clamp(min=1)
-        moved = pattern @ v - own * v - mass[..., None] * centre
-        squared = ((moved @ gram) * moved).sum(-1)
-        norms.append(seen.states.mean(squared.clamp(min=0).sqrt()))
-    moved = torch.stack(norms, dim=-1)
+def group_contents(seen: Seen) -> Float[Tensor, "batch head 2 kinds"]:
+    """Mean norm of sum over K of A (v - mean_K v) W_O; `self` is one key and moves no content: 0."""
+    assert seen.content is not None, "a reducer that reads contents asks for them"
+    moved = torch.stack([seen.states.mean(norm) for norm in seen.content.unbind(-1)], dim=-1)
     return torch.cat([moved[..., :1] * 0, moved], dim=-1)
 
 

@@ -1,7 +1,9 @@
 """Walking through a model once while any number of reducers watch its attention, and sums by application.
 
-A pattern lives as long as its layer application: what reducers keep are small sums, so memory grows neither
-with the loops nor with the sequences. `PlaceSums` is what most reducers are: a `Moments` per application.
+What reducers keep are small sums, so memory grows neither with the loops nor with the sequences. Sums over a
+pattern are taken from its rows while attention is computed (`tiles.py`), and no pattern is made; where one is made
+anyway (hooks on scores or patterns, a pinned explicit path, a reducer that needs it) they are taken from that.
+`PlaceSums` is what most reducers are: a `Moments` per application.
 """
 
 import math
@@ -14,13 +16,16 @@ import torch
 from torch import Tensor
 
 from loopmdm.analysis.numbers.moments import Moments
-from loopmdm.analysis.watch.groups import Seen, States
+from loopmdm.analysis.watch.groups import NOTHING_MORE, Place, Seen, States, pattern_sums
+from loopmdm.analysis.watch.sums import Asks, PatternSums
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.hooks.scopes import Hooks
 from loopmdm.model.layout import By
 from loopmdm.model.precision import check_logits, check_state
 from loopmdm.model.sequences import MaskedBatch, as_batch
 from loopmdm.model.sites import Filter, Site, at
+from loopmdm.model.tiles import Asked, attend
 
 Sums = TypeVar("Sums", bound="PlaceSums")
 
@@ -33,14 +38,62 @@ class Reducer(Protocol):
     """What watches a walk."""
 
     needs_values: bool
+    needs_pattern: bool
 
     def begin(self, states: States) -> None:
         """A batch starts."""
         ...
 
+    def asks(self, place: Place) -> Asks:
+        """What it wants summed at a layer application beside own and received masses."""
+        ...
+
     def see(self, seen: Seen) -> None:
         """One layer application of it."""
         ...
+
+
+class Watcher:
+    """The hook at the patterns of one walk: shown a pattern, or computing attention if nobody makes one."""
+
+    def __init__(self, states: States, reducers: Sequence[Reducer]):
+        self.states, self.reducers = states, reducers
+        self.values: dict[str, Tensor] = {}
+
+    def keep(self, value: Tensor, hook: object) -> None:
+        """Remember values [batch, key, head, d_head] until their pattern comes."""
+        self.values[_site(hook).prefix] = value
+
+    def __call__(self, pattern: Tensor, hook: object) -> None:
+        """Sum a pattern [batch, head, query, key] that was made."""
+        site = _site(hook)
+        rows = pattern.sum(-1).transpose(1, 2)  # one pass; not finite where anything in a row is not
+        check_state(rows, self.states.real, f"{site.prefix}attn.hook_pattern")
+        place, asks = self._place(site)
+        value = self.values.pop(site.prefix, None)
+        self._show(place, pattern_sums(self.states, pattern, value, asks), pattern)
+
+    def attend(self, asked: Asked, hook: object) -> Tensor:
+        """Compute z [batch, head, query, d_head], and sum on the way."""
+        site = _site(hook)
+        place, asks = self._place(site)
+        self.values.pop(site.prefix, None)
+        value = asked.value if any(ask.moved for ask in asks) else None
+        sums = PatternSums(self.states.queries, asked.query.shape[1], asks, value, asked.value.dtype)
+        z = attend(asked, sums.see)
+        # A softmax is finite in all of its row or nowhere.
+        check_state(sums.own.transpose(1, 2), self.states.real, f"{site.prefix}attn.hook_pattern")
+        self._show(place, sums, None)
+        return z
+
+    def _place(self, site: Site) -> tuple[Place, list[Asks]]:
+        assert site.layer is not None
+        place = Place(site.prefix, site.layer, site.loop, self.states)
+        return place, [reducer.asks(place) for reducer in self.reducers]
+
+    def _show(self, place: Place, sums: PatternSums, pattern: Tensor | None) -> None:
+        for reducer, content in zip(self.reducers, sums.contents, strict=True):
+            reducer.see(Seen(**vars(place), sums=sums, content=content, given=pattern))
 
 
 @torch.no_grad()
@@ -57,25 +110,15 @@ def walk(
     Where no coda layer is, coda and unembedding are not run. NotFiniteError for patterns, states or logits that
     are not finite: to a reducer a NaN is a sequence without such queries.
     """
-    states, values = States.of(m, b, by), {}
+    states = States.of(m, b, by)
     for reducer in reducers:
         reducer.begin(states)
 
-    def keep(value: Tensor, hook: object) -> None:
-        values[_site(hook).prefix] = value
-
-    def show(pattern: Tensor, hook: object) -> None:
-        site = _site(hook)
-        assert site.layer is not None
-        rows = pattern.sum(-1).transpose(1, 2)  # one pass; not finite where anything in a row is not
-        check_state(rows, states.real, f"{site.prefix}attn.hook_pattern")
-        seen = Seen(site.prefix, site.layer, site.loop, pattern, values.pop(site.prefix, None), states)
-        for reducer in reducers:
-            reducer.see(seen)
-
-    hooks = [(where & at(leaf="pattern"), show)]
+    watcher = Watcher(states, reducers)
+    needed = any(reducer.needs_pattern for reducer in reducers)  # a plain hook at the pattern has it made
+    hooks: Hooks = [(where & at(leaf="pattern"), watcher.__call__ if needed else watcher)]
     if any(reducer.needs_values for reducer in reducers):
-        hooks.append((where & at(leaf="v"), keep))
+        hooks.append((where & at(leaf="v"), watcher.keep))
     with m.hooks(fwd_hooks=hooks):
         for state, context in m.states(b.tokens, n_loops, b.attention_mask):
             last = state, context
@@ -95,6 +138,7 @@ class PlaceSums:
     """
 
     needs_values = False
+    needs_pattern = False
     by: By = "holds"
 
     def __init__(self, m: HookedLoopMDM, n_loops: int | None = None, by_head: bool = True):
@@ -112,6 +156,10 @@ class PlaceSums:
         """Count what is masked."""
         self.hidden += states.hidden
         self.could += states.could
+
+    def asks(self, place: Place) -> Asks:  # noqa: ARG002
+        """Nothing beside own and received masses."""
+        return NOTHING_MORE
 
     def see(self, seen: Seen) -> None:
         """Take in one application of a batch."""

@@ -7,7 +7,8 @@ and flex attention's own functions, and compiled blocks, are not reached.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,23 +19,33 @@ from torch.overrides import TorchFunctionMode
 
 from loopmdm.model.precision import wide
 from loopmdm.model.sites import EXPLICIT_ONLY
+from loopmdm.model.tiles import Asked, Attend
 
 LEAVES = ("attn.hook_v", "attn.hook_rot_q", "attn.hook_rot_k", *EXPLICIT_ONLY, "attn.hook_z")
 """What is offered, in layout [batch, pos, head, d_head] or [batch, head, query, key]."""
 
 Offer = Callable[[str, Tensor], Tensor]
+How = Callable[[Asked, Offer], Tensor]
 
 
 class AttentionEar(TorchFunctionMode):
     """Takes over where a block asks for fused attention, and offers the pieces.
 
-    `explicit`: compute scores and pattern, and offer them too; `listening` says whether calls made now belong to
-    that block; `heard` counts them.
+    `explicit`: compute scores and pattern, and offer them too; else `instead` computes z where it is given;
+    `listening` says whether calls made now belong to that block; `heard` counts them.
     """
 
-    def __init__(self, offer: Offer, n_heads: int, explicit: bool, listening: Callable[[], bool]):
+    def __init__(
+        self,
+        offer: Offer,
+        n_heads: int,
+        explicit: bool,
+        listening: Callable[[], bool],
+        instead: Attend | None = None,
+    ):
         super().__init__()
         self.offer, self.n_heads, self.explicit, self.listening = offer, n_heads, explicit, listening
+        self.instead = instead
         self.heard = 0
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -42,25 +53,12 @@ class AttentionEar(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention or not self.listening():
             return func(*args, **(kwargs or {}))
         self.heard += 1
-        return attend(Asked(*args, **(kwargs or {})), self.n_heads, self.offer, self.explicit)
+        z = _explicit if self.explicit else _fused if self.instead is None else partial(_instead, self.instead)
+        return attend(Asked(*args, **(kwargs or {})), self.n_heads, self.offer, z)
 
 
-@dataclass
-class Asked:
-    """The arguments of `scaled_dot_product_attention`, by its own names and in its order."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    attn_mask: Tensor | None = None
-    dropout_p: float = 0.0
-    is_causal: bool = False
-    scale: float | None = None
-    enable_gqa: bool = False
-
-
-def attend(asked: Asked, n_heads: int, offer: Offer, explicit: bool) -> Float[Tensor, "batch head query d_head"]:
-    """Softmax attention as asked, offered piece by piece.
+def attend(asked: Asked, n_heads: int, offer: Offer, how: How) -> Float[Tensor, "batch head query d_head"]:
+    """Softmax attention as asked, offered piece by piece; `how` makes z.
 
     The result is a transposed view of [batch, query, head, d_head], the fused kernel's layout, which callers
     `.view`.
@@ -71,24 +69,28 @@ def attend(asked: Asked, n_heads: int, offer: Offer, explicit: bool) -> Float[Te
     v = _by_head(offer, "attn.hook_v", _repeated(asked.value, q.shape[1]))
     q = _by_head(offer, "attn.hook_rot_q", q)
     k = _by_head(offer, "attn.hook_rot_k", _repeated(asked.key, q.shape[1]))
-    z = (_explicit if explicit else _fused)(q, k, v, asked, offer).transpose(1, 2).contiguous()
+    z = how(replace(asked, query=q, key=k, value=v), offer).transpose(1, 2).contiguous()
     z = offer("attn.hook_z", z).transpose(1, 2)
     return z.reshape(*shape[:-1], -1) if folded else z
 
 
-def _explicit(q: Tensor, k: Tensor, v: Tensor, asked: Asked, offer: Offer) -> Tensor:
+def _explicit(asked: Asked, offer: Offer) -> Tensor:
     """Queries without any key get 0, as in the fused kernel; softmax alone would give NaN."""
-    scale = q.shape[-1] ** -0.5 if asked.scale is None else asked.scale
-    scores = offer("attn.hook_attn_scores", _masked(q @ k.transpose(-1, -2) * scale, asked))
+    q, k, v = asked.query, asked.key, asked.value
+    scores = offer("attn.hook_attn_scores", _masked(q @ k.transpose(-1, -2) * asked.factor, asked))
     blind = scores.amax(-1, keepdim=True) == float("-inf")
     pattern = wide(scores).softmax(-1)
     filled = pattern.masked_fill if pattern.requires_grad else pattern.masked_fill_  # gradients need it as it was
     return offer("attn.hook_pattern", filled(blind, 0.0).to(v.dtype)) @ v
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, asked: Asked, offer: Offer) -> Tensor:  # noqa: ARG001
+def _fused(asked: Asked, offer: Offer) -> Tensor:  # noqa: ARG001
     options = {"attn_mask": asked.attn_mask, "is_causal": asked.is_causal, "scale": asked.scale}
-    return F.scaled_dot_product_attention(q, k, v, **options)
+    return F.scaled_dot_product_attention(asked.query, asked.key, asked.value, **options)
+
+
+def _instead(other: Attend, asked: Asked, offer: Offer) -> Tensor:  # noqa: ARG001
+    return other(asked)
 
 
 def _by_head(offer: Offer, leaf: str, x: Tensor) -> Tensor:

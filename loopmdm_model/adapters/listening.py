@@ -56,12 +56,13 @@ def listening(family: Family, cfg: Layout, block: nn.Module, tap: Tap, held: Ten
         if wanted:
             routes[family.part(block, part)] = _route(cfg, family.part(block, part), wanted, offer, held)
     detour = Detour(routes)
-    if not family.hears or not (tap.explicit or tap.wants(*ATTENTION)):
+    if not family.hears or not (tap.explicit or tap.wants(*ATTENTION) or tap.attend is not None):
         with detour.open():
             yield
         return
     explicit = tap.explicit or tap.wants(*sites.EXPLICIT_ONLY)
-    ear = AttentionEar(offer, cfg.n_heads, explicit, lambda: detour.in_force)
+    instead = None if tap.attend is None else aside()(tap.attend)
+    ear = AttentionEar(offer, cfg.n_heads, explicit, lambda: detour.in_force, instead)
     if family.parts.get("attn"):
         detour.routes[family.part(block, "attn")] = _within(ear)
         with detour.open():

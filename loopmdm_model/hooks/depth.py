@@ -7,6 +7,7 @@ from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.protocol import Core
 from loopmdm.model.sites import applications
 from loopmdm.model.taps import Tap, TapSource
+from loopmdm.model.tiles import Attend
 
 
 class Relay(Tap):
@@ -21,6 +22,11 @@ class Relay(Tap):
     def explicit(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """As the other tap."""
         return self.tap.explicit
+
+    @property
+    def attend(self) -> Attend | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """As the other tap."""
+        return self.tap.attend
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
         """Offer `x` to the other tap."""

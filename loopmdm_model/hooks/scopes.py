@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import wraps
+from functools import partial, wraps
 from types import FrameType
 from typing import Any, Literal, Protocol, TypeVar, cast, get_args, runtime_checkable
 
@@ -23,6 +23,7 @@ from loopmdm.model.context import Context
 from loopmdm.model.errors import UsageError, check_word
 from loopmdm.model.sites import Names, Site
 from loopmdm.model.taps import EXPLICIT_TAP, NO_TAP, Tap
+from loopmdm.model.tiles import Asked, Attend
 
 AttnPath = Literal["auto", "eager", "sdpa"]
 Hooks = list[tuple[Any, Callable]]
@@ -78,6 +79,7 @@ class SitePoint(HookPoint):
 
 
 Rule = tuple[Names, Callable, str]
+PATTERN = "attn.hook_pattern"
 SHARED = ("hook_embed", "hook_in", "hook_out", "hook_resid_pre", "hook_resid_post")
 """Leaves whose tensor goes by other names, too, or is remembered as a state."""
 
@@ -90,15 +92,19 @@ def own_copy(point: HookPoint, x: Tensor) -> Tensor:
 class Listener:
     """A scope's hooks at one site: forward ones are called, backward ones hang on a point of their own.
 
-    Those with an attribute `hears_last` are called after the hooks of all scopes, inner ones included.
+    Those with an attribute `hears_last` are called after the hooks of all scopes, inner ones included. A hook at
+    the pattern with a method `attend(asked, hook=)` does not ask for it: it is called if someone else does,
+    and otherwise its `attend` computes z.
     """
 
-    __slots__ = ("backward", "forward", "last", "point")
+    __slots__ = ("attend", "backward", "forward", "last", "point")
 
     def __init__(self, point: HookPoint, forward: list[Callable], backward: list[Callable]):
         self.point, self.backward = point, None
         self.last = [hook for hook in forward if getattr(hook, "hears_last", False)]
         self.forward = [hook for hook in forward if not getattr(hook, "hears_last", False)]
+        alone = len(forward) == 1 and not backward
+        self.attend = getattr(forward[0], "attend", None) if alone else None
         if backward:
             self.backward = SitePoint()
             self.backward.name, self.backward.ctx = point.name, point.ctx
@@ -277,6 +283,24 @@ class HookTap(Tap):
         """Whether the caller pinned the explicit attention path."""
         return self.call.path == "eager"
 
+    @property
+    @untraced
+    def attend(self) -> Attend | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The one listener at the pattern that can do without it; asked where nobody wants it."""
+        for scope, listeners in self.heard:
+            if PATTERN in listeners and listeners[PATTERN].attend is not None:
+                return partial(self._attend, scope, listeners[PATTERN])
+        return None
+
+    def _attend(self, scope: Scope, listener: Listener, asked: Asked) -> Tensor:
+        assert listener.attend is not None and listener.point.name is not None
+        scope.fired.add(listener.point.name)
+        token = RUNNING.set(self.call)
+        try:
+            return listener.attend(asked, hook=listener.point)
+        finally:
+            RUNNING.reset(token)
+
     @untraced
     def __call__(self, name: str, x: Tensor) -> Tensor:
         """Run the hooks at a leaf, if there are any."""
@@ -321,11 +345,17 @@ class HookTap(Tap):
         """Whether a hook listens to one of these leaves."""
         for leaf in leaf_names:
             point = self.points[leaf]
-            if point._forward_hooks or point._backward_hooks or any(leaf in found for _, found in self.heard):
+            if point._forward_hooks or point._backward_hooks or self._wanted(leaf):
                 if self.call.path == "sdpa" and leaf in sites.EXPLICIT_ONLY:
                     raise UsageError(f'{point.name} does not exist on attn_path="sdpa"; use "auto" or "eager"')
                 return True
         return False
+
+    def _wanted(self, leaf: str) -> bool:
+        """Whether a scope asks for a leaf; one that can attend instead does not, alone and without gradients."""
+        found = [listeners[leaf] for _, listeners in self.heard if leaf in listeners]
+        instead = [listener for listener in found if listener.attend is not None]
+        return len(found) > len(instead) or len(instead) > 1 or (bool(instead) and torch.is_grad_enabled())
 
 
 ATTN_PATHS: tuple[AttnPath, ...] = get_args(AttnPath)

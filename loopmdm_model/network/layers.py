@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from loopmdm.model.network.config import LoopMDMConfig
 from loopmdm.model.precision import wide
 from loopmdm.model.taps import NO_TAP, Tap
+from loopmdm.model.tiles import Asked
 
 ACTIVATIONS = {
     "gelu_new": partial(F.gelu, approximate="tanh"),  # no lambda: models are pickled
@@ -138,7 +139,7 @@ class Attention(nn.Module):
         allowed: Bool[Tensor, "batch one query key"] | None,
         tap: Tap = NO_TAP,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """Attend; SDPA unless the tap listens inside attention. `allowed`: False = may not attend."""
+        """Attend; SDPA unless the tap listens inside or attends itself. `allowed`: False = may not attend."""
         qkv = self.qkv(x).unflatten(-1, (3, self.n_heads, self.d_head))
         qk = qkv[:, :, :2]  # rotated in one go
         if tap.wants("attn.hook_q", "attn.hook_k"):
@@ -148,6 +149,8 @@ class Attention(nn.Module):
         v = tap("attn.hook_v", qkv[:, :, 2]).transpose(1, 2)
         if tap.explicit or tap.wants("attn.hook_attn_scores", "attn.hook_pattern"):
             z = self._explicit(q, k, v, allowed, tap)
+        elif (attend := tap.attend) is not None:
+            z = attend(Asked(q, k, v, allowed))
         else:
             z = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
         z = tap("attn.hook_z", z.transpose(1, 2))

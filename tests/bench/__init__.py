@@ -5,13 +5,15 @@ printed is the ratio and its goal, never a time.
 """
 
 from loopmdm.model.errors import unknown_name
-from tests.bench import browser, foreign, forward, likelihood, science, training
+from tests.bench import browser, foreign, forward, likelihood, science, sums, training
 from tests.bench.common import Row
 
 BENCHMARKS = {
     "forward": forward.forward,
     "caching": forward.caching,
     "masses": forward.masses,
+    "sums": sums.against_fused,
+    "sums-memory": sums.memory,
     "import": forward.importing,
     "foreign": foreign.listening,
     "foreign-map": foreign.sites_of_eight_billion,

@@ -31,6 +31,8 @@ from loopmdm.model.sequences import MaskedBatch, as_batch
 class ChangeSums(PlaceSums):
     """Distances and, with `rank`, rank correlations of successive maps as running moments."""
 
+    needs_pattern = True
+
     def __init__(
         self, m: HookedLoopMDM, n_loops: int | None = None, rank: bool = False, by_head: bool = True
     ):  # fmt: skip

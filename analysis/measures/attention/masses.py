@@ -25,14 +25,17 @@ from loopmdm.analysis.measures.registry import Measure, plain
 from loopmdm.analysis.numbers.moments import Moments, propagated
 from loopmdm.analysis.watch.groups import (
     MASKED_OR_CLEAN,
+    NOTHING_MORE,
     TOKEN_GROUPS,
     KeyGroups,
+    Place,
     Seen,
     group_chances,
     group_contents,
     group_masses,
     output_gram,
 )
+from loopmdm.analysis.watch.sums import Asks, Moved
 from loopmdm.analysis.watch.walk import PlaceSums, summed
 from loopmdm.model.errors import UsageError, check_model
 from loopmdm.model.hooks.hooked import HookedLoopMDM
@@ -67,14 +70,20 @@ class AttentionSums(PlaceSums):
         """UsageError for a model in which there are no such groups."""
         m.facts.need("masks", "bidirectional", by="attention between masked and clean positions")
 
+    def asks(self, place: Place) -> Asks:
+        """Content between the groups of keys, where it is wanted."""
+        if not self.needs_values:
+            return NOTHING_MORE
+        gram = self._gram.setdefault(place.layer, output_gram(self.m, place.layer))
+        return Asks(moved=Moved(self.keys.members(place), gram))
+
     def vectors(self, seen: Seen) -> Tensor:
         """[sequence, head, query group, mass | chance | content of each key group]."""
         keys = self.keys.members(seen)
         mass = group_masses(seen, keys)
         parts = [mass, group_chances(seen.states, keys).expand_as(mass)]
         if self.needs_values:
-            gram = self._gram.setdefault(seen.layer, output_gram(self.m, seen.layer))
-            parts.append(group_contents(seen, keys, gram))
+            parts.append(group_contents(seen))
         return torch.cat(parts, dim=-1)
 
     def merge(self, other: "AttentionSums") -> "AttentionSums":
@@ -216,7 +225,7 @@ class NoGroups(AttentionSums):
 
     def vectors(self, seen: Seen) -> Tensor:
         """Nothing counts."""
-        shape = *seen.own.shape[:2], len(TOKEN_GROUPS), 2 * len(self.keys.all_names)
+        shape = *seen.sums.own.shape[:2], len(TOKEN_GROUPS), 2 * len(self.keys.all_names)
         return torch.full(shape, torch.nan)
 
 

@@ -14,7 +14,9 @@ from torch import Tensor
 from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.watch.groups import (
     MASKED_OR_CLEAN,
+    NOTHING_MORE,
     KeyGroups,
+    Place,
     Seen,
     States,
     group_chances,
@@ -22,6 +24,7 @@ from loopmdm.analysis.watch.groups import (
     group_masses,
     output_gram,
 )
+from loopmdm.analysis.watch.sums import Asks, Moved
 from loopmdm.analysis.watch.walk import walk
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.hooks.hooked import HookedLoopMDM
@@ -46,12 +49,20 @@ class LoopRecord:
 class _Watch:
     """The reducer behind `record`."""
 
+    needs_pattern = False
+
     def __init__(self, m: HookedLoopMDM, keys: KeyGroups, content: bool):
         self.m, self.keys, self.needs_values = m, keys, content
         self.found: dict[tuple[int, int], Tensor] = {}
 
     def begin(self, states: States) -> None:
         """Nothing to prepare."""
+
+    def asks(self, place: Place) -> Asks:
+        """Content between the groups of keys, where it is wanted."""
+        if not self.needs_values:
+            return NOTHING_MORE
+        return Asks(moved=Moved(self.keys.members(place), output_gram(self.m, place.layer)))
 
     def see(self, seen: Seen) -> None:
         """Keep the group means of masked queries."""
@@ -60,7 +71,7 @@ class _Watch:
         mass = group_masses(seen, keys)
         parts = [mass, group_chances(seen.states, keys).expand_as(mass)]
         if self.needs_values:
-            parts.append(group_contents(seen, keys, output_gram(self.m, seen.layer)))
+            parts.append(group_contents(seen))
         self.found[seen.loop, seen.layer] = torch.stack(parts)[:, :, :, 0].double().cpu()
 
 

@@ -15,16 +15,16 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from loopmdm.analysis.measures.registry import Measure, plain
 from loopmdm.analysis.numbers.moments import Moments
-from loopmdm.analysis.watch.groups import TOKEN_GROUPS, Seen
+from loopmdm.analysis.watch.groups import TOKEN_GROUPS, Place, Seen
+from loopmdm.analysis.watch.sums import Asks
 from loopmdm.analysis.watch.walk import PlaceSums, summed
 from loopmdm.model.hooks.hooked import HookedLoopMDM
-from loopmdm.model.information import entropy
 from loopmdm.model.layout import By, check_by
-from loopmdm.model.precision import wide
 from loopmdm.model.sequences import MaskedBatch, as_batch
 
 METRICS = ("entropy", "distance", "concentration")
@@ -34,15 +34,17 @@ NULLS = ("entropy_uniform", "distance_uniform")
 class ShapeSums(PlaceSums):
     """Entropy, distance and concentration as running moments."""
 
+    def asks(self, place: Place) -> Asks:  # noqa: ARG002
+        """Entropy and distance of every row."""
+        return Asks(shape=True)
+
     def vectors(self, seen: Seen) -> Tensor:
         """[sequence, head, query group, metric and null]."""
-        entropy, distance = _rows(seen.pattern)
-        real = seen.states.real.to(entropy.dtype)
-        lengths = real.sum(-1)
-        apart = _distances(real.shape[1], real.device).to(real.dtype)
-        uniform = (real @ apart / lengths[:, None])[:, None].expand_as(entropy)
-        log_length = lengths.log()[:, None, None].expand_as(entropy)
-        concentration = seen.received.amax(-1).masked_fill(seen.states.empty[:, None], float("nan"))
+        entropy, distance = seen.sums.entropy, seen.sums.distance
+        real = seen.states.real
+        uniform = _uniform_distance(real).to(entropy.dtype)[:, None].expand_as(entropy)
+        log_length = real.sum(-1).to(entropy.dtype).log()[:, None, None].expand_as(entropy)
+        concentration = seen.sums.received.amax(-1).masked_fill(seen.states.empty[:, None], float("nan"))
         mean = seen.states.mean
         return torch.stack(
             [mean(entropy), mean(distance), concentration, mean(log_length), mean(uniform)], dim=-1
@@ -62,20 +64,13 @@ class ShapeSums(PlaceSums):
         return columns | {"n": moments.n}
 
 
-def _distances(length: int, device: torch.device) -> Tensor:
-    position = torch.arange(length, device=device)
-    return (position[:, None] - position).abs().float()
-
-
-def _rows(pattern: Tensor) -> tuple[Tensor, Tensor]:
-    """Entropy and mean distance of every row, [batch, head, query]; a sequence at a time: no second pattern."""
-    apart = _distances(pattern.shape[-1], pattern.device)
-    entropies, distances = [], []
-    for one in pattern:
-        rows = wide(one)
-        entropies.append(entropy(rows.log(), rows))
-        distances.append((rows * apart).sum(-1))
-    return torch.stack(entropies), torch.stack(distances)
+def _uniform_distance(real: Bool[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:
+    """Mean |q - k| over the real keys, for every query: sums from the left, so that no square is made."""
+    keys = real.double()
+    position = torch.arange(real.shape[1], device=real.device).double()
+    number, place = keys.cumsum(-1), (keys * position).cumsum(-1)
+    left, right = position * number - place, (place[:, -1:] - place) - position * (number[:, -1:] - number)
+    return (left + right) / number[:, -1:]
 
 
 def attention_shape(

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from loopmdm.analysis.measures.attention.masses import AttentionSums
 from loopmdm.analysis.measures.registry import Measure, plain
-from loopmdm.analysis.watch.groups import TOKEN_GROUPS, KeyGroups, Seen, States
+from loopmdm.analysis.watch.groups import NOTHING_MORE, TOKEN_GROUPS, KeyGroups, Place, Seen, States
+from loopmdm.analysis.watch.sums import Asks
 from loopmdm.analysis.watch.walk import walk
 from loopmdm.model.errors import UsageError, check_count, check_number, check_word
 from loopmdm.model.hooks.hooked import HookedLoopMDM
@@ -42,6 +43,7 @@ class ReceivedSums:
     """
 
     needs_values = False
+    needs_pattern = False
 
     def __init__(self):
         self.total: dict[str, Tensor] = {}
@@ -52,11 +54,15 @@ class ReceivedSums:
         count = states.members.double().sum(0).cpu()
         self.count = count if self.count is None else self.count + self._alike(count)
 
+    def asks(self, place: Place) -> Asks:  # noqa: ARG002
+        """Nothing beside received masses."""
+        return NOTHING_MORE
+
     def see(self, seen: Seen) -> None:
         """Add what each key receives from other real queries."""
         sizes = seen.states.members.sum(1)[:, None, :, None]
         members = seen.states.members[:, None]
-        others = (seen.received * sizes).sum(2) - seen.own * seen.states.real[:, None]
+        others = (seen.sums.others * sizes).sum(2)
         queries = (seen.states.real.sum(-1) - 1).clamp(min=1)[:, None, None]
         total = ((others / queries)[..., None] * members).double().sum(0).cpu()
         self.total[seen.prefix] = total + self.total.get(seen.prefix, 0)
@@ -103,15 +109,15 @@ class Sinks:
 
     places: dict[str, Tensor]
 
-    def members(self, seen: Seen) -> Tensor:
+    def members(self, place: Place) -> Tensor:
         """[batch, head, key, sink | masked | clean]."""
-        places = self.places[seen.prefix].to(seen.states.real.device)
-        if places.shape[1] != seen.states.real.shape[1]:
+        places = self.places[place.prefix].to(place.states.real.device)
+        if places.shape[1] != place.states.real.shape[1]:
             raise UsageError(
                 f"sinks were chosen on {places.shape[1]} positions, these sequences have "
-                f"{seen.states.real.shape[1]}; choose them on sequences of the same length"
+                f"{place.states.real.shape[1]}; choose them on sequences of the same length"
             )
-        groups = seen.states.members[:, None].expand(-1, places.shape[0], -1, -1)
+        groups = place.states.members[:, None].expand(-1, places.shape[0], -1, -1)
         sink = groups * places
         return torch.cat([sink.sum(-1, keepdim=True), groups - sink], dim=-1)
 

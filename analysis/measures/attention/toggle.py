@@ -25,7 +25,8 @@ from torch import Tensor
 
 from loopmdm.analysis.measures.registry import Measure, plain
 from loopmdm.analysis.numbers.moments import Moments
-from loopmdm.analysis.watch.groups import Seen, States
+from loopmdm.analysis.watch.groups import NOTHING_MORE, Place, Seen, States
+from loopmdm.analysis.watch.sums import Asks
 from loopmdm.analysis.watch.walk import EVERYWHERE, PlaceSums, walk
 from loopmdm.model.errors import check_count, check_seed
 from loopmdm.model.hooks.hooked import HookedLoopMDM
@@ -39,6 +40,7 @@ class Columns:
     """A reducer that keeps A(q -> j), averaged over masked queries q != j, for drawn positions j [batch, draw]."""
 
     needs_values = False
+    needs_pattern = True
 
     def __init__(self, drawn: Int[Tensor, "batch draw"], masked: Bool[Tensor, "batch pos"]):
         self.drawn = drawn
@@ -50,6 +52,10 @@ class Columns:
         """Weights of the queries, the same in all applications; NaN without other masked queries."""
         weights = self.queries.to(states.dtype)
         self.weights = weights / weights.sum(1, keepdim=True)
+
+    def asks(self, place: Place) -> Asks:  # noqa: ARG002
+        """Nothing beside the pattern."""
+        return NOTHING_MORE
 
     def see(self, seen: Seen) -> None:
         """Keep the columns of one application."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loopmdm.analysis.measures.attention import LOG_ODDS_CAP, AttentionSums, mask_attention
-from loopmdm.analysis.watch.groups import MASKED_OR_CLEAN, Seen, States, group_chances, group_masses
+from loopmdm.analysis.watch.groups import MASKED_OR_CLEAN, Place, Seen, States, group_chances, group_masses
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.masking import mask_tokens
@@ -85,7 +85,7 @@ def test_three_by_three_by_hand():
     # One head; keys 0 and 1 masked, key 2 clean.
     pattern = torch.tensor([[[[0.5, 0.3, 0.2], [0.1, 0.7, 0.2], [0.25, 0.25, 0.5]]]])
     states = States(torch.tensor([[True, True, False]]), torch.ones(1, 3).bool())
-    seen = Seen("loop.0.blocks.1.", 1, 0, pattern, None, states)
+    seen = Seen.of(Place("loop.0.blocks.1.", 1, 0, states), pattern)
     keys = MASKED_OR_CLEAN.members(seen)
     torch.testing.assert_close(group_masses(seen, keys)[0, 0], torch.tensor([[0.6, 0.2, 0.2], [0.5, 0.5, 0.0]]))
     torch.testing.assert_close(group_chances(states, keys)[0, 0], torch.tensor([[1, 1, 1], [1, 2, 0]]) / 3)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from loopmdm.analysis.measures.attention.shape import ShapeSums, attention_shape
-from loopmdm.analysis.watch.groups import Seen, States
+from loopmdm.analysis.watch.groups import Place, Seen, States
+from loopmdm.analysis.watch.sums import Asks
 from loopmdm.model.errors import UsageError
 from loopmdm.model.masking import mask_tokens
 
@@ -48,7 +49,8 @@ def test_shapes_equal_the_naive_loop(hooked, clean, padded):
 def test_three_by_three_by_hand(hooked):
     pattern = torch.tensor([[[[0.5, 0.5, 0.0], [0.0, 1.0, 0.0], [0.2, 0.3, 0.5]]]])
     states = States(torch.tensor([[True, True, False]]), torch.ones(1, 3).bool())
-    vectors = ShapeSums(hooked).vectors(Seen("loop.0.blocks.1.", 1, 0, pattern, None, states))[0, 0]
+    seen = Seen.of(Place("loop.0.blocks.1.", 1, 0, states), pattern, asks=Asks(shape=True))
+    vectors = ShapeSums(hooked).vectors(seen)[0, 0]
     # Masked queries 0 and 1: entropies ln 2 and 0, distances 0.5 and 0, key 1 receives (0.5 + 1) / 2.
     torch.testing.assert_close(vectors[0], torch.tensor([math.log(2) / 2, 0.25, 0.75, math.log(3), 5 / 6]))
     torch.testing.assert_close(vectors[1, 1:3], torch.tensor([0.2 * 2 + 0.3, 0.5]))
