@@ -15,6 +15,8 @@ from loopmdm.model.zoo.runs import Zoo
 SOLVER = "sudoku-loop-s4"
 """The Sudoku model that is taken apart: of the S_max that leaves the plateau most often."""
 NAKED = "naked singles"
+FEW = 20
+"""Boards below which a round of exclusion is not shown."""
 ARMS = {"observed": ("#1b4f8f", "o"), "shuffled": ("#e08214", "^"), "untrained": ("#8c8c8c", "s")}
 
 
@@ -45,13 +47,12 @@ def pencil_marks(loaded: Tables) -> MatplotlibFigure:
 def considered(loaded: Tables) -> MatplotlibFigure:
     """In which loop symbols are given up, by the round that excludes them; and how far loops are from rounds."""
     df = loaded["candidates"]
-    own = df[(df["model"] == SOLVER) & (df["rule"] == NAKED)]
+    own = df[(df["model"] == SOLVER) & (df["rule"] == NAKED) & (df["n"] >= FEW)]
     drawn, axes = plt.subplots(1, 3, figsize=(PAGE, 2.6), layout="constrained", width_ratios=[1.25, 1.1, 1])
     candidates.plot_deaths(own[own["arm"] == "observed"], ax=axes[0])
     candidates.plot_live(own[own["arm"] == "observed"], ax=axes[1])
     axes[1].get_legend().remove()
-    axes[1].legend(frameon=False, title="excluded by", fontsize=5.8, title_fontsize=6.2, loc="upper right",
-                   bbox_to_anchor=(1.0, 0.9), ncols=2)  # fmt: skip
+    axes[1].legend(frameon=False, title="excluded by", fontsize=6.2, title_fontsize=6.2, loc="upper right")
     _slopes(df, axes[2])
     for ax, title in zip(axes, ("given up in which loop", "still considered", "a loop a round?"), strict=True):
         ax.set_title(title)
@@ -97,10 +98,10 @@ def who_tells_whom(loaded: Tables) -> MatplotlibFigure:
         part = df[(df["model"] == model) & (df["method"] == "exact") & (df["metric"] == "kl")]
         edges.plot_edge_effects(part[part["queries"] == "masked"], ax=row[0])
         paths = relays[(relays["model"] == model) & (relays["metric"] == "kl") & (relays["relation"] != "any")]
-        first = paths[(paths["loop"] == 1) & (paths["second"] == 2)]
+        first = paths[(paths["loop"] == 0) & (paths["second"] == 1)]
         edges.plot_relays(first, ax=row[1])
         row[0].set_title(f"{title}: what masked queries are told")
-        row[1].set_title("two hops, loop 2 then loop 3")
+        row[1].set_title("two hops, loop 1 then loop 2")
         row[1].legend(frameon=False)
     return drawn
 
@@ -143,8 +144,11 @@ def head_cards(loaded: Tables) -> MatplotlibFigure:
         column[0].set(title=f"head {head}: {labels}", xlabel="")
     for ax in axes[:, 1:].flat:
         ax.set_ylabel("")
-    for row, rows in zip(axes, (2, 1), strict=True):
-        row[0].legend(frameon=False, ncols=rows, fontsize=5.8)
+    keys = [entry for row in axes for entry in zip(*row[0].get_legend_handles_labels(), strict=True)]
+    for ax in axes.flat:
+        ax.get_legend().remove()
+    drawn.legend(*zip(*keys, strict=True), loc="outside lower center", ncols=len(keys), frameon=False,
+                 columnspacing=1.0)  # fmt: skip
     return drawn
 
 
@@ -160,7 +164,7 @@ def probed(loaded: Tables) -> MatplotlibFigure:
         own = df[(df["model"] == model) & (df["round"].fillna(0) == 0)]
         probes.plot_probes(own, ax=ax)
         ax.set_title(title)
-        ax.legend(frameon=False, fontsize=6, ncols=2)
+        ax.legend(frameon=False, fontsize=6, ncols=3, loc="lower center")
     return drawn
 
 
@@ -209,7 +213,7 @@ def perturbation_gain(loaded: Tables) -> MatplotlibFigure:
             ax.set_ylim(low, high)
         loops.plot_growth(trained[trained["metric"] == "growth"], ax=row[2])
         row[2].set_title("growth a loop")
-        row[0].legend(frameon=False, fontsize=5.8)
+        row[1].legend(frameon=False, fontsize=5.8, loc="lower right")
         row[2].legend(frameon=False)
     return drawn
 

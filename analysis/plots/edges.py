@@ -35,7 +35,9 @@ def plot_edge_effects(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.imshow(shown.clip(lower=1e-3 * most), cmap="Blues", norm=LogNorm(1e-3 * most, most), aspect="auto")
     for (row, column), number in np.ndenumerate(1e3 * value.to_numpy()):
         sure = low.iat[row, column] > 0 or high.iat[row, column] < 0
-        text = f"{number:.2g}" if sure else f"({number:.1g})"
+        digits = 0 if number >= 9.5 else 1 if number >= 0.95 else 2
+        text = f"{number:.{digits}f}" if number >= 0.005 else "0"
+        text = text if sure or text == "0" else f"({text})"
         colour = "white" if number > 0.1 * most else "black"
         ax.text(column, row, text, ha="center", va="center", fontsize=5.5, color=colour)
     ax.set_xticks(range(value.shape[1]), [str(loop + 1) for loop in value.columns])
