@@ -12,34 +12,85 @@ hand_over(__name__)
 
 if TYPE_CHECKING:
     from loopmdm.analysis import exhibits as figures
+    from loopmdm.analysis.activations import ActivationStore, record
     from loopmdm.analysis.exhibits import tables
     from loopmdm.analysis.exhibits.verdicts import claims_table
     from loopmdm.analysis.measures import Case, measure
     from loopmdm.analysis.measures.attention import attention_across_loops, mask_attention
-    from loopmdm.analysis.measures.interventions import cut, stale
+    from loopmdm.analysis.measures.attention.cards import head_cards
+    from loopmdm.analysis.measures.interventions import Reference, ablate, cut, stale
+    from loopmdm.analysis.measures.known.candidates import candidates
+    from loopmdm.analysis.measures.known.example_board import example_board
+    from loopmdm.analysis.measures.mechanism.attribution import logit_attribution
+    from loopmdm.analysis.measures.mechanism.attribution_patching import attribution_patching
+    from loopmdm.analysis.measures.mechanism.corruption import corrupted
+    from loopmdm.analysis.measures.mechanism.dictionaries import train_dictionary
+    from loopmdm.analysis.measures.mechanism.edge_effects import edge_effects
+    from loopmdm.analysis.measures.mechanism.edge_paths import path_patching
+    from loopmdm.analysis.measures.mechanism.patching import activation_patching
+    from loopmdm.analysis.measures.mechanism.probes import probe
+    from loopmdm.analysis.measures.mechanism.steering import steer
     from loopmdm.analysis.measures.quality.decomposition import nelbo_decomposition
     from loopmdm.analysis.measures.representation import read_loops, representation_change
+    from loopmdm.analysis.measures.representation.gain import perturbation_gain
     from loopmdm.analysis.measures.stopping import stopping_frontier
+    from loopmdm.analysis.measures.twins import untrained
     from loopmdm.analysis.report import explore
 
 __all__ = [
+    "ActivationStore",
     "Case",
+    "Reference",
+    "ablate",
+    "activation_patching",
     "attention_across_loops",
+    "attribution_patching",
+    "candidates",
     "claims_table",
+    "corrupted",
     "cut",
+    "edge_effects",
+    "example_board",
     "explore",
     "figures",
+    "head_cards",
+    "logit_attribution",
     "mask_attention",
     "measure",
     "nelbo_decomposition",
+    "path_patching",
+    "perturbation_gain",
+    "probe",
     "read_loops",
+    "record",
     "representation_change",
     "stale",
+    "steer",
     "stopping_frontier",
     "tables",
+    "train_dictionary",
+    "untrained",
 ]
 
 _HOMES = {
+    "ActivationStore": "loopmdm.analysis.activations",
+    "Reference": "loopmdm.analysis.measures.interventions",
+    "ablate": "loopmdm.analysis.measures.interventions",
+    "activation_patching": "loopmdm.analysis.measures.mechanism.patching",
+    "attribution_patching": "loopmdm.analysis.measures.mechanism.attribution_patching",
+    "candidates": "loopmdm.analysis.measures.known.candidates",
+    "corrupted": "loopmdm.analysis.measures.mechanism.corruption",
+    "edge_effects": "loopmdm.analysis.measures.mechanism.edge_effects",
+    "example_board": "loopmdm.analysis.measures.known.example_board",
+    "head_cards": "loopmdm.analysis.measures.attention.cards",
+    "logit_attribution": "loopmdm.analysis.measures.mechanism.attribution",
+    "path_patching": "loopmdm.analysis.measures.mechanism.edge_paths",
+    "perturbation_gain": "loopmdm.analysis.measures.representation.gain",
+    "probe": "loopmdm.analysis.measures.mechanism.probes",
+    "record": "loopmdm.analysis.activations",
+    "steer": "loopmdm.analysis.measures.mechanism.steering",
+    "train_dictionary": "loopmdm.analysis.measures.mechanism.dictionaries",
+    "untrained": "loopmdm.analysis.measures.twins",
     "Case": "loopmdm.analysis.measures",
     "claims_table": "loopmdm.analysis.exhibits.verdicts",
     "mask_attention": "loopmdm.analysis.measures.attention",

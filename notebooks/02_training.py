@@ -138,6 +138,15 @@ figures.FIGURES["learning-curves-elsewhere"].show()
 figures.FIGURES["flops-to-target"].show()
 
 # %% [markdown]
+# ## When does looping pay?
+#
+# The paper's runs see hundreds to thousands of tokens a parameter, ours tens. If a gap closes with training, its
+# line comes down as it goes right.
+
+# %%
+figures.FIGURES["when-looping-pays"].show()
+
+# %% [markdown]
 # ## Arm by arm, seed by seed
 #
 # The same model, trained from other seeds, can end far apart. Five seeds are few, three decide little,
