@@ -39,7 +39,7 @@ def plot_lenses(df: pd.DataFrame, metric: str = "kl_final", *, ax: Axes | None =
         part = chosen[chosen["lens"] == lens].sort_values("loop")
         if len(part):
             interval_band(ax, part["loop"] + 1, part, "value", **{"label": lens} | look)
-    ax.set_xticks(sorted(df["loop"].unique() + 1))
+    ax.set_xticks(sorted(int(loop) + 1 for loop in df["loop"].unique()))
     ax.set(xlabel="loop (1 = first)", ylabel=LENS_LABELS[metric])
     ax.set_ylim(bottom=0)
     return ax

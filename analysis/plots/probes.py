@@ -29,7 +29,7 @@ def plot_probes(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         bare = part[part["weights"] != "trained"].sort_values("loop")
         ax.plot(bare["loop"] + 1, bare["value"], color=look["color"], marker=".", linestyle="none", markersize=2.5)
     ax.axhline(0.5, **NULL)
-    ax.set_xticks(sorted(df["loop"].unique() + 1))
+    ax.set_xticks(sorted(int(loop) + 1 for loop in df["loop"].unique()))
     ax.set(xlabel="after loop (0 = prelude)", ylabel="AUC, held out", ylim=(0.2, 1.02))
     return ax
 
