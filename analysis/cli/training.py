@@ -88,8 +88,8 @@ def _dry_run(spec: Any) -> None:
     rate = product_rate(spec.training.threads)
     with torch.device("meta"):
         model = LoopMDM(cfg)
-    parameters = model.n_parameters
-    layer = sum(parameter.numel() for parameter in model.get_submodule("blocks.0").parameters())
+    parameters, looped = model.n_parameters, next(iter(cfg.layers("loop")), 0)
+    layer = sum(parameter.numel() for parameter in model.get_submodule(f"blocks.{looped}").parameters())
     rows = [
         ("parameters", parameters),
         (f"parameters applied at S = {cfg.max_loops}", applied_parameters(cfg, parameters, layer, cfg.max_loops)),

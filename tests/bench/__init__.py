@@ -26,6 +26,7 @@ BENCHMARKS = {
     "adaptive": likelihood.adaptive,
     "all-loops": likelihood.all_loops,
     "attention-measures": science.survey,
+    "attribution": science.attributed,
     "frontier": science.replay,
     "similarity": science.similarity,
     "all-measures": science.suite,

@@ -15,6 +15,10 @@ from loopmdm.analysis.exhibits.tables.science import FIRST
 from loopmdm.analysis.measures import MEASURES, measure
 from loopmdm.analysis.measures.attention import attention_survey, received_attention
 from loopmdm.analysis.measures.case import Case
+from loopmdm.analysis.measures.mechanism.attribution import attribute
+from loopmdm.analysis.measures.mechanism.attribution_patching import attribution_patching
+from loopmdm.analysis.measures.mechanism.contrast import contrast
+from loopmdm.analysis.measures.mechanism.corruption import corrupted
 from loopmdm.analysis.measures.representation import loop_similarity
 from loopmdm.analysis.measures.stopping import stopping_frontier
 from loopmdm.model.diffusion.likelihood import nelbo_by_loop
@@ -44,6 +48,33 @@ def survey() -> Iterator[Row]:
     yield at_most("their memory beyond the eager forward's, / storing the patterns", extra, 0.2)
     longer = (statistics.median(_peaks("survey-more")) - measured) / (patterns - forward)
     yield at_most("growth of that memory from 16 to 64 sequences, / storing the patterns of 16", longer, 0.05)
+
+
+def attributed() -> Iterator[Row]:
+    """Direct logit attribution against caching a run, attribution patching of everything against a forward."""
+    m, b = _large(4)
+    asked = contrast(m, b, N_LOOPS)
+    value = ratio(
+        lambda: attribute(m, b, N_LOOPS, reads=("direct", "linear"), asked=asked), lambda: _cached(m, b), 7
+    )
+    yield at_most(f"direct and linear logit attribution at S={N_LOOPS}, / run_with_cache", value, 1.5)
+    other = corrupted(m, b)
+    value = ratio(
+        lambda: attribution_patching(m, b, other, n_loops=N_LOOPS, asked=asked),
+        lambda: _forward(m, b),
+        7,
+    )
+    yield at_most("attribution patching of all heads and MLPs, / forward", value, 4.0)
+
+
+def _cached(m: HookedLoopMDM, b: MaskedBatch) -> None:
+    with torch.no_grad():
+        m.run_with_cache(b.tokens, n_loops=N_LOOPS)
+
+
+def _forward(m: HookedLoopMDM, b: MaskedBatch) -> None:
+    with torch.no_grad():
+        m(b.tokens, n_loops=N_LOOPS)
 
 
 def _eager(m: HookedLoopMDM, b: MaskedBatch) -> None:
