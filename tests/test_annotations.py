@@ -33,10 +33,23 @@ mask_tokens(grids, 6, t=0.5)
 for order in (*ORDERS, "blocks:6:threshold:0.5"):
     sample(m, 2, steps=6, order=order, n_loops=1, clues={0: 3}, guidance=0.5, top_k=3)
 sample(m, 2, steps=6, n_loops=1, suppress=[2], end=[4])
+small = {
+    "attribution-patching": {"n_sequences": 4, "n_exact": 1},
+    "dictionaries": {"n_features": 16, "k": 4, "steps": 3, "n_scored": 4},
+    "edge-effects": {"n_exact": 2},
+    "head-cards": {"n_sequences": 4, "n_effects": 2},
+    "lenses": {"n_fit": 12, "steps": 2, "n_jacobian": 1},
+    "logit-attribution": {"n_exact": 2},
+    "perturbation-gain": {"n_sequences": 2},
+    "probes": {"n_rows": 200},
+    "propagation-scrubbing": {"n_boards": 20},
+    "relay-effects": {"n_sequences": 2},
+    "steering": {"n_boards": 4, "strengths": (1.0,)},
+}
 for name in MEASURES:
     model = {"training-free": "sudoku-base"}.get(name, "sudoku-loop")
     if MEASURES[name].on not in ("tree", "loops"):
-        given = {"mask_ratios": (0.5,)} if MEASURES[name].on == "masks" else {}
+        given = small.get(name, {}) | ({"mask_ratios": (0.5,)} if MEASURES[name].on == "masks" else {})
         assert len(measure(name, model, n=12, **given)), name
 try:
     m.model.blocks[0].attn(torch.zeros(2, 3), (logits, logits), None)

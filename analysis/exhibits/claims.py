@@ -9,6 +9,7 @@ from loopmdm.analysis.exhibits import (
     generation,
     inference,
     known,
+    mechanism,
     representation,
     stopping,
     training,
@@ -27,7 +28,7 @@ def verdicts(loaded: Tables) -> MatplotlibFigure:  # noqa: ARG001 - the answers 
     return drawn
 
 
-THEMES = (training, inference, generation, stopping, attention, representation, causal, known)
+THEMES = (training, inference, generation, stopping, attention, representation, causal, known, mechanism)
 READ = dict.fromkeys(
     table
     for theme in THEMES

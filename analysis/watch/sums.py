@@ -45,7 +45,7 @@ class Asks:
 class PatternSums:
     """Sums over the tiles of one layer application; `weights` [batch, query, 2] are w(q, Q).
 
-    `own`, `entropy`, `distance` [batch, head, query], `others` [batch, head, 2, key]; `contents`, one for each of
+    `own`, `row_entropy`, `distance` [batch, head, query], `others` [batch, head, 2, key]; `contents`, one for each of
     `asks` (None where it asks for none), [batch, head, query, group]. In float32 or wider.
     """
 
@@ -118,7 +118,7 @@ class PatternSums:
         return self._by_head(self._others + self._weights * self._own[:, None])
 
     @property
-    def entropy(self) -> Float[Tensor, "batch head query"]:
+    def row_entropy(self) -> Float[Tensor, "batch head query"]:
         """Entropy of each row, in nats."""
         assert self._shape is not None
         return self._by_head(self._shape[0])

@@ -37,6 +37,7 @@ from loopmdm.analysis.numbers.estimate import with_interval
 from loopmdm.analysis.watch.states import check_loops
 from loopmdm.model.errors import UsageError, check_count, check_model
 from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.information import entropy
 from loopmdm.model.precision import wide
 from loopmdm.model.sequences import MaskedBatch
 
@@ -96,7 +97,7 @@ def _attention(m: HookedLoopMDM, part: MaskedBatch, n_loops: int, sinks: Sinks |
     def see(pattern: Tensor, hook: Any) -> None:
         pattern, place = wide(pattern), (hook.loop(), hook.layer())
         masses = relations.masses(pattern, asked)
-        rows = -(pattern * pattern.clamp(min=1e-30).log()).sum(-1)
+        rows = entropy(pattern.log(), pattern)
         found = {("entropy", ""): torch.einsum("bq,bhq->bh", weights.to(rows), rows)}
         for number, name in enumerate(relations.names):
             found["attention", name] = masses[..., number]

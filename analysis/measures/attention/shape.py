@@ -40,7 +40,7 @@ class ShapeSums(PlaceSums):
 
     def vectors(self, seen: Seen) -> Tensor:
         """[sequence, head, query group, metric and null]."""
-        entropy, distance = seen.sums.entropy, seen.sums.distance
+        entropy, distance = seen.sums.row_entropy, seen.sums.distance
         real = seen.states.real
         uniform = _uniform_distance(real).to(entropy.dtype)[:, None].expand_as(entropy)
         log_length = real.sum(-1).to(entropy.dtype).log()[:, None, None].expand_as(entropy)

@@ -15,7 +15,7 @@ from loopmdm.model.sequences import MaskedBatch
 from loopmdm.model.tasks.sudoku import BOARDS
 
 HIDDEN = torch.tensor([True, False, False] * 12)
-NEEDS = {"attention-toggle", "attention-specifications", "settled"}
+NEEDS = {"attention-toggle", "attention-specifications", "settled", "logit-attribution", "attribution-patching"}
 ON_MASKS = sorted({name for name, item in MEASURES.items() if item.on == "masks"} - NEEDS)
 
 

@@ -98,7 +98,7 @@ def test_sums_are_what_loops_over_the_pattern_give(size):
     for row in range(2):
         for head in range(3):
             wanted = naive(pattern[row, head], weights[row], value[row, head], keys[row, 0], gram[head])
-            found = (sums.own, sums.others, sums.entropy, sums.distance, content)
+            found = (sums.own, sums.others, sums.row_entropy, sums.distance, content)
             for whole, one in zip(found, wanted, strict=True):
                 torch.testing.assert_close(whole[row, head], one.float(), rtol=1e-5, atol=1e-6)
     with_self = torch.einsum("bqg,bhqk->bhgk", weights, pattern)
@@ -128,7 +128,7 @@ def test_own_masses_near_one_and_near_nothing(sign, strength):
     torch.testing.assert_close(z.double(), exact @ v.double(), **near)
     torch.testing.assert_close(sums.own.double(), exact.diagonal(dim1=-2, dim2=-1), **near)
     torch.testing.assert_close(sums.received.double(), exact.mean(2, keepdim=True).expand(-1, -1, 2, -1), **near)
-    assert bool(sums.distance.isfinite().all()) and bool((sums.entropy >= 0).all())
+    assert bool(sums.distance.isfinite().all()) and bool((sums.row_entropy >= 0).all())
 
 
 # --- measures, ours ---

@@ -27,7 +27,7 @@ def test_a_cell_a_number_and_brackets_where_the_interval_holds_zero():
     ]
     _, ax = plt.subplots()
     plot_edge_effects(framed(rows, "value", "standard_error"), ax=ax)
-    assert [text.get_text() for text in ax.texts] == ["20", "20", "(1)", "(1)"]
+    assert [text.get_text() for text in ax.texts] == ["20", "20", "(1.0)", "(1.0)"]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["box c→m", "none c→m"]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "2"]
     plt.close("all")
@@ -43,11 +43,11 @@ def test_relays_are_bars_and_classes_lines():
     plot_relays(framed(rows, "value", "standard_error"), ax=one)
     assert [round(bar.get_height()) for bar in one.patches] == [20, 20, 10, 10]
     rows = [
-        {"arm": arm, "round": number, "cost": number + cost, "cost_se": 0.1}
+        {"arm": arm, "round": number, "kl": number + cost, "kl_se": 0.1}
         for arm, cost in (("candidates", 0.0), ("truth", 0.5), ("number", 1.0), ("any", 2.0))
         for number in (0, 1)
     ]
-    plot_scrubbing(framed(rows, "cost", "cost_se"), ax=two)
+    plot_scrubbing(framed(rows, "kl", "kl_se"), ax=two)
     lines = [list(line.get_ydata()) for line in two.lines if len(line.get_ydata()) == 2]
     assert [0.0, 1.0] in lines and [2.0, 3.0] in lines
     with pytest.raises(ValueError, match="plot_scrubbing: the frame has no column 'arm'"):

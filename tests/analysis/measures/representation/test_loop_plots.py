@@ -32,7 +32,7 @@ def test_a_line_a_distance(hooked, batch, axes):
         frame[(frame["source"] == "clean") & (frame["receiver"] == "any")], "value", "standard_error"
     )
     drawn = [line.get_label() for line in plot_gain(frame[frame["metric"] == "gain"], ax=axes).lines]
-    assert drawn == [f"|i - j| = {name}" for name in ("1", "2", "3-4", "5-8", "9+")]
+    assert drawn == [f"|i - j| = {name}" for name in ("1", "2-3", "4-7", "8-9")]
     assert axes.get_yscale() == "log"
     _, ax = plt.subplots()
     lines = plot_growth(frame[frame["metric"] == "growth"], ax=ax).lines
