@@ -45,8 +45,8 @@ class Asks:
 class PatternSums:
     """Sums over the tiles of one layer application; `weights` [batch, query, 2] are w(q, Q).
 
-    `own`, `row_entropy`, `distance` [batch, head, query], `others` [batch, head, 2, key]; `contents`, one for each of
-    `asks` (None where it asks for none), [batch, head, query, group]. In float32 or wider.
+    `own`, `row_entropy`, `distance` [batch, head, query], `others` [batch, head, 2, key]; `contents`, one for each
+    of `asks` (None where it asks for none), [batch, head, query, group]. In float32 or wider.
     """
 
     def __init__(
