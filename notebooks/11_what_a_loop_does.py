@@ -118,8 +118,8 @@ found[["segment", "loop", "layer", "value", "standard_error", "n"]].round(3)
 figures.FIGURES["attribution-patching"].show()
 
 # %% [markdown]
-# A changed token is no small step for the prelude: there the gradient has the wrong sign. In the loops the two
-# maps agree.
+# A changed token is no small step for the prelude: there the gradient has the wrong sign. In the loops the order
+# is the same and most signs are, but the gradient says less than half of what patching shows.
 #
 # ## Who tells whom
 #
@@ -136,7 +136,7 @@ said[columns].round(4)
 figures.FIGURES["who-tells-whom"].show()
 
 # %% [markdown]
-# On Sudoku clues speak in the first loops and hidden cells in the last ones, nearly all within units. On text one
+# On Sudoku clues speak in every loop and hidden cells mostly in the last two, nearly all within units. On text one
 # changed word is heard next door in the first loop, and then hardly any more.
 #
 # ## Which head does what
@@ -185,7 +185,7 @@ figures.FIGURES["dictionaries"].show()
 
 # %% [markdown]
 # A crosscoder's features are born in the first loop and last to the end: one code for all loops hides what
-# changes. An untrained twin is rebuilt as well, so fidelity says nothing by itself.
+# changes. On Sudoku an untrained twin is rebuilt as well, so fidelity says nothing by itself.
 #
 # ## Verdicts
 

@@ -178,6 +178,27 @@ def left_plateau(models: pd.Series, task: str) -> np.ndarray:
     return (models.map(ends) < PLATEAU[task]).to_numpy()
 
 
+def settled_runs(values: pd.Series, task: str, fresh: bool) -> pd.Series:
+    """Of values by model those of runs that left the plateau, where the task has one.
+
+    `fresh`: without the first seed, which was looked at when the estimand was written.
+    """
+    if task in PLATEAU:
+        values = pd.Series(values[left_plateau(pd.Series(values.index, index=values.index), task)])
+    first = Zoo.shipped().first(task).name
+    return values.drop(index=first, errors="ignore") if fresh else values
+
+
+def over_runs(values: pd.Series, n: int) -> Answer:
+    """Student's t over runs; `n` test units each."""
+    return answer_of(values.to_numpy(), np.full(len(values), np.nan), n, 1)
+
+
+def mean_over_runs(values: pd.Series) -> tuple[float, float]:
+    """Mean over runs and its standard error."""
+    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
+
+
 def trend(x: np.ndarray, y: np.ndarray, n: int) -> Answer:
     """Slope of a straight line through runs [n], Student's t with n - 2."""
     from scipy import stats as distributions

@@ -10,6 +10,7 @@ from loopmdm.analysis.exhibits import (
     inference,
     known,
     mechanism,
+    messages,
     representation,
     stopping,
     training,
@@ -28,7 +29,7 @@ def verdicts(loaded: Tables) -> MatplotlibFigure:  # noqa: ARG001 - the answers 
     return drawn
 
 
-THEMES = (training, inference, generation, stopping, attention, representation, causal, known, mechanism)
+THEMES = (training, inference, generation, stopping, attention, representation, causal, known, mechanism, messages)
 READ = dict.fromkeys(
     table
     for theme in THEMES

@@ -165,6 +165,19 @@ def panels() -> list[Panel]:
     return [Panel(zoo.first(task), tuple(run.name for run in looped[task]), TITLES[task]) for task in MAIN_TASKS]
 
 
+SOLVER = "sudoku-loop-s4"
+"""The Sudoku model that is taken apart: of the S_max that leaves the plateau most often."""
+
+
+def taken_apart() -> dict[str, str]:
+    """The models whose computation is looked into, by title: that one, and the looped text model."""
+    text = Zoo.shipped().first(MAIN_TASKS[1])
+    return {f"{TITLES[MAIN_TASKS[0]]}, $S_{{max}}$ 4": SOLVER, TITLES[MAIN_TASKS[1]]: text.name}
+
+
+HALF_MASKED = "Half of the positions masked; test sequences; bars and shades: 95% over sequences or documents."
+
+
 @dataclass(frozen=True)
 class Shown:
     """A drawn figure in a notebook; `sidecar` is what the batch writes beside its picture."""
@@ -251,6 +264,7 @@ THEMES = {
     "causal": "Causal tests",
     "known": "Known answers",
     "mechanism": "What a loop does",
+    "messages": "Who tells whom",
     "others": "Other people's models",
 }
 """In the order in which they are shown, with their titles."""

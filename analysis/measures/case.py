@@ -144,10 +144,20 @@ class Case:
         else:
             yield from (("nominal_mask_ratio", ratio, self.masked(ratio)) for ratio in asked.mask_ratios)
 
-    def unmasked(self) -> MaskedBatch:
-        """The test sequences as they are."""
-        s = self.sequences
+    def unmasked(self, sequences: Sequences | None = None) -> MaskedBatch:
+        """The test sequences, or others, as they are."""
+        s = self.sequences if sequences is None else sequences
         return MaskedBatch(s.tokens, s.tokens, torch.zeros_like(s.allowed), s.maskable, s.real, s.clusters)
+
+    def asked(self, mask_ratio: float, sequences: Sequences | None = None) -> MaskedBatch:
+        """Sequences (default: the test's) as a read-out is asked of them: masked as by `masked`.
+
+        Of a model without masked positions, as they are.
+        """
+        if not self.m.facts.grouped:
+            return self.unmasked(sequences)
+        s = self.sequences if sequences is None else sequences
+        return mask_tokens(s, self.m.cfg.mask_token_id, mask_ratio=mask_ratio, seed=self.seed)
 
     def along_sampling(
         self, steps: int, at: Sequence[int] | None = None, order: str = "random"

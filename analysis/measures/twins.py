@@ -9,13 +9,10 @@ from copy import deepcopy
 
 import torch
 
-from loopmdm.analysis.measures.case import Case
 from loopmdm.model.errors import check_model, check_seed
 from loopmdm.model.hooks.hooked import HookedLoopMDM
-from loopmdm.model.masking import mask_tokens
 from loopmdm.model.network.model import LoopMDM
 from loopmdm.model.protocol import Core
-from loopmdm.model.sequences import MaskedBatch, Sequences
 
 
 def untrained(m: HookedLoopMDM, seed: int = 0) -> HookedLoopMDM:
@@ -42,12 +39,3 @@ def _shuffled(m: HookedLoopMDM) -> Core:
                 order = torch.randperm(parameter.numel()).to(parameter.device)
                 parameter.copy_(parameter.flatten()[order].view_as(parameter))
     return core
-
-
-def asked_of(case: Case, sequences: Sequences, mask_ratio: float) -> MaskedBatch:
-    """Sequences with a share of what may be masked hidden; of a causal model, or without [MASK], as they are."""
-    mask = case.m.cfg.mask_token_id
-    if mask is not None and not case.m.facts.causal:
-        return mask_tokens(sequences, mask, mask_ratio=mask_ratio, seed=case.seed)
-    s, none = sequences, torch.zeros_like(sequences.allowed)
-    return MaskedBatch(s.tokens, s.tokens, none, None, s.real, s.clusters)

@@ -17,6 +17,7 @@ __all__ = [
     "log_ratio",
     "mean_and_error",
     "over_seeds",
+    "ratio_of_means",
     "t95",
     "t_quantile",
     "weighted_mean_and_error",
@@ -38,6 +39,22 @@ def log_ratio(parts: Iterable[tuple[Array, int]]) -> tuple[Array, Array]:
             value = value + sign * np.log(mean)
             influence = influence + sign * (part - mean) / mean
     return np.where(np.isfinite(value), value, np.nan), np.asarray(influence)
+
+
+def ratio_of_means(
+    top: Array, bottom: Array, clusters: Array | None = None, least: float = Z95
+) -> tuple[float, float, int]:
+    """Mean of `top` [n] over that of `bottom`, its error (delta method), and n; of the rows where both are known.
+
+    NaN unless the lower mean exceeds 0 by more than `least` of its standard errors: a ratio to nothing is none.
+    """
+    known = np.isfinite(top) & np.isfinite(bottom)
+    upper, _, n = mean_and_error(np.where(known, top, np.nan))
+    lower, error, _ = mean_and_error(np.where(known, bottom, np.nan), clusters)
+    if not lower > max(least * np.nan_to_num(error), 1e-9):
+        return float("nan"), float("nan"), int(n)
+    influence = np.where(known, (top - upper / lower * bottom) / lower, np.nan)
+    return float(upper / lower), float(influence_error(influence, clusters)), int(n)
 
 
 def t_quantile(freedom: int | float, share: float = 0.975) -> float:

@@ -31,6 +31,13 @@ def units(board: Board) -> Bool[Tensor, "unit cell"]:
     return torch.cat([torch.arange(board.size)[:, None] == kind for kind in (row, column, box)])
 
 
+@cache
+def peers(board: Board) -> Bool[Tensor, "cell cell"]:
+    """Which cells share a row, column or box with which others."""
+    member = units(board).float()
+    return (member.T @ member > 0).fill_diagonal_(False)
+
+
 @dataclass(frozen=True)
 class Propagation:
     """`depth` [batch, cell]: 0 for clues, the round for what is derived, -1 for what needs search.

@@ -31,7 +31,7 @@ from loopmdm.analysis.measures.interventions.places import applications
 from loopmdm.analysis.measures.mechanism.contrast import questions
 from loopmdm.analysis.measures.registry import Measure
 from loopmdm.analysis.measures.relations import Relations
-from loopmdm.analysis.measures.twins import asked_of, untrained
+from loopmdm.analysis.measures.twins import untrained
 from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.numbers.estimate import with_interval
 from loopmdm.analysis.watch.states import check_loops
@@ -225,7 +225,7 @@ def of_case(
     """Cards of a model's heads and of `twins` untrained ones' (`weights`)."""
     check_count("n_sequences", n_sequences)
     check_count("twins", twins, least=0)
-    test, held = (asked_of(case, part.spread(n_sequences), mask_ratio) for part in
+    test, held = (case.asked(mask_ratio, part.spread(n_sequences)) for part in
                   (case.sequences, case.validation.sequences))  # fmt: skip
     arms = {"trained": case.m} | {f"untrained {seed}": untrained(case.m, seed) for seed in range(twins)}
     frames = []

@@ -35,7 +35,7 @@ from loopmdm.analysis.numbers import stats
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.protocol import LoopedModel
 from loopmdm.model.sequences import MaskedBatch, as_batch
-from loopmdm.model.tasks.propagation import unique, units
+from loopmdm.model.tasks.propagation import peers, unique, units
 from loopmdm.model.tasks.puzzles import puzzles
 from loopmdm.model.tasks.sudoku import BOARDS, Board
 
@@ -113,17 +113,16 @@ def conflicts(
     board: Board, filled: Int[Tensor, "batch cell"], hidden: Bool[Tensor, "batch cell"]
 ) -> tuple[Bool[Tensor, "batch cell other"], Bool[Tensor, "cell other"]]:
     """Which pairs of cells in one unit hold the same symbol, for hidden cells; and which are in one unit."""
-    member = units(board).float()
-    peers = (member.T @ member > 0) & ~torch.eye(board.n_cells, dtype=torch.bool)
-    return (filled[:, :, None] == filled[:, None, :]) & peers & hidden[:, :, None], peers
+    near = peers(board)
+    return (filled[:, :, None] == filled[:, None, :]) & near & hidden[:, :, None], near
 
 
 def violations(
     board: Board, filled: Int[Tensor, "batch cell"], hidden: Bool[Tensor, "batch cell"]
 ) -> dict[str, Parts]:
     """Metrics that need no solution: sums and numbers [batch]."""
-    same, peers = conflicts(board, filled, hidden)
-    pairs = peers & hidden[:, :, None]
+    same, near = conflicts(board, filled, hidden)
+    pairs = near & hidden[:, :, None]
     to_clue, to_guess = ~hidden[:, None, :], hidden[:, None, :]
     member = units(board)
     symbols = torch.nn.functional.one_hot(filled, board.size).float()

@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loopmdm.analysis.measures.case import Case
-from loopmdm.analysis.measures.mechanism.contrast import Contrast, questions
+from loopmdm.analysis.measures.mechanism.contrast import Contrast, best_wrong, questions
 from loopmdm.analysis.measures.mechanism.writes import Part, Writes, need_writes
 from loopmdm.analysis.measures.registry import Measure
 from loopmdm.analysis.numbers import stats
@@ -37,7 +37,6 @@ from loopmdm.model.context import Context
 from loopmdm.model.errors import UsageError, check_count, check_model, check_word
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.precision import check_logits, wide
-from loopmdm.model.randomness import row_uniforms
 from loopmdm.model.sequences import MaskedBatch, as_batch
 from loopmdm.model.sites import at
 
@@ -115,7 +114,7 @@ def attribute(
     found: dict[tuple[str, Part], list[Tensor]] = {}
     whole: list[Tensor] = []
     for start, part in b.batches(batch_size):
-        run = _Run.of(m, part, n_loops, None if asked is None else some(asked, slice(start, start + len(part))))
+        run = _Run.of(m, part, n_loops, None if asked is None else asked.of(slice(start, start + len(part))))
         whole.append(run.by_sequence(run.difference))
         for read, write, values in run.shares(chosen):
             found.setdefault((read, write), []).append(values)
@@ -163,13 +162,6 @@ def _readable(m: HookedLoopMDM, reads: Iterable[str]) -> list[str]:
     return wanted
 
 
-def some(asked: Contrast, span: slice) -> Contrast:
-    """The questions of the sequences of a span."""
-    first, number = int(asked.rows[: span.start].sum()), int(asked.rows[span].sum())
-    rows = slice(first, first + number)
-    return Contrast(asked.rows[span], asked.right[rows], asked.wrong[rows])
-
-
 @dataclass
 class _Run:
     """One batch read once: its writes, H(S-1), and the difference as a function of it."""
@@ -196,9 +188,9 @@ class _Run:
         with torch.enable_grad(), m.hooks(ends):  # pyright: ignore[reportArgumentType]
             logits = m.readout(state, context, rows=rows)
             check_logits(logits)
-            asked = best_wrong(m, b, logits.detach()) if asked is None else asked  # empty is falsy
+            asked = best_wrong(m, b, logits.detach(), NAME) if asked is None else asked  # empty is falsy
             difference = asked.difference(logits)
-            total = (difference * _weights(asked, difference.dtype)).sum()
+            total = (difference * asked.weights(difference.dtype)).sum()
             (gradient,) = torch.autograd.grad(total, state)
         return cls(m, asked, context, state.detach(), difference.detach(), wide(gradient), wide(final[""]), writes)
 
@@ -247,7 +239,7 @@ class _Run:
             first, second = wide(unembed.bias)[ends]
             bias = bias + first - second
         direction = torch.zeros_like(self.final)
-        direction[self.asked.rows] = reading * _weights(self.asked, reading.dtype)[:, None]
+        direction[self.asked.rows] = reading * self.asked.weights(reading.dtype)[:, None]
         return direction.detach(), bias.detach()
 
     @torch.no_grad()
@@ -262,30 +254,6 @@ def _keeper(store: dict[str, Tensor]) -> Any:
         store[""] = x.detach()
 
     return keep
-
-
-def _weights(asked: Contrast, dtype: torch.dtype) -> Float[Tensor, " row"]:
-    """1 over the number of rows that a row's sequence has: sums become means over rows, sequence by sequence."""
-    owner = asked.rows.nonzero()[:, 0]
-    return 1 / asked.rows.sum(-1)[owner].to(dtype)
-
-
-def best_wrong(m: HookedLoopMDM, b: MaskedBatch, logits: Float[Tensor, "row d_vocab"], by: str = NAME) -> Contrast:
-    """As `contrast`, of logits that are there."""
-    right = (b.clean if m.facts.causal else b.truth(by))[b.masked]
-    wrong = logits.scatter(-1, right[:, None], float("-inf")).argmax(-1)
-    return Contrast(b.masked, right, wrong)
-
-
-def any_wrong(m: HookedLoopMDM, b: MaskedBatch, seed: int = 0, by: str = NAME) -> Contrast:
-    """The true token against any other one, drawn evenly, in place of the best wrong one: a null without luck."""
-    b = questions(by, m, b)
-    right = (b.clean if m.facts.causal else b.truth(by))[b.masked]
-    drawn = row_uniforms(seed, "tokens", len(right), m.cfg.d_vocab).to(right.device)
-    drawn.scatter_(-1, right[:, None], -1.0)
-    if m.cfg.mask_token_id is not None:
-        drawn[:, m.cfg.mask_token_id] = -1.0
-    return Contrast(b.masked, right, drawn.argmax(-1))
 
 
 def run(case: Case, b: MaskedBatch, reads: tuple[str, ...] = READS, n_exact: int = 32) -> pd.DataFrame:

@@ -25,8 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loopmdm.analysis.measures.case import Case
-from loopmdm.analysis.measures.mechanism.attribution import any_wrong, best_wrong, some
-from loopmdm.analysis.measures.mechanism.contrast import Contrast
+from loopmdm.analysis.measures.mechanism.contrast import Contrast, any_wrong, best_wrong
 from loopmdm.analysis.measures.mechanism.corruption import corrupted, places
 from loopmdm.analysis.measures.mechanism.nodes import BY_HEAD, LEAVES, Node
 from loopmdm.analysis.measures.mechanism.patching import Effects, Pair, Places, activation_patching
@@ -72,7 +71,7 @@ def attribution_patching(
         run = _Backward(m, study.n_loops, components, star)
         where = {name: mask[span] for name, mask in (places or {}).items()}
         where = where or {"all": torch.ones_like(one.masked)}
-        totals.append(run.forward(one, other, None if asked is None else some(asked, span)))
+        totals.append(run.forward(one, other, None if asked is None else asked.of(span)))
         for key, values in run.effects(where):
             signed.setdefault(key, []).append(run.known(values))
         for key, values in run.dropped(where) if star else ():
@@ -104,8 +103,7 @@ class _Backward:
             logits = self._logits(one, rows)
             self.asked = best_wrong(self.m, one, logits.detach(), NAME) if asked is None else asked
             values = self.asked.difference(logits)
-            owner, counts = self.asked.rows.nonzero()[:, 0], self.asked.rows.sum(-1)
-            self.metric = (values / counts[owner]).sum()
+            self.metric = (values * self.asked.weights(values.dtype)).sum()
         with torch.no_grad(), self.m.hooks([(at(leaf=leaves), self._note_other)]):
             after = self.asked.difference(self._logits(other, rows))
         return self.asked.by_sequence(after - values.detach())
@@ -253,16 +251,9 @@ def run(
     if sizes is not None:
         frame["graddrop"] = sizes.frame()["value"]
     spread = np.linspace(0, len(b) - 1, min(few, len(b))).astype(int)
-    asked = None if asked is None else _rows(asked, spread)
+    asked = None if asked is None else asked.of(spread)
     exact = activation_patching(m, b.rows(spread), other.rows(spread), n_loops=case.n_loops, asked=asked)
     return _beside(frame, exact, _some(found, spread)).assign(mask_ratio=b.mask_ratio)
-
-
-def _rows(asked: Contrast, keep: np.ndarray) -> Contrast:
-    """The questions of some sequences."""
-    owner = asked.rows.nonzero()[:, 0].cpu()
-    chosen = torch.cat([(owner == int(row)).nonzero()[:, 0] for row in keep]).to(asked.right.device)
-    return Contrast(asked.rows[keep], asked.right[chosen], asked.wrong[chosen])
 
 
 def _some(effects: Effects, keep: np.ndarray) -> Effects:

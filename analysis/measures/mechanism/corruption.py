@@ -22,7 +22,7 @@ from loopmdm.model.errors import UsageError, check_word
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.randomness import row_uniforms
 from loopmdm.model.sequences import MaskedBatch, as_batch, before_next
-from loopmdm.model.tasks.propagation import units
+from loopmdm.model.tasks.propagation import peers
 from loopmdm.model.tasks.sudoku import Board, board_of_model
 
 Corruption = Literal["token", "resample"]
@@ -94,9 +94,8 @@ def _choices(m: HookedLoopMDM, b: MaskedBatch):
 def _unheld(board: Board, tokens: Tensor, clues: Tensor) -> Bool[Tensor, "batch cell symbol"]:
     """Symbols that a clue could be for all that other clues say, its own left out."""
     held = torch.nn.functional.one_hot(tokens.clamp(max=board.size - 1), board.size) * clues[..., None]
-    member = units(board).to(tokens.device).float()
-    peers = (member.T @ member > 0).float().fill_diagonal_(0)
-    return (torch.einsum("cd,bds->bcs", peers, held.float()) == 0) & (held == 0)
+    near = peers(board).to(tokens.device).float()
+    return (torch.einsum("cd,bds->bcs", near, held.float()) == 0) & (held == 0)
 
 
 def _beside(masked: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:

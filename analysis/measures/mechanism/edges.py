@@ -31,6 +31,7 @@ from loopmdm.analysis.watch.states import check_loops
 from loopmdm.model.context import Context
 from loopmdm.model.errors import UsageError, check_model
 from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.information import kl
 from loopmdm.model.precision import wide
 from loopmdm.model.sequences import MaskedBatch
 
@@ -77,14 +78,14 @@ def check_hearing(m: HookedLoopMDM, name: str) -> None:
 
 
 @torch.no_grad()
-def record(
+def record_messages(
     m: HookedLoopMDM, tokens: Int[Tensor, "batch pos"], n_loops: int, attention_mask: Tensor | None = None
 ) -> Recorded:
     """A run as it is, under the open contexts.
 
     UsageError where scores are no multiple of query times key (a bias or a cap comes between).
     """
-    check_hearing(m, "record")
+    check_hearing(m, "record_messages")
     recorder = Recorder()
     with m.attention_path("eager"), m.hooks(recorder.hooks(m)):
         found = list(m.states(tokens, n_loops, attention_mask))
@@ -246,7 +247,9 @@ class EdgeStudy:
         if not torch.equal(m.cfg.hidden(corrupt), m.cfg.hidden(told.tokens)):
             raise UsageError("clean and corrupted tokens must be masked at the same positions; see corrupted")
         asked = contrast(m, b, n_loops, "edge patching")
-        clean, other = (record(m, tokens, n_loops, told.attention_mask) for tokens in (told.tokens, corrupt))
+        clean, other = (
+            record_messages(m, tokens, n_loops, told.attention_mask) for tokens in (told.tokens, corrupt)
+        )
         with m.attention_path("eager"):
             logits = wide(m.readout(clean.states[-1], clean.context, rows=asked.rows))
         return cls(m, told, asked, clean, other, n_loops, logits)
@@ -267,12 +270,10 @@ class EdgeStudy:
     def lost(self, logits: Float[Tensor, "row d_vocab"]) -> dict[str, Float[Tensor, " row"]]:
         """What another answer lost against the clean one, by metric."""
         before, after = self.logits.log_softmax(-1), logits.log_softmax(-1)
-        told = before.exp()
-        apart = torch.where(told > 0, told * (before - after), 0.0)  # -inf less -inf where a token never is
         truth = self.asked.right[:, None]
         return {
             "difference": self.asked.difference(self.logits) - self.asked.difference(logits),
-            "kl": apart.sum(-1).clamp(min=0.0),
+            "kl": kl(before, after).clamp(min=0.0),
             "loss": (before.gather(-1, truth) - after.gather(-1, truth))[:, 0],
         }
 

@@ -20,8 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from loopmdm.analysis.measures.mechanism.attribution import best_wrong, some
-from loopmdm.analysis.measures.mechanism.contrast import Contrast, questions
+from loopmdm.analysis.measures.mechanism.contrast import Contrast, best_wrong, questions
 from loopmdm.analysis.measures.mechanism.corruption import check_pair
 from loopmdm.analysis.measures.mechanism.nodes import Node, standard_nodes
 from loopmdm.analysis.numbers import stats
@@ -75,7 +74,7 @@ Activations = dict[str, Tensor]
 def patched(
     m: HookedLoopMDM, nodes: Sequence[Node], values: Activations, where: Bool[Tensor, "batch pos"] | None = None
 ) -> Iterator[HookedLoopMDM]:
-    """Put `values` (of `record`) in at all `nodes` at once; `where` chooses positions by sequence (None: all).
+    """Put `values` (of `record_nodes`) in at all `nodes` at once; `where` are positions by sequence (None: all).
 
     UsageError where a node's value was not recorded, or has another shape than the run's.
     """
@@ -85,7 +84,7 @@ def patched(
         by_site.setdefault(str(node.site), []).append(node)
     missing = [name for name in by_site if name not in values]
     if missing:
-        raise UsageError(f"{missing[0]} was not recorded; give it to record")
+        raise UsageError(f"{missing[0]} was not recorded; give it to record_nodes")
 
     def put(x: Tensor, hook: Any) -> Tensor:
         other = values[hook.name]
@@ -104,7 +103,7 @@ def patched(
 
 
 @torch.no_grad()
-def record(
+def record_nodes(
     m: HookedLoopMDM,
     b: MaskedBatch,
     nodes: Iterable[Node],
@@ -187,7 +186,7 @@ def activation_patching(
     totals: list[Tensor] = []
     for span, one, other in study.parts(batch_size):
         arms = [_Arm.of(m, b, study.n_loops, names) for b in (one, other)]
-        told = best_wrong(m, one, arms[0].logits[one.masked], NAME) if asked is None else some(asked, span)
+        told = best_wrong(m, one, arms[0].logits[one.masked], NAME) if asked is None else asked.of(span)
         metrics = [_metric(told, arm.logits) for arm in arms]
         totals.append(metrics[1] - metrics[0])
         base, given = (0, 1) if direction == "noising" else (1, 0)

@@ -38,9 +38,7 @@ from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.watch.states import check_loops, trajectory
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
-from loopmdm.model.masking import mask_tokens
 from loopmdm.model.randomness import row_uniforms
-from loopmdm.model.sequences import MaskedBatch
 from loopmdm.model.tasks.sudoku import BOARDS
 
 PENALTIES = tuple(10.0**power for power in range(-6, 2))
@@ -258,13 +256,7 @@ def labelled(case: Case, mask_ratio: float, n_clues: int, n_rounds: int) -> Labe
     """A case's hidden positions with their questions."""
     if case.test.task in BOARDS:
         return sudoku_labels(puzzles_of(case, n_clues, False), n_rounds)
-    return text_labels(case.m, _hidden(case, mask_ratio))
-
-
-def _hidden(case: Case, mask_ratio: float) -> MaskedBatch:
-    if case.m.cfg.mask_token_id is None or case.m.facts.causal:
-        return case.unmasked()
-    return mask_tokens(case.sequences, case.m.cfg.mask_token_id, mask_ratio=mask_ratio, seed=case.seed)
+    return text_labels(case.m, case.asked(mask_ratio))
 
 
 def _validating(case: Case) -> Case:

@@ -39,6 +39,7 @@ from loopmdm.analysis.watch.states import check_loops, row_mean
 from loopmdm.model.context import Context
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.information import kl
 from loopmdm.model.precision import wide
 from loopmdm.model.sequences import MaskedBatch
 from loopmdm.model.tasks.propagation import candidates_by_round
@@ -191,24 +192,16 @@ def _estimates(
     clusters: np.ndarray | None,
 ) -> dict[str, float | int]:
     """Cost, KL and the shares of "any" (`floor`) that are not lost, with errors over boards."""
-    loss, kl = lost
+    loss, apart = lost
     mean, _, n = stats.mean_and_error(loss, clusters)
     told: dict[str, float | int] = {"loss": float(mean), "n": int(n)}
-    named = (("cost", "recovered", loss - intact, floor[0] - intact), ("kl", "kept", kl, floor[1]))
+    named = (("cost", "recovered", loss - intact, floor[0] - intact), ("kl", "kept", apart, floor[1]))
     for name, share, values, whole in named:
         value, error, _ = stats.mean_and_error(values, clusters)
         told |= {name: float(value), f"{name}_se": float(error)}
-        told |= dict(zip((share, f"{share}_se"), _share(values, whole, clusters), strict=True))
+        gone, gone_se, _ = stats.ratio_of_means(values, whole, clusters, BEYOND)
+        told |= {share: 1 - gone, f"{share}_se": gone_se}
     return told
-
-
-def _share(values: np.ndarray, whole: np.ndarray, clusters: np.ndarray | None) -> tuple[float, float]:
-    """1 - mean of `values` over mean of `whole`, and its error; NaN where the latter may be 0."""
-    most, error, _ = stats.mean_and_error(whole, clusters)
-    if not most > BEYOND * error:
-        return float("nan"), float("nan")
-    ratio = float(stats.mean_and_error(values, clusters)[0] / most)
-    return 1 - ratio, float(stats.influence_error((values - ratio * whole) / most, clusters))
 
 
 class _Run:
@@ -246,11 +239,10 @@ class _Run:
         self.intact = self.intact or answers
         for (_, part), now, before in zip(self.batch.batches(self.batch_size), answers, self.intact, strict=True):
             loss = -now.gather(-1, part.truth("scrubbing")[part.masked][:, None])[:, 0]
-            told = before.exp()
-            apart = torch.where(told > 0, told * (before - now), 0.0).sum(-1)
-            found.append((row_mean(loss, part.masked), row_mean(apart.clamp(min=0.0), part.masked)))
-        loss, kl = (torch.cat(parts).double().cpu().numpy() for parts in zip(*found, strict=True))
-        return loss, kl
+            apart = kl(before, now).clamp(min=0.0)
+            found.append((row_mean(loss, part.masked), row_mean(apart, part.masked)))
+        loss, apart = (torch.cat(parts).double().cpu().numpy() for parts in zip(*found, strict=True))
+        return loss, apart
 
     def _answer(self, states: Tensor, loop: int, number: int) -> Float[Tensor, "row d_vocab"]:
         """Log-probabilities of part `number` at its hidden cells."""

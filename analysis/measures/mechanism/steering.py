@@ -44,7 +44,7 @@ from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.precision import wide
 from loopmdm.model.randomness import row_uniforms
 from loopmdm.model.sequences import MaskedBatch
-from loopmdm.model.tasks.propagation import candidates_by_round, units
+from loopmdm.model.tasks.propagation import candidates_by_round, peers
 from loopmdm.model.tasks.puzzles import puzzles
 from loopmdm.model.tasks.sudoku import BOARDS
 
@@ -187,8 +187,7 @@ def pushes(b: MaskedBatch, kind: str = "open", seed: int = 0) -> Pushes:
     board, hidden = board_of(b), b.masked.cpu()
     may = candidates_by_round(board, b.tokens, 0)[0] & hidden[..., None]
     wrong = torch.nn.functional.one_hot(b.clean.cpu(), board.size) == 0
-    member = units(board).float()
-    peer = (member.T @ member > 0) & ~torch.eye(board.n_cells, dtype=torch.bool)
+    peer = peers(board)
     near = torch.einsum("cd,bdv->bcv", peer.float(), may.float()) > 0
     far = (
         torch.einsum("cd,bdv->bcv", (~peer & ~torch.eye(board.n_cells, dtype=torch.bool)).float(), may.float()) > 0

@@ -11,7 +11,6 @@ A_i = 1, b_i = 0 is the direct lens. A learned lens belongs to the weights, the 
 that it was made with; of other weights it is refused.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +21,12 @@ from jaxtyping import Bool, Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from loopmdm.analysis.activations.identity import Identity
 from loopmdm.analysis.measures.representation.lenses import LEARNED
 from loopmdm.model.errors import UsageError, check_count, check_word
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.network.checkpoints import write_tensors
 from loopmdm.model.precision import check_logits, wide
-from loopmdm.model.protocol import Core
 
 RECORD = "lens"
 """Where a file's header has the record."""
@@ -80,11 +79,8 @@ class LearnedLens:
 
     def check(self, m: HookedLoopMDM) -> "LearnedLens":
         """Itself; UsageError unless it was made of these weights."""
-        if self.record.get("model_hash") != weights_hash(m.model):
-            raise UsageError(
-                f"this {self.kind} lens is of {self.record.get('model') or 'another model'}, with other weights "
-                f"than {m.model_name or 'this model'}; fit one to it"
-            )
+        made_of = Identity(self.record.get("model", ""), self.record.get("model_hash", ""), {})
+        made_of.check(m, f"this {self.kind} lens")
         return self
 
     def save(self, path: Path | str) -> None:
@@ -106,12 +102,3 @@ class LearnedLens:
             raise UsageError(f"{path} is no file; fit a lens and save it there") from None
         except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise UsageError(f"{path} is no learned lens ({error}); fit one and save it again") from None
-
-
-def weights_hash(core: Core) -> str:
-    """sha256 over a model's tensors with their names."""
-    digest = hashlib.sha256()
-    for name, value in sorted(core.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

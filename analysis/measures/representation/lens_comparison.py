@@ -25,7 +25,7 @@ from loopmdm.analysis.measures.registry import Measure
 from loopmdm.analysis.measures.representation.learned_lenses import LearnedLens
 from loopmdm.analysis.measures.representation.lens_fitting import Descent, fit_jacobian, fit_tuned
 from loopmdm.analysis.measures.representation.lenses import LEARNED, LENSES, read
-from loopmdm.analysis.measures.twins import asked_of, untrained
+from loopmdm.analysis.measures.twins import untrained
 from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.watch.states import check_loops, row_mean
 from loopmdm.model.context import Context
@@ -132,7 +132,7 @@ def of_case(
         if name not in READ:
             raise unknown_name("lens", name, READ)
     parts = case.sequences, case.validation.sequences.spread(n_fit)
-    test, held = (asked_of(case, part, mask_ratio) for part in parts)
+    test, held = (case.asked(mask_ratio, part) for part in parts)
     few = test.rows(torch.linspace(0, len(test) - 1, min(TWINS, len(test))).long())
     arms = {"trained": case.m} | {f"untrained {seed}": untrained(case.m, seed) for seed in range(twins)}
     frames = []

@@ -20,11 +20,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from loopmdm.analysis.activations.identity import identity
 from loopmdm.analysis.measures.mechanism.contrast import questions
-from loopmdm.analysis.measures.representation.learned_lenses import LearnedLens, weights_hash
+from loopmdm.analysis.measures.representation.learned_lenses import LearnedLens
 from loopmdm.analysis.watch.states import check_loops
 from loopmdm.model.errors import UsageError, check_count, check_model, check_seed
 from loopmdm.model.hooks.hooked import HookedLoopMDM
+from loopmdm.model.information import kl
 from loopmdm.model.precision import check_state, wide
 from loopmdm.model.protocol import Core
 from loopmdm.model.randomness import row_uniforms, step_generator
@@ -107,12 +109,6 @@ def unembed(core: Core, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d
     return wide(core.unembedding(x)).log_softmax(-1)
 
 
-def divergence(final: Float[Tensor, "row d_vocab"], read: Float[Tensor, "row d_vocab"]) -> Float[Tensor, ""]:
-    """Mean KL(final || read) over rows, nats, with a derivative; [MASK] counts nothing."""
-    known = final.isfinite()
-    return ((final - read).masked_fill(~known, 0.0) * final.exp()).sum(-1).mean()
-
-
 # --- tuned ---
 
 
@@ -145,7 +141,7 @@ def fit_tuned(
 
 
 def _told(m: HookedLoopMDM, b: MaskedBatch, n_loops: int, n_rows: int) -> dict:
-    told = {"model": m.model_name, "model_hash": weights_hash(m.model), "n_loops": n_loops}
+    told = {"model": m.model_name, "model_hash": identity(m).hash, "n_loops": n_loops}
     return told | {"mask_ratio": b.mask_ratio, "n_rows": n_rows}
 
 
@@ -166,7 +162,7 @@ def _tuned(
         with torch.no_grad():
             final = unembed(core, end[some])
         with torch.enable_grad():
-            loss = divergence(final, unembed(core, fold(states[some])))
+            loss = kl(final, unembed(core, fold(states[some]))).mean()
             gradients = torch.autograd.grad(loss, fold.parameters)
         for parameter, gradient in zip(fold.parameters, gradients, strict=True):
             parameter.grad = gradient
@@ -180,7 +176,7 @@ def _tuned(
 @torch.no_grad()
 def _held_out(core: Core, fold: "_Folded", states: Tensor, end: Tensor, n_rows: int) -> float:
     total = sum(
-        float(divergence(unembed(core, last), unembed(core, fold(some)))) * len(some)
+        float(kl(unembed(core, last), unembed(core, fold(some))).mean()) * len(some)
         for some, last in zip(states.split(n_rows), end.split(n_rows), strict=True)
     )
     return total / len(states)

@@ -47,7 +47,6 @@ from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.watch.states import row_mean
 from loopmdm.model.errors import check_count
 from loopmdm.model.hooks.hooked import HookedLoopMDM
-from loopmdm.model.masking import mask_tokens
 from loopmdm.model.sequences import MaskedBatch, as_batch
 
 MATCHED = 0.9
@@ -166,10 +165,7 @@ class _Asked:
     def scored(self) -> MaskedBatch:
         """Test sequences."""
         case = replace(self.case, options=replace(self.case.options, n=min(self.n_scored, self.case.n)))
-        if not case.m.facts.grouped:
-            return case.unmasked()
-        tokens = case.sequences
-        return mask_tokens(tokens, case.m.cfg.mask_token_id, mask_ratio=self.mask_ratio, seed=case.seed)
+        return case.asked(self.mask_ratio)
 
 
 def dictionaries(

@@ -70,27 +70,16 @@ class Spliced:
     def loss_recovered(self, site: int) -> tuple[float, float, int]:
         """Share, its error over sequences or documents, n; NaN where the mean costs nothing beyond its error."""
         spliced, mean = self.losses[0, site], self.losses[1, site]
-        return ratio(mean - spliced, mean - self.intact, self.clusters)
+        return stats.ratio_of_means(mean - spliced, mean - self.intact, self.clusters)
 
     def kl_recovered(self, site: int) -> tuple[float, float, int]:
         """As `loss_recovered`, of the divergence from the intact run."""
         spliced, mean = self.divergences[0, site], self.divergences[1, site]
-        return ratio(mean - spliced, mean, self.clusters)
+        return stats.ratio_of_means(mean - spliced, mean, self.clusters)
 
     def explained(self, site: int) -> tuple[float, float, int]:
         """Share of the states' variance that is given back."""
-        return ratio(self.spread[site] - self.left[site], self.spread[site], self.clusters)
-
-
-def ratio(top: np.ndarray, bottom: np.ndarray, clusters: np.ndarray | None) -> tuple[float, float, int]:
-    """Ratio of means, its error (delta method) and n; NaN where the lower mean is not above 0 beyond its error."""
-    known = np.isfinite(top) & np.isfinite(bottom)
-    upper, _, n = stats.mean_and_error(np.where(known, top, np.nan))
-    lower, error, _ = stats.mean_and_error(np.where(known, bottom, np.nan), clusters)
-    if not lower > max(stats.Z95 * np.nan_to_num(error), 1e-9):
-        return float("nan"), float("nan"), int(n)
-    influence = np.where(known, (top - upper / lower * bottom) / lower, np.nan)
-    return float(upper / lower), float(stats.influence_error(influence, clusters)), int(n)
+        return stats.ratio_of_means(self.spread[site] - self.left[site], self.spread[site], self.clusters)
 
 
 @torch.no_grad()

@@ -7,9 +7,8 @@ import torch
 
 from loopmdm.analysis.measures import measure
 from loopmdm.analysis.measures.case import Case
-from loopmdm.analysis.measures.mechanism.attribution import any_wrong
 from loopmdm.analysis.measures.mechanism.attribution_patching import agreement, attribution_patching
-from loopmdm.analysis.measures.mechanism.contrast import contrast
+from loopmdm.analysis.measures.mechanism.contrast import any_wrong, contrast
 from loopmdm.analysis.measures.mechanism.corruption import corrupted, places
 from loopmdm.analysis.measures.mechanism.nodes import Node
 from loopmdm.analysis.measures.mechanism.patching import Effects, activation_patching

@@ -18,7 +18,13 @@ from loopmdm.analysis.measures.mechanism.edge_effects import (
 )
 from loopmdm.analysis.measures.mechanism.edge_groups import edge_groups
 from loopmdm.analysis.measures.mechanism.edge_paths import Hop, along_path, path_patching
-from loopmdm.analysis.measures.mechanism.edges import EdgeStudy, Messages, edge_patching, read_edges, record
+from loopmdm.analysis.measures.mechanism.edges import (
+    EdgeStudy,
+    Messages,
+    edge_patching,
+    read_edges,
+    record_messages,
+)
 from loopmdm.analysis.measures.relations import relations
 from loopmdm.model.adapters import hook_model
 from loopmdm.model.errors import UsageError
@@ -371,7 +377,7 @@ def test_on_other_peoples_models(name):
 def test_what_is_wrong_is_said_in_a_line(hooked, batch, study):
     other = corrupted(hooked, batch, how="resample").tokens
     own = everything(batch)
-    shorter = record(hooked, batch.tokens, 1).messages
+    shorter = record_messages(hooked, batch.tokens, 1).messages
     with (
         pytest.raises(UsageError, match="no messages of loop 1, layer 1 are there"),
         read_edges(hooked, [(own, shorter)]),
@@ -406,7 +412,7 @@ def test_scores_that_are_no_product_are_refused(hooked, batch):
         hooked.hooks([(lambda name: name.endswith("attn_scores"), add_bias)]),
         pytest.raises(UsageError, match="a bias or a cap"),
     ):
-        record(hooked, batch.tokens, 2)
+        record_messages(hooked, batch.tokens, 2)
 
 
 def test_messages_mix(study):

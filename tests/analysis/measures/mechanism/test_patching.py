@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from loopmdm.analysis.measures.interventions.selections import relation_of
-from loopmdm.analysis.measures.mechanism.attribution import any_wrong
-from loopmdm.analysis.measures.mechanism.contrast import contrast
+from loopmdm.analysis.measures.mechanism.contrast import any_wrong, contrast
 from loopmdm.analysis.measures.mechanism.corruption import corrupted, places
 from loopmdm.analysis.measures.mechanism.nodes import Node, standard_nodes
-from loopmdm.analysis.measures.mechanism.patching import activation_patching, patched, record
+from loopmdm.analysis.measures.mechanism.patching import activation_patching, patched, record_nodes
 from loopmdm.model.adapters import hook_model
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
@@ -76,7 +75,7 @@ def test_patching_what_is_there_changes_nothing_bit_for_bit(hooked, pair):
     clean, other = pair
     nodes = [*standard_nodes(hooked, 3, ("z", "q", "k", "v", "attn_out", "mlp_out")), Node("state", -1),
              *(Node("state", loop) for loop in range(3))]  # fmt: skip
-    own = record(hooked, clean, nodes, 3)
+    own = record_nodes(hooked, clean, nodes, 3)
     before = hooked(clean.tokens, 3)
     for node in nodes:
         with patched(hooked, [node], own):
@@ -92,10 +91,10 @@ def test_patching_everything_gives_the_corrupted_run(hooked, pair):
     clean, other = pair
     wanted = hooked(other.tokens, 3)
     start = [Node("state", -1)]
-    with patched(hooked, start, record(hooked, other, start, 3)):
+    with patched(hooked, start, record_nodes(hooked, other, start, 3)):
         assert torch.equal(hooked(clean.tokens, 3), wanted)
     every = standard_nodes(hooked, 3, ("attn_out", "mlp_out"))
-    with patched(hooked, every, record(hooked, other, every, 3)):
+    with patched(hooked, every, record_nodes(hooked, other, every, 3)):
         shifted = hooked(clean.tokens, 3)
     torch.testing.assert_close(shifted[:, :, :-1], _embedded(hooked, clean, other, wanted)[:, :, :-1])
     for node in (Node("state", -1), Node("state", 1), Node("state", 2)):
@@ -116,7 +115,7 @@ def _embedded(m, clean, other, logits):
 def test_a_heads_effect_is_that_of_the_run_with_its_z(hooked, pair):
     clean, other = pair
     node = Node("z", 1, 2, 1, 4)
-    values = record(hooked, other, [node], 3)
+    values = record_nodes(hooked, other, [node], 3)
 
     def put(z, hook):
         z[:, 4, 1] = values[str(node.site)][:, 4, 1]
