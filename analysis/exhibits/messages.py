@@ -40,7 +40,7 @@ def who_tells_whom(loaded: Tables) -> MatplotlibFigure:
         edges.plot_relays(first, ax=row[1])
         row[0].set_title(f"{title}: what masked queries are told")
         row[1].set_title("two hops, loop 1 then loop 2")
-        row[1].margins(y=0.3)  # room for the legend above the bars
+        row[1].set_ylim(0, 1.3 * row[1].get_ylim()[1])  # room for the legend above the bars
         row[1].legend(frameon=False, loc="upper right")
     return drawn
 
