@@ -1,11 +1,11 @@
 """What can be read off the states with a straight line: linear probes, and what they find in nothing.
 
-A probe of a place H(i) answers yes or no questions (`labels.py`) by ridge regression on standardised states x:
+A probe of a place H(i) answers yes or no questions (`labels.py`) by ridge regression on standardised states x
+(scikit-learn's `StandardScaler` and `Ridge`):
 
     score = W^T (x - mean) / std + b,      (W, b) least squares with penalty lambda n |W|^2
 
-in closed form, all questions at once; lambda is chosen by question, by the error on sequences held out of those
-that are fitted. Probes are fitted on other sequences (boards, documents) than they are tested on, validation's.
+all questions at once; lambda is chosen by question, by the error on sequences held out of those that are fitted. Probes are fitted on other sequences (boards, documents) than they are tested on, validation's.
 
     auc        of a yes above a no (ties half), mean over a target's classes that have both
     accuracy   score above 1/2; of targets with one true class in each row, the best class is it
@@ -62,9 +62,9 @@ class Probe:
 def fit_probe(
     x: Float[np.ndarray, "row d_model"], y: np.ndarray, owner: np.ndarray | None = None, seed: int = 0
 ) -> Probe:
-    """Ridge regression of answers `y` [row, class] on states; `owner` [row] names what is held out together.
+    """scikit-learn's `Ridge` of answers `y` [row, class] on standardised states, a penalty a question.
 
-    UsageError for fewer than two owners (default: each row its own).
+    `owner` [row] names what is held out together. UsageError for fewer than two owners (default: each row its own).
     """
     owner = np.arange(len(x)) if owner is None else owner
     names, index = np.unique(owner, return_inverse=True)
@@ -73,21 +73,20 @@ def fit_probe(
     lots = row_uniforms(seed, "order", 1, len(names))[0].argsort().argsort().numpy()
     held = lots[index] < max(1, round(HELD_OUT * len(names)))
     x, y = x.astype(np.float64), y.astype(np.float64)
-    errors = [((x[held] @ w + b - y[held]) ** 2).mean(0) for w, b in _ridges(x[~held], y[~held])]
-    best = np.argmin(errors, 0)
-    weights, biases = (np.stack(part) for part in zip(*_ridges(x, y), strict=True))
-    return Probe(weights[best, :, np.arange(y.shape[1])].T, biases[best, np.arange(y.shape[1])])
+    tried = [_ridge(x[~held], y[~held], np.full(y.shape[1], penalty)) for penalty in PENALTIES]
+    errors = [((one.scores(x[held]) - y[held]) ** 2).mean(0) for one in tried]
+    return _ridge(x, y, np.array(PENALTIES)[np.argmin(errors, 0)])
 
 
-def _ridges(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Weights and biases on raw states for each of `PENALTIES`."""
-    mean, spread, centre = x.mean(0), x.std(0), y.mean(0)
-    spread = np.where(spread > 1e-6 * np.abs(mean).clip(1e-12), spread, np.inf)  # what stands still says nothing
-    left, values, right = np.linalg.svd((x - mean) / spread, full_matrices=False)
-    along = left.T @ (y - centre)
-    for penalty in PENALTIES:
-        weight = right.T @ (along * (values / (values**2 + penalty * len(x)))[:, None]) / spread[:, None]
-        yield weight, centre - mean @ weight
+def _ridge(x: np.ndarray, y: np.ndarray, penalty: np.ndarray) -> Probe:
+    """Fitted on standardised states, written for raw ones; `penalty` [class] counts rows as one each."""
+    from sklearn.linear_model import Ridge  # a second of import that only probes need
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler().fit(x)
+    ridge = Ridge(alpha=penalty * len(x), solver="svd").fit(scaler.transform(x), y)
+    weight = (np.atleast_2d(ridge.coef_) / scaler.scale_).T
+    return Probe(weight, np.atleast_1d(ridge.intercept_) - scaler.mean_ @ weight)
 
 
 def auc_and_influence(

@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -13,7 +12,7 @@ from loopmdm.analysis.measures import measure
 from loopmdm.analysis.measures.mechanism.labels import Labelled, sudoku_labels, text_labels
 from loopmdm.analysis.measures.mechanism.probes import (
     PENALTIES,
-    _ridges,
+    _ridge,
     auc_and_influence,
     fit_probe,
     probe,
@@ -126,13 +125,15 @@ def test_what_no_loop_had_a_part_in_is_the_same_at_every_loop_count(two):
 # --- third parties ---
 
 
-def test_ridge_is_scikit_learns():
+def test_a_probe_solves_the_normal_equations():
     generator = np.random.default_rng(0)
     x, y = generator.normal(size=(50, 7)) * [1, 2, 3, 4, 5, 6, 0] + 5, generator.random((50, 3)) < 0.4
     spread = np.where(x.std(0) > 0, x.std(0), 1)
-    for penalty, (weight, bias) in zip(PENALTIES, _ridges(x, y.astype(float)), strict=True):
-        theirs = Ridge(alpha=penalty * 50).fit((x - x.mean(0)) / spread, y.astype(float))
-        np.testing.assert_allclose(x @ weight + bias, theirs.predict((x - x.mean(0)) / spread), atol=1e-8)
+    z, said = (x - x.mean(0)) / spread, y.astype(float)
+    for penalty in PENALTIES:
+        found = _ridge(x, said, np.full(y.shape[1], penalty))
+        weight = np.linalg.solve(z.T @ z + penalty * len(x) * np.eye(z.shape[1]), z.T @ (said - said.mean(0)))
+        np.testing.assert_allclose(found.scores(x), z @ weight + said.mean(0), atol=1e-8)
     found = fit_probe(x, y)
     np.testing.assert_allclose(found.scores(x), x @ found.weight + found.bias)
     wide_x = generator.normal(size=(20, 90))
