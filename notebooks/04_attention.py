@@ -24,6 +24,7 @@ import torch
 
 from loopmdm.analysis import Case, attention_across_loops, claims_table, explore, figures, mask_attention
 from loopmdm.analysis.measures.attention import head_growth
+from loopmdm.analysis.measures.attention.cards import head_cards
 from loopmdm.model import HookedLoopMDM, LoopMDM
 
 _ = torch.set_grad_enabled(False)
@@ -156,6 +157,25 @@ heads[["layer", "head", "rank", "growth_ranked", "growth", "standard_error", "p_
 
 # %%
 figures.FIGURES["attention-heads"].show()
+
+# %% [markdown]
+# A card says of each head where it looks and what that does: on a board, whether it lowers the symbols of the
+# clues it reads; on text, whether it copies, repeats or rests on a sink. A label is by rule, and an untrained
+# twin gets hardly any.
+
+# %%
+cards = head_cards(m, halves.rows(slice(8)), m.cfg.max_loops)
+cards.query("loop in @loops")[["loop", "layer", "head", "label", "effect"]].drop_duplicates()
+
+# %% [markdown]
+# ## Who tells whom
+#
+# The measure that mass stands in for: change one clean word, and let the edges of one group alone, in one loop
+# alone, carry what changed. What the answer then moves by is what these edges said; on the right by whom it was
+# passed on. Chapter 11 takes this apart.
+
+# %%
+figures.FIGURES["who-tells-whom"].show()
 
 # %% [markdown]
 # ## Verdicts

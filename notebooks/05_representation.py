@@ -77,6 +77,17 @@ figures.FIGURES["lenses"].show()
 # Look for whether p(true) still rises up to S_max, and what happens behind it. A fall says that loops beyond
 # training undo something.
 #
+# Two more are fitted, a tuned lens by gradient descent on validation and a Jacobian lens from the coda's own
+# derivative; and probes ask for what no logit says. Look for whether a learned lens beats the coda, and whether
+# a probe beats the same probe of an untrained twin.
+
+# %%
+figures.FIGURES["learned-lenses"].show()
+
+# %%
+figures.FIGURES["probes"].show()
+
+# %% [markdown]
 # ## When an answer is there to stay
 #
 # Means over hidden positions: the loop at which the final answer first *appears*, and from which it stays
@@ -120,6 +131,15 @@ figures.FIGURES["far-out"].show()
 # that belong to a fixed point, such as the spectral radius of the loop's Jacobian, are reported only where the
 # residual verifies that there is one.
 #
+# ## A small push
+#
+# Does a loop damp or amplify? A small push at one position is followed through the loops by the map's own
+# derivative: how large it is after each, at its place and elsewhere.
+
+# %%
+figures.FIGURES["perturbation-gain"].show()
+
+# %% [markdown]
 # ## Paths
 #
 # An illustration, not a test: the mean state of some sequences, from what enters the loop to S_max, in the

@@ -25,7 +25,16 @@ import torch
 
 from loopmdm.analysis import Case, claims_table, cut, figures, stale
 from loopmdm.analysis.measures import interventions
-from loopmdm.analysis.measures.interventions import damp, effect_by_loop, freeze, mediated_share, patch, skip
+from loopmdm.analysis.measures.interventions import (
+    Reference,
+    ablate,
+    damp,
+    effect_by_loop,
+    freeze,
+    mediated_share,
+    patch,
+    skip,
+)
 from loopmdm.analysis.measures.interventions.training_free import training_free
 from loopmdm.model import nelbo
 
@@ -132,6 +141,40 @@ others |= {"looped layer left out in loop 1": skip(m, loops=1)}
 for name, arm in others.items():
     with arm:
         print(f"{name:35s}{nelbo(m, case.tokens, s_max, **options).mean:.3f}")
+
+# %% [markdown]
+# Nothing in place of something is a thing that the model never saw. `by=` says what stands in: zeros, another
+# sequence's activation under the same mask, or the mean of several. Nats per hidden token that a head's absence
+# costs, in all loops at once:
+
+# %%
+b = case.masked(0.5)
+
+
+def loss():
+    return torch.nn.functional.cross_entropy(m(b, s_max)[b.masked], b.clean[b.masked]).item()
+
+
+stand_ins = {"zero": "zero", "resample": Reference.resample(m, b, n_loops=s_max, seed=seed)}
+stand_ins |= {"mean": Reference.mean(m, b, n_loops=s_max, seed=seed)}
+whole, costs = loss(), {}
+for name, by in stand_ins.items():
+    for head in range(m.cfg.n_heads):
+        with ablate(m, heads=[head], by=by):
+            costs[name, head] = loss() - whole
+pd.Series(costs).unstack().rename_axis("head", axis=1).round(3)
+
+# %% [markdown]
+# Where the rows disagree, ask what each leaves in place: a mean says nothing in particular, zero may be far from
+# it, and another board's activation says something definite and wrong.
+#
+# Two figures go on from here: patching part by part, and swapping the states of cells that should be alike.
+
+# %%
+figures.FIGURES["attribution-patching"].show()
+
+# %%
+figures.FIGURES["scrubbing"].show()
 
 # %% [markdown]
 # `patch` puts a state from elsewhere in place. With the state after loop 0 in place of that after loop 1 the run

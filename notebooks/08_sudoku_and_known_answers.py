@@ -27,6 +27,7 @@ import torch
 
 from loopmdm.analysis import Case, claims_table, figures, tables
 from loopmdm.analysis.measures import known
+from loopmdm.analysis.measures.known.candidates import candidates
 from loopmdm.model.tasks.propagation import propagate
 from loopmdm.model.tasks.puzzles import puzzles
 from loopmdm.model.tasks.sudoku import BOARDS
@@ -124,6 +125,17 @@ pd.concat(found).droplevel(1)[["arm", "correlation", "low", "high", "n"]].round(
 # %%
 depth = tables.load("sudoku-depth").query("arm != 'shuffled'")
 depth.pivot_table(index="model", columns="arm", values="correlation").round(3)
+
+# %% [markdown]
+# Settling looks at one symbol a cell. The read-out holds more: which symbols a cell still considers, against
+# what propagation has left after as many rounds.
+
+# %%
+figures.FIGURES["pencil-marks"].show()
+
+# %%
+found = candidates(m, b, n_loops)
+found.query("metric == 'slope'")[["rule", "arm", "value", "standard_error", "n"]].round(3)
 
 # %% [markdown]
 # ## The order of filling
