@@ -72,14 +72,14 @@ def figures(
 
 def _check(names: list[str] | None, out: Path) -> None:
     """Print what differs, a line each, and exit with 1; without names the generated pages are held, too."""
-    from loopmdm.analysis.exhibits import EXHIBITS, gallery
+    from loopmdm.analysis.exhibits import EXHIBITS, gallery, pages
 
     root, chosen = gallery.repository(), list(names or EXHIBITS)
     with interruptible("nothing was written"), progress_bar() as bar:
         found = gallery.outdated(chosen)
         for name in bar.track(chosen, description="checking"):
             found += gallery.changed([name], out, root / "figures" / "gallery")
-        found += [] if names else gallery.stale_pages(root)
+        found += [] if names else pages.stale_pages(root)
     for line in found:
         print(line)
     if found:
@@ -88,12 +88,12 @@ def _check(names: list[str] | None, out: Path) -> None:
 
 @app.command(epilog="Example: loopmdm gallery")
 def gallery() -> None:
-    """Write figures/gallery, figures/README.md and the README's blocks anew, in a checkout."""
+    """Write figures/gallery and the generated pages and blocks anew, in a checkout."""
     draw_offline()
-    from loopmdm.analysis.exhibits import gallery as pages
+    from loopmdm.analysis.exhibits import gallery as pictures
 
     with interruptible("files that were finished are whole, the others as they were"):
-        pages.write_gallery(pages.repository())
+        pictures.write_gallery(pictures.repository())
 
 
 @app.command(epilog="Example: loopmdm bench forward")

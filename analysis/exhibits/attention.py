@@ -230,8 +230,8 @@ EXHIBITS = (
         "saturation",
         ("mask-attention-by-s-max",),
         saturation,
-        f"""Where the rise of masked-to-masked attention ends, by the largest loop count of training: log-odds of
-        a masked against a clean key for masked queries in the looped layer, half masked, heads pooled, each
+        f"""Where the rise of masked-to-masked attention ends, by the largest loop count of training. Log-odds
+        of a masked against a clean key for masked queries in the looped layer, half masked, heads pooled, each
         model read to 3 x its S_max. Left: by loop; bands: 95% (seed 0). Right: the rise since the first loop,
         against loop / S_max. {GRIDS}. The paper: the rise saturates near S_max of training. Curves that turn
         at one and the same loop whatever S_max was, that fall before S_max, or that go on rising beyond 1 on

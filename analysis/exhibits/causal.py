@@ -222,9 +222,9 @@ EXHIBITS = (
         "mediated-share",
         ("mediated-share",),
         mediated_share,
-        f"""How much of the gain of looping (NELBO at S = 1 less at S_max) is lost when attention among masked
-        positions is cut in the looped layer, when random edges of equal mass and distance are cut instead,
-        when masked-to-clean is cut, and when masked keys keep the values they had in the first loop. One mark
+        f"""How much of the gain of looping (NELBO at S = 1 less at S_max) is lost under cuts. Cut in the
+        looped layer: attention among masked positions, random edges of equal mass and distance instead,
+        masked-to-clean; or masked keys keep the values they had in the first loop. One mark
         a training seed; bars: 95% over sequences (text: over speeches). {GRIDS}; {TEXT}; two masks each. If
         random cuts lost as much, the gain would not need masked-to-masked attention. 0: the gain survives; 1:
         nothing is left; above 1: looping hurts after the cut (linear to 2, then logarithmic); models without a
@@ -246,7 +246,7 @@ EXHIBITS = (
         ("causal-edges",),
         causal_edges,
         f"""What attention edges of the looped layer carry, in nats per token at S_max, with the first loop
-        intact: they are cut, or their keys hand on another sequence's values under the same mask (pattern, mass
+        intact. They are cut, or their keys hand on another sequence's values under the same mask (pattern, mass
         and scale are kept), or the mean of ten draws of such. Any → masked also closes relays through clean
         positions. The lower two groups: random edges of masked queries, to masked and to clean keys, of equal
         mass for each query and head (ten draws where cut, else two). Below, Sudoku: by where two cells meet (a

@@ -1,36 +1,26 @@
-"""What the repository shows of the figures: figures/gallery, figures/README.md and two blocks of the README.
+"""The pictures that the repository shows, figures/gallery: drawn from the tables, and held against them."""
 
-All of it is generated from the registry and the tables, and `stale` says where it no longer is what they give.
-"""
-
-import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from PIL import Image
 
-from loopmdm.analysis.exhibits import EXHIBITS, Exhibit, by_theme, tables
-from loopmdm.analysis.exhibits import verdicts as claims
+from loopmdm.analysis.exhibits import EXHIBITS, tables
 from loopmdm.analysis.exhibits.measuring import table
-from loopmdm.analysis.exhibits.registry import asked_of
+from loopmdm.analysis.exhibits.pages import pages
 from loopmdm.analysis.numbers import provenance
-from loopmdm.analysis.plots.claims import said
 from loopmdm.analysis.plots.style import FORMATS
 from loopmdm.model.errors import UsageError
 from loopmdm.model.files import read_json, write_atomic, write_json
 from loopmdm.model.training.record import versions
-from loopmdm.model.zoo.runs import MAIN_TASKS
 
-HEADLINE = "mask-to-mask-by-loop"
 HASHES = "hashes.json"
 LARGE = 190_000
 """Bytes of a picture that are a lot in a repository."""
 SHADE = 40
 """Largest difference of a colour, of 255, that is no difference."""
-BLOCK = "<!-- generated: {0} -->\n{1}<!-- end of {0} -->"
 
 
 # --- comparing pictures ---
@@ -107,7 +97,7 @@ def _read_hashes(gallery: Path) -> dict:
 
 
 def write_gallery(root: Path) -> None:
-    """Pictures, their hashes, figures/README.md and the README's blocks; `root` is the repository."""
+    """Pictures, their hashes and the generated pages; `root` is the repository."""
     gallery = root / "figures" / "gallery"
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder)
@@ -122,89 +112,6 @@ def write_gallery(root: Path) -> None:
     write_json(gallery / HASHES, {"versions": versions(provenance.DRAWING), "tables": hashes})
     for path, text in pages(root).items():
         write_atomic(path, lambda target, text=text: target.write_text(text, "utf-8"))
-
-
-def stale_pages(root: Path) -> list[str]:
-    """Generated pages that are not what the registry and the tables give."""
-    return [
-        f"{path} is stale; run `make gallery`"
-        for path, text in pages(root).items()
-        if not path.exists() or path.read_text("utf-8") != text
-    ]
-
-
-def pages(root: Path) -> dict[Path, str]:
-    """What the generated pages should hold."""
-    readme = root / "README.md"
-    text = readme.read_text("utf-8")
-    for name, block in {"headline": headline(), "claims": claims_markdown(claims.claims_table())}.items():
-        text = _replaced(text, name, block)
-    return {root / "figures" / "README.md": gallery_page(), readme: text}
-
-
-def _replaced(text: str, name: str, block: str) -> str:
-    first, last = BLOCK.format(name, "\0").split("\0")
-    if first not in text or last not in text:
-        raise UsageError(f"README.md lacks the lines {first.strip()!r} and {last.strip()!r}; put them back")
-    return re.sub(
-        re.escape(first) + ".*?" + re.escape(last), lambda _: BLOCK.format(name, block + "\n"), text, flags=re.S
-    )
-
-
-def headline() -> str:
-    """The README's picture with its caption."""
-    figure = EXHIBITS[HEADLINE]
-    return f"![{first_sentence(figure)}](figures/gallery/{HEADLINE}.png)\n\n*{figure.text}*"
-
-
-def first_sentence(figure: Exhibit) -> str:
-    """What a picture shows, for those who cannot see it."""
-    return re.split(r"(?<=\.) ", figure.text, maxsplit=1)[0].rstrip(".")
-
-
-def claims_markdown(df: pd.DataFrame) -> str:
-    """A line a claim; a cell a task with verdict, estimate, interval and seeds."""
-    lines = ["| claim | Sudoku | text (or as named) |", "|---|---|---|"]
-    for claim in dict.fromkeys(df["claim"]):
-        part = df[df["claim"] == claim]
-        cells = []
-        for _, tasks in claims.TASK_GROUPS:
-            rows = [row for row in part.itertuples() if row.task in tasks]
-            cells.append("; ".join(_cell(row) for row in rows))
-        lines.append(f"| {part['text'].iloc[0]} (`{claim}`) | {cells[0]} | {cells[1]} |")
-    return "\n".join(lines)
-
-
-def _cell(row) -> str:
-    named = "" if row.task in MAIN_TASKS else f"{row.task}: "
-    return f"{named}**{row.verdict}** {said(row)}".strip()
-
-
-def gallery_page() -> str:
-    """figures/README.md: every figure with its claims, caption, tables and command."""
-    by_figure: dict[str, list[str]] = {}
-    for claim in claims.load_claims():
-        by_figure.setdefault(claim.figure, []).append(f"{claim.claim} (`{claim.name}`)")
-    parts = [
-        "# The figures\n",
-        "Every figure of the study, as drawn from the committed tables of the shipped models. This page and the",
-        "pictures are generated (`make gallery`) and held against the tables by `loopmdm figures --check`.\n",
-    ]
-    for title, shown in by_theme().items():
-        parts.append(f"## {title}\n")
-        parts += [_entry(figure, by_figure.get(figure.name, [])) for figure in shown]
-    return "\n".join(parts).rstrip() + "\n"
-
-
-def _entry(figure: Exhibit, asked: list[str]) -> str:
-    rows = ", ".join(f"`{name}`" for name in figure.tables)
-    lines = [f"### {figure.name}\n", f"![{first_sentence(figure)}](gallery/{figure.name}.png)\n"]
-    if asked:
-        lines.append("Claims: " + "; ".join(asked) + ".\n")
-    asked_for = asked_of(figure.load())
-    told = f" Asked: {asked_for}." if asked_for else ""
-    lines += [f"{figure.text}\n", f"Tables: {rows}.{told} Command: `loopmdm figures {figure.name}`.\n"]
-    return "\n".join(lines)
 
 
 def repository() -> Path:

@@ -262,8 +262,8 @@ EXHIBITS = (
         "nll-by-loops",
         ("nll-by-loops", "references"),
         nll_by_loops,
-        f"""Test NELBO by number of loops, to 3 x S_max (dash-dotted: S_max of training), base models to S_max:
-        they were trained without looping at the same size and training FLOPs; their curve beyond S = 1 is
+        f"""Test NELBO by number of loops, to 3 x S_max (dash-dotted: S_max of training), base models to
+        S_max. These were trained without looping at the same size and training FLOPs; their curve beyond S = 1 is
         looping without training for it and may leave the panel. Left: level. Right: paired change from S = 1.
         1,000 grids of unseen classes; all 1,957 test blocks of 8 unseen speeches; one mask a sequence. {SEEDS}
         The paper: more loops, lower NLL, also beyond S_max, and S = 1 worse than the base model.""",
@@ -283,9 +283,9 @@ EXHIBITS = (
         "nll-by-loops-elsewhere",
         ("nll-by-loops",),
         other_nll,
-        f"""Test NELBO by number of loops on the other tasks, to 3 x S_max (dash-dotted: S_max of training), one
-        mask a sequence; base models to S_max, untrained for it beyond S = 1, where their curve may leave the
-        panel. 1,000 test grids, trees or chains each; all problems of unseen templates, which nobody learned
+        f"""Test NELBO by number of loops on the other tasks, to 3 x S_max (dash-dotted: S_max of training).
+        One mask a sequence; base models to S_max, untrained for it beyond S = 1, where their curve may leave
+        the panel. 1,000 test grids, trees or chains each; all problems of unseen templates, which nobody learned
         (read to S_max only, base and deep at S = 1); all blocks of unseen documents. {SEEDS} Axes differ
         between panels; a band that fills one is wider than it. The paper: more loops, lower NLL, on every
         corpus; a loop curve that does not fall, or ends above base at S = 1, counts against it, except on the

@@ -117,8 +117,8 @@ EXHIBITS = (
         "sudoku-orders",
         ("sudoku-orders",),
         sudoku_orders,
-        """Share of 6x6 puzzles completed validly at S = 1 and at S_max by order of generation: one cell a step
-        by confidence, row by row, hardest first (least confident, or deepest for a propagation solver), and
+        """Share of 6x6 puzzles completed validly at S = 1 and at S_max by order of generation. One cell a
+        step by confidence, row by row, hardest first (least confident, or deepest for a propagation solver), and
         all cells at once; always the best symbol, 100 grids of unseen classes, any valid completion counts. A
         mark a training seed; bars: 95% over puzzles. The paper: looping matters where the order is restricted.
         A gain no larger there than by confidence counts against it. What the paper means by restricted is not
@@ -129,14 +129,15 @@ EXHIBITS = (
         "excess-kl",
         ("excess-kl", "belief-rounds"),
         excess_kl,
-        """Tasks whose posterior is known. Left: KL from the exact posterior to the read-out, thousandths of a
-        nat per hidden node, by S (first column: the base model, equal size and training FLOPs) and by the
-        rounds of belief propagation that a node's posterior needs (hops; at most 12 shown); means over seeds,
-        two masks a sequence. Right: KL from the belief after each synchronous round of belief propagation to
-        the read-out after each loop, half masked; framed: the rounds each loop is nearest to, within 1%.
-        Above: a binary tree of 63 nodes with observed leaves, below: a chain, whose posterior needs only the
-        nearest observed nodes. If loop i did what round i does, frames would run down a diagonal on the tree.
-        Definitions are ours; the paper does not have these tasks.""",
+        """Read-outs against the exact posterior, on tasks where it is known. Left: KL of the read-out from it by
+        S and by hops; right: from rounds of belief propagation. Left: thousandths of a nat per hidden node, by S
+        (first column: the base model, equal size and training FLOPs) and by the rounds of belief propagation
+        that a node's posterior needs (hops; at most 12 shown); means over seeds, two masks a sequence. Right: KL
+        from the belief after each synchronous round of belief propagation to the read-out after each loop, half
+        masked; framed: the rounds each loop is nearest to, within 1%. Above: a binary tree of 63 nodes with
+        observed leaves, below: a chain, whose posterior needs only the nearest observed nodes. If loop i did
+        what round i does, frames would run down a diagonal on the tree. Definitions are ours; the paper does not
+        have these tasks.""",
         (
             Reading(
                 "loop-is-a-round-of-belief-propagation",

@@ -223,7 +223,7 @@ EXHIBITS = (
         ("steering",),
         steered,
         """Pushing the state of one hidden cell towards a symbol, two spreads long (43 to 69% of the state's
-        norm), after the prelude or a loop: share of boards in which the cell ends on the symbol, and how much
+        norm), after the prelude or a loop. Share of boards in which the cell ends on the symbol, and how much
         more its peers lose p of the symbol than other cells. Open symbols (left, middle) and ones that clues
         exclude (right); 64 boards of 14 clues, one run; bars: 95% over boards. A random push of equal length
         that does as much would count against it. Directions and measures are ours.""",
@@ -232,21 +232,21 @@ EXHIBITS = (
         "learned-lenses",
         ("lenses",),
         learned_lenses,
-        f"""KL of the final answer from what each lens reads after every loop: the coda's (the model at S = i),
-        directly, a tuned lens (an affine map a loop, fitted on validation; Belrose et al. 2023), a Jacobian
-        lens (what follows, linearised at its mean), and a tuned lens fitted to shuffled targets. {HALF_MASKED}
-        A tuned lens no better than the shuffled one, or the coda not below the direct lens, would count
-        against them. The lenses are known; one for every loop is ours.""",
+        f"""KL of the final answer from what each lens reads after every loop. Lenses: the coda's (the model at S
+        = i), directly, a tuned lens (an affine map a loop, fitted on validation; Belrose et al. 2023), a
+        Jacobian lens (what follows, linearised at its mean), and a tuned lens fitted to shuffled targets.
+        {HALF_MASKED} A tuned lens no better than the shuffled one, or the coda not below the direct lens, would
+        count against them. The lenses are known; one for every loop is ours.""",
     ),
     Exhibit(
         "perturbation-gain",
         ("perturbation-gain",),
         perturbation_gain,
-        f"""How far a change travels: derivative of other positions' states by a push at one hidden position after
-        the prelude, by relation (on a board) or distance, loop by loop, in the trained model and an untrained
-        twin; right: growth of its whole norm, and of the pushed position's own, a loop. {HALF_MASKED} Peers
-        and others alike, as in the twin, would count against communication along constraints; growth above 0
-        says that no loop contracts. Definitions are ours.""",
+        f"""How far a change travels: derivative of other positions' states by a push at one hidden position, by
+        relation or distance, loop by loop. The push is after the prelude; relations are on a board, distances on
+        text; the twin is untrained. Right: growth of its whole norm, and of the pushed position's own, a loop.
+        {HALF_MASKED} Peers and others alike, as in the twin, would count against communication along
+        constraints; growth above 0 says that no loop contracts. Definitions are ours.""",
     ),
     Exhibit(
         "dictionaries",

@@ -6,6 +6,7 @@ this folder; from another package, an entry point of the group "loopmdm.exhibits
 """
 
 import base64
+import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ TITLES = {"sudoku": "Sudoku 6x6", "sotu": "text (sotu)"}
 """Of the main tasks."""
 ARMS = ("base", "deep", "loop")
 """The arms of the paper's comparison."""
+LEAD = 40
+"""Words of a caption that are always shown; the rest is folded."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Exhibit:
         loaded = self.load()
         with style():
             picture = png_bytes(self.builder(loaded))
-        return Shown(picture, self.sidecar(loaded))
+        return Shown(picture, self.sidecar(loaded), self.lead)
 
     def load(self) -> Tables:
         """Its tables, by name."""
@@ -121,6 +124,21 @@ class Exhibit:
     def text(self) -> str:
         """The caption on one line."""
         return " ".join(textwrap.dedent(self.caption).split())
+
+    @property
+    def lead(self) -> str:
+        """The sentences that a caption begins with, at most `LEAD` words: what is seen."""
+        said = ""
+        for sentence in re.split(r"(?<=[.?!]) (?=[A-Z])", self.text):
+            if said and len(f"{said} {sentence}".split()) > LEAD:
+                break
+            said = f"{said} {sentence}".strip()
+        return said
+
+    @property
+    def rest(self) -> str:
+        """What follows: population, intervals, what would contradict it; shown folded."""
+        return self.text[len(self.lead) :].strip()
 
 
 def asked_of(loaded: Tables) -> str:
@@ -184,16 +202,18 @@ class Shown:
 
     png: bytes
     sidecar: dict
+    lead: str
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, object]:
         """Picture and caption for people, the sidecar for programs."""
         source = ", ".join(f"{name} {value[:12]}" for name, value in self.sidecar["tables"].items())
         picture = base64.b64encode(self.png).decode()
         page = (
-            f'<figure><img alt="{escape(self.sidecar["figure"])}" src="data:image/png;base64,{picture}">'
-            f"<figcaption>{escape(self.sidecar['caption'])}<br><small>{escape(self.sidecar['command'])}; "
-            f"asked: {escape(self.sidecar['options'])}; tables by hash: {escape(source)}</small></figcaption>"
-            "</figure>"
+            f'<figure><img alt="{escape(self.lead)}" src="data:image/png;base64,{picture}">'
+            f"<figcaption>{escape(self.lead)}<details><summary>more</summary>"
+            f"{escape(self.sidecar['caption'][len(self.lead) :].strip())}<br>"
+            f"<small>{escape(self.sidecar['command'])}; asked: {escape(self.sidecar['options'])}; tables by hash: "
+            f"{escape(source)}</small></details></figcaption></figure>"
         )
         return {"text/html": page, SIDECAR_TYPE: self.sidecar}
 

@@ -129,7 +129,7 @@ EXHIBITS = (
         "representation-change",
         ("representation-change",),
         representation_change,
-        f"""Change of the state at masked positions from loop to loop, to 3 x S_max: relative change ||H(i) -
+        f"""Change of the state at masked positions from loop to loop, to 3 x S_max. Relative change ||H(i) -
         H(i-1)|| / ||H(i)|| beside the 1/i of a constant drift; cosine of successive steps; KL of each read-out
         to the previous one; share of best tokens that flip. {GRIDS}; {TEXT}. Bands: 95%. A relative change
         that only follows the dotted line is no convergence. {OURS} {ONE}""",

@@ -100,12 +100,12 @@ EXHIBITS = (
         ("stopping-frontier",),
         stopping_frontier,
         f"""NELBO against forward FLOPs when sequences stop by a rule, each at 20 thresholds chosen on
-        validation, beside fixed S, loops scheduled by mask ratio (fitted on validation) and an oracle that
-        sees the answer; up to 2 x S_max loops. What a rule reads is counted. {GRIDS}; {TEXT}; two masks each;
-        one seed of training. A rule that lies on or above the fixed or the scheduled line saves nothing by
-        looking at the sequence. The vertical range is that of fixed S. The paper stops on small state changes;
-        its threshold and scope are not public, ours are the masked positions of a sequence. The verdicts are
-        over all test sequences and five seeds.""",
+        validation, beside fixed S, loops scheduled by mask ratio and an oracle that sees the answer; up to 2 x
+        S_max loops. What a rule reads is counted. {GRIDS}; {TEXT}; two masks each; one seed of training. A rule
+        that lies on or above the fixed or the scheduled line saves nothing by looking at the sequence. The
+        vertical range is that of fixed S. The paper stops on small state changes; its threshold and scope are
+        not public, ours are the masked positions of a sequence. The verdicts are over all test sequences and
+        five seeds.""",
         (
             Reading("stopping-halves-loops", _halves_loops, ("stopping-verdicts",)),
             Reading("stopping-knows-where", _knows_where, ("stopping-verdicts",)),
@@ -126,8 +126,8 @@ EXHIBITS = (
         "sampling-savings",
         ("stopping-in-sampling",),
         sampling_savings,
-        """FLOPs and time of whole sampling runs with state-delta at the middle of its thresholds, as shares of
-        runs with all S_max loops; 64 samples, text in 32 random steps, Sudoku in 20 by confidence with 16 of
+        """FLOPs and time of whole sampling runs with state-delta at the middle of its thresholds, as shares
+        of runs with all S_max loops. 64 samples. Text in 32 random steps, Sudoku in 20 by confidence with 16 of
         36 cells given. Times are medians on two CPU cores and one machine. Quality is in the table: solved
         puzzles, unigram entropy and distinct pairs, each against all loops. A time above 1 is no saving,
         whatever the FLOPs. The paper: 12 loops become about 5. One seed of training.""",

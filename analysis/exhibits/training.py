@@ -315,12 +315,12 @@ EXHIBITS = (
         ("flops-to-target",),
         flops_to_target,
         """How many times fewer training FLOPs the first arm needs for the NELBO that the second one reaches
-        after a quarter, half, three quarters and all of its budget (numbers at the foot, %; the mean over its
-        seeds; at 100 what every one of its runs reaches). Bars: 95% over training seeds; no bar: one seed on a
-        side, or seeds that never got there. Crosses: not reached by all seeds of the first arm (how many did),
-        or not by all of the second's own. Budgets are equal; at a small share all arms are on the same
-        plateau. The paper: up to 3.3 times fewer FLOPs for loop against base at the end of the budget; a ratio
-        below 1 at 100% counts against it.""",
+        after a quarter, half, three quarters and all of its budget. Numbers at the foot: % of it, the mean over
+        its seeds; at 100 what every one of its runs reaches. Bars: 95% over training seeds; no bar: one seed on
+        a side, or seeds that never got there. Crosses: not reached by all seeds of the first arm (how many did),
+        or not by all of the second's own. Budgets are equal; at a small share all arms are on the same plateau.
+        The paper: up to 3.3 times fewer FLOPs for loop against base at the end of the budget; a ratio below 1 at
+        100% counts against it.""",
         tuple(
             Reading(claim, _fewer_flops, ("learning-curves",), depth_has_room)
             for claim in ("fewer-training-flops", "fewer-by-the-papers-factor")
@@ -343,7 +343,7 @@ EXHIBITS = (
         ("nll-by-loops", "sudoku-solve-rate"),
         arms,
         """The arms at the end of equal training FLOPs, a mark a training seed (their number in brackets), bars:
-        means. base: the looped model's size, not looped; deep: its looped layer untied, so larger, of about the
+        means. Base: the looped model's size, not looped; deep: its looped layer untied, so larger, of about the
         looped model's mean compute a step at S_max 6, a third more than at 4; loop at S_max, 6 unless it says 4
         (seeds 3 to 9 of that arm and 5 to 9 of base and deep were declared beforehand). Test NELBO on 1,000
         grids of unseen classes and on all 1,957 blocks of 8 unseen speeches, one mask a sequence; one-shot with

@@ -5,7 +5,8 @@ A probe of a place H(i) answers yes or no questions (`labels.py`) by ridge regre
 
     score = W^T (x - mean) / std + b,      (W, b) least squares with penalty lambda n |W|^2
 
-all questions at once; lambda is chosen by question, by the error on sequences held out of those that are fitted. Probes are fitted on other sequences (boards, documents) than they are tested on, validation's.
+all questions at once; lambda is chosen by question, by the error on sequences held out of those that are fitted.
+Probes are fitted on other sequences (boards, documents) than they are tested on, validation's.
 
     auc        of a yes above a no (ties half), mean over a target's classes that have both
     accuracy   score above 1/2; of targets with one true class in each row, the best class is it
@@ -64,7 +65,7 @@ def fit_probe(
 ) -> Probe:
     """scikit-learn's `Ridge` of answers `y` [row, class] on standardised states, a penalty a question.
 
-    `owner` [row] names what is held out together. UsageError for fewer than two owners (default: each row its own).
+    `owner` [row] names what is held out together; default: each row its own. UsageError for fewer than two.
     """
     owner = np.arange(len(x)) if owner is None else owner
     names, index = np.unique(owner, return_inverse=True)

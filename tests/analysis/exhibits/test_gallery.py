@@ -1,4 +1,4 @@
-"""The committed gallery, its page and the README are what registry and tables give; `--check` says where not."""
+"""The committed gallery and the generated pages are what registry and tables give; `--check` says where not."""
 
 import json
 import shutil
@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from loopmdm.analysis import exhibits as figures
-from loopmdm.analysis.exhibits import gallery
+from loopmdm.analysis.exhibits import gallery, pages
 from loopmdm.analysis.exhibits import verdicts as claims
 from loopmdm.model.errors import UsageError
+from loopmdm.model.zoo.runs import Zoo
 
 ROOT = Path(__file__).parents[3]
 ONE = "sudoku-solve-rate"
@@ -22,13 +23,22 @@ def copy(tmp_path):
 
 
 def test_committed_pages_are_not_stale():
-    assert gallery.stale_pages(ROOT) == []
+    assert pages.stale_pages(ROOT) == []
     page = (ROOT / "figures" / "README.md").read_text()
     for name in figures.FIGURES:
         assert f"gallery/{name}.png" in page and f"loopmdm figures {name}`" in page
     table = claims.claims_table()
-    readme = (ROOT / "README.md").read_text()
-    assert all(f"`{name}`" in readme for name in table["claim"])
+    results = (ROOT / "docs" / "results.md").read_text()
+    assert all(f"`{name}`" in results for name in table["claim"])
+    models = (ROOT / "docs" / "models.md").read_text()
+    assert all(f"| `{run.file}` |" in models for run in Zoo.shipped())
+
+
+def test_the_part_of_a_caption_that_is_always_shown_is_short():
+    long = {name: len(figure.lead.split()) for name, figure in figures.FIGURES.items() if len(figure.lead.split()) > 40}
+    assert not long
+    for figure in figures.FIGURES.values():
+        assert f"{figure.lead} {figure.rest}".strip() == figure.text
 
 
 def test_gallery_holds_every_figure_and_no_other():
@@ -68,4 +78,4 @@ def test_other_values_and_missing_pictures_are_named(copy, tmp_path):
 def test_a_readme_without_its_marks_is_named(tmp_path):
     (tmp_path / "README.md").write_text("# nothing\n")
     with pytest.raises(UsageError, match="generated: headline"):
-        gallery.stale_pages(tmp_path)
+        pages.stale_pages(tmp_path)
