@@ -8,7 +8,7 @@ LOCKED := $(PIP) install --quiet --require-hashes --no-deps --no-build-isolation
 HERE := PYTHONWARNINGS=ignore $(PIP) install --quiet --no-deps --no-build-isolation -e .
 PINS := pyproject.toml $(wildcard locks/*.txt)
 
-.PHONY: figures test soak lab lint bench reproduce gallery clean
+.PHONY: figures test soak lab lint docs bench reproduce gallery clean
 
 figures: $(VENV)/.base
 	$(BIN)/loopmdm figures
@@ -30,6 +30,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python notebooks/sync.py --check
+
+# The site, docs/_build/html: chapters are run and kept with their outputs, warnings are errors.
+docs: $(VENV)/.docs
+	$(BIN)/python docs/build.py
 
 bench: $(VENV)/.dev
 	$(BIN)/loopmdm bench
@@ -63,7 +67,12 @@ $(VENV)/.dev: $(VENV)/.base
 	$(LOCKED) -r locks/dev.txt
 	touch $@
 
-# The committed PNGs, figures/README.md and the README's generated blocks, from the committed tables.
+$(VENV)/.docs: $(VENV)/.dev
+	rm -f $@
+	$(LOCKED) -r locks/docs.txt
+	touch $@
+
+# The committed PNGs and the generated pages and blocks, from the committed tables.
 gallery: $(VENV)/.base
 	$(BIN)/loopmdm gallery
 

@@ -3,8 +3,8 @@
     pip install uv==0.13.9 && python locks/write.py TORCH_WHEEL
 
 build.txt is what builds packages that come as source, and this one: it is installed before all others.
-base.txt is what the program needs, pipeline.txt and dev.txt what these extras add. torch.txt is torch from PyPI,
-for Linux, with NVIDIA's packages; torch-cpu.txt is the CPU build whose wheel is named, which does without them and
+base.txt is what the program needs, pipeline.txt and dev.txt what these extras add, docs.txt what the extra docs adds
+to dev. torch.txt is torch from PyPI, for Linux, with NVIDIA's packages; torch-cpu.txt is the CPU build whose wheel is named, which does without them and
 is taken where pip finds it. Files of all platforms are listed, for `pip install --require-hashes --no-deps -r`.
 """
 
@@ -18,7 +18,7 @@ TORCH = ("torch", "triton", "nvidia-", "cuda-")
 COMMAND = "uv pip compile pyproject.toml locks/build.in --universal --python-version 3.11.5 --generate-hashes"
 COMMAND += " --no-header --no-annotate --no-strip-extras -q -c constraints.txt"
 BUILD = ("setuptools", "wheel")
-EXTRAS = {"base": (), "pipeline": ("pipeline",), "dev": ("notebooks", "dev")}
+EXTRAS = {"base": (), "pipeline": ("pipeline",), "dev": ("notebooks", "dev"), "docs": ("notebooks", "dev", "docs")}
 HEADER = "# Written by locks/write.py from constraints.txt; pip install --require-hashes --no-deps -r\n"
 
 
@@ -41,15 +41,16 @@ def of_wheel(wheel: Path) -> str:
 
 
 def main(wheel: str) -> None:
-    """Write the six files."""
+    """Write the seven files."""
     found = {name: compiled(extras) for name, extras in EXTRAS.items()}
     base = found["base"]
     parts = {"build": {name: base[name] for name in BUILD}}
     parts["torch"] = {name: block for name, block in base.items() if name.startswith(TORCH)}
     parts["torch-cpu"] = {"torch": of_wheel(Path(wheel))}
     parts["base"] = {name: block for name, block in base.items() if name not in (*parts["torch"], *BUILD)}
-    for extra in ("pipeline", "dev"):
-        parts[extra] = {name: block for name, block in found[extra].items() if base.get(name) != block}
+    for extra, below in {"pipeline": "base", "dev": "base", "docs": "dev"}.items():
+        there = found[below]
+        parts[extra] = {name: block for name, block in found[extra].items() if there.get(name) != block}
     for name, blocks in parts.items():
         (HERE / f"{name}.txt").write_text(HEADER + "".join(blocks.values()), "utf-8")
 
