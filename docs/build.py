@@ -99,13 +99,29 @@ def reference() -> None:
     (folder / "index.md").write_text("\n".join(parts) + "\n", "utf-8")
 
 
+def commands() -> None:
+    """A page with the help of every command."""
+    import typer
+
+    from loopmdm.analysis.cli import app
+
+    group = typer.main.get_command(app)
+    parts = ["# Command line\n", "`loopmdm COMMAND --help` says the same.\n"]
+    for name, command in sorted(group.commands.items()):  # pyright: ignore[reportAttributeAccessIssue]
+        if not command.hidden:
+            context = command.context_class(command, info_name=f"loopmdm {name}")
+            parts += [f"## {name}\n", "```text", command.get_help(context).rstrip(), "```\n"]
+    (SOURCE / "commands.md").write_text("\n".join(parts), "utf-8")
+
+
 def main() -> int:
     """Gather and build; the exit code is Sphinx's."""
-    asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    asked = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     asked.add_argument("--no-run", action="store_true", help="chapters without outputs: half a minute")
     run = not asked.parse_args().no_run
     gather()
     reference()
+    commands()
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-j", "2", "-b", "html"]
     command += ["-D", f"nb_execution_mode={'cache' if run else 'off'}", "-D", f"nb_execution_cache_path={CACHE}"]
     return subprocess.run([*command, SOURCE, HTML], env=os.environ | {"LOOPMDM_DOCS": "1"}, check=False).returncode

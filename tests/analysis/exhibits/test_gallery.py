@@ -35,7 +35,9 @@ def test_committed_pages_are_not_stale():
 
 
 def test_the_part_of_a_caption_that_is_always_shown_is_short():
-    long = {name: len(figure.lead.split()) for name, figure in figures.FIGURES.items() if len(figure.lead.split()) > 40}
+    long = {
+        name: len(figure.lead.split()) for name, figure in figures.FIGURES.items() if len(figure.lead.split()) > 40
+    }
     assert not long
     for figure in figures.FIGURES.values():
         assert f"{figure.lead} {figure.rest}".strip() == figure.text
