@@ -3,9 +3,10 @@
     pip install uv==0.13.9 && python locks/write.py TORCH_WHEEL
 
 build.txt is what builds packages that come as source, and this one: it is installed before all others.
-base.txt is what the program needs, pipeline.txt and dev.txt what these extras add, docs.txt what the extra docs adds
-to dev. torch.txt is torch from PyPI, for Linux, with NVIDIA's packages; torch-cpu.txt is the CPU build whose wheel is named, which does without them and
-is taken where pip finds it. Files of all platforms are listed, for `pip install --require-hashes --no-deps -r`.
+base.txt is what the program needs, pipeline.txt and dev.txt what these extras add, docs.txt what the extra docs
+adds to dev. torch.txt is torch from PyPI, for Linux, with NVIDIA's packages; torch-cpu.txt is the CPU build whose
+wheel is named, which does without them and is taken where pip finds it. Files of all platforms are listed, for
+`pip install --require-hashes --no-deps -r`.
 """
 
 import hashlib
