@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from loopmdm.model.corpora.fetch import cached_archive, source
 from loopmdm.model.errors import UsageError
@@ -41,8 +41,17 @@ def as_texts(given: object) -> list[str] | None:
 
 def encode_texts(tokenizer: Tokenizer, texts: list[str], framed: bool = True) -> list[list[int]]:
     """Ids of each text, with what the tokenizer puts around it; UsageError where its own pattern gives up."""
+    return [encoding.ids for encoding in _encoded(tokenizer, texts, framed)]
+
+
+def encode_offsets(tokenizer: Tokenizer, text: str) -> list[tuple[int, int]]:
+    """First and one past the last character of each token; (0, 0) for what the tokenizer puts around a text."""
+    return _encoded(tokenizer, [text], True)[0].offsets
+
+
+def _encoded(tokenizer: Tokenizer, texts: list[str], framed: bool) -> list[Encoding]:
     try:
-        return [encoding.ids for encoding in whole_text(tokenizer).encode_batch(texts, add_special_tokens=framed)]
+        return whole_text(tokenizer).encode_batch(texts, add_special_tokens=framed)
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # the library's, of no class that can be imported
             raise

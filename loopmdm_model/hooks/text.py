@@ -1,18 +1,19 @@
 """Text in and out of a hooked model: tokens, pieces, padding masks, masked batches."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from loopmdm.model.corpora.tokenizer import MASK, PAD, as_texts, encode_texts, reading_text
+from loopmdm.model.corpora.tokenizer import MASK, PAD, as_texts, encode_offsets, encode_texts, reading_text
 from loopmdm.model.errors import UsageError, check_data
 from loopmdm.model.layout import Layout
-from loopmdm.model.masking import mask_tokens
+from loopmdm.model.masking import hide, mask_tokens
 from loopmdm.model.protocol import Core
-from loopmdm.model.sequences import MaskedBatch
+from loopmdm.model.sequences import MaskedBatch, Sequences
 from loopmdm.model.tasks.sudoku import board_of_model
 
 
@@ -186,15 +187,24 @@ class TextEntries:
         ratio: float | None = None,
         *,
         t: float | None = None,
+        words: str | Sequence[str] | None = None,
+        positions: int | Sequence[int] | None = None,
         seed: int = 0,
         maskable: Tensor | None = None,
     ) -> MaskedBatch:
         """Text in, MaskedBatch out: hide an exact share `ratio`, or each token with probability `t`.
 
+        Or hide what you name: `words`, wherever they stand in a text as whole words, with all their tokens, and
+        `positions`, of tokens or cells; -1 is the last one. UsageError where there is no such word or position.
+
         A Sudoku model also takes boards as people write them (`Board.read`). With neither `ratio` nor `t`, what
         holds [MASK] already (a puzzle, ids, a text with gaps) is taken as it is: nobody knows what is hidden,
         and what needs to know it says so.
         """
+        if words is not None or positions is not None:
+            if (ratio, t, maskable) != (None, None, None):
+                raise UsageError("words= and positions= say what is hidden; leave ratio=, t= and maskable= out")
+            return self._hidden(text, _listed(words), _listed(positions))
         as_it_is = ratio is None and t is None and maskable is None
         if as_it_is and self._has_gaps(text):
             return self.with_gaps(text)  # pyright: ignore[reportArgumentType]
@@ -211,6 +221,40 @@ class TextEntries:
             attention_mask=attention_mask,
             seed=seed,
         )
+
+    def _hidden(self, text: Any, words: list[str], positions: list[int]) -> MaskedBatch:
+        """A text, or several, or ids, with named words and positions hidden."""
+        tokens, attention_mask = self._inputs(text, None)
+        real = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+        chosen = torch.zeros_like(real)
+        if words:
+            chosen |= self._where(_texts(text, "words= needs texts; ids have positions="), words, tokens.shape[1])
+        allowed = self.words(tokens)
+        allowed = real if allowed is None else real & allowed
+        for row, length in enumerate(real.sum(1).tolist()):
+            for position in positions:
+                if isinstance(position, bool) or not isinstance(position, int) or not -length <= position < length:
+                    raise UsageError(f"no position {position!r} in {length} tokens; to_str_tokens shows them")
+                if not allowed[row, position % length]:
+                    raise UsageError(f"position {position} is none that can be hidden; to_str_tokens shows them")
+                chosen[row, position % length] = True
+        if not bool(chosen.any()):
+            raise UsageError("nothing is named; give words=, positions= or ratio=")
+        return hide(Sequences(tokens, allowed, attention_mask), chosen, self.cfg.mask_token_id)
+
+    def _where(self, texts: list[str], words: list[str], length: int) -> Tensor:
+        """Which tokens [text, pos] hold a letter of one of the words."""
+        if board_of_model(self.cfg) is not None:
+            raise UsageError("a board has cells, not words; hide them by positions=")
+        found = torch.zeros(len(texts), length, dtype=torch.bool, device=self.model.device)
+        for word in words:
+            places = [list(re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", text)) for text in texts]
+            if not word or not any(places):
+                raise UsageError(f"no word {word!r} in the text; words are whole, with their own capitals")
+            for row, (text, spans) in enumerate(zip(texts, places, strict=True)):
+                for token, (start, end) in enumerate(encode_offsets(self._text(), text)):
+                    found[row, token] |= any(start < span.end() and span.start() < end for span in spans)
+        return found
 
     def _has_gaps(self, text: object) -> bool:
         texts = as_texts(text)
@@ -229,6 +273,13 @@ def as_ids(tokens: Any, device: torch.device | None = None) -> Tensor:
         return torch.as_tensor(tokens, device=device)
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise UsageError(f"ids must be integers in rows of one length; got {str(tokens)[:60]}") from error
+
+
+def _listed(given: Any) -> list[Any]:
+    """One or several, or none, as a list."""
+    if given is None:
+        return []
+    return [given] if isinstance(given, str | int) else list(given)
 
 
 def _texts(text: object, says: str) -> list[str]:

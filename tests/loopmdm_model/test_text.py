@@ -177,3 +177,47 @@ def test_a_damaged_preparation_is_made_again_with_a_line(sotu, monkeypatch, tmp_
         again = hub.prepare("hub:a/b", sotu.tokenizer, 500)
     assert np.array_equal(again.train, tokens) and again.fingerprint == whole.fingerprint
     assert [row.tolist() for row in again.held_out["test"]] == [row.tolist() for row in whole.held_out["test"]]
+
+
+# --- hiding what is named ---
+
+
+def test_named_words_are_hidden_wherever_they_stand_and_nothing_else(sotu):
+    text = "My fellow citizens, the economy is strong; the Economy, economy and economic."
+    b = sotu.mask([text, "the economy"], words="economy")
+    for row, times in zip(range(2), (2, 1), strict=True):
+        hidden = [piece for piece, at in zip(sotu.to_str_tokens(b.clean[row]), b.masked[row], strict=True) if at]
+        assert "".join(hidden) == " economy" * times
+    assert not bool(b.masked[1][b.attention_mask[1] == 0].any())
+    both = sotu.mask(text, words=["economy", "citizens"])
+    assert bool((both.masked[0] | ~b.masked[0]).all()) and both.masked.sum() > b.masked[0].sum()
+
+
+def test_named_positions_are_hidden_counted_from_either_end(sotu, sudoku):
+    b = sotu.mask(["one two three four", "one"], positions=[0, -1])
+    lengths = b.real.sum(1).tolist()
+    assert b.masked.nonzero().tolist() == sorted([row, at] for row in range(2) for at in {0, lengths[row] - 1})
+    grid = torch.arange(36)[None] % 6
+    assert sudoku.mask(grid, positions=7).masked.nonzero().tolist() == [[0, 7]]
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ({"words": "economics"}, "no word 'economics'"),
+        ({"words": "econ"}, "no word 'econ'"),
+        ({"words": ""}, "no word ''"),
+        ({"positions": 99}, "no position 99 in"),
+        ({"positions": [True]}, "no position True in"),
+        ({"positions": []}, "nothing is named"),
+        ({"words": "economy", "ratio": 0.5}, "leave ratio="),
+    ],
+)
+def test_what_cannot_be_named_is_said(sotu, named, said):
+    with pytest.raises(UsageError, match=said):
+        sotu.mask("the economy is strong", **named)
+
+
+def test_a_board_has_no_words(sudoku):
+    with pytest.raises(UsageError, match="a board has cells"):
+        sudoku.mask("123456" * 6, words="1")
