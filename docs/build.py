@@ -68,7 +68,11 @@ def reference() -> None:
     """A page for every module that has public names, and a page that lists the names at the top."""
     folder = SOURCE / "reference"
     folder.mkdir()
-    parts = ["# Reference\n", "Every public name. Those at the top of `loopmdm` come first.\n"]
+    parts = [
+        "# Reference\n",
+        "Every public name. Those at the top of `loopmdm` come first. In examples `lm` is `loopmdm`, `m` is",
+    ]
+    parts += ['`lm.open_model("sudoku-loop-s4")`, `b` two of its test boards with half of their cells hidden.\n']
     parts += ["| `loopmdm.` | what |", "|---|---|"]
     import loopmdm
 

@@ -54,11 +54,15 @@ ITEM = re.compile(r"\s*([-*]|\d+\.) ")
 def as_rst(lines: list[str]) -> list[str]:
     """The house's docstrings, plain text with `code` and indented blocks, as reStructuredText."""
     out: list[str] = []
-    inside, fenced = False, False
+    inside, example = False, False
     for line in lines:
-        indented = line.startswith("    ") and (fenced or not out or not out[-1].strip() or inside)
+        example = bool(line.strip()) and (example or line.startswith(">>> "))
+        if example:
+            out.append(line)
+            continue
+        indented = line.startswith("    ") and (not out or not out[-1].strip() or inside)
         if line.strip() and indented and not inside:
-            out += ["", ".. code-block:: pycon" if line.strip().startswith(">>>") else ".. code-block:: text", ""]
+            out += ["", ".. code-block:: text", ""]
             inside = True
         elif line.strip() and not line.startswith("    "):
             if inside:

@@ -180,6 +180,11 @@ def at(*, loop: Numbers = ..., layer: Numbers = ..., leaf: str | Iterable[str] |
     loop or outside layers. `leaf`: a full or short name, or several.
 
         m.run_with_cache(tokens, names_filter=at(loop=slice(2, None), leaf="pattern"))
+
+    >>> patterns = lm.at(loop=slice(2, None), leaf="pattern")
+    >>> _, cache = m.run_with_cache(b, n_loops=4, names_filter=patterns)
+    >>> list(cache)
+    ['loop.2.blocks.1.attn.hook_pattern', 'loop.3.blocks.1.attn.hook_pattern']
     """
     return At(_numbers("loop", loop), _numbers("layer", layer), _leaves(leaf))
 

@@ -60,6 +60,10 @@ def measure(
     Columns `model` and `task` come first. Measures on masks have `nominal_mask_ratio`, or with `along_sampling`
     `step`. `n_units` independent sequences, or documents where they share one, are what errors are over;
     Student's t with n_units - 1 goes with them. `options` are the measure's (`MEASURES[name].options`).
+
+    >>> df = lm.measure("settled", "sudoku-loop-s4", n=8, mask_ratios=(0.5,))
+    >>> df["model"].unique().tolist()
+    ['sudoku-loop-s4']
     """
     given = list(models) if isinstance(models, Iterable) and not isinstance(models, str) else [models]
     for model in given:

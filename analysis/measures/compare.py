@@ -33,6 +33,11 @@ def compare(a: Answers, b: Answers, batch: MaskedBatch, n_loops: int | None = No
     sequence pos true best_a best_b p_true_a p_true_b change kl flipped; tokens are ids; `true`, `p_true_*` and
     `change` are missing where nobody knows what is hidden. Nats. UsageError where shapes differ or logits are of
     other sequences.
+
+    >>> with lm.cut(m, "masked->masked"):
+    ...     changed = m(b, n_loops=4)
+    >>> int(lm.compare(m(b, n_loops=4), changed, b).isna().sum().sum())
+    0
     """
     if not isinstance(batch, MaskedBatch):
         raise UsageError("compare(a, b, batch) needs the masked batch that was answered; m.mask makes one")

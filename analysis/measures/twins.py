@@ -16,7 +16,11 @@ from loopmdm.model.protocol import Core
 
 
 def untrained(m: HookedLoopMDM, seed: int = 0) -> HookedLoopMDM:
-    """A twin of `m` with weights that learned nothing, a function of `seed`; no hooks go along."""
+    """A twin of `m` with weights that learned nothing, a function of `seed`; no hooks go along.
+
+    >>> lm.untrained(m)(b, n_loops=2).shape
+    torch.Size([2, 36, 7])
+    """
     check_model(m, "untrained", hooked=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(check_seed(seed))

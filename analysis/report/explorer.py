@@ -107,6 +107,9 @@ def explore(
 
     `clean` is the MaskedBatch that was run, or its clean token ids; with it the read-outs show p(true). Several
     caches of the same tokens (two models, or with and without a hook) are compared under their `labels`.
+
+    >>> _, cache = m.run_with_cache(b, n_loops=4)
+    >>> page = lm.explore(cache, clean=b)
     """
     if not caches:
         raise UsageError("explore takes the cache of run_with_cache")

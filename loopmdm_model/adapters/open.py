@@ -40,6 +40,9 @@ def open_model(
     `dtype` (torch's, or its name) None: as stored; `device` "auto": a GPU if there is one, "meta": sizes and sites
     without weights. `trust_remote_code` lets code run that lies beside the weights; `revision` pins it. `changes`:
     as `hook_model`.
+
+    >>> lm.open_model("sudoku-loop-s4").cfg.max_loops
+    4
     """
     if not isinstance(name, str | Path) or not name or name == HUB:
         raise UsageError(f"a model is opened by name or folder, got {name!r:.60}; hook_model takes a loaded one")

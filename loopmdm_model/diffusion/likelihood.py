@@ -197,6 +197,9 @@ def nelbo(
 
     `estimator` "stratified-t" and "independent-t" draw a time t in [1e-3, 1], mask each position with
     probability t and weigh by 1 / t, as usual elsewhere: for comparison, as they scatter more.
+
+    >>> round(lm.nelbo(m, b.clean, n_loops=4, seed=0).mean, 2)
+    0.46
     """
     check_model(model, "nelbo")
     sequences = Sequences.of(tokens, maskable, attention_mask, clusters).clean_for(model)

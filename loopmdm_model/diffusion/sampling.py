@@ -98,6 +98,10 @@ def sample(
     Sequences run in batches of `batch_size`. With `partial` an interruption (Ctrl-C) returns the batches
     that are finished; callbacks have then seen part of the next one, too. `callback` sees every (step, loop);
     what it reads costs no counted FLOPs.
+
+    >>> s = lm.sample(m, n=2, steps=6, n_loops=4, seed=0)
+    >>> s.tokens.shape, s.loops_used.shape
+    (torch.Size([2, 36]), torch.Size([6, 2]))
     """
     check_model(model, "sample")
     as_rule(n_loops, stop, model.cfg.max_loops)

@@ -68,6 +68,10 @@ def head_cards(
 
     `of` is a relation, a kind of key or "". Errors are over sequences or documents. UsageError, by the fact, for
     models whose heads do not add to the stream through W_O alone, or whose logits are shifted.
+
+    >>> cards = lm.head_cards(m, b, n_loops=4)
+    >>> cards[["loop", "head", "label"]].drop_duplicates().shape
+    (16, 3)
     """
     check_model(m, "head-cards", hooked=True)
     m.facts.need(*NEEDS, by="head-cards")

@@ -75,6 +75,9 @@ def attention_across_loops(
     `head="auto"` takes the head whose map changes most between the first and last loop shown (a
     choice made on the data it shows: use it to look, not to test). `loops` defaults to first,
     middle and last; `order` keeps positions, or puts masked positions first.
+
+    >>> _, cache = m.run_with_cache(b, n_loops=4)
+    >>> _ = lm.attention_across_loops(cache, layer=1, loops=(0, 3)).plot()
     """
     if not isinstance(cache, LoopCache):
         raise UsageError(f"a cache of run_with_cache is needed, got {cache!r:.60}")

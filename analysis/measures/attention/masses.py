@@ -209,6 +209,11 @@ def mask_attention(
     (`facts.linear_heads`). Queries and keys of group "masked" are positions that hold [MASK];
     padding is left out. In a shifted model `by="predicts"` groups queries by the token that they predict, the
     next one; what is counted with self is then NaN, and a column `by` says so.
+
+    >>> df = lm.mask_attention(m, b, n_loops=4, by_head=False)
+    >>> masked = df[(df["segment"] == "loop") & (df["query_group"] == "masked")]
+    >>> masked.groupby("loop")["mass"].sum().round(3).tolist()
+    [1.0, 1.0, 1.0, 1.0]
     """
     check_model(m, "mask_attention", hooked=True)
     check_by(m.facts, by, "mask_attention")

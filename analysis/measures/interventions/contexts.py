@@ -55,6 +55,11 @@ def cut(
     anything at all. Attention is explicit in all layers, in every arm; "none" cuts nothing: what a cut is
     compared with. `what` may also be a choice of edges, as in `choice(m, EdgeSet(relation="row"))`. With a
     `Reference` the edges stay and carry its values: `replace_values`, with pattern, mass and scale kept.
+
+    >>> with lm.cut(m, "masked->masked", loops=slice(1, None)):
+    ...     logits = m(b, n_loops=4)
+    >>> logits.shape
+    torch.Size([2, 36, 7])
     """
     check_model(m, "cut", hooked=True)
     reference = check_reference(by)
@@ -98,6 +103,9 @@ def stale(
     """Keep every pattern, but feed the values that a group's keys had in loop 0.
 
     Tells whether the *update* of what masked positions say matters, or only that they are there.
+
+    >>> with lm.stale(m, "masked"):
+    ...     logits = m(b, n_loops=4)
     """
     check_model(m, "stale", hooked=True)
     places, everywhere = (applications(m.cfg, some, layers, "v") for some in (loops, None))
@@ -143,6 +151,9 @@ def freeze(
     """Hold the states of a group: what the chosen loops would write to them is dropped.
 
     With a `Reference` they are its states after each of these loops instead.
+
+    >>> with lm.freeze(m, "clean"):
+    ...     logits = m(b, n_loops=4)
     """
     check_model(m, "freeze", hooked=True)
     _check_group(group)
@@ -165,7 +176,11 @@ def freeze(
 
 @contextmanager
 def damp(m: HookedLoopMDM, strength: float, loops: Loops = None) -> Iterator[HookedLoopMDM]:
-    """H(i) = H(i-1) + strength x what the loop adds; 1 changes nothing, 1/K makes K loops one step in length."""
+    """H(i) = H(i-1) + strength x what the loop adds; 1 changes nothing, 1/K makes K loops one step in length.
+
+    >>> with lm.damp(m, 0.5):
+    ...     logits = m(b, n_loops=4)
+    """
     check_model(m, "damp", hooked=True)
     check_number("strength", strength, 0, above=True)
     with _between(m, loops, lambda before, after: before + strength * (after - before)):
@@ -201,6 +216,9 @@ def skip(
     """Leave layers out in the chosen loops: they add nothing to the stream, or what a `Reference` adds there.
 
     `parts`: attention, MLP or both.
+
+    >>> with lm.skip(m, loops=1):
+    ...     logits = m(b, n_loops=4)
     """
     check_model(m, "skip", hooked=True)
     for part in parts:
@@ -214,7 +232,11 @@ def skip(
 def ablate(
     m: HookedLoopMDM, heads: Chosen = None, layers: Chosen = None, loops: Loops = None, by: By = "zero"
 ) -> Iterator[HookedLoopMDM]:
-    """Heads (None: all) of layers (default: the looped ones) give zero, or what they give in a `Reference`."""
+    """Heads (None: all) of layers (default: the looped ones) give zero, or what they give in a `Reference`.
+
+    >>> with lm.ablate(m, heads=[2], by=lm.Reference.mean(m, b, n_loops=4)):
+    ...     logits = m(b, n_loops=4)
+    """
     check_model(m, "ablate", hooked=True)
     chosen = several("head", heads, m.cfg.n_heads)
     instead = _stand_in(by)

@@ -89,6 +89,10 @@ def candidates(
     Columns: n_loops arm rule metric loop round value standard_error low high n. `round` is k for metrics of sets,
     r for those of exclusion; both are missing where a metric has none. `low`..`high`: 95%, Student's t over boards
     or clusters of them. Boards with several solutions are left out; UsageError where none is left.
+
+    >>> df = lm.candidates(m, b, n_loops=4)
+    >>> "slope" in set(df["metric"])
+    True
     """
     found = considered(m, b, n_loops, threshold)
     ignorant = considered(untrained(m, seed), found.batch, len(found.log_p), threshold)

@@ -133,6 +133,10 @@ def logit_attribution(
     """`attribute` as a frame: mean and error over sequences or documents (`Attribution.frame`), with mask_ratio.
 
     "exact" runs the coda once a part, so it is asked of `n_exact` sequences, evenly spread.
+
+    >>> df = lm.logit_attribution(m, b, n_loops=2, reads=("direct",))
+    >>> sorted(df["part"].unique())
+    ['bias', 'embed', 'head', 'mlp']
     """
     wanted, few = list(reads), check_count("n_exact", n_exact)
     frames, cheap = [], [read for read in wanted if read != "exact"]

@@ -101,6 +101,10 @@ def representation_change(
     is NaN with n = 0. In a shifted model `by="predicts"` groups states by the token that they predict; read-outs
     are those of masked tokens either way. p_true and accuracy leave out sequences of which nobody knows what is
     hidden.
+
+    >>> df = lm.representation_change(m, b, n_loops=4)
+    >>> sorted(df["token_group"].unique())
+    ['clean', 'masked']
     """
     check_model(m, "representation_change")
     check_by(m.facts, by, "representation_change")

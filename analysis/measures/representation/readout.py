@@ -31,6 +31,8 @@ def read_loops(m: HookedLoopMDM, b: MaskedBatch, n_loops: int | None = None, len
     Columns: sequence position loop masked true top1 (token pieces, ids without a tokenizer) true_id
     top1_id p_top1 p_true entropy (nats) correct flipped (best token differs from the loop before) lens.
     UsageError where nobody knows what is hidden; `explore(cache)` shows what loops answer without it.
+
+    >>> _ = lm.read_loops(m, b, n_loops=4).plot()
     """
     check_model(m, "read_loops")
     b, n_loops = as_batch("read_loops", b), check_loops(m, n_loops)
