@@ -12,7 +12,7 @@
 #
 # This notebook is for someone who knows TransformerLens. It opens a model, keeps what happens in every loop,
 # reads what each loop would answer, changes one loop, lets the model write, and ends with the paper's claims
-# beside what we measured. The other nine take up one theme each.
+# beside what we measured. The other ten take up one theme each.
 
 # %% tags=["parameters"]
 model = "sotu-loop"
@@ -21,45 +21,61 @@ n_loops = 12
 seed = 0
 
 # %%
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("loopmdm") is None:  # in Colab and the like, from a clone of the repository
+    subprocess.check_call([sys.executable, "-m", "pip", "install", "--quiet", ".."])
+
 import torch
 
-from loopmdm.analysis import figures, read_loops
+from loopmdm.analysis import attention_across_loops, explore, figures, read_loops
 from loopmdm.model import HookedLoopMDM, Trajectory, list_models, sample
 
 _ = torch.set_grad_enabled(False)
-print(*list_models(), sep=", ")
+
+# %% [markdown]
+# ## One sentence, half of it hidden, twelve loops
+#
+# `mask` hides an exact share of the tokens; which ones is a function of the seed. `b` keeps three things together:
+# `tokens` (what the model sees), `clean` (what was there) and `masked` (where they differ). `run_with_cache` keeps
+# every activation of every loop.
+
+# %%
+m = HookedLoopMDM.from_pretrained(model)
+b = m.mask(text, ratio=0.5, seed=seed)
+logits, cache = m.run_with_cache(b.tokens, n_loops=n_loops)
+layer = m.cfg.layers("loop")[0]
+print(m.to_string(b.tokens[0]))
+attention_across_loops(cache, layer=layer, loops=(0, m.cfg.max_loops - 1, n_loops - 1), order="masked-first")
+
+# %% [markdown]
+# Three loops of the looped layer, masked positions first: masked to masked at the top left. Below, any loop, layer
+# and head to click through, two settings side by side, and what each loop would answer.
+
+# %%
+explore(cache, clean=b)
 
 # %% [markdown]
 # ## Open a model
 #
-# A name is one of the list above, a run folder, or a hub id. `sotu` models read State of the Union addresses,
-# `sudoku` models 6x6 Sudoku grids. The line below reads: layers of the prelude, the looped layers that run
+# A name is one of the list below, a run folder, or a hub id. `sotu` models read State of the Union addresses,
+# `sudoku` models 6x6 Sudoku grids. The last line reads: layers of the prelude, the looped layers that run
 # S times, the coda; then the largest S that was drawn in training. At inference any S works.
 
 # %%
-m = HookedLoopMDM.from_pretrained(model)
+print(*list_models(), sep=", ")
 m
 
 # %% [markdown]
-# ## Hide half of a sentence
-#
-# `mask` hides an exact share of the tokens. Which ones is a function of the seed. The result keeps three
-# things together: `tokens` (what the model sees), `clean` (what was there) and `masked` (where they differ).
-
-# %%
-b = m.mask(text, ratio=0.5, seed=seed)
-print(m.to_string(b.tokens[0]))
-
-# %% [markdown]
-# ## Run it and keep everything
+# ## What is in the cache
 #
 # Names are TransformerLens' own. A looped layer's names gain the loop as a prefix, and every loop has a hook
 # point of its own. With one hook point that fires S times, a cache would keep the last value and the first
 # gradient under one name, and say nothing.
 
 # %%
-logits, cache = m.run_with_cache(b.tokens, n_loops=n_loops)
-layer = m.cfg.layers("loop")[0]
 print(cache)
 print("one loop:  ", cache["pattern", "loop", 2, layer].shape, "[batch, head, query, key]")
 print("all loops: ", cache.stack("pattern", layer=layer).shape, "[loop, batch, head, query, key]")
@@ -141,6 +157,29 @@ print(f"{s.forwards} forwards, {s.loops_used.sum()} loops, {s.flops:.2e} FLOPs")
 trajectory.frame().groupby(["step", "loop"])[["p_top1", "entropy", "state_change"]].mean().round(3).head(8)
 
 # %% [markdown]
+# ## Try it
+#
+# 1. Hide one word of your own sentence. In which loop is p(true) highest?
+# 2. Cut the edges from masked to masked positions in loop 1 instead of loop 0. Which costs more?
+#
+# <details><summary>One way</summary>
+#
+# ```python
+# import loopmdm as lm
+#
+# m = lm.open_model("sotu-loop")
+# b = m.mask("The people of the United States are strong and free.", words=["people", "strong"])
+# said = lm.read_loops(m, b, n_loops=12)
+# print(said[said["masked"]].groupby("loop")["p_true"].mean().idxmax())
+#
+# for loop in (0, 1):
+#     with lm.cut(m, "masked->masked", loops=loop):
+#         changed = m(b, n_loops=12)
+#     print(loop, lm.compare(m(b, n_loops=12), changed, b)["change"].mean())
+# ```
+#
+# </details>
+#
 # ## The study in one picture
 #
 # Every claim of the paper stands beside a number that could have said no: what is measured, the margin, the
@@ -176,6 +215,7 @@ for claim in load_claims():
 # | 08 Sudoku and known answers | What does a loop do, where an exact algorithm says what should be done? |
 # | 09 bring your own model | The same with other weights, texts, measures and rules |
 # | 10 other people's models | What of it can be asked of models that others trained? |
+# | 11 what a loop does | One Sudoku from clues to solution, with the instruments of interpretability |
 #
 # ## Limits
 #

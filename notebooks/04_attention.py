@@ -178,6 +178,31 @@ cards.query("loop in @loops")[["loop", "layer", "head", "label", "effect"]].drop
 figures.FIGURES["who-tells-whom"].show()
 
 # %% [markdown]
+# ## Try it
+#
+# 1. Is a Sudoku model's rise still there with three quarters masked instead of half?
+# 2. Which head of the looped layer has the largest log-odds in the last loop, and what does its card say?
+#
+# <details><summary>One way</summary>
+#
+# ```python
+# import loopmdm as lm
+#
+# m = lm.open_model("sudoku-loop-s4")
+# case = lm.Case.of(m, n=16)
+# looped = "segment == 'loop' and query_group == key_group == 'masked'"
+# for ratio in (0.5, 0.75):
+#     df = lm.mask_attention(m, case.masked(ratio), n_loops=4, by_head=False).query(looped)
+#     print(ratio, df["log_odds"].round(2).tolist())
+#
+# heads = lm.mask_attention(m, case.masked(0.5), n_loops=4).query(looped).query("loop == 3")
+# print(heads.set_index("head")["log_odds"].idxmax())
+# cards = lm.head_cards(m, case.masked(0.5), n_loops=4)
+# print(cards.query("loop == 3")[["head", "label", "effect"]].drop_duplicates())
+# ```
+#
+# </details>
+#
 # ## Verdicts
 
 # %%

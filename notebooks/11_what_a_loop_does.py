@@ -187,6 +187,33 @@ figures.FIGURES["dictionaries"].show()
 # A crosscoder's features are born in the first loop and last to the end: one code for all loops hides what
 # changes. On Sudoku an untrained twin is rebuilt as well, so fidelity says nothing by itself.
 #
+# ## Try it
+#
+# 1. Take the looped layer out in one loop, on distribution. Which loop is missed most?
+# 2. Push all cells along one direction after the first loop, and after the last. What is left of it at the end?
+#
+# <details><summary>One way</summary>
+#
+# ```python
+# import loopmdm as lm
+#
+# m = lm.open_model("sudoku-loop-s4")
+# b = lm.Case.of(m, n=16).masked(0.5)
+# by = lm.Reference.mean(m, b, n_loops=4)
+# for loop in range(4):
+#     with lm.skip(m, loops=loop, by=by):
+#         changed = m(b, n_loops=4)
+#     print(loop, lm.compare(m(b, n_loops=4), changed, b)["change"].mean())
+#
+# wrong = m.W_U[:, 0] - m.W_U[:, 1]
+# for loop in (0, 3):
+#     with lm.steer(m, 4 * wrong / wrong.norm(), loops=loop):
+#         changed = m(b, n_loops=4)
+#     print(loop, lm.compare(m(b, n_loops=4), changed, b)["kl"].mean())
+# ```
+#
+# </details>
+#
 # ## Verdicts
 
 # %%
