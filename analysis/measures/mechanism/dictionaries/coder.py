@@ -76,7 +76,9 @@ class Origin:
 
 
 class Dictionary(nn.Module):
-    """`encoder` [view, d_model, feature], `bias` [feature], `decoder` [view, feature, d_model]; see the module.
+    """A sparse dictionary of one model's states over loops; `from_pretrained` opens one that is shipped.
+
+    `encoder` [view, d_model, feature], `bias` [feature], `decoder` [view, feature, d_model]; see the module.
 
     A view is a site of a crosscoder, or all sites of an SAE. `mean` [view, d_model] and `scale` [view] are taken
     off first, `means` [site, d_model] is each site's own mean. Codes are [row, code, feature]: one code of a
