@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from loopmdm.analysis.measures.mechanism.attribution import logit_attribution
     from loopmdm.analysis.measures.mechanism.attribution_patching import attribution_patching
     from loopmdm.analysis.measures.mechanism.corruption import corrupted
-    from loopmdm.analysis.measures.mechanism.dictionaries import train_dictionary
+    from loopmdm.analysis.measures.mechanism.dictionaries import Dictionary, train_dictionary
     from loopmdm.analysis.measures.mechanism.edge_effects import edge_effects
     from loopmdm.analysis.measures.mechanism.edge_paths import path_patching
     from loopmdm.analysis.measures.mechanism.patching import activation_patching
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ActivationStore",
     "Case",
+    "Dictionary",
     "Reference",
     "ablate",
     "activation_patching",
@@ -90,6 +91,7 @@ __all__ = [
 _HOMES = {
     "ActivationStore": "loopmdm.analysis.activations",
     "Case": "loopmdm.analysis.measures",
+    "Dictionary": "loopmdm.analysis.measures.mechanism.dictionaries",
     "Reference": "loopmdm.analysis.measures.interventions",
     "ablate": "loopmdm.analysis.measures.interventions",
     "activation_patching": "loopmdm.analysis.measures.mechanism.patching",

@@ -19,12 +19,13 @@ seed = 0
 import pandas as pd
 import torch
 
-from loopmdm.analysis import Case, claims_table, figures
+from loopmdm.analysis import Case, Dictionary, claims_table, figures
 from loopmdm.analysis.measures.attention.cards import head_cards
 from loopmdm.analysis.measures.known.candidates import candidates
 from loopmdm.analysis.measures.known.example_board import example_board
 from loopmdm.analysis.measures.mechanism import attribution, attribution_patching, corruption, edge_effects
 from loopmdm.analysis.measures.mechanism import steering as pushes
+from loopmdm.analysis.measures.mechanism.dictionaries import feature_pages
 from loopmdm.analysis.plots.candidates import plot_candidates
 from loopmdm.model.planted import naked_singles
 from loopmdm.model.tasks.puzzles import puzzles
@@ -185,8 +186,26 @@ figures.FIGURES["dictionaries"].show()
 
 # %% [markdown]
 # A crosscoder's features are born in the first loop and last to the end: one code for all loops hides what
-# changes. On Sudoku an untrained twin is rebuilt as well, so fidelity says nothing by itself.
+# changes. An SAE has a code at each loop, and on Sudoku two thirds of its features begin later; but so do those of
+# an untrained twin: births alone do not show that anything is computed. Nor does fidelity: a crosscoder rebuilds
+# the untrained twin on Sudoku as well.
 #
+# Two models are shipped with an SAE, one set of features for all loops, and its record. A page of a feature: at
+# which loops it is active, which variable of the task it follows best on sequences that did not choose it, where
+# it is largest, and what the answer loses when it is taken out there.
+
+# %%
+solver = Case.of("sudoku-loop", n=n, seed=seed)
+dictionary = Dictionary.from_pretrained("sudoku-loop", solver.m)
+kept = dictionary.origin.told["scores"]
+pd.DataFrame(
+    {(arm, what): kept[arm][what]["value"] for arm in kept for what in ("explained_variance", "born", "last")}
+)
+
+# %%
+feature_pages(dictionary, solver.m, solver.masked(0.5), 3)[0]
+
+# %% [markdown]
 # ## Try it
 #
 # 1. Take the looped layer out in one loop, on distribution. Which loop is missed most?

@@ -100,6 +100,8 @@ def test_a_wheel_holds_one_package(tmp_path):
     home = tmp_path / "lib"
     assert [path.name for path in home.iterdir()] == ["loopmdm"]
     assert (home / "loopmdm/model/corpora/sources.toml").is_file()
+    shipped = home / "loopmdm/model/zoo/sudoku-loop"
+    assert {"dictionary.json", "dictionary.safetensors"} <= {path.name for path in shipped.iterdir()}
     code = f"import sys; sys.path.insert(0, {str(home)!r})\nimport loopmdm; print(len(loopmdm.list_models()))"
     assert ran(code + f"\nassert loopmdm.__file__.startswith({str(home)!r})", tmp_path).isdigit()
     shutil.rmtree(home)

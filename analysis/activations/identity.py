@@ -7,7 +7,7 @@ people's, one whose weights were changed by hand.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -28,11 +28,18 @@ class Identity:
     def check(self, m: HookedLoopMDM, what: str) -> None:
         """UsageError, said of `what`, unless `m` is the model, in weights and config."""
         other = identity(m)
-        if other.hash != self.hash:
+        if other.hash != self.hash and not self._older(m, other):
             raise UsageError(
                 f"{what} is of {self.name or 'an unnamed model'} ({self.hash}), not of "
                 f"{other.name or 'this model'} ({other.hash}); open that model, in that dtype, or make it anew"
             )
+
+    def _older(self, m: HookedLoopMDM, other: "Identity") -> bool:
+        """Whether `other` has these weights, and this config as it was before it had more keys with defaults."""
+        same = self.hash.partition(":")[0] == other.hash.partition(":")[0]
+        return (
+            same and _defaults(m.cfg) | self.config == other.config and self.config.keys() <= other.config.keys()
+        )
 
 
 def identity(m: HookedLoopMDM) -> Identity:
@@ -45,6 +52,11 @@ def identity(m: HookedLoopMDM) -> Identity:
     config = _plain(m.cfg)
     told = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     return Identity(m.model_name, f"{digest.hexdigest()[:16]}:{told.hexdigest()[:16]}", config)
+
+
+def _defaults(cfg: Any) -> dict[str, Any]:
+    known = fields(cfg) if is_dataclass(cfg) else ()
+    return json.loads(json.dumps({item.name: item.default for item in known}, default=str))
 
 
 def _plain(cfg: Any) -> dict[str, Any]:

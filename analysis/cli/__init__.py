@@ -9,6 +9,7 @@ import warnings
 
 from loopmdm.analysis.cli import (  # noqa: F401 - each adds its commands
     data,
+    dictionaries,
     evaluation,
     figures,
     models,

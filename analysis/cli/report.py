@@ -27,9 +27,10 @@ def report(
     *,
     how: "Access",
 ) -> None:
-    """Write claims, figures and an attention explorer, or one model's explorer, into one file that opens offline.
+    """Write claims, figures, heads, features and an attention explorer into one file that opens offline.
 
-    Without a model `--out report.html` is meant, and the shipped models are shown.
+    Of one model its explorer and head cards. Without a model `--out report.html` is meant, and the shipped models
+    are shown.
     """
     out = out or Path("report.html")
     check_out(out, ".html", ".htm")
@@ -39,7 +40,7 @@ def report(
     if model:
         with interruptible(f"{out} is as it was"):
             m = how.open(model)
-            write_model_report(out, m, how.test_set(m))
+            write_model_report(out, m, how.test_set(m), how)
     else:
         with interruptible(f"{out} is as it was"), progress_bar() as bar:
             write_report(out, lambda figures: bar.track(figures, description="figures"))

@@ -138,16 +138,22 @@ def perturbation_gain(loaded: Tables) -> MatplotlibFigure:
 
 
 def dictionary(loaded: Tables) -> MatplotlibFigure:
-    """What one sparse dictionary for all loops keeps of the model, and when its features live."""
+    """What sparse dictionaries for all loops keep, and when features live, by direction and by activity."""
     df = loaded["dictionaries"]
-    drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 4.4), layout="constrained")
+    df = df[df["arm"] == "trained"]
+    drawn, axes = plt.subplots(2, 3, figsize=(PAGE, 4.4), layout="constrained")
     for row, (title, model) in zip(axes, taken_apart().items(), strict=True):
         own = df[df["model"] == model]
-        dictionaries.plot_recovered(own[own["arm"] == "trained"], "kl_recovered", ax=row[0])
-        dictionaries.plot_lives(own[own["arm"] == "trained"], ax=row[1])
-        row[0].set(title=f"{title}: kept of the answer", ylabel="share of KL recovered", ylim=(0.8, 1.02))
-        row[1].set_title("lives of features")
-    axes[0, 1].legend(frameon=False)
+        dictionaries.plot_recovered(own, "kl_recovered", "kind", ax=row[0])
+        row[0].set(title=f"{title}: kept", ylabel="share of KL recovered", ylim=(0.8, 1.02))
+        for ax, kind, told in (
+            (row[1], "crosscoder", "crosscoder, by direction"),
+            (row[2], "sae", "SAE, by activity"),
+        ):
+            dictionaries.plot_lives(own[own["kind"] == kind], ax=ax)
+            ax.set(title=told, ylim=(0, 1.02))
+    axes[0, 0].legend(frameon=False, loc="lower right")
+    axes[0, 2].legend(frameon=False)
     return drawn
 
 
@@ -252,12 +258,15 @@ EXHIBITS = (
         "dictionaries",
         ("dictionaries",),
         dictionary,
-        """One sparse dictionary (a crosscoder of 256 features, BatchTopK 16, 150 steps) for the states of all
-        loops. Left: share of the KL to mean ablation that is recovered when a loop's state is replaced by its
-        reconstruction; bars: one standard error over 64 test sequences. Right: live features by the first and
-        last loop in which their decoder is above half of its largest. On Sudoku an untrained twin is rebuilt
-        as well (table dictionaries), so fidelity alone says nothing there; features that all live from the
-        first loop to the last count against birth and death by loop. Lindsey et al. 2024; loops in place of
-        layers are ours.""",
+        """Sparse dictionaries (256 features, BatchTopK 16, 150 steps) for the states of all loops: a crosscoder,
+        which has one code for all loops, and an SAE, which has one at each. Left: share of the KL to mean
+        ablation that is recovered when a loop's state is replaced by its reconstruction; bars: one standard
+        error over 64 test sequences. Right: live features by the first and last loop of their lives: of the
+        crosscoder where their decoder is above half of its largest, of the SAE where they are active more than
+        half as often as where they are most. On Sudoku a crosscoder rebuilds an untrained twin as well (table
+        dictionaries), so fidelity alone says nothing there; features that all live from the first loop to the
+        last, as a crosscoder's do, count against birth and death by loop, and an untrained twin's SAE that has
+        as many births against reading a computation out of them. Lindsey et al. 2024; loops in place of layers
+        are ours.""",
     ),
 )

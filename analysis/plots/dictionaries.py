@@ -10,6 +10,10 @@ ARM_STYLE = {
     "trained": {"color": "#1b4f8f", "marker": "o", "linestyle": "-"},
     "untrained": {"color": "#8c8c8c", "marker": "s", "linestyle": "--"},
 }
+KIND_STYLE = {
+    "crosscoder": {"color": "#1b4f8f", "marker": "o", "linestyle": "-"},
+    "sae": {"color": "#e08214", "marker": "^", "linestyle": "-."},
+}
 LIFE_STYLE = {
     "born": {"color": "#08306b", "hatch": "", "label": "first loop"},
     "last": {"color": "#e08214", "hatch": "///", "label": "last loop"},
@@ -17,15 +21,28 @@ LIFE_STYLE = {
 
 
 @of_rows
-def plot_recovered(df: pd.DataFrame, metric: str = "loss_recovered", *, ax: Axes | None = None) -> Axes:
-    """A share by loop, an arm a line, bars one standard error; `df`: arm loop metric value standard_error."""
+def plot_recovered(
+    df: pd.DataFrame, metric: str = "loss_recovered", by: str = "arm", *, ax: Axes | None = None
+) -> Axes:
+    """A share by loop, an arm or kind a line (`by`), bars one standard error.
+
+    `df`: arm kind loop metric value standard_error.
+    """
     ax = ax or plt.gca()
     chosen = df[(df["metric"] == metric) & df["loop"].notna()]
-    for arm, part in chosen.groupby("arm", sort=False):
+    looks = KIND_STYLE if by == "kind" else ARM_STYLE
+    for name, part in chosen.groupby(by, sort=False):
         part = part.sort_values("loop")
-        look = ARM_STYLE.get(str(arm), ARM_STYLE["trained"])
+        look = looks.get(str(name), ARM_STYLE["trained"])
         place = part["loop"].to_numpy(dtype=int) + 1
-        ax.errorbar(place, part["value"], yerr=part["standard_error"], label=f"{arm} model", capsize=2, **look)
+        ax.errorbar(
+            place,
+            part["value"],
+            yerr=part["standard_error"],
+            label=str(name) if by == "kind" else f"{name} model",
+            capsize=2,
+            **look,
+        )
     ax.set(xlabel="loop (1 = first)", ylabel=metric.replace("_", " "))
     ax.set_xticks(sorted(set(chosen["loop"].to_numpy(dtype=int) + 1)))
     return ax

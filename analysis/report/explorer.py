@@ -11,6 +11,7 @@ import jinja2
 from markupsafe import Markup
 from torch import Tensor
 
+from loopmdm.analysis.report.curves import signed, swatch
 from loopmdm.analysis.report.data import LEVELS, Run, run_of
 from loopmdm.model.errors import UsageError
 from loopmdm.model.files import write_atomic
@@ -18,7 +19,7 @@ from loopmdm.model.hooks.cache import LoopCache
 from loopmdm.model.sequences import MaskedBatch
 
 SCRIPTS = ("data.js", "draw.js", "panel.js", "explorer.js")
-STYLES = ("page.css", "explorer.css")
+STYLES = ("page.css", "cards.css", "explorer.css")
 HEIGHT = 1180
 """Pixels of the frame in a notebook; what is longer scrolls inside."""
 
@@ -42,6 +43,7 @@ def render(template: str, **values: object) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(asset), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
+    values |= {"swatch": swatch, "signed": signed}
     values |= {"styles": [Markup(asset(name)) for name in STYLES]}
     values |= {"scripts": [Markup(asset(name)) for name in SCRIPTS]}
     return environment.get_template(template).render(**values)
@@ -79,7 +81,7 @@ class Explorer:
     @property
     def html(self) -> str:
         """The whole document."""
-        return render("alone.html", title=self.title, data=self._json)
+        return render("alone.html", title=self.title, data=self._json, heads=None)
 
     def write(self, path: Path | str) -> None:
         """Write the document to a file, whole or not at all."""

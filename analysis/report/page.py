@@ -1,4 +1,5 @@
-"""The report: what this is, the claims with their verdicts, the attention explorer, every figure; one file.
+"""The report: what this is, claims with their verdicts, the attention explorer, heads, features, every
+figure; one file.
 
 All pictures and all data are inside; the file's own content policy forbids it to load anything.
 """
@@ -17,9 +18,13 @@ from matplotlib.figure import Figure as MatplotlibFigure
 
 from loopmdm.analysis.exhibits import EXHIBITS, Exhibit, by_theme, tables
 from loopmdm.analysis.exhibits import verdicts as claims
+from loopmdm.analysis.measures.access import Access
+from loopmdm.analysis.measures.case import DEFAULT, Case
 from loopmdm.analysis.numbers import provenance
 from loopmdm.analysis.plots.style import style
 from loopmdm.analysis.report.explorer import payload, render
+from loopmdm.analysis.report.features import shipped_pages
+from loopmdm.analysis.report.heads import measured_cards, shown_cards
 from loopmdm.analysis.report.inputs import MODELS, inputs, inputs_of
 from loopmdm.model.errors import UsageError
 from loopmdm.model.files import write_atomic
@@ -115,6 +120,7 @@ def report(progress: Callable[[list[Exhibit]], Iterable[Exhibit]] = iter) -> str
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         rows, looked_at = claim_rows(), inputs()
+        heads, features = shown_cards(), shipped_pages()
         pictures = [picture(figure) for figure in progress(list(chain(*by_theme().values())))]
     notes = list(dict.fromkeys(str(item.message) for item in said))
     for note in notes:  # each once, on the page and here
@@ -126,6 +132,8 @@ def report(progress: Callable[[list[Exhibit]], Iterable[Exhibit]] = iter) -> str
         names=set(EXHIBITS),
         data=payload(looked_at),
         models=", ".join(dict.fromkeys(run.model for _, runs in looked_at for run in runs)),
+        heads=heads,
+        features=features,
         figures=pictures,
         notes=notes,
         commit=commit() or "unknown",
@@ -134,13 +142,17 @@ def report(progress: Callable[[list[Exhibit]], Iterable[Exhibit]] = iter) -> str
     )
 
 
-def write_model_report(out: Path, m: HookedLoopMDM, test: TestSet) -> None:
-    """Write an attention explorer of one model on three of its sequences, or one's own; whole or not at all."""
+def write_model_report(out: Path, m: HookedLoopMDM, test: TestSet, access: Access = DEFAULT) -> None:
+    """Write an attention explorer of one model on three of its sequences, or one's own, and cards of its heads.
+
+    Whole or not at all; where cards are not defined for a model the page says why.
+    """
     m.facts.need("masks", by="the report")
     m.facts.warn_beyond(0.5, "the report")
     source = ", ".join(m.record[key] for key in ("source", "licence") if m.record.get(key))
     title = f"{m.model_name} ({source})" if source else m.model_name
-    page = render("alone.html", title=title, data=payload(inputs_of(m, test.sequences)))
+    heads = measured_cards(Case(m, test, access=access))
+    page = render("alone.html", title=title, data=payload(inputs_of(m, test.sequences)), heads=heads)
     write_atomic(out, lambda temporary: temporary.write_text(page, encoding="utf-8"))
 
 

@@ -62,6 +62,7 @@ def test_evaluate_sample_and_report(places, tmp_path):
     run("report", places / "bert", *SET, "--text", places / "own.txt", "--out", out)
     page = out.read_text()
     assert page.count('"tokens":') == 3 and "Attention explorer: bert" in page
+    assert "No head cards of bert: head-cards needs an additive residual stream" in page and "<article" not in page
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ PLAIN: tuple[tuple[str, Select, tuple[str, ...], dict], ...] = (
     ("steering", select(task="sudoku", arm=("loop", "loop-s4"), seed=0), ("direction", "loop", "value"), {}),
     ("lenses", SHOWN, ("lens", "loop", "metric", "value"), {}),
     ("perturbation-gain", SHOWN, ("loop", "metric", "value"), HALF),
-    ("dictionaries", SHOWN, ("arm", "loop", "metric", "value"), {}),
+    ("dictionaries", SHOWN, ("arm", "kind", "loop", "metric", "value"), {"kind": "both"}),
     ("belief-rounds", TREES, ("loop", "round", "kl"), {}),
     ("best-rounds", TREES, ("loop", "best_round"), {}),
 )  # fmt: skip

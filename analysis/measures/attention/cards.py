@@ -60,6 +60,14 @@ class Looks:
     sinks: Sinks | None = None
 
 
+def check_heads(m: HookedLoopMDM) -> None:
+    """UsageError for a model whose heads have no cards."""
+    check_model(m, "head-cards", hooked=True)
+    m.facts.need(*NEEDS, by="head-cards")
+    if not m.cfg.layers("loop"):
+        raise UsageError("head-cards are of looped heads; this model loops no layer: give loop=(first, n)")
+
+
 @torch.no_grad()
 def head_cards(
     m: HookedLoopMDM, b: MaskedBatch, n_loops: int | None = None, looks: Looks | None = None, batch_size: int = 32
@@ -73,11 +81,8 @@ def head_cards(
     >>> cards[["loop", "head", "label"]].drop_duplicates().shape
     (16, 3)
     """
-    check_model(m, "head-cards", hooked=True)
-    m.facts.need(*NEEDS, by="head-cards")
+    check_heads(m)
     b, n_loops, looks = questions("head-cards", m, b), check_loops(m, n_loops), looks or Looks()
-    if not m.cfg.layers("loop"):
-        raise UsageError("head-cards are of looped heads; this model loops no layer: give loop=(first, n)")
     values: Values = {}
     for _, part in b.batches(batch_size):
         _attention(m, part, n_loops, looks.sinks, values)

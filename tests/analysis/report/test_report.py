@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -235,6 +236,119 @@ def test_the_report_holds_every_claim_and_figure_in_one_small_file(tmp_path):
     pictures = re.findall(r'<img src="data:image/png[^"]+" width="\d+" height="\d+" alt="\d+ panels?: ', page)
     assert len(pictures) == len(figures.FIGURES)
     assert not re.search(r'(src|href)="(?!data:|#)', page)
+    check_heads_and_features(page)
     shown, maps = decoded(page)
     assert shown["model"] == "sotu-loop" and len(maps) == 1 + 12 + 2 * 12
     assert Path(out).parent == tmp_path and len(list(tmp_path.iterdir())) == 1
+
+
+class Outline(HTMLParser):
+    """Ids and links of a page; fails on a tag that is closed wrongly."""
+
+    VOID = ("meta", "link", "img", "br", "hr", "input")
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.ids, self.links = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.ids += [found["id"]] if "id" in found else []
+        self.links += [found["href"][1:]] if found.get("href", "").startswith("#") else []
+        self.open += [] if tag in self.VOID else [tag]
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, (tag, self.open, self.getpos())
+
+
+def outline(page: str) -> Outline:
+    found = Outline()
+    found.feed(page)
+    assert found.open == [] and len(set(found.ids)) == len(found.ids)
+    assert set(found.links) <= set(found.ids)
+    return found
+
+
+def check_heads_and_features(page: str) -> None:
+    """A card for each looped head of a text and a Sudoku model, a page for each of the strongest features."""
+    found = outline(page)
+    assert [name for name in found.ids if "-head-" in name and not name.endswith("title")] == [
+        f"{model}-head-1-{head}" for model in ("sotu-loop", "sudoku-loop") for head in range(4)
+    ]
+    for model in ("sotu-loop", "sudoku-loop"):
+        pages = [name for name in found.ids if name.startswith(f"{model}-feature-")]
+        assert len(pages) == 24 and set(pages) <= set(found.links)
+    assert page.count('<details class="feature"') == 48 and page.count('<article class="card"') == 8
+    frame = figures.tables.load("head-cards")
+    own = frame.query("model == 'sudoku-loop' and weights == 'trained' and head == 2 and metric == 'attention'")
+    (row,) = own.query("loop == 3 and of == 'box'").itertuples()
+    card = page[page.index('id="sudoku-loop-head-1-2"') :]
+    assert f"<td>{row.value:.3g} ± {row.standard_error:.1g}</td>" in card[: card.index("</article>")]
+
+
+def test_a_models_own_report_has_cards_of_its_heads(tmp_path, monkeypatch):
+    from loopmdm.analysis.measures import Case
+    from loopmdm.analysis.report import heads
+    from loopmdm.analysis.report.page import write_model_report
+
+    monkeypatch.setattr(heads, "SEQUENCES", 8)
+    monkeypatch.setattr(heads, "EFFECT_SEQUENCES", 4)
+    case = Case.of("sudoku-loop-s4", n=8)
+    write_model_report(tmp_path / "page.html", case.m, case.test)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert len([name for name in outline(page).ids if name.endswith("-title")]) == 4
+    assert "untrained twin of sudoku-loop-s4" in page and "n = 8 sequences" in page
+
+
+def test_cards_say_why_there_are_none():
+    from loopmdm.analysis.measures import Case
+    from loopmdm.analysis.report.heads import measured_cards
+    from loopmdm.model.adapters import hook_model
+    from loopmdm.model.sequences import Sequences
+    from loopmdm.model.tasks.test_sets import TestSet
+    from tests.loopmdm_model.adapters import natives
+
+    test = TestSet("own", Sequences(natives.tokens(4)))
+    unlooped = HookedLoopMDM(toy_model(n_loop_layers=0, max_loops=1))
+    assert "loops no layer" in measured_cards(Case(unlooped, test)).why
+    normed = hook_model(natives.native("Bert"), mask_token_id=103)
+    assert "additive residual stream" in measured_cards(Case(normed, test)).why
+    alone = hook_model(natives.native("Llama"), loop=(1, 2), max_loops=2)
+    assert "has no test set of its own; give --text" in measured_cards(Case(alone, test)).why
+
+
+def test_text_stays_text_in_pages_and_curves_leave_gaps():
+    from loopmdm.analysis.measures.mechanism.dictionaries import FeaturePage
+    from loopmdm.analysis.report.curves import Curves, Line
+    from loopmdm.analysis.report.features import Example, Feature, Pages
+
+    evil = "<script>alert(1)</script>"
+    curve = Curves(evil, [0, 1, 2, 3], [Line(evil, [0.1, np.nan, 0.5, 2.0], [0.0] * 4, [0.2, 1, 1, 3])], 0.0, 1.0)
+    svg = str(curve.svg())
+    assert "<script" not in svg and svg.count("<circle") == 3 and svg.count("<polyline") == 1  # a gap, then a line
+    heights = [float(y) for y in re.findall(r'<circle cx="[^"]+" cy="([^"]+)"', svg)]
+    assert heights[0] > heights[1] > heights[2] == 8  # what is beyond the axis stops at its end
+    empty = Curves("none", [0], [Line("x", [float("nan")])])
+    assert empty.bounds == (0.0, 1.0) and "<circle" not in str(empty.svg())
+    profile = pd.DataFrame({"loop": [0, 1], "profile": [1.0, 0.2], "active": [0.4, 0.1]})
+    follows = pd.DataFrame({"variable": [evil], "kind": ["true"], "auc": [0.9], "f1": [0.5], "n": [10]})
+    effects = pd.DataFrame({"token": [evil], "effect": [-0.5], "standard_error": [0.1], "n": [3]})
+    page = FeaturePage(evil, 7, 0, 0.2, 10, 5, profile, pd.DataFrame(), follows, effects)
+    words = [(evil, False, False), (evil, True, False), (evil, False, True)]
+    item = Feature("m-feature-7", page, evil, curve, [Example(1.0, [words])])
+    shown = page_of(features=[Pages("m", evil, [("model", evil)], [0], [(evil, evil, [evil])], [item])])
+    assert "<script>alert" not in shown and shown.count("&lt;script&gt;alert(1)") > 8
+    assert f"<mark>{html.escape(evil)}</mark>" in shown and "−0.50 ± 0.1" in shown
+    outline(shown)
+    assert "No feature pages of m: because" in page_of(features=[Pages("m", why="because")])
+
+
+def page_of(**parts) -> str:
+    from loopmdm.analysis.report.explorer import render
+
+    rest = {"claims": [], "counts": "", "names": [], "data": "{}", "models": "", "heads": [], "features": []}
+    rest |= {"figures": [], "notes": [], "commit": "", "versions": "", "hashes": {}}
+    return render("page.html", **(rest | parts))

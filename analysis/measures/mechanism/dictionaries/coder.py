@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from loopmdm.analysis.activations import Identity
 from loopmdm.model.errors import NotFiniteError, UsageError, check_count, check_word
-from loopmdm.model.files import is_file, read_json, write_json
+from loopmdm.model.files import is_file, read_json, sha256, write_json
 from loopmdm.model.hooks.hooked import HookedLoopMDM
-from loopmdm.model.network.checkpoints import write_tensors
+from loopmdm.model.network.checkpoints import WEIGHTS_HASH, ZOO, resolve, write_tensors
 from loopmdm.model.sites import Site
 
 Kind = Literal["crosscoder", "sae"]
@@ -35,6 +35,11 @@ Activation = Literal["batchtopk", "topk", "relu"]
 FILE, RECORD = "dictionary.safetensors", "dictionary.json"
 LARGE = ("encoder", "decoder")
 """What may be kept in half precision."""
+
+
+def list_dictionaries() -> list[str]:
+    """Names of the shipped models that a dictionary is shipped with."""
+    return sorted(path.parent.name for path in ZOO.glob(f"*/{FILE}") if is_file(path.with_name(RECORD)))
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,9 @@ class Origin:
 
 
 class Dictionary(nn.Module):
-    """`encoder` [view, d_model, feature], `bias` [feature], `decoder` [view, feature, d_model]; see the module.
+    """A sparse dictionary of one model's states over loops; `from_pretrained` opens one that is shipped.
+
+    `encoder` [view, d_model, feature], `bias` [feature], `decoder` [view, feature, d_model]; see the module.
 
     A view is a site of a crosscoder, or all sites of an SAE. `mean` [view, d_model] and `scale` [view] are taken
     off first, `means` [site, d_model] is each site's own mean. Codes are [row, code, feature]: one code of a
@@ -176,7 +183,10 @@ class Dictionary(nn.Module):
         self.origin.model.check(m, f"the dictionary ({self.shape.kind}, {self.shape.n_features} features)")
 
     def save(self, folder: Path | str, dtype: torch.dtype = torch.float16) -> None:
-        """Write weights, encoder and decoder in `dtype`, and a record beside them."""
+        """Write weights, encoder and decoder in `dtype`, and a record beside them that holds their hash.
+
+        A break between the two leaves weights that the record beside them refuses.
+        """
         folder = Path(folder)
         tensors = {
             name: value.detach().to(dtype if name in LARGE else torch.float32).contiguous().clone()
@@ -187,27 +197,38 @@ class Dictionary(nn.Module):
                 raise NotFiniteError(f"{name} of the dictionary is beyond the range of {dtype}; save in float32")
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / FILE, tensors, {"format": "pt"})
-        write_json(folder / RECORD, {"shape": asdict(self.shape), "origin": asdict(self.origin)})
+        told = {"shape": asdict(self.shape), WEIGHTS_HASH: sha256(folder / FILE), "origin": asdict(self.origin)}
+        write_json(folder / RECORD, told)
 
     @classmethod
     def open(cls, folder: Path | str, m: HookedLoopMDM | None = None) -> "Dictionary":
         """What `save` wrote; UsageError where it did not, and for another model than `m`, if that is given."""
         folder = Path(folder)
         if not (is_file(folder / FILE) and is_file(folder / RECORD)):
-            raise UsageError(f"{folder} holds no dictionary ({FILE}, {RECORD}); train one with train_dictionary")
+            raise UsageError(
+                f"{folder} holds no dictionary ({FILE}, {RECORD}); `loopmdm dictionary MODEL --out FOLDER` trains "
+                f"one, shipped with one: {', '.join(list_dictionaries())}"
+            )
         told = read_json(folder / RECORD)
         try:
+            if told.get(WEIGHTS_HASH, now := sha256(folder / FILE)) != now:
+                raise ValueError(f"{FILE} is not what {RECORD} was written for")
             origin = told["origin"]
             found = Origin(**(origin | {"model": Identity(**origin["model"]), "sites": tuple(origin["sites"])}))
             tensors = {name: value.float() for name, value in load_file(folder / FILE).items()}
             made = cls(Shape(**told["shape"]), found, tensors["means"].shape[-1])
             made.load_state_dict(tensors)
-        except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             why = " ".join(str(error).split())
-            raise UsageError(f"{folder} is damaged ({why:.80}); train the dictionary again") from error
+            raise UsageError(f"the dictionary in {folder} is damaged ({why:.80}); train it again") from error
         if m is not None:
             made.check(m)
         return made.eval().requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(cls, name: Path | str, m: HookedLoopMDM | None = None) -> "Dictionary":
+        """By the name of a shipped model that has one (`list_dictionaries`), a folder, or a hub id; as `open`."""
+        return cls.open(resolve(name), m)
 
 
 def keep_largest(values: Tensor, by: Tensor, k: int) -> Tensor:

@@ -19,6 +19,7 @@ Errors are over sequences or documents; of shares and means over features or var
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -27,10 +28,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loopmdm.analysis.activations import Gathered, Wanted, gather
-from loopmdm.analysis.activations.catching import Given
+from loopmdm.analysis.activations.catching import LOOPS, Given
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.mechanism.contrast import questions
-from loopmdm.analysis.measures.mechanism.dictionaries.coder import Dictionary, Shape
+from loopmdm.analysis.measures.mechanism.dictionaries.coder import Dictionary, Kind, Shape
 from loopmdm.analysis.measures.mechanism.dictionaries.lives import feature_lives
 from loopmdm.analysis.measures.mechanism.dictionaries.meaning import (
     Variables,
@@ -45,12 +46,13 @@ from loopmdm.analysis.measures.registry import Measure
 from loopmdm.analysis.measures.twins import untrained
 from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.watch.states import row_mean
-from loopmdm.model.errors import check_count
+from loopmdm.model.errors import check_count, check_word
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.sequences import MaskedBatch, as_batch
 
 MATCHED = 0.9
 """AUC from which on a feature is said to follow a variable."""
+KINDS = (*get_args(Kind), "both")
 Row = tuple[int | None, str, float, float, int]
 """Loop, metric, value, error, n."""
 
@@ -148,19 +150,28 @@ def _meanings(variables: Variables, dictionary: Dictionary, codes: Float[Tensor,
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """How a case is read: on masks where masked positions are a group of the model, else as it is."""
+class Reading:
+    """How a case is read: on masks where masked positions are a group of the model, else as it is.
+
+    Trained on validation sequences, scored on at most `n_scored` of the test set's; `sites` as of `Wanted`.
+    """
 
     case: Case
-    mask_ratio: float
-    n_scored: int
+    mask_ratio: float = 0.5
+    n_scored: int = 64
+    sites: str = LOOPS
+
+    def __post_init__(self):
+        """Counts only."""
+        check_count("n_scored", self.n_scored)
 
     def training(self, m: HookedLoopMDM) -> Gathered:
         """Rows of validation sequences."""
         case = replace(self.case, m=m, test=self.case.validation)
         if not m.facts.grouped:
-            return gather(Given(m, case.n_loops, case.unmasked()), Wanted(positions="all"))
-        return gather(replace(case, options=OnMasks(case.n_loops, case.n, case.seed, RATIOS)))
+            return gather(Given(m, case.n_loops, case.unmasked()), Wanted(self.sites, "all"))
+        masks = OnMasks(case.n_loops, case.n, case.seed, RATIOS)
+        return gather(replace(case, options=masks), Wanted(self.sites))
 
     def scored(self) -> MaskedBatch:
         """Test sequences."""
@@ -181,28 +192,31 @@ def dictionaries(
 ) -> pd.DataFrame:
     """A saved dictionary's scores, or those of a small one trained here on `n` validation sequences.
 
-    Columns: arm kind n_features k loop metric value standard_error n. The one trained here makes a table in about
-    a minute; its figures are those of a small dictionary after few steps. UsageError for a folder of another
-    model.
+    `folder` is one, or a shipped name; `kind` crosscoder, sae, or both, one after the other. Columns: arm kind
+    n_features k loop metric value standard_error n. One trained here makes a table in about a minute; its figures
+    are those of a small dictionary after few steps. UsageError for a dictionary of another model.
     """
-    asked = _Asked(case, mask_ratio, check_count("n_scored", n_scored))
-    if folder:
-        trained = Dictionary.open(folder, case.m)
-        shape, training = trained.shape, Training(**trained.origin.told.get("training", {"steps": steps}))
+    check_word("kind", kind, KINDS)
+    reading = Reading(case, mask_ratio, n_scored)
+    saved = Dictionary.from_pretrained(folder, case.m) if folder else None
+    if saved is not None:
+        kept = Training(**saved.origin.told.get("training", {"steps": steps}))
+        asked = [(saved.shape, kept)]
     else:
-        shape, training = Shape(kind, n_features, k=k), Training(steps=steps, seed=case.seed)  # pyright: ignore
-        trained = train_dictionary(asked.training(case.m), shape, training)
-    b, frames = asked.scored(), []
-    arms = [("trained", case.m, trained)]
-    if control:
-        other = untrained(case.m, case.seed)
-        arms.append(("untrained", other, train_dictionary(asked.training(other), shape, training)))
-    for arm, m, dictionary in arms:
-        told = {"arm": arm, "kind": shape.kind, "n_features": shape.n_features, "k": shape.k}
-        scores = dictionary_scores(m, b, dictionary)
-        for number, (name, value) in enumerate(told.items()):
-            scores.insert(number, name, value)
-        frames.append(scores)
+        training = Training(steps=steps, seed=case.seed)
+        words = get_args(Kind) if kind == "both" else (kind,)
+        asked = [(Shape(word, n_features, k=k), training) for word in words]
+    arms = {"trained": case.m} | ({"untrained": untrained(case.m, case.seed)} if control else {})
+    rows = {arm: reading.training(m) for arm, m in arms.items() if saved is None or arm != "trained"}
+    b, frames = reading.scored(), []
+    for shape, training in asked:
+        for arm, m in arms.items():
+            own = saved if saved is not None and arm == "trained" else None
+            scores = dictionary_scores(m, b, own or train_dictionary(rows[arm], shape, training))
+            told = {"arm": arm, "kind": shape.kind, "n_features": shape.n_features, "k": shape.k}
+            for number, (name, value) in enumerate(told.items()):
+                scores.insert(number, name, value)
+            frames.append(scores)
     return pd.concat(frames, ignore_index=True)
 
 

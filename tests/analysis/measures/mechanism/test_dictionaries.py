@@ -21,6 +21,7 @@ from loopmdm.analysis.measures.mechanism.dictionaries import (
     dictionary_scores,
     feature_lives,
     feature_page,
+    feature_pages,
     known_variables,
     matches,
     splice,
@@ -228,6 +229,35 @@ def test_a_planted_feature_says_what_the_model_does(planted):
         assert int(direction[m.model.channels["known"]].argmax()) == symbol
 
 
+def test_pages_are_of_the_strongest_and_read_an_sae_where_it_is_active_most(planted):
+    m, b, rows, dictionary = planted
+    codes = dictionary.encode(rows.values)
+    pages = feature_pages(dictionary, m, b.rows(slice(40)), 5, n_examples=3)
+    there = codes[torch.from_numpy(rows.frame["sample"].to_numpy() < 40)]
+    order = there.square().mean((0, 1)).argsort(descending=True).tolist()
+    assert [page.feature for page in pages] == order[:5]
+    for page in pages:
+        share = (there[..., page.feature] > 0).float().mean(0)
+        np.testing.assert_allclose(page.profile["active"], share, rtol=1e-5)
+        assert share[page.loop] == share.max() and not bool((share[page.loop + 1 :] == share.max()).any())
+        assert page.n == len(there) and page.n_sequences == 40
+        assert not page.examples["sample"].duplicated().any()
+        best = there[:, page.loop, page.feature].max()
+        assert page.examples["code"].iloc[0] == pytest.approx(float(best))
+        assert set(page.effects["n"]) == {len(page.examples)}
+
+
+def test_taking_out_a_feature_without_a_direction_changes_nothing(hooked, batch):
+    dictionary = made(hooked, batch, "sae", activation="relu")
+    dictionary.decoder[0, 3] = 0
+    dictionary.bias[3] = 5.0  # active everywhere
+    page = feature_page(dictionary, hooked, 3, batch)
+    assert len(page.examples) == 4 and np.abs(page.effects["effect"]).max() < 1e-6
+    assert "22" not in page.effects["token"].tolist()  # [MASK] is no answer
+    dictionary.decoder[0, 3, 0] = 30.0  # along one axis: the norm would take a constant away
+    assert np.abs(feature_page(dictionary, hooked, 3, batch).effects["effect"]).max() > 1e-3
+
+
 # --- other models, controls, refusals ---
 
 
@@ -262,6 +292,8 @@ def test_what_is_wrong_is_said_in_a_line(hooked, batch, tmp_path):
     dictionary = made(hooked, batch)
     other = HookedLoopMDM(toy_model(seed=9))
     dictionary.save(tmp_path / "d")
+    whole = Dictionary.open(tmp_path / "d", hooked)
+    assert torch.equal(whole.decoder, dictionary.decoder.half().float())
     (tmp_path / "d" / "dictionary.safetensors").write_bytes(b"half")
     rows = gather(Given(hooked, 3, batch))
     calls = {
@@ -291,10 +323,16 @@ def test_the_measure_makes_a_table_and_reads_a_saved_dictionary(tmp_path):
     small = {"n": 32, "n_scored": 32, "n_features": 32, "k": 4, "steps": 15}
     frame = measure("dictionaries", "sudoku-loop-s4", **small)
     assert set(frame["arm"]) == {"trained", "untrained"}
-    shares = frame[frame["metric"].isin(["born", "last"])].groupby(["arm", "metric"])["value"].sum()
+    both = measure("dictionaries", "sudoku-loop-s4", **small, kind="both")
+    pd.testing.assert_frame_equal(both[both["kind"] == "crosscoder"].reset_index(drop=True), frame)
+    assert both[both["kind"] == "sae"]["loop"].max() == 3
+    shares = both[both["metric"].isin(["born", "last"])].groupby(["kind", "arm", "metric"])["value"].sum()
     np.testing.assert_allclose(shares, 1)
     plot_recovered(frame)
+    assert len(plot_recovered(both[both["arm"] == "trained"], by="kind").get_legend_handles_labels()[1]) >= 2
     plot_lives(frame[frame["arm"] == "trained"])
     plot_profiles(pd.DataFrame({"feature": [0, 0, 1, 1], "loop": [0, 1, 0, 1], "profile": [1, 0.2, 0.3, 1]}))
     with pytest.raises(UsageError, match="holds no dictionary"):
         measure("dictionaries", "sudoku-loop-s4", folder=str(tmp_path))
+    with pytest.raises(UsageError, match='kind must be "crosscoder", "sae" or "both"'):
+        measure("dictionaries", "sudoku-loop-s4", kind="tree")
