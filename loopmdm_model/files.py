@@ -8,6 +8,7 @@ import secrets
 import socket
 import stat
 import tomllib
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -95,9 +96,10 @@ def _alive(process: int) -> bool:
     return True
 
 
-def lock_folder(folder: Path, what: str) -> BaseFileLock:
+def lock_folder(folder: Path, what: str, wait: bool = False) -> BaseFileLock:
     """Take a folder for this process until it drops the lock or ends; UsageError if another one has it.
 
+    With `wait` that is said, and waited for.
     The lock is the operating system's: a process that died, however it did, holds none.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,6 +107,10 @@ def lock_folder(folder: Path, what: str) -> BaseFileLock:
     try:
         lock.acquire()
     except Timeout:
+        if wait:
+            warnings.warn(f"{folder} is being {what} by another process; waiting for it", stacklevel=2)
+            lock.acquire(timeout=-1)
+            return lock
         raise UsageError(
             f"{folder} is being {what} by another process; wait for it or give another --out"
         ) from None

@@ -8,7 +8,7 @@ from typing import Any
 from loopmdm.model.adapters import open_model
 from loopmdm.model.corpora import antibodies
 from loopmdm.model.corpora.documents import Split
-from loopmdm.model.corpora.own_files import read_text
+from loopmdm.model.corpora.texts import read_text
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.doors import floating
 from loopmdm.model.hooks.hooked import HookedLoopMDM

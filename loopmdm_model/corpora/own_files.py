@@ -1,72 +1,250 @@
-"""A user's own text files: found as people name them, read as text, each text once.
+"""A user's own text files: found as people name them, read as documents, each text once, tokenised once.
 
-`files:` takes a file, a folder (all .txt files below it), or a pattern; `~` is the home folder. Brackets in the
-name of a folder that exists are no pattern. A text's identity is its content: the same texts under another path,
-through a link, relative or absolute, are the same documents in the same split. Of texts that differ in blanks, or
-in how accents are composed, one is kept, the same one whatever the files are called.
+`files:` takes a file, a folder (all .txt, .jsonl and .parquet files below it, packed or not; `texts.py` says how
+they are read), or a pattern; `~` is the home folder. Brackets in the name of a folder that exists are no pattern.
+A text's identity is its content: the same texts under another path, through a link, relative or absolute, are the
+same documents in the same split.
+
+Their ids lie in the cache (`prepared/`), for a pattern and a tokenizer. They are read from there as long as the
+files' paths, sizes and times are those of then; where only paths or times differ the files are read and their
+fingerprint decides. Files that changed are tokenised again.
 """
 
-import codecs
-import hashlib
-import unicodedata
+import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from tokenizers import Tokenizer
+from tqdm.auto import tqdm
+
+from loopmdm.model.corpora import index as entries
+from loopmdm.model.corpora.shards import (
+    Prepared,
+    Shards,
+    Stream,
+    is_sealed,
+    prepared_folder,
+    save_array,
+    seal,
+    taken,
+)
+from loopmdm.model.corpora.texts import KINDS, PACKED, Text, name_of, read_all
+from loopmdm.model.corpora.tokenizer import load_tokenizer, train_bpe
 from loopmdm.model.errors import UsageError
-from loopmdm.model.files import is_file, is_folder
+from loopmdm.model.files import is_file, is_folder, read_json, write_atomic, write_json
 
 FILES = "files:"
-MARKS = {  # longest first: UTF-32's mark begins with UTF-16's
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
+EDITION = 1
+"""Of what is prepared; another one where the same files would give other ids or splits."""
+BPE_CHARACTERS = 2**27
+"""Of training documents, at most, that a corpus' own BPE is trained on."""
+State = list[list[Any]]
+"""Path, bytes and nanoseconds of the last change of each file."""
 
 
-def read_files(pattern: str) -> dict[str, tuple[str, str]]:
-    """Identity -> (file, text) of all distinct texts; UsageError names what cannot be read.
+class OwnFiles:
+    """The files that a name means now."""
 
-    Empty files and copies are left out, said in one line each.
-    """
-    paths = find(pattern)
-    kept: dict[str, tuple[str, str, str]] = {}  # by what the words are: identity, file, text
-    empty, copies = [], []
-    for path in paths:
-        text = read_text(path)
-        if not text.strip():
-            empty.append(path.name)
-            continue
-        words, one = _hash(words_of(text)), (_hash(text)[:32], str(path), text)
-        other = kept.setdefault(words, one)
-        if other is not one:
-            kept[words], left = (other, one) if other[0] <= one[0] else (one, other)
-            copies.append(f"{Path(left[1]).name} (of {Path(kept[words][1]).name})")
-    found = {identity: (file, text) for identity, file, text in kept.values()}
-    _say("empty files are left out", empty)
-    _say("copies are left out", copies)
-    if len(found) < 3:
-        what = "files" if len(paths) < 3 else "distinct texts (the others are empty or copies)"
-        count = len(paths) if len(paths) < 3 else len(found)
-        raise UsageError(f"{FILES}{pattern} matches {count} {what}; training needs at least 3, one a split")
+    def __init__(self, name: str):
+        self.name, self.pattern = name, name.removeprefix(FILES)
+        self.paths = find(self.pattern)
+
+    def state(self) -> State:
+        """What tells that nothing has changed."""
+        found = [(path, path.stat()) for path in self.paths]
+        return [[str(path.absolute()), status.st_size, status.st_mtime_ns] for path, status in found]
+
+    def texts(self, doing: str, first: tuple[int, int] = (0, 0)) -> Iterator[Text]:
+        """The documents, with a progress bar on a terminal that says what is being done."""
+        total = sum(path.stat().st_size for path in self.paths)
+        with tqdm(
+            total=total, unit="B", unit_scale=True, desc=f"{doing} {self.name}", disable=None, leave=False
+        ) as bar:
+            yield from read_all(self.paths, first, lambda at: bar.update(at - bar.n))
+
+    def ranked(self, index: np.ndarray) -> np.ndarray:
+        """Positions of the documents that count, in the order of their ranks; UsageError for fewer than three."""
+        found = entries.ranked(index, lambda entry: self.called(entry, short=True))
+        if len(found) < 3:
+            few = len(index) < 3
+            what = "documents" if self.paths and few and len(index) != len(self.paths) else "files"
+            what = what if few else "distinct texts (the others are empty or copies)"
+            count = len(index) if few else len(found)
+            kinds = f" ({', '.join(KINDS)}, also .gz and .zst)" if not self.paths else ""
+            raise UsageError(f"{self.name} matches {count} {what}{kinds}; training needs at least 3, one a split")
+        return found
+
+    def called(self, entry: entries.Entry, short: bool = False) -> str:
+        """The name of a document."""
+        path = self.paths[int(entry["file"])]
+        return name_of(path.name if short else str(path), int(entry["row"]))
+
+
+def read_documents(name: str) -> list[tuple[str, str, str]]:
+    """Identity, name and text of all distinct documents, in the order of their ranks; all are held at once."""
+    files, texts = OwnFiles(name), []
+    index = entries.scan(files.texts("reading"), texts.append)
+    order = files.ranked(index)
+    known = zip(entries.identities(index[order]), order, strict=True)
+    return [(identity, files.called(index[at]), texts[at]) for identity, at in known]
+
+
+def prepare(name: str, tokenizer: Tokenizer) -> Prepared:
+    """The ids of a user's own texts, from the cache if they are there."""
+    files = OwnFiles(name)
+    folder = prepared_folder(EDITION, FILES, Path(files.pattern).expanduser().absolute(), tokenizer.to_str())
+    shards, state = Shards(folder, tokenizer), files.state()
+    found = _opened(shards, files, state)
+    if found is not None:
+        return found
+    with taken(folder):
+        found = _opened(shards, files, state)  # another process may have prepared it meanwhile
+        if found is None and not _only_touched(shards, files, state):
+            _tokenise(shards, files, state)
+        found = found or _opened(shards, files, state)
+    assert found is not None
     return found
 
 
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+ABOUT, ORDER = "about.json", "documents.npy"
+PLACE = np.dtype([("start", "i8"), ("length", "i8"), ("file", "i4"), ("row", "i8")])
+"""Where a document's ids begin in the shards, how many they are, and where its text stands."""
 
 
-def words_of(text: str) -> str:
-    """What tells texts from their copies: the words, whatever is between them and however accents are composed."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
+def _about(folder: Path) -> dict[str, Any]:
+    """What is known of the preparation; empty if nothing is, or it is damaged."""
+    try:
+        found = read_json(folder / ABOUT)
+    except (OSError, UsageError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _opened(shards: Shards, files: OwnFiles, state: State) -> Prepared | None:
+    """The finished preparation of these very files; None if it is none, or damaged."""
+    about = _about(shards.folder)
+    whole = about.get("files") == state and is_sealed(shards.folder / ORDER, about.get(ORDER))
+    if not whole or shards.count() != about.get("shards"):
+        return None
+    places = np.load(shards.folder / ORDER, mmap_mode="r")
+    shelf = shards.shelf(about["shards"], np.array(places["start"]), np.array(places["length"]))
+    count = entries.held_out(len(shelf))
+    parts = {"test": slice(count), "validation": slice(count, 2 * count)}
+    names = {
+        split: [files.called(entry) for entry in places[part][: entries.SAID]] for split, part in parts.items()
+    }
+    return Prepared(
+        Stream(shelf[2 * count :]),
+        {split: shelf[part] for split, part in parts.items()},
+        names,
+        about["fingerprint"],
+        about["tokenizer sample"],
+    )
+
+
+def _only_touched(shards: Shards, files: OwnFiles, state: State) -> bool:
+    """Whether the files hold what they held when they were tokenised, only under other paths or times.
+
+    If so, that is written down. Files of other sizes are not read for it.
+    """
+    about = _about(shards.folder)
+    sizes = [sorted(size for _, size, _ in known) for known in (about.get("files") or [], state)]
+    if ORDER not in about or sizes[0] != sizes[1] or shards.count() != about["shards"]:
+        return False
+    index = entries.scan(files.texts("comparing"))
+    order = files.ranked(index)
+    places = np.load(shards.folder / ORDER)
+    if entries.fingerprint(entries.identities(index[order])) != about["fingerprint"] or len(places) != len(order):
+        return False
+    for column in ("file", "row"):
+        places[column] = index[order][column]
+    _finish(shards, places, about | {"files": state})
+    return True
+
+
+def _tokenise(shards: Shards, files: OwnFiles, state: State) -> None:
+    """Tokenise the files, from where an earlier call was stopped unless they, or what it left, have changed."""
+    about, count = _about(shards.folder), shards.count()
+    if about.get("files") != state:
+        count = 0
+        if about.get("files"):
+            warnings.warn(f"{files.name} has changed since it was tokenised; it is tokenised again", stacklevel=4)
+    if (ORDER in about and about["files"] == state) or (shards.was_written(count) and not about.get("files")):
+        warnings.warn(f"{shards.folder} is damaged; {files.name} is prepared again", stacklevel=4)
+    shards.drop(count)
+    write_json(shards.folder / ABOUT, {"corpus": files.name, "files": state})
+    last = shards.index(count)[-1:]
+    first = (int(last["file"][0]), int(last["row"][0]) + 1) if len(last) else (0, 0)
+    shards.write(files.texts("tokenising", first))
+    if files.state() != state:
+        raise UsageError(f"{files.name} changed while it was read; run it again when nothing writes there")
+    count = shards.count()
+    index = shards.index(count)
+    order = files.ranked(index)
+    places = np.zeros(len(order), PLACE)
+    places["start"] = (np.cumsum(index["tokens"]) - index["tokens"])[order]
+    for column, known in (("length", "tokens"), ("file", "file"), ("row", "row")):
+        places[column] = index[known][order]
+    training = index["characters"][order][2 * entries.held_out(len(order)) :]
+    sample = f"{_n_sampled(training):,} of {len(training):,} training documents"
+    told = {
+        "corpus": files.name,
+        "files": state,
+        "shards": count,
+        "fingerprint": entries.fingerprint(entries.identities(index[order])),
+        "tokenizer sample": f"{sample}, {BPE_CHARACTERS:,} characters at most",
+    }
+    _finish(shards, places, told)
+
+
+def _finish(shards: Shards, places: np.ndarray, told: dict[str, Any]) -> None:
+    write_atomic(shards.folder / ORDER, lambda path: save_array(path, places))
+    write_json(shards.folder / ABOUT, told | {ORDER: seal(shards.folder / ORDER)})
+
+
+def _n_sampled(characters: np.ndarray) -> int:
+    """How many training documents a BPE is trained on, from the highest rank down; all if they are few."""
+    return max(1, int(np.searchsorted(np.cumsum(characters[::-1]), BPE_CHARACTERS, "right")))
+
+
+def make_tokenizer(name: str, d_vocab: int) -> Tokenizer:
+    """The BPE of a user's own texts, from the cache if it is there.
+
+    It is trained on the training documents, or, of more than BPE_CHARACTERS, on those of the highest ranks.
+    """
+    files = OwnFiles(name)
+    path = prepared_folder(EDITION, "bpe", json.dumps(files.state()), d_vocab) / "tokenizer.json"
+    if not path.is_file():
+        with taken(path.parent):
+            if not path.is_file():
+                made = train_bpe(_sample(files), d_vocab)
+                write_atomic(path, lambda temporary: made.save(str(temporary)))
+    return load_tokenizer(path, d_vocab)
+
+
+def _sample(files: OwnFiles) -> Iterator[str]:
+    """The texts that a BPE is trained on, in pieces."""
+    index = entries.scan(files.texts("reading"))
+    training = files.ranked(index)
+    training = training[2 * entries.held_out(len(training)) :]
+    chosen = np.zeros(len(index), bool)
+    chosen[training[-_n_sampled(index["characters"][training]) :]] = True
+    left = BPE_CHARACTERS
+    for text, wanted in zip(files.texts("sampling"), chosen, strict=True):
+        for piece in text.pieces if wanted else ():
+            yield piece
+            left -= len(piece)
+            if left <= 0:
+                return
 
 
 def find(pattern: str) -> list[Path]:
     """The files that are meant, sorted; UsageError for no pattern, or one that cannot be one."""
     if not pattern.strip("/. "):
-        raise UsageError(f"{FILES} needs a pattern, such as {FILES}texts/*.txt, or a folder of .txt files")
+        raise UsageError(f"{FILES} needs a pattern, such as {FILES}texts/*.txt, or a folder of them")
     try:
         whole = Path(pattern).expanduser()
     except RuntimeError as error:
@@ -74,7 +252,7 @@ def find(pattern: str) -> list[Path]:
     if is_file(whole):
         return [whole]
     if is_folder(whole):
-        return _files(whole.rglob("*.txt"))
+        return _files(path for path in whole.rglob("*") if _is_text(path))
     folder, rest = _split(whole)
     try:
         return _files(folder.glob(str(rest)))
@@ -88,6 +266,10 @@ def _files(paths: Iterable[Path]) -> list[Path]:
     return sorted(path for path in paths if path.is_file())
 
 
+def _is_text(path: Path) -> bool:
+    return path.name.lower().endswith(tuple(kind + packing for kind in KINDS for packing in PACKED))
+
+
 def _split(path: Path) -> tuple[Path, Path]:
     """The longest part of a path that is a folder as it is written, and the pattern that is left."""
     folder, parts = Path(path.anchor or "."), path.parts[1:] if path.anchor else path.parts
@@ -96,23 +278,3 @@ def _split(path: Path) -> tuple[Path, Path]:
             return folder, Path(*parts[number:])
         folder = folder / part
     return folder, Path("*")
-
-
-def read_text(path: Path) -> str:
-    """A file as text with plain line ends: UTF-8, or whatever its byte-order mark says."""
-    raw = path.read_bytes()
-    encoding = next((name for mark, name in MARKS.items() if raw.startswith(mark)), "utf-8")
-    try:
-        text = raw.decode(encoding)
-    except UnicodeDecodeError as error:
-        remedy = f"convert it, as by: iconv -f latin1 -t utf-8 {path.name}"
-        raise UsageError(f"{path} is not UTF-8 text (byte {error.start}); {remedy}") from None
-    if "\0" in text:
-        raise UsageError(f"{path} holds NUL characters and is no text file; leave it out of the pattern")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _say(what: str, names: list[str]) -> None:
-    if names:
-        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        warnings.warn(f"{len(names)} {what}: {some}", stacklevel=4)

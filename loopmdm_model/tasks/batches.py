@@ -1,5 +1,6 @@
 """Training batches and evaluation sets: step k's batch is a pure function of (seed, k)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -13,7 +14,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from loopmdm.model.corpora import documents as corpora
-from loopmdm.model.corpora import hub
+from loopmdm.model.corpora import hub, own_files
+from loopmdm.model.corpora.shards import Prepared, Shelf
 from loopmdm.model.corpora.tokenizer import (
     digit_tokenizer,
     encode_texts,
@@ -74,15 +76,18 @@ def evaluation_blocks(
 
 
 def cut(
-    documents: list[Int[np.ndarray, " token"]], length: int
+    documents: Sequence[Int[np.ndarray, " token"]], length: int, limit: int | None = None
 ) -> tuple[Int[Tensor, "block pos"], Int[Tensor, " block"]]:
-    """As `evaluation_blocks`, of documents given as ids."""
-    blocks, owners = [], []
-    for index, ids in enumerate(documents):
-        count = len(ids) // length
-        blocks.append(ids[: count * length].reshape(count, length))
-        owners += [index] * count
-    return torch.from_numpy(np.concatenate(blocks)), torch.tensor(owners, dtype=torch.long)
+    """As `evaluation_blocks`, of documents given as ids; at most `limit` blocks, evenly spread, are read."""
+    counts = np.array(documents.lengths if isinstance(documents, Shelf) else [len(ids) for ids in documents], int)
+    ends = np.cumsum(counts // length)
+    chosen = spread(torch.arange(int(ends[-1]) if len(ends) else 0), limit).numpy()
+    owners = np.searchsorted(ends, chosen, "right")
+    blocks = np.zeros((len(chosen), length), np.int64)
+    for row, (block, owner) in enumerate(zip(chosen, owners, strict=True)):
+        start = (block - ends[owner] + counts[owner] // length) * length
+        blocks[row] = documents[owner][start : start + length]
+    return torch.from_numpy(blocks), torch.from_numpy(owners)
 
 
 class Everywhere:
@@ -108,10 +113,9 @@ class TextData(Everywhere):
 
     def __post_init__(self):
         """Tokenise the training split once."""
-        self.held_out: dict[str, list[np.ndarray]] = {}
-        if hub.is_hub(self.corpus):
-            prepared = hub.prepare(self.corpus, self.tokenizer, self.limit)
-            self.stream, self.held_out, self.fingerprint = prepared.train, prepared.held_out, prepared.fingerprint
+        self.prepared = prepared_texts(self.corpus, self.tokenizer, self.limit)
+        if self.prepared is not None:
+            self.stream, self.fingerprint = self.prepared.stream, self.prepared.fingerprint
         else:
             documents = corpora.load(self.corpus)
             self.fingerprint = corpora.fingerprint(documents)
@@ -126,10 +130,12 @@ class TextData(Everywhere):
     def _check_held_out(self) -> None:
         """UsageError, before anything is trained, if a split has no block to evaluate on."""
         for split in ("validation", "test"):
-            if not len(self.evaluation(split)):
-                documents = [] if self.held_out else corpora.load(self.corpus, split)
-                names = [Path(document.name or document.id).name for document in documents]
-                some = ", ".join(names[:3]) or "of the hub"
+            if not len(self.evaluation(split, 1)):
+                if self.prepared is not None:
+                    names = [Path(name).name for name in self.prepared.names.get(split, ["of the hub"])]
+                else:
+                    names = [document.id for document in corpora.load(self.corpus, split)[:3]]
+                some = ", ".join(names)
                 raise UsageError(
                     f"{self.corpus}: no document held out for {split} ({some}) fills a block of {self.length} "
                     "tokens; give longer texts or shorten data.length"
@@ -150,11 +156,11 @@ class TextData(Everywhere):
 
     def evaluation(self, split: corpora.Split, limit: int | None = None) -> Int[Tensor, "batch pos"]:
         """Blocks of a split, spread evenly over it if limited."""
-        if self.held_out:
-            blocks, _ = cut(self.held_out[split], self.length)
+        if self.prepared is not None:
+            documents = self.prepared.held_out[split]
         else:
-            blocks, _ = evaluation_blocks(self.tokenizer, corpora.load(self.corpus, split), self.length)
-        return spread(blocks, limit)
+            documents = encode(self.tokenizer, corpora.load(self.corpus, split))
+        return cut(documents, self.length, limit)[0]
 
 
 @dataclass
@@ -218,7 +224,8 @@ def spread(blocks: Tensor, limit: int | None) -> Tensor:
     """At most `limit` rows, evenly spread."""
     if limit is None or limit >= len(blocks):
         return blocks
-    return blocks[torch.linspace(0, len(blocks) - 1, limit).long()]
+    exact = torch.float64 if len(blocks) > 2**20 else torch.float32
+    return blocks[torch.linspace(0, len(blocks) - 1, limit, dtype=exact).long()]
 
 
 def check_name(name: str) -> str:
@@ -237,11 +244,17 @@ def make_tokenizer(kind: str, corpus: str, d_vocab: int) -> Tokenizer:
     if kind == "gpt2":
         return gpt2_tokenizer()
     if hub.is_hub(corpus):
-        return train_bpe(islice(hub.texts(corpus), HUB_BPE_DOCUMENTS), d_vocab)
+        return train_bpe(islice(hub.texts(corpus), hub.BPE_DOCUMENTS), d_vocab)
+    if corpus.startswith(corpora.FILES):
+        return own_files.make_tokenizer(corpus, d_vocab)
     return train_bpe((document.text for document in corpora.load(corpus, "train")), d_vocab)
 
 
-HUB_BPE_DOCUMENTS = 20_000
+def prepared_texts(corpus: str, tokenizer: Tokenizer, limit: int = 0) -> Prepared | None:
+    """The ids of a corpus that is tokenised into the cache, the hub's or a user's own; None for another."""
+    if hub.is_hub(corpus):
+        return hub.prepare(corpus, tokenizer, limit)
+    return own_files.prepare(corpus, tokenizer) if corpus.startswith(corpora.FILES) else None
 
 
 def dataset(

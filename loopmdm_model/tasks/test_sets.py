@@ -11,12 +11,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from loopmdm.model.corpora import documents as corpora
+from loopmdm.model.corpora import own_files
+from loopmdm.model.corpora.shards import Prepared
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.precision import check_logits
 from loopmdm.model.protocol import LoopedModel
 from loopmdm.model.sequences import MaskedBatch, Sequences
 from loopmdm.model.tasks import gsm
-from loopmdm.model.tasks.batches import GENERATED, HELD_OUT_SEEDS, encode, evaluation_blocks
+from loopmdm.model.tasks.batches import GENERATED, HELD_OUT_SEEDS, cut, encode
 from loopmdm.model.tasks.sudoku import BOARDS, Board
 
 
@@ -72,9 +74,14 @@ def test_set_of(record: dict, length: int, tokenizer: Tokenizer | None, split: c
     Files that came or went move others from split to split: what was trained on would be measured on.
     """
     task, then = task_of(record), record.get("corpus_sha256")
-    if task.startswith(corpora.FILES) and then not in (None, corpora.fingerprint(corpora.load(task))):
+    own = None if tokenizer is None else _own(task, tokenizer)
+    if own is not None and then not in (None, own.fingerprint):
         raise UsageError(f"{task} is not what the model was trained on any more; restore it, or give --text FILE")
     return load_test_set(task, length, tokenizer, split)
+
+
+MOST_TOKENS = 2**22
+"""Of a test set; of a longer one, as of own files, blocks are taken that are spread evenly over it."""
 
 
 def load_test_set(task: str, length: int, tokenizer: Tokenizer | None, split: corpora.Split = "test") -> TestSet:
@@ -90,10 +97,19 @@ def load_test_set(task: str, length: int, tokenizer: Tokenizer | None, split: co
         tokens, kept = gsm.fit(tokenizer, gsm.held_out(split), length)
         maskable = gsm.after_question(tokens, tokenizer)
         return TestSet(task, Sequences.of(tokens, maskable, clusters=[problem.template for problem in kept]))
-    documents = corpora.load("sotu-slice" if task == "sotu" else task, split)
-    tokens, owners = evaluation_blocks(tokenizer, documents, length)
+    own = _own(task, tokenizer)
+    if own is not None:
+        documents = own.held_out[split]
+    else:
+        documents = encode(tokenizer, corpora.load("sotu-slice" if task == "sotu" else task, split))
+    tokens, owners = cut(documents, length, max(1, MOST_TOKENS // length))
     n_bytes = sum(len(tokenizer.decode(row).encode()) for row in tokens.tolist())
     return TestSet(task, Sequences.of(tokens, clusters=owners), n_bytes / tokens.numel())
+
+
+def _own(task: str, tokenizer: Tokenizer) -> Prepared | None:
+    """A user's own texts as ids; None for another task."""
+    return own_files.prepare(task, tokenizer) if task.startswith(own_files.FILES) else None
 
 
 HELD_OUT_EVERY = 4
@@ -178,9 +194,14 @@ class NGrams:
 
     @classmethod
     def fit(cls, tokenizer: Tokenizer, corpus: str) -> "NGrams":
-        """Counts of the training split; the interpolation weight is chosen on validation."""
+        """Counts of the training split, of long own files its beginning; the weight is chosen on validation."""
         size = tokenizer.get_vocab_size()
-        stream = np.concatenate(encode(tokenizer, corpora.load(corpus, "train")))
+        own = _own(corpus, tokenizer)
+        if own is not None:
+            stream, validation = own.stream[: 8 * MOST_TOKENS].astype(np.int64), own.held_out["validation"]
+        else:
+            stream = np.concatenate(encode(tokenizer, corpora.load(corpus, "train")))
+            validation = encode(tokenizer, corpora.load(corpus, "validation"))
         counts = np.bincount(stream, minlength=size)
         keys, numbers = np.unique(stream[:-1] * size + stream[1:], return_counts=True)
         pairs = {
@@ -188,7 +209,7 @@ class NGrams:
         }
         totals = np.bincount(stream[:-1], minlength=size)
         models = [cls((counts + 1) / (counts + 1).sum(), pairs, totals, w) for w in np.linspace(0.5, 0.99, 11)]
-        held_out, _ = evaluation_blocks(tokenizer, corpora.load(corpus, "validation"), 64)
+        held_out, _ = cut(validation, 64, MOST_TOKENS // 64)
         return min(models, key=lambda model: model.bigram_nll(held_out.numpy()).mean())
 
     def unigram_nll(self, tokens: Int[np.ndarray, "batch pos"]) -> np.ndarray:

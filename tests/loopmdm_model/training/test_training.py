@@ -529,7 +529,8 @@ def test_a_run_of_fewer_steps_than_points_goes_on_where_it_was_broken_off(tmp_pa
     assert whole == resumed
 
 
-def test_own_texts_that_changed_since_training_are_not_measured_on(tmp_path):
+def test_own_texts_that_changed_since_training_are_not_measured_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOOPMDM_CACHE", str(tmp_path / "cache"))
     for number in range(20):
         (tmp_path / f"{number}.txt").write_text(f"the cat sat on mat number {number} " * 30)
     values = _values(flops=0.0, steps=2) | {
