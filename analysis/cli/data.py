@@ -1,11 +1,12 @@
-"""`loopmdm data list` and `loopmdm data fetch`."""
+"""`loopmdm data list`, `loopmdm data fetch` and `loopmdm data prepare`."""
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from loopmdm.analysis.cli.shared import app, show
+from loopmdm.analysis.cli.shared import app, interruptible, show, values
 
 data_app = typer.Typer(
     help="Corpora: what there is, and fetching it.", no_args_is_help=True, rich_markup_mode=None
@@ -37,7 +38,7 @@ def data_list() -> None:
     for name, (path, _) in HUB.items():
         rows.append((name, "streamed", "see the hub", "training", f"Hugging Face {path}", "needs the hub extra"))
     rows.append(("hub:OWNER/NAME", "streamed", "see the hub", "training", "any hub data set with text", ""))
-    rows.append(("files:PATTERN", "-", "yours", "training", "your own UTF-8 files, one document a file", ""))
+    rows.append(("files:PATTERN", "-", "yours", "training", "your own .txt, .jsonl, .parquet (.gz, .zst)", ""))
     show(["name", "size", "licence", "role", "about", "here"], rows)
 
 
@@ -57,3 +58,37 @@ def data_fetch(
         path = fetch(name)
         rows.append((name, path, path.stat().st_size))
     show(["corpus", "archive", "bytes"], rows)
+
+
+@data_app.command("prepare", epilog="Example: loopmdm data prepare my-spec.toml")
+def data_prepare(
+    spec: Annotated[Path, typer.Argument(help="TOML spec whose corpus is files:PATTERN or of the hub")],
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="another value, such as data.corpus=files:texts")
+    ] = None,
+) -> None:
+    """Tokenise what a spec trains on into the cache, once for all its runs and processes.
+
+    Training does so itself if it must; of several processes the others wait, and give up after a while.
+    """
+    from loopmdm.model.errors import UsageError
+    from loopmdm.model.tasks.batches import TextData
+    from loopmdm.model.training.spec import RunSpec, dataset_of
+
+    loaded = RunSpec.load(spec, values(changes or []))
+    with interruptible("run it again to go on behind the last whole shard"):
+        data = dataset_of(loaded)
+    if not isinstance(data, TextData) or data.prepared is None:
+        raise UsageError(
+            f"{loaded.data.corpus} is made or read as it is needed; only files: and hub corpora are prepared"
+        )
+    found = data.prepared
+    rows = [
+        ("training tokens", len(found.stream)),
+        ("training documents", len(found.stream.shelf)),
+        *((f"{split} documents", len(shelf)) for split, shelf in found.held_out.items()),
+        ("sha256", found.fingerprint),
+    ]
+    if loaded.data.tokenizer == "bpe":
+        rows.append(("BPE trained on", found.tokenizer_sample))
+    show(["quantity", "value"], rows)

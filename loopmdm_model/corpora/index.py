@@ -113,7 +113,7 @@ def fingerprint(identities: Iterable[str]) -> str:
 
 def identities(index: np.ndarray) -> Iterator[str]:
     """The identities of documents, as text."""
-    return (entry.tobytes().hex() for entry in index["identity"])
+    return (entry.tobytes().hex() for entry in index["identity"].astype(">u8"))
 
 
 SAID = 3

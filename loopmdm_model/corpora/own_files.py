@@ -123,11 +123,14 @@ def _about(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _is_whole(shards: Shards, about: dict[str, Any]) -> bool:
+    return is_sealed(shards.folder / ORDER, about.get(ORDER)) and shards.count() == about.get("shards")
+
+
 def _opened(shards: Shards, files: OwnFiles, state: State) -> Prepared | None:
     """The finished preparation of these very files; None if it is none, or damaged."""
     about = _about(shards.folder)
-    whole = about.get("files") == state and is_sealed(shards.folder / ORDER, about.get(ORDER))
-    if not whole or shards.count() != about.get("shards"):
+    if about.get("files") != state or not _is_whole(shards, about):
         return None
     places = np.load(shards.folder / ORDER, mmap_mode="r")
     shelf = shards.shelf(about["shards"], np.array(places["start"]), np.array(places["length"]))
@@ -152,7 +155,7 @@ def _only_touched(shards: Shards, files: OwnFiles, state: State) -> bool:
     """
     about = _about(shards.folder)
     sizes = [sorted(size for _, size, _ in known) for known in (about.get("files") or [], state)]
-    if ORDER not in about or sizes[0] != sizes[1] or shards.count() != about["shards"]:
+    if about.get("files") == state or sizes[0] != sizes[1] or not _is_whole(shards, about):
         return False
     index = entries.scan(files.texts("comparing"))
     order = files.ranked(index)

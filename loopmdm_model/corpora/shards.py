@@ -171,7 +171,7 @@ class Shards:
     def index(self, count: int) -> np.ndarray:
         """The entries of the first `count` shards."""
         parts = [np.load(self._paths(number)[1], mmap_mode="r") for number in range(count)]
-        return np.concatenate([np.zeros(0, ENTRY), *parts])
+        return np.concatenate([np.zeros(0, ENTRY), *parts], dtype=ENTRY)  # else in another byte order
 
     def shelf(self, count: int, starts: np.ndarray, lengths: np.ndarray) -> Shelf:
         """Documents at `starts` in the concatenation of the first `count` shards."""

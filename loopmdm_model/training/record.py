@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loopmdm.model.flops import flops_per_token
-from loopmdm.model.tasks.batches import Dataset
+from loopmdm.model.tasks.batches import Dataset, TextData
 from loopmdm.model.training import budget
 from loopmdm.model.training.spec import RunSpec
 from loopmdm.model.training.state import Progress
@@ -39,6 +39,13 @@ def commit() -> str:
     return revision + ("+" if changes.stdout else "")
 
 
+def _tokenizer_sample(spec: RunSpec, data: Dataset) -> dict[str, str]:
+    """What a BPE of a large corpus was trained on."""
+    if spec.data.tokenizer != "bpe" or not isinstance(data, TextData) or data.prepared is None:
+        return {}
+    return {"tokenizer_sample": data.prepared.tokenizer_sample}
+
+
 def run_record(spec: RunSpec, progress: Progress, data: Dataset) -> dict[str, Any]:
     """Spec, counts and versions of a finished run; E[S] and FLOPs planned beside realised."""
     planned, cfg = budget.plan(spec), spec.config
@@ -46,6 +53,7 @@ def run_record(spec: RunSpec, progress: Progress, data: Dataset) -> dict[str, An
         "spec": spec.to_dict(),
         "seed": spec.seed,
         "corpus_sha256": data.fingerprint,
+        **_tokenizer_sample(spec, data),
         "commit": commit(),
         "versions": versions(),
         "steps": {"planned": planned.steps, "realised": progress.step},

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from loopmdm.model.corpora.documents import check_trainable
 from loopmdm.model.corpora.tokenizer import GPT2_IDS
 from loopmdm.model.errors import UsageError, check_count, check_keys, check_word, shown, unknown_name
 from loopmdm.model.files import is_file, read_toml
 from loopmdm.model.network.config import LoopMDMConfig
-from loopmdm.model.tasks.batches import TASK_SIZES, check_name
+from loopmdm.model.tasks.batches import TASK_SIZES, Dataset, check_name, dataset
 from loopmdm.model.training.budget import plan
 
 LAST_SEED = 2**32 - 1
@@ -217,6 +219,13 @@ class RunSpec:
         if isinstance(training, dict) and "match" in training:
             training["flops"] = matched_flops(path, training.pop("match"), training, above)
         return cls.from_dict(values, path.name)
+
+
+def dataset_of(spec: RunSpec, tokenizer: Tokenizer | None = None) -> Dataset:
+    """The data of a run; a tokenizer is made unless given."""
+    data = spec.data
+    limit = data.tokens or plan(spec).tokens + data.length
+    return dataset(data.corpus, data.length, data.d_vocab, spec.seed, tokenizer, data.tokenizer, limit)
 
 
 def matched_flops(path: Path, other: Any, training: dict[str, Any], above: tuple[Path, ...] = ()) -> float:

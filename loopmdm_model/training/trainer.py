@@ -33,12 +33,12 @@ from loopmdm.model.network import checkpoints
 from loopmdm.model.network.model import LoopMDM
 from loopmdm.model.sequences import MaskedBatch, Sequences
 from loopmdm.model.taps import TapSource, explicit_taps, no_taps
-from loopmdm.model.tasks.batches import Dataset, dataset
+from loopmdm.model.tasks.batches import Dataset
 from loopmdm.model.training import budget, state
 from loopmdm.model.training.allocator import keep_freed_memory
 from loopmdm.model.training.ema import Ema
 from loopmdm.model.training.record import run_record
-from loopmdm.model.training.spec import RunSpec
+from loopmdm.model.training.spec import RunSpec, dataset_of
 
 OnStep = Callable[[state.Progress], None]
 STOP = 0
@@ -144,8 +144,7 @@ class Trainer:
     def _dataset(self) -> Dataset:
         data, path = self.spec.data, self.folder / checkpoints.TOKENIZER
         tokenizer = load_tokenizer(path, data.d_vocab) if path.is_file() else None
-        limit = data.tokens or budget.plan(self.spec).tokens + data.length
-        built = dataset(data.corpus, data.length, data.d_vocab, self.spec.seed, tokenizer, data.tokenizer, limit)
+        built = dataset_of(self.spec, tokenizer)
         if tokenizer is None and self._first:
             write_atomic(path, lambda temporary: built.tokenizer.save(str(temporary)))
         return built

@@ -5,7 +5,7 @@ printed is the ratio and its goal, never a time.
 """
 
 from loopmdm.model.errors import unknown_name
-from tests.bench import browser, foreign, forward, likelihood, science, sums, training
+from tests.bench import browser, corpora, foreign, forward, likelihood, science, sums, training
 from tests.bench.common import Row
 
 BENCHMARKS = {
@@ -19,6 +19,7 @@ BENCHMARKS = {
     "foreign-map": foreign.sites_of_eight_billion,
     "faster-training": training.faster,
     "throughput": training.throughput,
+    "tokenising": corpora.tokenising,
     "loading": training.loading,
     "resuming": training.resuming,
     "sampling": likelihood.sampling,
