@@ -181,6 +181,7 @@ NAMED = (
     "table",
     "figures",
     "data fetch",
+    "data prepare",
     "ship",
     "bench",
     "training-free",

@@ -56,12 +56,12 @@ def read_all(
     paths: Sequence[Path], first: tuple[int, int] = (0, 0), told: Callable[[int], object] = lambda _: None
 ) -> Iterator[Text]:
     """The documents of files, from row `first[1]` of file `first[0]` on; `told` hears how many bytes are read."""
-    sizes = [path.stat().st_size for path in paths]
-    for number in range(first[0], len(paths)):
-        before, path = sum(sizes[:number]), paths[number]
+    before = sum(path.stat().st_size for path in paths[: first[0]])
+    for number, path in enumerate(paths[first[0] :], start=first[0]):
         start = first[1] if number == first[0] else 0
         for row, pieces in _documents(path, start, lambda at, before=before: told(before + at)):
             yield Text(number, row, pieces)
+        before += path.stat().st_size
 
 
 def name_of(path: str, row: int) -> str:

