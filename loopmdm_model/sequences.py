@@ -15,7 +15,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from loopmdm.model import means
-from loopmdm.model.errors import UsageError, check_count, check_data, check_model
+from loopmdm.model.batching import size_of_batches
+from loopmdm.model.errors import UsageError, check_data, check_model
 
 R = TypeVar("R", bound="_Rows")
 
@@ -51,10 +52,23 @@ class _Rows:
         """Some of the sequences, by slice, index or boolean."""
         return type(self)(*(_pick(getattr(self, field.name), keep) for field in fields(cast(Any, self))))
 
+    def to(self: R, device: torch.device, pinned: bool = False) -> R:
+        """The same there, unchecked as it was checked before; `pinned`: through pinned memory, without waiting."""
+        if self.tokens.device == device:
+            return self
+        moved = object.__new__(type(self))
+        for entry in fields(cast(Any, self)):
+            part = getattr(self, entry.name)
+            if isinstance(part, Tensor):
+                part = part.pin_memory().to(device, non_blocking=True) if pinned else part.to(device)
+            object.__setattr__(moved, entry.name, part)
+        return moved
+
     def batches(self: R, batch_size: int) -> Iterator[tuple[int, R]]:
-        """(index of the first sequence, rows) in pieces of `batch_size`."""
-        for start in range(0, len(self), check_count("batch_size", batch_size)):
-            yield start, self.rows(slice(start, start + batch_size))
+        """(index of the first sequence, rows) in pieces of `batch_size`, or as `at_a_time` wants."""
+        size = size_of_batches(batch_size)
+        for start in range(0, len(self), size):
+            yield start, self.rows(slice(start, start + size))
 
 
 @dataclass(frozen=True)
@@ -122,13 +136,6 @@ class Sequences(_Rows):
     def attention_mask(self) -> Bool[Tensor, "batch pos"] | None:
         """What a model is told of padding: None without any, which is another attention kernel than all ones."""
         return self.real
-
-    def to(self, device: torch.device) -> "Sequences":
-        """The same there."""
-        if self.tokens.device == device:
-            return self
-        maskable, real = (part if part is None else part.to(device) for part in (self.maskable, self.real))
-        return Sequences(self.tokens.to(device), maskable, real, self.clusters)
 
     def columns(self, keep: Tensor) -> "Sequences":
         """The positions `keep` [pos] of all."""

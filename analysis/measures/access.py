@@ -9,7 +9,7 @@ from loopmdm.model.adapters import open_model
 from loopmdm.model.corpora import antibodies
 from loopmdm.model.corpora.documents import Split
 from loopmdm.model.corpora.texts import read_text
-from loopmdm.model.errors import UsageError
+from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.hooks.doors import floating
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.tasks.test_sets import TestSet, task_of, test_set_of, text_set
@@ -17,7 +17,9 @@ from loopmdm.model.tasks.test_sets import TestSet, task_of, test_set_of, text_se
 
 @dataclass(frozen=True)
 class Access:
-    """Where and how a model is opened; `text` is a file with a sequence a line, for models without a test set.
+    """Where and how a model is opened and run; `text` is a file with a sequence a line, for models without a test set.
+
+    `batch_size` is how many sequences run at a time (None: each function's own): it takes memory, not values.
 
     `revision` and `trust_remote_code` concern models of the hub, `changes` the record of somebody else's model
     (`hook_model`), such as mask_token_id=103 or loop=(1, 2).
@@ -28,11 +30,14 @@ class Access:
     revision: str | None = None
     trust_remote_code: bool = False
     text: Path | None = None
+    batch_size: int | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
 
     def open(self, name: Path | str) -> HookedLoopMDM:
         """The model; UsageError for a device or dtype that does not exist."""
         dtype = None if self.dtype is None else floating(self.dtype)
+        if self.batch_size is not None:
+            check_count("batch_size", self.batch_size)
         return open_model(name, self.device, dtype, self.revision, self.trust_remote_code, **dict(self.changes))
 
     def test_set(self, m: HookedLoopMDM, split: Split = "test") -> TestSet:

@@ -160,6 +160,12 @@ def masked_cross_entropy(logits: Tensor, batch: MaskedBatch) -> Float[Tensor, " 
     return losses.sum(-1) / batch.masked.sum(-1)
 
 
+def packed_cross_entropy(logits: Float[Tensor, "row d_vocab"], batch: MaskedBatch) -> Float[Tensor, " batch"]:
+    """As `masked_cross_entropy`, of the logits at the masked positions alone, in reading order."""
+    losses = F.cross_entropy(wide(logits), batch.clean[batch.masked].long(), reduction="none")
+    return row_sums(losses, batch) / batch.masked.sum(-1)
+
+
 def row_cross_entropy(logits: Float[Tensor, "row d_vocab"], batch: MaskedBatch) -> Float[Tensor, " row"]:
     """Cross-entropies at the masked positions of a batch, in reading order, float64.
 
@@ -215,7 +221,7 @@ def estimate(
     total, loops, cost = torch.zeros(2, len(sequences), dtype=torch.float64), 0.0, 0.0
     for batch, weight in draws(model, sequences, read, estimator):
         for start, part in batch.batches(read.batch_size):
-            span = slice(start, start + read.batch_size)
+            span = slice(start, start + len(part))
             run = model.run(
                 part.tokens,
                 n_loops=read.n_loops,
@@ -256,7 +262,7 @@ def losses_after(
                 for loop, (state, context) in enumerate(trajectory, start=1)
                 if loop in counts
             ]
-            yield slice(start, start + read.batch_size), part, torch.stack(losses)
+            yield slice(start, start + len(part)), part, torch.stack(losses)
 
 
 def nelbo_by_loop(

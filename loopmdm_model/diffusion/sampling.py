@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from loopmdm.model.batching import size_of_batches
 from loopmdm.model.diffusion.drawing import Drawing, close, draw_tokens, listed
 from loopmdm.model.diffusion.orders import Order, StepView, as_order
 from loopmdm.model.diffusion.prompts import Start, infilled
@@ -105,8 +106,8 @@ def sample(
     """
     check_model(model, "sample")
     as_rule(n_loops, stop, model.cfg.max_loops)
-    for name, value in (("steps", steps), ("batch_size", batch_size)):
-        check_count(name, value)
+    check_count("steps", steps)
+    size = size_of_batches(batch_size)
     check_count("first_index", first_index, least=0)
     ends = listed(end, "end")
     drawing = Drawing(temperature, top_p, top_k, listed(suppress, "suppress"), guidance, ends)
@@ -124,8 +125,8 @@ def sample(
     parts: list[SampleResult] = []
     bar = tqdm(total=len(start) * sampler.steps, disable=not progress, unit="step", leave=False)
     try:
-        for first in range(0, len(start), batch_size):
-            parts.append(sampler.run(start.rows(slice(first, first + batch_size)), first_index + first, bar))
+        for first in range(0, len(start), size):
+            parts.append(sampler.run(start.rows(slice(first, first + size)), first_index + first, bar))
     except KeyboardInterrupt:
         if not partial:
             raise

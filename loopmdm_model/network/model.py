@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from loopmdm.model.context import Context
@@ -141,23 +141,25 @@ class LoopMDM(Core):
         taps: TapSource = no_taps,
         *,
         earlier: int | None = None,
-    ) -> Float[Tensor, "*two batch pos d_vocab"]:
+        rows: Bool[Tensor, "batch pos"] | None = None,
+    ) -> Float[Tensor, "*two batch pos d_vocab"] | Float[Tensor, "*two row d_vocab"]:
         """As `Core.forward`; with `earlier`, a smaller loop count, logits of both, [2, batch, pos, d_vocab].
 
-        For training, whose wrappers know no other entry.
+        With `rows` the coda runs everywhere, but those positions alone are unembedded: [row, d_vocab], in reading
+        order. For training, whose wrappers know no other entry.
         """
-        if earlier is None:
+        if earlier is None and rows is None:
             return super().forward(tokens, n_loops, attention_mask, taps)
         n_loops = check_count("n_loops", self.cfg.max_loops if n_loops is None else n_loops)
-        if check_count("earlier", earlier) >= n_loops:
+        if earlier is not None and check_count("earlier", earlier) >= n_loops:
             raise UsageError(f"earlier must be below n_loops {n_loops}, got {earlier}")
         context, found = self.context(tokens, attention_mask), []
         x = self.prelude(tokens, context, taps)
         for loop in range(n_loops):
             x = self.loop(x, context, loop, taps)
             if loop + 1 in (earlier, n_loops):
-                found.append(self.readout(x, context, taps))
-        return torch.stack(found)
+                found.append(self.unembedding(self.coda(x, context, taps), taps, rows))
+        return found[0] if earlier is None else torch.stack(found)
 
     def layer(
         self, layer: int, x: Tensor, context: LoopMDMContext, tap: Tap = NO_TAP, held: Tensor | None = None
@@ -178,8 +180,18 @@ class LoopMDM(Core):
         """Final norm and unembedding of states [..., d_model], or of `rows` of them; [MASK] gets -inf."""
         tap = taps("")
         logits = self.unembed(self.ln_final(x if rows is None else x[rows], tap))
-        logits[..., self.cfg.mask_token_id] = float("-inf")
-        return tap("hook_logits", logits)
+        return tap("hook_logits", self._closed(logits))
+
+    def _closed(self, logits: Tensor) -> Tensor:
+        """Logits with -inf at [MASK], in place where nobody differentiates: they are the largest tensor there is.
+
+        Elsewhere a copy: FSDP wraps what comes out of a module, and dies of a write into it.
+        """
+        mask_token_id = self.cfg.mask_token_id
+        if not logits.requires_grad:
+            logits[..., mask_token_id] = float("-inf")
+            return logits
+        return logits.index_fill(-1, torch.full((1,), mask_token_id, device=logits.device), float("-inf"))
 
     # --- what measures ask of the weights ---
 

@@ -168,12 +168,10 @@ def solve_one_shot(
 
     Any valid completion counts; clues stay. Only as many boards as `batch_size` run at a time.
     """
-    check_count("batch_size", batch_size)
     if not len(b):
         raise UsageError("no boards to solve; give at least one")
     solved: list[list[Tensor]] = [[] for _ in range(check_count("n_loops", n_loops))]
-    for start in range(0, len(b), batch_size):
-        part = b.rows(slice(start, start + batch_size))
+    for _, part in b.batches(batch_size):
         for outcomes, (state, context) in zip(solved, model.states(part.tokens, n_loops), strict=True):
             guess = part.tokens.clone()
             logits = model.readout(state, context, rows=part.masked)

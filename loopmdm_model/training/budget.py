@@ -196,14 +196,17 @@ def draw_earlier(spec: Planned, step: int, n_loops: int) -> int | None:
 def training_memory(spec: Planned, n_parameters: int) -> float:
     """Bytes of one process, about: weights, gradients, two moments and the average in float32; activations.
 
-    A layer application keeps some 20 d_model (with the MLP's width) floats a token, the logits 3 d_vocab.
+    A layer application keeps some 20 d_model (with the MLP's width) floats a token, the logits 3 d_vocab of every
+    token, or, where `logits` says so, of the masked half.
     """
     cfg, training = spec.config, spec.training
     tokens = training.batch_size * spec.data.length / training.accumulate
     readouts = 2 if spec.loops.earlier else 1
     applications = cfg.n_prelude_layers + cfg.max_loops * cfg.n_loop_layers + readouts * cfg.n_coda_layers
     size = 2 if training.precision == "bf16" else 4
-    per_token = applications * (12 * cfg.d_model + 2 * cfg.d_mlp) * size + readouts * 3 * 4 * cfg.d_vocab
+    unembedded = 0.5 if training.logits == "masked" else 1.0
+    per_token = applications * (12 * cfg.d_model + 2 * cfg.d_mlp) * size
+    per_token += unembedded * readouts * 3 * 4 * cfg.d_vocab
     return 20.0 * n_parameters + tokens * per_token
 
 

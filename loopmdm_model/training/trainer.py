@@ -20,13 +20,12 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from filelock import BaseFileLock
 from torch import Tensor, nn
 
 from loopmdm.model.corpora.tokenizer import load_tokenizer
-from loopmdm.model.diffusion.likelihood import masked_cross_entropy, masked_draw, nelbo
+from loopmdm.model.diffusion.likelihood import masked_cross_entropy, masked_draw, nelbo, packed_cross_entropy
 from loopmdm.model.errors import DivergedError, Stopped, UsageError
 from loopmdm.model.files import LOCK, clear_partial, lock_folder, write_atomic
 from loopmdm.model.network import checkpoints
@@ -34,7 +33,7 @@ from loopmdm.model.network.model import LoopMDM
 from loopmdm.model.sequences import MaskedBatch, Sequences
 from loopmdm.model.taps import TapSource, explicit_taps, no_taps
 from loopmdm.model.tasks.batches import Dataset
-from loopmdm.model.training import budget, state
+from loopmdm.model.training import budget, processes, state
 from loopmdm.model.training.allocator import keep_freed_memory
 from loopmdm.model.training.ema import Ema
 from loopmdm.model.training.record import run_record
@@ -63,7 +62,7 @@ class Trainer:
         self.spec, self.folder, self.checkpoint_seconds = spec, folder, checkpoint_seconds
         self.told_to_stop, self._may_break, self._saved = False, False, time.monotonic()
         budget.check_threads(spec.training.threads)
-        self.accelerator = Accelerator(mixed_precision=spec.training.precision or None)
+        self.accelerator = processes.accelerator(spec.training.precision)
         self._check_shares()
         self._check_memory()
         self._new = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -154,7 +153,7 @@ class Trainer:
         set_seed(self.spec.seed if self.spec.init_seed is None else self.spec.init_seed)
         model = LoopMDM(self.spec.config)
         if training.compile:
-            compile_blocks(model)
+            compile_blocks(model, self.accelerator.device)
         decay = [p for p in model.parameters() if p.ndim >= 2]
         plain = [p for p in model.parameters() if p.ndim < 2]
         groups = [
@@ -164,10 +163,7 @@ class Trainer:
         optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, betas=(0.9, training.beta2), fused=True)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.ema = Ema(self.model, training.ema)
-        if self.accelerator.distributed_type.value == "FSDP":
-            from torch.distributed.fsdp import register_fsdp_forward_method
-
-            register_fsdp_forward_method(self._bare(), "run")  # evaluation calls it in place of forward
+        processes.register_entries(self._bare())
 
     def _bare(self) -> LoopMDM:
         return self.accelerator.unwrap_model(self.model)
@@ -285,10 +281,12 @@ class Trainer:
     def _loss(self, part: MaskedBatch, n_loops: int, taps: TapSource) -> Tensor:
         """Mean cross-entropy after `n_loops` loops; with `loops.earlier` its mean with that at an earlier one."""
         earlier = budget.draw_earlier(self.spec, self.progress.step, n_loops)
+        packed = self.spec.training.logits == "masked"
+        rows, loss = (part.masked, packed_cross_entropy) if packed else (None, masked_cross_entropy)
+        logits = self.model(part.tokens, n_loops=n_loops, taps=taps, earlier=earlier, rows=rows)
         if earlier is None:
-            return masked_cross_entropy(self.model(part.tokens, n_loops=n_loops, taps=taps), part).mean()
-        both = self.model(part.tokens, n_loops=n_loops, taps=taps, earlier=earlier)
-        return torch.stack([masked_cross_entropy(logits, part).mean() for logits in both]).mean()
+            return loss(logits, part).mean()
+        return torch.stack([loss(each, part).mean() for each in logits]).mean()
 
     def _parts(self) -> list[MaskedBatch]:
         """Rows of the step's batch that fall to this process, in parts for gradient accumulation."""
@@ -301,7 +299,7 @@ class Trainer:
         parts = []
         for number in range(self.accelerator.process_index, count, self.accelerator.num_processes):
             part = batch.rows(slice(number * size, (number + 1) * size))
-            parts.append(MaskedBatch(part.tokens.to(device), part.clean.to(device), part.masked.to(device)))
+            parts.append(MaskedBatch(part.tokens, part.clean, part.masked).to(device, pinned=device.type == "cuda"))
         return parts
 
     def _check_finite(self, what: str, value: float, n_loops: int) -> None:
@@ -393,12 +391,12 @@ def matmul_precision(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def compile_blocks(model: LoopMDM) -> bool:
-    """Compile each block in place (the whole model would recompile for every S); eager if impossible."""
-    probe = torch.zeros(1, 2, model.cfg.d_model)
+def compile_blocks(model: LoopMDM, device: torch.device) -> bool:
+    """Compile each block in place (the whole model would recompile for every S); eager if impossible on `device`."""
+    probe = torch.zeros(1, 2, model.cfg.d_model, device=device)
     try:
-        torch.compile(nn.Linear(model.cfg.d_model, 1), dynamic=False)(probe)
-    except Exception as error:  # inductor raises many kinds; all mean "no working C++ compiler"
+        torch.compile(nn.Linear(model.cfg.d_model, 1, device=device), dynamic=False)(probe)
+    except Exception as error:  # inductor raises many kinds; all mean "no working compiler"
         warnings.warn(f"torch.compile does not work here, training runs eagerly: {error!s:.200}", stacklevel=2)
         return False
     for block in model.blocks:

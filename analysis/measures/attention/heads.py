@@ -35,6 +35,7 @@ from loopmdm.analysis.measures.attention.sinks import halves
 from loopmdm.analysis.measures.registry import Measure, plain
 from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.numbers.contrasts import holm
+from loopmdm.model.batching import size_of_batches
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.randomness import step_generator
@@ -110,9 +111,9 @@ def marked_masses(
 
     Pairs of a mark and a sequence run together, `batch_size` at a time.
     """
-    parts, n_pairs = [], len(marks) * len(b)
-    for start in range(0, n_pairs, batch_size):
-        pairs = torch.arange(start, min(start + batch_size, n_pairs), device=b.tokens.device)
+    parts, n_pairs, size = [], len(marks) * len(b), size_of_batches(batch_size)
+    for start in range(0, n_pairs, size):
+        pairs = torch.arange(start, min(start + size, n_pairs), device=b.tokens.device)
         part = b.rows(pairs % len(b))
         # The embedding runs before the model's context is set: what is masked comes from the batch itself.
         masked = (part.tokens == m.cfg.mask_token_id)[..., None]

@@ -162,7 +162,7 @@ def _sums(m: LoopedModel, b: MaskedBatch, task: TreeModel, asked: _Asked) -> tup
     chosen = b.masked.cpu() & (hops >= check_count("least_hops", asked.least_hops, least=0))
     sums = np.zeros((2, len(b), n_loops, most + 1))
     for start, part in b.batches(asked.batch_size):
-        rows = chosen[start : start + asked.batch_size]
+        rows = chosen[start : start + len(part)]
         if not bool(rows.any()):
             continue
         owner = start + rows.nonzero()[:, 0].numpy()

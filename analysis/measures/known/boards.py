@@ -73,7 +73,7 @@ def boards_after_loops(
             continue
         for loop, (state, context) in enumerate(m.states(part.tokens, n_loops)):
             best = m.readout(state, context, rows=part.masked)[:, : board.size].argmax(-1)
-            filled[loop, start : start + batch_size][part.masked.cpu()] = best.cpu()
+            filled[loop, start : start + len(part)][part.masked.cpu()] = best.cpu()
     return filled
 
 

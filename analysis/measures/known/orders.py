@@ -120,7 +120,7 @@ def solved_in_order(
     place = _places(board, b, order) if order in BY_DEPTH else None
     solved = []
     for start, part in b.batches(batch_size):
-        span = slice(start, start + batch_size)
+        span = slice(start, start + len(part))
         chosen: Order = as_order(order, board.n_cells) if place is None else RankedOrder(place[span])
         steps = int(part.masked.sum(-1).max())
         r = sample(

@@ -112,7 +112,7 @@ def states_at(
     """H(-1), H(0), .. at the rows, in reading order."""
     parts: list[list[np.ndarray]] = [[] for _ in range(n_loops + 1)]
     for start, part in some.batch.batches(batch_size):
-        rows = some.rows[start : start + batch_size]
+        rows = some.rows[start : start + len(part)]
         if bool(rows.any()):
             for loop, state, _ in trajectory(m, part, n_loops):
                 parts[loop + 1].append(state[rows].cpu().numpy())

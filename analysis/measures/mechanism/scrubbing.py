@@ -246,7 +246,7 @@ class _Run:
 
     def _answer(self, states: Tensor, loop: int, number: int) -> Float[Tensor, "row d_vocab"]:
         """Log-probabilities of part `number` at its hidden cells."""
-        start, context = number * self.batch_size, self.contexts[number]
+        context, start = self.contexts[number], sum(len(before.tokens) for before in self.contexts[:number])
         state = states[start : start + len(context.tokens)]
         for following in range(loop + 1, self.n_loops):
             state = self.m.loop(state, context, following)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from loopmdm.model.batching import size_of_batches
 from loopmdm.model.corpora.fetch import cache_folder, cached_archive, source
 from loopmdm.model.errors import UsageError
 from loopmdm.model.files import write_atomic
@@ -63,8 +64,9 @@ def judge_nats(
     rows = [[start, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in texts]
     nats, lengths = np.zeros(len(rows)), np.array([len(row) - 1 for row in rows])
     order = np.argsort(lengths)
-    for first in range(0, len(rows), batch_size):
-        picked = order[first : first + batch_size]
+    size = size_of_batches(batch_size)
+    for first in range(0, len(rows), size):
+        picked = order[first : first + size]
         longest = max(len(rows[i]) for i in picked)
         ids = torch.tensor([rows[i] + [start] * (longest - len(rows[i])) for i in picked])
         real = torch.arange(longest)[None] < torch.tensor([len(rows[i]) for i in picked])[:, None]

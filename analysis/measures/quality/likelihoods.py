@@ -12,7 +12,7 @@ from loopmdm.model.corpora import documents as corpora
 from loopmdm.model.corpora.fetch import sources
 from loopmdm.model.corpora.windows import sliding_windows
 from loopmdm.model.diffusion.likelihood import loop_counts, masked_draw, nelbo, nelbo_by_loop
-from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.errors import UsageError
 from loopmdm.model.information import kl
 from loopmdm.model.tasks.batches import GENERATED, encode
 
@@ -72,7 +72,6 @@ def zero_shot(case: Case, counts: list[int], n_samples: int = 2) -> pd.DataFrame
 @torch.no_grad()
 def excess_kl(case: Case, counts: list[int], n_samples: int = 2, batch_size: int = 32) -> pd.DataFrame:
     """KL(exact posterior || model) in nats per hidden node, by hops; masks as in the NELBO."""
-    check_count("batch_size", batch_size)
     if case.test.task not in GENERATED:
         raise UsageError(f"{case.m.model_name}: no exact posterior is known for {case.test.task}")
     task, tokens = GENERATED[case.test.task], case.test.tokens
@@ -81,9 +80,8 @@ def excess_kl(case: Case, counts: list[int], n_samples: int = 2, batch_size: int
     for draw in range(n_samples):
         b = masked_draw(case.test.sequences, case.m.cfg.mask_token_id, 0, draw, n_samples)
         posterior, distance = task.posterior(tokens, b.masked), task.hops(b.masked, b.tokens)
-        for start in range(0, len(tokens), batch_size):
-            span = slice(start, start + batch_size)
-            part = b.rows(span)
+        for start, part in b.batches(batch_size):
+            span = slice(start, start + len(part))
             exact, hops = posterior[span][part.masked], distance[span][part.masked].numpy()
             owner = start + part.masked.nonzero()[:, 0].numpy()
             np.add.at(number, (owner, hops), 1)
