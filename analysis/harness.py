@@ -21,6 +21,7 @@ import torch
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
+from loopmdm.analysis.measures.access import Access
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.quality.questions import fitted
 from loopmdm.model.corpora.windows import sliding_windows
@@ -163,12 +164,13 @@ def run_harness(
     n_samples: int = 8,
     steps: int = 64,
     limit: int | None = None,
+    access: Access | None = None,
 ) -> pd.DataFrame:
-    """Run a model on one task file; a row a metric, as the harness reports it."""
+    """Run a model, opened as `access` says, on one task file; a row a metric, as the harness reports it."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    task, case = read_task(path), Case.of(name)
+    task, case = read_task(path), Case.of(name, access=access)
     model = HarnessModel(case, n_loops or case.m.cfg.max_loops, n_samples, steps)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with sandboxed(path.name), redirect_stdout(io.StringIO()):  # results are ours to print

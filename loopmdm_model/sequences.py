@@ -149,9 +149,12 @@ class Sequences(_Rows):
         return self.rows(torch.linspace(0, len(self) - 1, n).long())
 
     def clean_for(self, model: Any) -> "Sequences":
-        """As `model` reads them, its [PAD] told from tokens; refuses [MASK] and ids that it does not know."""
+        """As `model` reads them, where it is, its [PAD] told from tokens; refuses [MASK] and ids it does not know."""
         check_model(model, "the likelihood")
         model.cfg.facts.need("masks", by="the likelihood")
+        device = getattr(model, "device", self.tokens.device)
+        if self.tokens.device != device:
+            return self.to(device).clean_for(model)
         infer = getattr(model, "padding_mask", None)
         real = infer(self.tokens) if self.real is None and infer is not None else self.real
         words = getattr(model, "words", lambda tokens: None)(self.tokens) if self.maskable is None else None  # noqa: ARG005
@@ -296,7 +299,7 @@ def _mask(name: str, given: Any, tokens: Tensor) -> Bool[Tensor, "batch pos"]:
     check_data(f"entries of {name}", given)
     if given.shape not in (tokens.shape, tokens.shape[-1:], (1, tokens.shape[-1])):
         raise UsageError(f"{wanted}; got shape {list(given.shape)}")
-    return (given != 0).expand_as(tokens)
+    return (given != 0).to(tokens.device).expand_as(tokens)
 
 
 def _full(mask: Tensor | None, tokens: Tensor) -> Bool[Tensor, "batch pos"]:

@@ -219,7 +219,7 @@ def gather(
     batch: MaskedBatch | None = None,
     n_loops: int | None = None,
 ) -> Gathered:
-    """Rows of a case, or of a model on `batch`, in memory; all sites must hold the same shape.
+    """Rows of a case, or of a model on `batch`, in the machine's memory; all sites must hold the same shape.
 
     `record` writes them to disk instead. UsageError where no position is chosen.
     """
@@ -232,7 +232,7 @@ def gather(
         for start, part in whole.batches(wanted.batch_size):
             rows = wanted.members(m, part)
             caught = catch(m, part, found.n_loops, names, rows)
-            values.append(torch.stack(same_shape(list(caught.values())), 1).float())
+            values.append(torch.stack(same_shape(list(caught.values())), 1).float().cpu())
             columns.append(row_columns(m, part, rows, start, value))
     if not sum(map(len, values)):
         raise UsageError(f"no position is {wanted.positions}, so there is nothing to gather; mask some")

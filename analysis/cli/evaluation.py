@@ -44,7 +44,6 @@ def evaluate(
     how: "Access",
 ) -> None:
     """Evaluate a model by number of loops, with standard errors; results are cached by content."""
-    from loopmdm.analysis.measures import Access
     from loopmdm.analysis.measures import evaluate as run
     from loopmdm.analysis.measures import measure as anew
     from loopmdm.model.adapters.open import is_ours
@@ -61,7 +60,7 @@ def evaluate(
     counts = integers(n_loops, "--n-loops", "1,2,4") if n_loops else None
     status = err.status(f"{measure} of {model}") if err.is_terminal else nullcontext()
     with interruptible("nothing was written"), status:
-        if how != Access() or not is_ours(model):
+        if not how.plain or not is_ours(model):
             frame = anew(measure, model, counts, access=how, **options)
         else:
             most = LoopMDMConfig.load(need(resolve(model), CONFIG)).max_loops
@@ -70,6 +69,7 @@ def evaluate(
 
 
 @app.command("lm-eval", epilog="Example: loopmdm lm-eval --model sotu-loop --tasks my-task.yaml --n-loops 4")
+@opens(text=False)
 def lm_eval(
     model: Annotated[str, typer.Option(help="shipped name, run folder or hub id")],
     tasks: Annotated[Path, typer.Option(help="YAML task of the harness, its data files beside it")],
@@ -77,10 +77,12 @@ def lm_eval(
     n_samples: Annotated[int, typer.Option(help="masks a continuation")] = 8,
     steps: Annotated[int, typer.Option(help="denoising steps where the task wants text")] = 64,
     limit: Annotated[int | None, typer.Option(help="first items only")] = None,
+    *,
+    how: "Access",
 ) -> None:
     """Run a text model on a local task of the lm-eval harness (extra lm-eval)."""
     from loopmdm.analysis.harness import run_harness
 
     with interruptible("nothing was written"):
-        frame = run_harness(model, tasks, n_loops, n_samples, steps, limit)
+        frame = run_harness(model, tasks, n_loops, n_samples, steps, limit, how)
     show(list(frame.columns), frame.itertuples(index=False))

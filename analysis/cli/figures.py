@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from loopmdm.analysis.cli.shared import app, check_folder, draw_offline, err, interruptible, progress_bar, show
+from loopmdm.analysis.cli.shared import (
+    BATCH,
+    DEVICE,
+    app,
+    check_folder,
+    draw_offline,
+    err,
+    interruptible,
+    progress_bar,
+    show,
+)
 from loopmdm.model.errors import UsageError, check_word
 
 
@@ -15,11 +25,14 @@ from loopmdm.model.errors import UsageError, check_word
 def table(
     name: Annotated[str, typer.Argument(help="table; `loopmdm table list` shows all")],
     out: Annotated[Path | None, typer.Option(help="folder; default figures/tables")] = None,
+    device: Annotated[str, typer.Option(help=DEVICE)] = "cpu",
+    batch_size: Annotated[int | None, typer.Option(help=BATCH)] = None,
 ) -> None:
     """Measure a table again from the shipped models and print it."""
     from loopmdm.analysis.exhibits import tables
-    from loopmdm.analysis.exhibits.measuring import all_tables
+    from loopmdm.analysis.exhibits.measuring import all_tables, measure_one
     from loopmdm.analysis.exhibits.measuring import table as find
+    from loopmdm.model.network.checkpoints import check_device
 
     if name == "list":
         show(
@@ -27,11 +40,12 @@ def table(
             [(t.name, t.models, ",".join(t.measures), ",".join(t.columns)) for t in all_tables().values()],
         )
         return
-    item = find(name)
+    find(name)
+    place = str(check_device(device))
     check_folder(out or tables.tables_folder())
     status = err.status(f"measuring {name}") if err.is_terminal else nullcontext()
     with interruptible("the old table is intact"), status:
-        frame = item.measure(out or tables.tables_folder())
+        frame = measure_one(name, out or tables.tables_folder(), place, batch_size)
     show(list(frame.columns), frame.itertuples(index=False))
 
 
@@ -45,13 +59,19 @@ def figures(
     check: Annotated[
         bool, typer.Option("--check", help="draw anew and compare with --out and what is committed; write nothing")
     ] = False,
+    device: Annotated[str, typer.Option(help=f"with --from checkpoints, {DEVICE}")] = "cpu",
+    batch_size: Annotated[int | None, typer.Option(help=f"with --from checkpoints, {BATCH}")] = None,
 ) -> None:
     """Draw figures from the committed tables, or from the checkpoints."""
     draw_offline()
     from loopmdm.analysis import exhibits as registry
     from loopmdm.analysis.exhibits.measuring import measure_all
+    from loopmdm.model.network.checkpoints import check_device
 
     check_word("--from", source, ("tables", "checkpoints"))
+    if source == "tables" and (device != "cpu" or batch_size is not None):
+        raise UsageError("figures from tables run no model; add --from checkpoints to --device and --batch-size")
+    place = str(check_device(device))
     chosen = [registry.EXHIBITS[name] for name in names or registry.EXHIBITS]
     if check:
         if source != "tables":
@@ -62,7 +82,7 @@ def figures(
     with interruptible("pictures that were finished are whole, the others as they were"), progress_bar() as bar:
         if source == "checkpoints":
             needed = dict.fromkeys(name for figure in chosen for name in figure.tables)
-            for _ in bar.track(measure_all(needed), total=len(needed), description="tables"):
+            for _ in bar.track(measure_all(needed, 0, place, batch_size), total=len(needed), description="tables"):
                 pass
         drawn = registry.draw_all([figure.name for figure in chosen], out)
         for _ in bar.track(drawn, total=len(chosen), description="figures"):

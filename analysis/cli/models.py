@@ -64,7 +64,7 @@ def _list_families() -> None:
 
 
 @app.command(epilog="Example: loopmdm sites sudoku-loop --n-loops 2")
-@opens(text=False)
+@opens(text=False, runs=False)
 def sites(
     model: Annotated[str, typer.Argument(help=MODEL)],
     n_loops: Annotated[int, typer.Option(help="loops to list; 0: as many as the model knows")] = 0,

@@ -35,6 +35,7 @@ def report(
     out = out or Path("report.html")
     check_out(out, ".html", ".htm")
     draw_offline()
+    from loopmdm.analysis.numbers.place import on_device
     from loopmdm.analysis.report.page import write_model_report, write_report
 
     if model:
@@ -42,6 +43,6 @@ def report(
             m = how.open(model)
             write_model_report(out, m, how.test_set(m), how)
     else:
-        with interruptible(f"{out} is as it was"), progress_bar() as bar:
+        with interruptible(f"{out} is as it was"), on_device(how.device), progress_bar() as bar:
             write_report(out, lambda figures: bar.track(figures, description="figures"))
     print(out)

@@ -48,7 +48,6 @@ def sample(
     end: Annotated[str, typer.Option(help="ID,.. that end a text: nothing is drawn behind them")] = "",
     seed: Annotated[int, typer.Option(help="same seed, same sample")] = 0,
     first_index: Annotated[int, typer.Option(help="number of the first sequence, to shard a job")] = 0,
-    batch_size: Annotated[int, typer.Option(help="sequences at a time")] = 32,
     partial: Annotated[bool, typer.Option(help="on Ctrl-C give the finished batches")] = False,
     out: Annotated[Path | None, typer.Option(help="TSV file; default standard output")] = None,
     *,
@@ -86,7 +85,6 @@ def sample(
             end=_ids(end, "--end"),
             seed=seed,
             first_index=first_index,
-            batch_size=batch_size,
             partial=partial,
             progress=err.is_terminal,
         )

@@ -148,18 +148,24 @@ TEXT = typer.Option(help="measure on these instead of a test set: UTF-8, a text 
 SET = "about somebody else's model, such as mask_token_id=103, bidirectional=true"
 
 
-def opens(*, text: bool = True, changes: str = SET) -> Callable[[Callable[..., None]], Callable[..., None]]:
+DEVICE = "where models run: cpu, cuda, cuda:1, or auto for a GPU if there is one"
+BATCH = "sequences at a time: a matter of memory, not of values; default as each function does"
+
+
+def opens(*, text: bool = True, runs: bool = True, changes: str = SET) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A command that opens a model: its parameter `how`, an `Access`, becomes the options of opening one.
 
-    `text`: whether it measures on texts of the user's, too; `changes` is the help of --set.
+    `text`: whether it measures on texts of the user's, too; `runs`: whether it computes anything with the model, so
+    that device, dtype and batch size matter; `changes` is the help of --set.
     """
     options: dict[str, tuple[Any, Any]] = {
         "text": (Annotated[Path | None, TEXT], None),
-        "device": (
-            Annotated[str, typer.Option(help="where the model runs, such as cuda; auto: a GPU if there is one")],
-            "cpu",
+        "device": (Annotated[str, typer.Option(help=DEVICE)], "cpu"),
+        "dtype": (
+            Annotated[str, typer.Option(help="of the weights: float32, bfloat16, float16, float64; default as stored")],
+            "",
         ),
-        "dtype": (Annotated[str, typer.Option(help="of the weights, such as bfloat16; default as stored")], ""),
+        "batch_size": (Annotated[int | None, typer.Option(help=BATCH)], None),
         "revision": (Annotated[str, typer.Option(help="of a model of the hub")], ""),
         "trust_remote_code": (
             Annotated[bool, typer.Option("--trust-remote-code", help="let code run that lies beside the weights")],
@@ -167,18 +173,20 @@ def opens(*, text: bool = True, changes: str = SET) -> Callable[[Callable[..., N
         ),
         "changes": (Annotated[list[str] | None, typer.Option("--set", help=changes)], None),
     }
-    if not text:
-        del options["text"]
+    for name in (*(() if text else ("text",)), *(() if runs else ("device", "dtype", "batch_size"))):
+        del options[name]
 
     def with_options(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)
         def run(**given: Any) -> None:
             from loopmdm.analysis.measures.access import Access
+            from loopmdm.model.batching import at_a_time
 
             how = {name: given.pop(name) for name in options}
-            how |= {"dtype": how["dtype"] or None, "revision": how["revision"] or None}
+            how |= {name: how.get(name) or None for name in ("dtype", "revision")}
             how |= {"changes": values(how["changes"] or [], "mask_token_id=103")}
-            command(**given, how=Access(**how))
+            with at_a_time(how.get("batch_size")):
+                command(**given, how=Access(**how))
 
         own = [item for name, item in signature(command).parameters.items() if name != "how"]
         more = [

@@ -1,12 +1,17 @@
 """All tables, those of the study and those that exhibits bring along, and measuring several at once."""
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
+
+import pandas as pd
 
 from loopmdm.analysis.exhibits import tables
 from loopmdm.analysis.exhibits.registry import EXHIBITS
 from loopmdm.analysis.exhibits.tables import Table
+from loopmdm.analysis.numbers import place
 from loopmdm.analysis.numbers.parallel import in_processes
+from loopmdm.model.batching import at_a_time
 from loopmdm.model.corpora.fetch import cached_archive, serving
 from loopmdm.model.errors import UsageError, unknown_name
 from loopmdm.model.training.allocator import keep_freed_memory
@@ -30,15 +35,20 @@ def table(name: str) -> Table:
     return found[name]
 
 
-def measure_all(names: Iterable[str], workers: int = 0) -> Iterator[str]:
+def measure_all(
+    names: Iterable[str], workers: int = 0, device: str = place.USUAL, batch_size: int | None = None
+) -> Iterator[str]:
     """Measure tables in processes of one thread each (default: one a core); yields names as they are done.
 
-    A table that reads others waits for them. UsageError, before anything is measured, where archives are missing.
+    On another `device` than the CPU one after the other, as they would share its memory. A table that reads others
+    waits for them. UsageError, before anything is measured, where archives are missing.
     """
     names = list(names)
     _need_archives(names)
     after = {name: set(table(name).tables) for name in names}
-    return in_processes(_measure, after, tables.tables_folder(), workers, _prepare)
+    work = partial(measure_one, device=device, batch_size=batch_size)
+    workers = workers if device == place.USUAL else 1
+    return in_processes(work, after, tables.tables_folder(), workers, _prepare)
 
 
 def _need_archives(names: list[str]) -> None:
@@ -62,5 +72,7 @@ def _prepare() -> None:
     keep_freed_memory()
 
 
-def _measure(name: str, folder: Path) -> None:
-    table(name).measure(folder)
+def measure_one(name: str, folder: Path, device: str = place.USUAL, batch_size: int | None = None) -> pd.DataFrame:
+    """Measure a table into a folder with models on `device`, `batch_size` sequences at a time (None: as usual)."""
+    with place.on_device(device), at_a_time(batch_size):
+        return table(name).measure(folder)

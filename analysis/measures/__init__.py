@@ -15,11 +15,12 @@ from typing import Any
 import pandas as pd
 import torch
 
-from loopmdm.analysis.measures.access import Access
-from loopmdm.analysis.measures.case import DEFAULT, Case
+from loopmdm.analysis.measures.access import Access, usual
+from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.registry import MEASURES, Measure, fingerprints, options_asked, plain
 from loopmdm.analysis.numbers.parallel import one_thread
 from loopmdm.analysis.numbers.store import Question
+from loopmdm.model.batching import at_a_time
 from loopmdm.model.errors import UsageError, check_model
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.network.checkpoints import RECORD, need, resolve
@@ -49,13 +50,15 @@ def measure(
     n_loops: int | Sequence[int] | None = None,
     *,
     batch: MaskedBatch | None = None,
-    access: Access = DEFAULT,
+    access: Access | None = None,
+    batch_size: int | None = None,
     **options: Any,
 ) -> pd.DataFrame:
     """One measure of one model or several, on their test sets or on `batch`.
 
-    Models are any that `open_model` knows, or loaded ones; `access` says how they are opened, and which texts
-    stand for a test set.
+    Models are any that `open_model` knows, or loaded ones; `access` says how they are opened (`access.usual`), and
+    which texts stand for a test set. `batch_size` sequences run at a time (None: as `access` says, or as each
+    function does by itself); it takes memory, and changes values by rounding alone.
 
     Columns `model` and `task` come first. Measures on masks have `nominal_mask_ratio`, or with `along_sampling`
     `step`. `n_units` independent sequences, or documents where they share one, are what errors are over;
@@ -74,7 +77,9 @@ def measure(
     if not given:
         raise UsageError(f"{name} needs a model; `loopmdm models` lists the shipped ones")
     asked = options if n_loops is None else {"n_loops": n_loops} | options
-    frames = [_measured(MEASURES[name], model, batch, access, asked) for model in given]
+    access = usual() if access is None else access
+    with at_a_time(access.batch_size if batch_size is None else batch_size):
+        frames = [_measured(MEASURES[name], model, batch, access, asked) for model in given]
     return frames[0] if len(frames) == 1 else pd.concat(frames, ignore_index=True)
 
 

@@ -1,10 +1,11 @@
 """Where a measure's model and sequences come from: ours or somebody else's, a test set or one's own texts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from loopmdm.analysis.numbers import place
 from loopmdm.model.adapters import open_model
 from loopmdm.model.corpora import antibodies
 from loopmdm.model.corpora.documents import Split
@@ -33,6 +34,11 @@ class Access:
     batch_size: int | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def plain(self) -> bool:
+        """Whether it asks for nothing that could change a value."""
+        return replace(self, batch_size=None) == Access()
+
     def open(self, name: Path | str) -> HookedLoopMDM:
         """The model; UsageError for a device or dtype that does not exist."""
         dtype = None if self.dtype is None else floating(self.dtype)
@@ -57,3 +63,8 @@ class Access:
         else:
             found = test_set_of(m.record, m.cfg.n_ctx, m.tokenizer, split)
         return found.to(m.model.device)
+
+
+def usual() -> Access:
+    """How a model is opened that nobody said anything of: on the CPU, or where tables are made (`place.on_device`)."""
+    return Access(device=place.device())

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from loopmdm.analysis.measures.access import Access
+from loopmdm.analysis.measures.access import Access, usual
 from loopmdm.analysis.measures.options import ByLoops, OnMasks, OnTests, Options
 from loopmdm.model.corpora.tokenizer import MASK
 from loopmdm.model.diffusion.sampling import sample
@@ -26,7 +26,6 @@ from loopmdm.model.network.model import LoopMDM
 from loopmdm.model.sequences import MaskedBatch, Sequences
 from loopmdm.model.tasks.test_sets import TestSet
 
-DEFAULT = Access()
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Case:
     m: HookedLoopMDM
     test: TestSet
     options: Options = field(default_factory=OnTests)
-    access: Access = DEFAULT
+    access: Access = field(default_factory=usual)
 
     @classmethod
     def of(
@@ -46,9 +45,10 @@ class Case:
         n: int = 256,
         seed: int = 0,
         options: Options | None = None,
-        access: Access = DEFAULT,
+        access: Access | None = None,
     ) -> "Case":
-        """Any model that `open_model` knows, or one once loaded, with its test set or the texts of `access`."""
+        """Any model that `open_model` knows, or a loaded one, with its test set or the texts of `access` (`usual`)."""
+        access = usual() if access is None else access
         m = access.open(model) if isinstance(model, str | Path) else model
         return cls(m, access.test_set(m), options or OnTests(n_loops, n, seed), access)
 

@@ -26,7 +26,7 @@ def one_thread() -> Iterator[None]:
 
 
 def in_processes(
-    work: Callable[[str, Path], None],
+    work: Callable[[str, Path], object],
     after: Mapping[str, set[str]],
     folder: Path,
     workers: int = 0,

@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from loopmdm.analysis.numbers import frames
+from loopmdm.analysis.numbers import frames, place
 from loopmdm.analysis.numbers.parallel import one_thread
 from loopmdm.model.corpora.fetch import cache_folder
 from loopmdm.model.errors import UsageError
@@ -106,8 +106,8 @@ class Question:
 
     @property
     def key(self) -> Key:
-        """Of the model and the measure as they are now."""
-        return Key.of(self.model, self.measure, self.asked)
+        """Of the model and the measure as they are now, and of the device that models run on."""
+        return Key.of(self.model, self.measure, [*self.asked, *filter(None, [place.told()])])
 
     def answer(self, store: Store | None = None) -> pd.DataFrame:
         """From the store (default: the model's) if nothing changed."""

@@ -2,6 +2,7 @@
 
 import torch
 
+from loopmdm.analysis.numbers import place
 from loopmdm.analysis.report.data import Run, run_of
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.masking import mask_tokens
@@ -46,7 +47,7 @@ def _needed(name: str) -> bool:
 def inputs() -> list[tuple[str, list[Run]]]:
     """Titles, and on each input the run of every model of its task."""
     zoo = Zoo.shipped()
-    models = {name: HookedLoopMDM.from_pretrained(name) for name in MODELS.names(zoo)}
+    models = {name: HookedLoopMDM.from_pretrained(name, place.device()) for name in MODELS.names(zoo)}
     text = models[zoo.first("sotu").name]
     block = test_set_of(text.record, text.cfg.n_ctx, text.tokenizer).tokens[:1]
     board = BOARDS["sudoku6"]

@@ -126,14 +126,27 @@ def check_hash(folder: Path) -> None:
 
 
 def check_device(device: Any) -> torch.device:
-    """The device meant, "auto" being a GPU if there is one; UsageError for one that is none, or is not here."""
+    """The device meant, "auto" being a GPU if there is one; UsageError for one that is none, or is not here.
+
+    Losses, costs and samplers count in float64, which Apple's mps does not have: it is refused, and no "auto".
+    """
+    there = devices_here()
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = there[0]
     try:
-        return torch.empty(0, device=device).device
+        place = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         why = " ".join(str(error).split())
-        raise UsageError(f"device {str(device)!r} cannot be used here ({why:.80}); take cpu") from error
+        known = ", ".join(there)
+        raise UsageError(f"device {str(device)!r} cannot be used here ({why:.80}); there is {known}") from error
+    if place.type == "mps":
+        raise UsageError(f"device 'mps' has no float64, in which losses are summed; there is {', '.join(there)}")
+    return place
+
+
+def devices_here() -> list[str]:
+    """Names of the devices that a model can run on, the fastest kind first; the CPU is always the last."""
+    return [*(f"cuda:{number}" for number in range(torch.cuda.device_count())), "cpu"]
 
 
 def check_sizes(folder: Path, expected: Mapping[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from loopmdm.analysis.exhibits.tables import internals, others, quality, science, training
-from loopmdm.analysis.numbers import frames, provenance
+from loopmdm.analysis.numbers import frames, place, provenance
 from loopmdm.analysis.numbers.parallel import one_thread
 from loopmdm.model.errors import UsageError, unknown_name
 from loopmdm.model.network.checkpoints import list_runs
@@ -51,7 +51,7 @@ class Table:
         names = self.models.names(zoo)
         if not names:
             raise UsageError(f"table {self.name} is of {self.models}; no such run is here, see figures/zoo.toml")
-        told = provenance.of_table(self.name, names, **self.made_from(zoo))
+        told = provenance.of_table(self.name, names, **self.made_from(zoo), **place.told())
         with one_thread():
             frame = self.compute(zoo)
         frames.write_table(frame, folder / f"{self.name}.parquet", told)

@@ -101,7 +101,7 @@ def _untrained(run: Run, seed: int) -> Question:
         case = Case.of(run.name)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            m = HookedLoopMDM(LoopMDM(case.m.cfg).eval())
+            m = HookedLoopMDM(LoopMDM(case.m.cfg).to(case.m.model.device).eval())
         frame = mask_attention(m, case.masked(0.5), case.n_loops, clusters=case.clusters)
         return frame.assign(model=run.name, task=case.test.task, n_units=case.n_units)
 

@@ -68,9 +68,11 @@ def judge_nats(
     for first in range(0, len(rows), size):
         picked = order[first : first + size]
         longest = max(len(rows[i]) for i in picked)
-        ids = torch.tensor([rows[i] + [start] * (longest - len(rows[i])) for i in picked])
-        real = torch.arange(longest)[None] < torch.tensor([len(rows[i]) for i in picked])[:, None]
+        place = next(model.parameters()).device
+        ids = torch.tensor([rows[i] + [start] * (longest - len(rows[i])) for i in picked], device=place)
+        lots = torch.tensor([len(rows[i]) for i in picked], device=place)
+        real = torch.arange(longest, device=place)[None] < lots[:, None]
         log_probs = model(ids, attention_mask=real.long()).logits[:, :-1].float().log_softmax(-1)
         taken = log_probs.gather(-1, ids[:, 1:, None])[..., 0] * real[:, 1:]
-        nats[picked] = -taken.sum(-1).double().numpy()
+        nats[picked] = -taken.sum(-1).double().cpu().numpy()
     return nats, lengths

@@ -82,13 +82,14 @@ def excess_kl(case: Case, counts: list[int], n_samples: int = 2, batch_size: int
         posterior, distance = task.posterior(tokens, b.masked), task.hops(b.masked, b.tokens)
         for start, part in b.batches(batch_size):
             span = slice(start, start + len(part))
-            exact, hops = posterior[span][part.masked], distance[span][part.masked].numpy()
-            owner = start + part.masked.nonzero()[:, 0].numpy()
+            hidden = part.masked.cpu()  # where exact answers are
+            exact, hops = posterior[span][hidden], distance[span][hidden].numpy()
+            owner = start + hidden.nonzero()[:, 0].numpy()
             np.add.at(number, (owner, hops), 1)
             for loop, (state, context) in enumerate(case.m.states(part.tokens, max(counts)), start=1):
                 if loop in counts:
                     logits = case.m.readout(state, context, rows=part.masked)
-                    log_probs = logits.double().log_softmax(-1)[:, : task.n_states]
+                    log_probs = logits.cpu().double().log_softmax(-1)[:, : task.n_states]
                     divergence = kl(exact.log(), log_probs, exact).numpy()
                     np.add.at(total[counts.index(loop)], (owner, hops), divergence)
     rows = []

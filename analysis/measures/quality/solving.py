@@ -53,7 +53,7 @@ def solve_rate(
                     temperature=0.0,
                     batch_size=200,
                 )
-                solved = board.is_valid(r.tokens).numpy().astype(float)
+                solved = board.is_valid(r.tokens).cpu().numpy().astype(float)
                 least = solved if least is None else least
                 against = first.setdefault(count, solved - least)
                 gain, gain_se, _ = stats.mean_and_error(solved - least)

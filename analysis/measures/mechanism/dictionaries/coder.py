@@ -122,9 +122,9 @@ class Dictionary(nn.Module):
         return self.shape.kind == "crosscoder"
 
     def normalised(self, x: Float[Tensor, "row site d_model"]) -> Float[Tensor, "row site d_model"]:
-        """z: less the mean, over the scale."""
+        """z: less the mean, over the scale, on the dictionary's device."""
         self._check(x)
-        return (x.to(self.mean.dtype) - self.mean) / self.scale[:, None]
+        return (x.to(self.mean) - self.mean) / self.scale[:, None]
 
     def before(self, z: Float[Tensor, "row site d_model"]) -> Float[Tensor, "row code feature"]:
         """Codes before the activation."""
@@ -189,7 +189,7 @@ class Dictionary(nn.Module):
         """
         folder = Path(folder)
         tensors = {
-            name: value.detach().to(dtype if name in LARGE else torch.float32).contiguous().clone()
+            name: value.detach().to("cpu", dtype if name in LARGE else torch.float32).contiguous().clone()
             for name, value in self.state_dict().items()
         }
         for name, value in tensors.items():

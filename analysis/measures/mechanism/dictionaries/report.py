@@ -99,7 +99,7 @@ def _estimate(values: np.ndarray, clusters: np.ndarray | None = None) -> tuple[f
 
 
 def _sparsity(m: HookedLoopMDM, b: MaskedBatch, dictionary: Dictionary, codes: Tensor) -> Iterator[Row]:
-    rows = wanted(dictionary).members(m, b)
+    rows = wanted(dictionary).members(m, b).to(codes.device)
     active = (codes > 0).sum(-1).double()
     for loop, part in zip(_code_loops(dictionary), active.T, strict=True):
         yield (loop, "l0", *_estimate(row_mean(part, rows).cpu().numpy(), b.clusters))
@@ -111,7 +111,7 @@ def _code_loops(dictionary: Dictionary) -> list[int | None]:
 
 
 def _share(which: Tensor | np.ndarray) -> tuple[float, float, int]:
-    return _estimate(np.asarray(which, dtype=float))
+    return _estimate(np.asarray(which.cpu() if isinstance(which, Tensor) else which, dtype=float))
 
 
 def _lives(dictionary: Dictionary, codes: Tensor) -> Iterator[Row]:

@@ -1,0 +1,29 @@
+"""Where the numbers of tables are made: on the CPU unless somebody says otherwise, and then their record says so."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+USUAL = "cpu"
+_DEVICE: ContextVar[str] = ContextVar("device", default=USUAL)
+
+
+@contextmanager
+def on_device(device: str) -> Iterator[None]:
+    """Models that are opened inside without naming a device run on this one."""
+    before = _DEVICE.set(device)
+    try:
+        yield
+    finally:
+        _DEVICE.reset(before)
+
+
+def device() -> str:
+    """The device of models that name none."""
+    return _DEVICE.get()
+
+
+def told() -> dict[str, Any]:
+    """What a kept number names beside its question: another device rounds otherwise. Nothing for the usual one."""
+    return {} if device() == USUAL else {"device": device()}
