@@ -1,4 +1,4 @@
-"""How many sequences run at a time: a matter of memory, not of what is computed, so that no option of a measure asks.
+"""How many sequences run at a time: a matter of memory, not of what is computed, and so no option of a measure.
 
 Every function that runs a model in batches has a usual size. Inside `at_a_time(n)` all of them take n instead, as
 `torch.set_num_threads` is obeyed by all that computes: what is measured, and how it is kept, does not name it.

@@ -149,7 +149,7 @@ class Sequences(_Rows):
         return self.rows(torch.linspace(0, len(self) - 1, n).long())
 
     def clean_for(self, model: Any) -> "Sequences":
-        """As `model` reads them, where it is, its [PAD] told from tokens; refuses [MASK] and ids it does not know."""
+        """As `model` reads them, and where it is, its [PAD] told from tokens; refuses [MASK] and unknown ids."""
         check_model(model, "the likelihood")
         model.cfg.facts.need("masks", by="the likelihood")
         device = getattr(model, "device", self.tokens.device)

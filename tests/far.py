@@ -1,11 +1,11 @@
 """A second device for machines without one: "far".
 
-Tensors on it hold theirs on the CPU, so that everything computes as ever; but they say that they are elsewhere, they
-give nothing to NumPy, and an operation that mixes them with the CPU's is refused, as CUDA refuses it. What is run on
-it therefore needs no CPU that it does not ask for. It does not show what CUDA's kernels compute, what they cost,
-pinned memory, streams, or which operations a GPU lacks.
+Its tensors hold their numbers on the CPU, so that everything computes as ever; but they say that they are elsewhere,
+they give nothing to NumPy, and an operation that mixes them with the CPU's is refused, as CUDA refuses it. What runs
+on it therefore needs no CPU that it does not ask for. It does not show what CUDA's kernels compute, what they cost,
+pinned memory, streams, or which operations a GPU lacks; forward-mode derivatives of torch.func do not run on it.
 
-Registering a device changes torch for the whole process: `python far.py NAME..` runs scenarios in one of its own.
+Registering a device changes torch for the whole process: what uses it runs in one of its own (`on_far.py`).
 """
 
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ class Far(Tensor):
         return far
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG003
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
 
     def __repr__(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -80,14 +80,14 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 class _Dispatch(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
 
 
 class _Functions(TorchFunctionMode):
     """What torch does in C++ without asking anybody: making a tensor of Python numbers, and giving them back."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
             device = kwargs.pop("device")

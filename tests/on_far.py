@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from loopmdm.analysis import cut, mask_attention, stale
 from loopmdm.analysis.cli import app
 from loopmdm.analysis.exhibits.measuring import measure_one
-from loopmdm.analysis.measures import MEASURES, Access, measure
+from loopmdm.analysis.measures import Access, measure
 from loopmdm.analysis.measures.interventions.contexts import damp, freeze, skip
 from loopmdm.model import StateDelta, mask_tokens, nelbo, sample
 from loopmdm.model.diffusion.likelihood import continuation_nelbo, corpus_nelbo
@@ -31,6 +31,7 @@ from loopmdm.model.training.spec import RunSpec
 from loopmdm.model.training.trainer import Trainer
 from tests import far
 from tests.conftest import toy_config
+from tests.small import measures, small
 
 CLOSE = 1e-4
 """Values agree this far: torch fuses some operations on the CPU and not here, and adds in another order."""
@@ -53,7 +54,7 @@ def forward(place: str) -> list[Any]:
     real[:, 7:] = False
     for n_loops in (1, 2, 3):
         logits, cache = m.run_with_cache(tokens, n_loops=n_loops)
-        half = m.run_with_hooks(tokens, n_loops=n_loops, fwd_hooks=[("loop.0.hook_out", lambda x, hook: x / 2)])  # noqa: ARG005
+        half = m.run_with_hooks(tokens, n_loops=n_loops, fwd_hooks=[("loop.0.hook_out", lambda x, hook: x / 2)])
         found += [logits, m(tokens, n_loops=n_loops, attention_mask=real), half, cache["pattern", "loop", -1, 1]]
         found += [cache.unrolled().accumulated_resid()]
         assert logits.device == tokens.device
@@ -173,30 +174,10 @@ SCENARIOS: dict[str, Callable[[str], list[Any]]] = {
     made.__name__: made
     for made in (forward, stopping, likelihoods, samples, interventions, training, commands, tables)
 }
-SMALL = {
-    "n_loops": 3, "n": 12, "mask_ratios": (0.5,), "n_samples": 1, "n_sequences": 6, "n_draws": 2, "n_resamples": 20,
-    "n_thresholds": 4, "n_boards": 12, "n_features": 32, "n_scored": 4, "n_exact": 2, "n_effects": 4, "n_fit": 40,
-    "n_jacobian": 2, "n_rows": 200, "least_loops": 3,
-}  # fmt: skip
-"""Options that make any measure a matter of seconds."""
-OF = {"tree": "tree-loop", "Sudoku": "sudoku-loop-s4", "excess-kl": "markov-loop", "training-free": "sudoku-base"}
-FETCHED = ("zero-shot", "generative", "multiple-choice", "word-problems")
-"""They read what is fetched first."""
 FORWARD_MODE = ("fixed-points", "perturbation-gain")
 """Forward-mode derivatives of torch.func do not know a device that is made in Python: they end the process."""
-STEPS = {"dictionaries": {"steps": 20}, "lenses": {"steps": 20}}
 AMPLIFIED = {"dictionaries": 0.5, "lenses": 1e-2}
 """Training on states, or thresholds on them, make more of the last bits than `CLOSE`."""
-
-
-def small(name: str) -> tuple[str, dict[str, Any]]:
-    """A model that the measure is of, and options that keep it small."""
-    item = MEASURES[name]
-    usual = item.options().asked()
-    options = {key: value for key, value in SMALL.items() if key in usual} | STEPS.get(name, {})
-    if item.on == "loops":
-        options["n_loops"] = [1, 3]
-    return OF.get(name) or OF.get(item.on, "sudoku-loop-s4"), options
 
 
 def measured(name: str) -> Callable[[str], list[Any]]:
@@ -212,7 +193,9 @@ def measured(name: str) -> Callable[[str], list[Any]]:
 
 def apart(one: Any, other: Any) -> float:
     """The largest difference, relative where numbers are large; infinite where one is NaN alone."""
-    one, other = (np.asarray(v.detach().cpu() if isinstance(v, torch.Tensor) else v, dtype=float) for v in (one, other))
+    one, other = (
+        np.asarray(v.detach().cpu() if isinstance(v, torch.Tensor) else v, dtype=float) for v in (one, other)
+    )
     same = (one == other) | (np.isnan(one) & np.isnan(other))
     with np.errstate(invalid="ignore"):
         gap = np.where(same, 0.0, np.abs(one - other) / np.maximum(1.0, np.abs(other)))
@@ -222,7 +205,7 @@ def apart(one: Any, other: Any) -> float:
 def main(names: list[str]) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    for name in names or [*SCENARIOS, *(name for name in MEASURES if name not in FETCHED + FORWARD_MODE)]:
+    for name in names or [*SCENARIOS, *(name for name in measures() if name not in FORWARD_MODE)]:
         run = SCENARIOS.get(name) or measured(name)
         near = run("cpu")
         with far.device():

@@ -152,17 +152,21 @@ DEVICE = "where models run: cpu, cuda, cuda:1, or auto for a GPU if there is one
 BATCH = "sequences at a time: a matter of memory, not of values; default as each function does"
 
 
-def opens(*, text: bool = True, runs: bool = True, changes: str = SET) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def opens(
+    *, text: bool = True, runs: bool = True, changes: str = SET
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A command that opens a model: its parameter `how`, an `Access`, becomes the options of opening one.
 
-    `text`: whether it measures on texts of the user's, too; `runs`: whether it computes anything with the model, so
-    that device, dtype and batch size matter; `changes` is the help of --set.
+    `text`: whether it measures on texts of the user's, too; `runs`: whether it computes anything with the model,
+    so that device, dtype and batch size matter; `changes` is the help of --set.
     """
     options: dict[str, tuple[Any, Any]] = {
         "text": (Annotated[Path | None, TEXT], None),
         "device": (Annotated[str, typer.Option(help=DEVICE)], "cpu"),
         "dtype": (
-            Annotated[str, typer.Option(help="of the weights: float32, bfloat16, float16, float64; default as stored")],
+            Annotated[
+                str, typer.Option(help="of the weights: float32, bfloat16, float16, float64; default as stored")
+            ],
             "",
         ),
         "batch_size": (Annotated[int | None, typer.Option(help=BATCH)], None),

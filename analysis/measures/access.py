@@ -18,7 +18,7 @@ from loopmdm.model.tasks.test_sets import TestSet, task_of, test_set_of, text_se
 
 @dataclass(frozen=True)
 class Access:
-    """Where and how a model is opened and run; `text` is a file with a sequence a line, for models without a test set.
+    """Where and how a model is opened and run; `text`: a file with a sequence a line, for want of a test set.
 
     `batch_size` is how many sequences run at a time (None: each function's own): it takes memory, not values.
 
@@ -66,5 +66,5 @@ class Access:
 
 
 def usual() -> Access:
-    """How a model is opened that nobody said anything of: on the CPU, or where tables are made (`place.on_device`)."""
+    """How a model is opened of which nobody says more: on the CPU, or where tables are made (`place`)."""
     return Access(device=place.device())

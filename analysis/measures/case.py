@@ -27,7 +27,6 @@ from loopmdm.model.sequences import MaskedBatch, Sequences
 from loopmdm.model.tasks.test_sets import TestSet
 
 
-
 @dataclass(frozen=True)
 class Case:
     """A model and sequences of its test set, evenly spread, read and masked as the `options` of a measure say."""
@@ -47,7 +46,7 @@ class Case:
         options: Options | None = None,
         access: Access | None = None,
     ) -> "Case":
-        """Any model that `open_model` knows, or a loaded one, with its test set or the texts of `access` (`usual`)."""
+        """Any model that `open_model` knows, or a loaded one, with its test set or the texts of `access`."""
         access = usual() if access is None else access
         m = access.open(model) if isinstance(model, str | Path) else model
         return cls(m, access.test_set(m), options or OnTests(n_loops, n, seed), access)

@@ -1,4 +1,4 @@
-"""Where the numbers of tables are made: on the CPU unless somebody says otherwise, and then their record says so."""
+"""Where the numbers of tables are made: on the CPU unless somebody asks for another, which is recorded."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -27,7 +27,9 @@ def accelerator(precision: str) -> Accelerator:
     """
     for kind, name in OTHERS.items():
         if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
-            raise UsageError(f"accelerate is configured for {name}, which this trainer does not support; {INSTEAD}")
+            raise UsageError(
+                f"accelerate is configured for {name}, which this trainer does not support; {INSTEAD}"
+            )
     found = Accelerator(mixed_precision=precision or None)
     _check_number(found.num_processes)
     plugin = getattr(found.state, "fsdp_plugin", None)

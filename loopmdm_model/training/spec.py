@@ -167,7 +167,7 @@ class RunSpec:
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, as the TOML file reads.
 
-        `init_seed`, `loops.earlier` and `training.logits` only if they are given: what was recorded reads the same.
+        `init_seed`, `loops.earlier` and `training.logits` only if given: what was recorded reads the same.
         """
         values = dataclasses.asdict(self)
         if not self.loops.earlier:

@@ -299,7 +299,9 @@ class Trainer:
         parts = []
         for number in range(self.accelerator.process_index, count, self.accelerator.num_processes):
             part = batch.rows(slice(number * size, (number + 1) * size))
-            parts.append(MaskedBatch(part.tokens, part.clean, part.masked).to(device, pinned=device.type == "cuda"))
+            parts.append(
+                MaskedBatch(part.tokens, part.clean, part.masked).to(device, pinned=device.type == "cuda")
+            )
         return parts
 
     def _check_finite(self, what: str, value: float, n_loops: int) -> None:
@@ -392,7 +394,7 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
 
 def compile_blocks(model: LoopMDM, device: torch.device) -> bool:
-    """Compile each block in place (the whole model would recompile for every S); eager if impossible on `device`."""
+    """Compile each block in place (the whole model would recompile for every S); eager if `device` cannot."""
     probe = torch.zeros(1, 2, model.cfg.d_model, device=device)
     try:
         torch.compile(nn.Linear(model.cfg.d_model, 1, device=device), dynamic=False)(probe)

@@ -199,6 +199,9 @@ def test_figures_are_drawn_where_asked(tmp_path):
     ("arguments", "says"),
     [
         (["figures", "mask-to-mask"], "did you mean mask-to-mask-by-loop"),
+        (["measure", "mask-attention", "sudoku-loop", "--device", "cuda:77"], "cannot be used here"),
+        (["sample", "sudoku-loop", "--batch-size", "0"], "batch_size must be at least 1"),
+        (["figures", "--device", "cuda"], "--from checkpoints"),
         (["figures", "--from", "nowhere"], 'must be "tables" or "checkpoints"'),
         (["evaluate", "sudoku-lop"], "did you mean sudoku-loop"),
         (["evaluate", "sudoku-loop", "--n-loops", "0"], "at least 1"),

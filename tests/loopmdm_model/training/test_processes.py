@@ -6,6 +6,7 @@ In bf16 weights are read with 8 bits: 2e-3.
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,7 +16,9 @@ import pytest
 import torch
 
 from loopmdm.model.errors import UsageError
-from loopmdm.model.training import processes
+from loopmdm.model.network.model import LoopMDM
+from loopmdm.model.taps import no_taps
+from loopmdm.model.training import budget, processes
 from loopmdm.model.training.spec import RunSpec
 from loopmdm.model.training.trainer import Trainer
 
@@ -107,7 +110,13 @@ def test_two_processes_that_share_the_weights_follow_one(tmp_path):
 
 
 HALF, PACKED = 'precision = "bf16"', 'logits = "masked"'
-CELLS = (("", FLOAT32), ("accumulate = 2", FLOAT32), (PACKED, FLOAT32), (HALF, BF16), (f"accumulate = 2\n{HALF}", BF16))
+CELLS = (
+    ("", FLOAT32),
+    ("accumulate = 2", FLOAT32),
+    (PACKED, FLOAT32),
+    (HALF, BF16),
+    (f"accumulate = 2\n{HALF}", BF16),
+)
 
 
 @pytest.mark.soak
@@ -179,3 +188,63 @@ def test_what_was_recorded_reads_the_same():
     assert "logits" not in spec.to_dict()["training"]
     packed = RunSpec.from_dict(spec.to_dict() | {"training": spec.to_dict()["training"] | {"logits": "masked"}})
     assert packed.to_dict()["training"]["logits"] == "masked" and RunSpec.from_dict(packed.to_dict()) == packed
+
+
+def _losses(spec, folder, **changes):
+    with torch.enable_grad():
+        run = Trainer(RunSpec.load(spec, {f"training.{key}": value for key, value in changes.items()}), folder)
+        run.train()
+    return run, rows_of(folder)
+
+
+@pytest.mark.parametrize("more", ["", "accumulate = 2\n[loops]\nearlier = true"])
+def test_logits_at_masked_positions_give_the_loss_of_all(more, tmp_path, monkeypatch):
+    """Losses and norms of gradients to float32 rounding; FLOPs, by definition, to the last bit."""
+    spec, asked = written(tmp_path, **FEW, more=more), []
+    unembedding = LoopMDM.unembedding
+
+    def watched(self, x, taps=no_taps, rows=None):
+        asked.append((x.shape[:2].numel(), rows))
+        return unembedding(self, x, taps, rows)
+
+    monkeypatch.setattr(LoopMDM, "unembedding", watched)
+    _, whole = _losses(spec, tmp_path / "all")
+    assert all(rows is None for _, rows in asked[:3])
+    asked.clear()
+    run, packed = _losses(spec, tmp_path / "masked", logits="masked")
+    of, drawn = asked[0]
+    assert drawn is not None and 0.3 < int(drawn.sum()) / of < 0.7  # about half of the work and memory
+    for a, b in zip(whole, packed, strict=True):
+        assert a["flops"] == b["flops"] and a["step"] == b["step"]
+        assert a["loss"] == pytest.approx(b["loss"], abs=FLOAT32)
+        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], abs=FLOAT32)
+    assert budget.training_memory(run.spec, 0) < budget.training_memory(RunSpec.load(spec), 0)
+
+
+def test_the_logit_of_mask_is_closed_bit_for_bit_alike_with_and_without_gradients(model, clean):
+    """In place where nobody differentiates, else in a copy: FSDP dies of a write into what a module returned."""
+    without = model(clean, n_loops=2)
+    with torch.enable_grad():
+        logits = model(clean, n_loops=2)
+        assert torch.equal(without, logits) and bool((logits[..., 22] == -torch.inf).all())
+        assert type(logits.grad_fn).__name__ == "IndexFillBackward0"
+        grad = torch.autograd.grad(logits[..., :22].square().sum(), model.unembed.weight)[0]
+    assert bool((grad[22] == 0).all()) and bool(grad[:22].any())
+
+
+@pytest.mark.soak
+def test_compiled_blocks_give_the_same_losses(tmp_path):
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("no C++ compiler, which torch.compile needs on a CPU")
+    spec = written(tmp_path, steps=2, points=1)
+    (_, plain), (run, compiled) = (_losses(spec, tmp_path / str(on), compile=on) for on in (False, True))
+    assert all(block._compiled_call_impl is not None for block in run._bare().blocks)
+    assert plain[0]["loss"] == pytest.approx(compiled[0]["loss"], abs=FLOAT32)
+
+
+def test_batches_go_through_pinned_memory_unchecked_and_whole(batch, monkeypatch):
+    pinned, far = [], torch.device("meta")
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: (pinned.append(self.shape), self)[1])
+    moved = batch.to(far, pinned=True)
+    assert len(pinned) == 4 and moved.masked.device.type == "meta" and moved.clusters is None
+    assert batch.to(batch.tokens.device) is batch

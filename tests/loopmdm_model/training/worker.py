@@ -29,7 +29,9 @@ class Sharded(Accelerator):
         if self.mixed_precision != "no":
             plugin.set_mixed_precision(self.mixed_precision)
         self.state.distributed_type, self.state.fsdp_plugin = DistributedType.FSDP, plugin
-        PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # each new state object reads it again
+        PartialState._shared_state["distributed_type"] = (
+            DistributedType.FSDP
+        )  # each new state object reads it again
 
 
 def main() -> None:
