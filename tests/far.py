@@ -1,9 +1,10 @@
 """A second device for machines without one: "far".
 
-Its tensors hold their numbers on the CPU, so that everything computes as ever; but they say that they are elsewhere,
-they give nothing to NumPy, and an operation that mixes them with the CPU's is refused, as CUDA refuses it. What runs
-on it therefore needs no CPU that it does not ask for. It does not show what CUDA's kernels compute, what they cost,
-pinned memory, streams, or which operations a GPU lacks; forward-mode derivatives of torch.func do not run on it.
+Its tensors hold their numbers on the CPU, so that everything computes as ever; but they say that they are
+elsewhere, they give nothing to NumPy, and an operation that mixes them with the CPU's is refused, as CUDA
+refuses it. What runs on it therefore needs no CPU that it does not ask for. It does not show what CUDA's kernels
+compute, what they cost, pinned memory, streams, or which operations a GPU lacks; forward-mode derivatives of
+torch.func do not run on it.
 
 Registering a device changes torch for the whole process: what uses it runs in one of its own (`on_far.py`).
 """

@@ -6,8 +6,8 @@ from loopmdm.analysis.measures import MEASURES
 
 SMALL = {
     "n_loops": 3, "n": 12, "mask_ratios": (0.5,), "n_samples": 1, "n_sequences": 6, "n_draws": 2,
-    "n_resamples": 20, "n_thresholds": 4, "n_boards": 12, "n_features": 32, "n_scored": 4, "n_exact": 2, "n_effects": 4, "n_fit": 40,
-    "n_jacobian": 2, "n_rows": 200, "least_loops": 3,
+    "n_resamples": 20, "n_thresholds": 4, "n_boards": 12, "n_features": 32, "n_scored": 4, "n_exact": 2,
+    "n_effects": 4, "n_fit": 40, "n_jacobian": 2, "n_rows": 200, "least_loops": 3,
 }  # fmt: skip
 """Options that make any measure a matter of seconds."""
 OF = {"tree": "tree-loop", "Sudoku": "sudoku-loop-s4", "excess-kl": "markov-loop", "training-free": "sudoku-base"}

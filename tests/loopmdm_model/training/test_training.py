@@ -375,7 +375,7 @@ def test_without_a_compiler_training_is_eager_with_a_warning(monkeypatch, model)
 
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.warns(UserWarning, match="eagerly"):
-        assert trainer.compile_blocks(model) is False
+        assert trainer.compile_blocks(model, model.device) is False
 
 
 def test_initial_weights_have_a_seed_of_their_own_and_curves_one_set_of_masks(tmp_path):
