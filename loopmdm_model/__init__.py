@@ -1,41 +1,48 @@
 """A minimal LoopMDM with hook points at every loop iteration, and all that makes one.
 
-`HookedLoopMDM` is loaded on first use, as are `hook_model` and `open_model`, which build on it: it alone needs
-TransformerLens.
+Names are loaded on first use: what lists names needs no torch, and `HookedLoopMDM` alone needs TransformerLens.
 """
 
+from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from loopmdm.folders import hand_over, moved
-from loopmdm.model.diffusion.likelihood import NelboResult, continuation_nelbo, corpus_nelbo, nelbo, nelbo_by_loop
-from loopmdm.model.diffusion.orders import Order
-from loopmdm.model.diffusion.sampling import SampleResult, sample
-from loopmdm.model.diffusion.trajectories import Trajectory
-from loopmdm.model.errors import UsageError
-from loopmdm.model.masking import mask_tokens
-from loopmdm.model.network.checkpoints import list_models
-from loopmdm.model.network.config import LoopMDMConfig
-from loopmdm.model.network.model import LoopMDM
-from loopmdm.model.protocol import LoopOutput
-from loopmdm.model.sequences import MaskedBatch, Sequences
-from loopmdm.model.sites import Site, at
-from loopmdm.model.stopping.rules import (
-    ArgmaxStable,
-    EntropyDelta,
-    ExitGate,
-    FixedLoops,
-    KLDelta,
-    NoiseSchedule,
-    SecondDifference,
-    StateDelta,
-    StoppingRule,
-)
 
 hand_over(__name__)
 
 if TYPE_CHECKING:
     from loopmdm.model.adapters import hook_model, open_model
+    from loopmdm.model.diffusion.likelihood import (
+        NelboResult,
+        continuation_nelbo,
+        corpus_nelbo,
+        nelbo,
+        nelbo_by_loop,
+    )
+    from loopmdm.model.diffusion.orders import Order
+    from loopmdm.model.diffusion.sampling import SampleResult, sample
+    from loopmdm.model.diffusion.trajectories import Trajectory
+    from loopmdm.model.errors import UsageError
     from loopmdm.model.hooks.hooked import HookedLoopMDM
+    from loopmdm.model.masking import mask_tokens
+    from loopmdm.model.network.checkpoints import list_models
+    from loopmdm.model.network.config import LoopMDMConfig
+    from loopmdm.model.network.model import LoopMDM
+    from loopmdm.model.protocol import LoopOutput
+    from loopmdm.model.sequences import MaskedBatch, Sequences
+    from loopmdm.model.sites import Site, at
+    from loopmdm.model.stopping.rules import (
+        ArgmaxStable,
+        EntropyDelta,
+        ExitGate,
+        FixedLoops,
+        KLDelta,
+        NoiseSchedule,
+        SecondDifference,
+        StateDelta,
+        StoppingRule,
+    )
 
 __all__ = [
     "ArgmaxStable",
@@ -71,16 +78,46 @@ __all__ = [
     "sample",
 ]
 
+_HOMES = {
+    "ArgmaxStable": "loopmdm.model.stopping.rules",
+    "EntropyDelta": "loopmdm.model.stopping.rules",
+    "ExitGate": "loopmdm.model.stopping.rules",
+    "FixedLoops": "loopmdm.model.stopping.rules",
+    "HookedLoopMDM": "loopmdm.model.hooks.hooked",
+    "KLDelta": "loopmdm.model.stopping.rules",
+    "LoopMDM": "loopmdm.model.network.model",
+    "LoopMDMConfig": "loopmdm.model.network.config",
+    "LoopOutput": "loopmdm.model.protocol",
+    "MaskedBatch": "loopmdm.model.sequences",
+    "NelboResult": "loopmdm.model.diffusion.likelihood",
+    "NoiseSchedule": "loopmdm.model.stopping.rules",
+    "Order": "loopmdm.model.diffusion.orders",
+    "SampleResult": "loopmdm.model.diffusion.sampling",
+    "SecondDifference": "loopmdm.model.stopping.rules",
+    "Sequences": "loopmdm.model.sequences",
+    "Site": "loopmdm.model.sites",
+    "StateDelta": "loopmdm.model.stopping.rules",
+    "StoppingRule": "loopmdm.model.stopping.rules",
+    "Trajectory": "loopmdm.model.diffusion.trajectories",
+    "UsageError": "loopmdm.model.errors",
+    "at": "loopmdm.model.sites",
+    "continuation_nelbo": "loopmdm.model.diffusion.likelihood",
+    "corpus_nelbo": "loopmdm.model.diffusion.likelihood",
+    "hook_model": "loopmdm.model.adapters",
+    "list_models": "loopmdm.model.network.checkpoints",
+    "mask_tokens": "loopmdm.model.masking",
+    "nelbo": "loopmdm.model.diffusion.likelihood",
+    "nelbo_by_loop": "loopmdm.model.diffusion.likelihood",
+    "open_model": "loopmdm.model.adapters",
+    "sample": "loopmdm.model.diffusion.sampling",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "HookedLoopMDM":
-        from loopmdm.model.hooks.hooked import HookedLoopMDM
-
-        return HookedLoopMDM
-    if name in ("hook_model", "open_model"):
-        from loopmdm.model import adapters
-
-        return getattr(adapters, name)
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+        return import_module(f"{__name__}.{name}")
     return moved(__name__, name)
 
 

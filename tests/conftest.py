@@ -3,7 +3,7 @@
 import inspect
 import os
 import re
-from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -67,23 +67,36 @@ def shipped() -> re.Pattern:
 SHIPPED = shipped()
 
 
-def _texts(code: Any, seen: set[Any]) -> Iterator[str]:
-    """The source of a function, and of what it names in its module: constants, other functions and theirs."""
-    seen.add(code)
-    yield (source := inspect.getsource(code))
-    for value in map(code.__globals__.get, set(re.findall(r"\w+", source))):
+@cache
+def _own(code: Any) -> tuple[bool, tuple[Any, ...]]:
+    """Whether a function's source, or a constant that it names, has a shipped name; and the functions it names."""
+    source = inspect.getsource(code)
+    texts, called = [source], []
+    for value in map(code.__globals__.get, sorted(set(re.findall(r"\w+", source)))):
         if isinstance(value, str | tuple | list | dict | set):
-            yield repr(value)
-        elif inspect.isfunction(value) and value.__module__ == code.__module__ and value not in seen:
-            yield from _texts(value, seen)
+            texts.append(repr(value))
+        elif inspect.isfunction(value) and value.__module__ == code.__module__:
+            called.append(value)
+    return any(SHIPPED.search(text) for text in texts), tuple(called)
+
+
+def _names_shipped(codes: list[Any]) -> bool:
+    """Whether functions, or what they name in their modules, name a shipped model."""
+    seen: set[Any] = set()
+    while codes:
+        seen.add(code := codes.pop())
+        found, called = _own(code)
+        if found:
+            return True
+        codes += [value for value in called if value not in seen]
+    return False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as "weights" what names a shipped model: in itself, in what it uses, or as a parameter."""
     for item in items:
         fixtures = [found[-1].func for found in item._fixtureinfo.name2fixturedefs.values()]
-        seen: set[Any] = set()
-        words = [t for code in (item.function, *fixtures) if inspect.isfunction(code) for t in _texts(code, seen)]
-        words += map(str, item.callspec.params.values()) if hasattr(item, "callspec") else ()
-        if any(SHIPPED.search(text) for text in words):
+        words = map(str, item.callspec.params.values()) if hasattr(item, "callspec") else ()
+        codes = [code for code in (item.function, *fixtures) if inspect.isfunction(code)]
+        if any(SHIPPED.search(text) for text in words) or _names_shipped(codes):
             item.add_marker(pytest.mark.weights)

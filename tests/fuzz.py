@@ -4,23 +4,16 @@ Each input is wrong by construction, or may be wrong. What is wrong must end in 
 Python API: in a UsageError), with nothing written; what is fine must end in 0.
 """
 
-import contextlib
-import io
 import json
 import os
 import shutil
-import signal
 import sys
-import traceback
-import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
-
-from loopmdm.analysis.cli import main
 
 ROOT = Path(__file__).parents[1]
 SMOKE = str(ROOT / "figures/specs/smoke.toml")
@@ -32,41 +25,6 @@ NAMES = NAMES.filter(lambda name: not name.startswith("-") and name.strip() not 
 UNKNOWN = NAMES.map(lambda name: f"{name}?").filter(lambda name: not name.startswith(("files:", "hub:")))
 """Names of nothing: Hypothesis draws words of the sources, too."""
 BRACKETS = st.sampled_from(["[" * 50_000, "{a=" * 3_000 + "1" + "}" * 3_000, "9" * 5_000])
-
-
-@dataclass
-class Outcome:
-    """How one run of the command line ended."""
-
-    code: Any
-    out: str
-    err: str
-    trace: str = ""
-
-    @property
-    def clear(self) -> bool:
-        """One line of ours, or the lines of the parser."""
-        said = self.err.strip().splitlines()
-        return len(said) == 1 or (bool(said) and said[0].startswith("Usage:") and len(said) <= 5)
-
-
-def run(arguments: list[str]) -> Outcome:
-    """The entry point in this process, as `loopmdm ARGUMENTS` would run it in its own."""
-    out, err, trace = io.StringIO(), io.StringIO(), ""
-    before = sys.argv, signal.getsignal(signal.SIGTERM), warnings.showwarning
-    sys.argv = ["loopmdm", *arguments]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            main()
-        code: Any = "no exit"
-    except SystemExit as error:
-        code = error.code
-    except BaseException:
-        code, trace = "traceback", traceback.format_exc()
-    finally:
-        sys.argv, handler, warnings.showwarning = before
-        signal.signal(signal.SIGTERM, handler)
-    return Outcome(code, out.getvalue(), err.getvalue(), trace)
 
 
 def contents(folder: Path) -> dict[str, tuple[int, int]]:

@@ -5,7 +5,7 @@ import os
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from tests import fuzz, fuzz_calls
+from tests import commands, fuzz, fuzz_calls
 
 BOUNDED = settings(
     derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck),
@@ -31,7 +31,7 @@ def wrong_words(place, tally):
 
     def check(arguments):
         before = fuzz.contents(place)
-        outcome = fuzz.run(arguments)
+        outcome = commands.run(arguments)
         tally.note(outcome.code)
         assert outcome.code == 2, (arguments, outcome.trace or outcome)
         assert outcome.clear and outcome.out == "", (arguments, outcome)
@@ -50,7 +50,7 @@ def damaged_files(place, tally):
         folder.mkdir()
         arguments = fuzz.write_case(folder, *case)
         before = fuzz.contents(place)
-        outcome = fuzz.run(arguments)
+        outcome = commands.run(arguments)
         tally.note(outcome.code)
         assert outcome.code in (0, 2), (case, outcome.trace or outcome)
         assert outcome.code == 0 or (outcome.clear and outcome.out == ""), (case, outcome)

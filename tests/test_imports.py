@@ -9,6 +9,8 @@ from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -203,3 +205,42 @@ def test_what_builds_is_installed_before_what_is_built():
     order = re.findall(r"-r locks/(\S+)\.txt", (ROOT / "Makefile").read_text())
     assert order[0] == "build"
     assert locked("build") == {"setuptools", "wheel"}
+
+
+LISTED = """
+import json, sys
+sys.argv = ["loopmdm", *json.loads(sys.argv[1])]
+from loopmdm.analysis.cli import main
+try:
+    main()
+except SystemExit as error:
+    assert not error.code, error.code
+print(*sys.modules, file=sys.stderr)
+"""
+"""A command, then the modules that it took, on stderr."""
+DRAWING = {"matplotlib", "seaborn", "scipy.stats"}
+COMPILER = {"torch._dynamo", "torch._inductor", "torch.distributed.checkpoint", "sympy", "accelerate"}
+"""What costs as much as torch itself, and nothing here needs but training on several processes."""
+ALL = {"torch", "pandas", "numpy", "transformers", "transformer_lens", "datasets"} | DRAWING | COMPILER
+
+
+@pytest.mark.parametrize(
+    ("words", "heavy"),
+    [
+        (["--help"], ALL),
+        (["measure", "--help"], ALL),
+        (["models"], ALL - {"torch", "numpy"}),
+        (["measure", "mask-attention", "sudoku-loop", "--n", "4"], DRAWING | COMPILER),
+        (["claims"], COMPILER),
+    ],
+)
+def test_a_command_imports_no_more_than_it_needs(words, heavy):
+    command = [sys.executable, "-c", LISTED, json.dumps(words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout and not heavy & set(done.stderr.split())
+
+
+def test_importing_the_name_imports_no_part_of_it():
+    code = "import sys, loopmdm; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert not {"loopmdm.model", "loopmdm.analysis", "torch", "numpy"} & set(done.stdout.split())

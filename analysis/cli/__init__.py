@@ -18,7 +18,8 @@ from loopmdm.analysis.cli import (  # noqa: F401 - each adds its commands
     science,
     training,
 )
-from loopmdm.analysis.cli.shared import Interrupted, Terminated, app, err
+from loopmdm.analysis.cli.shared import Interrupted, Terminated, app
+from loopmdm.analysis.cli.waiting import err
 from loopmdm.model.errors import DivergedError, NotFiniteError, UsageError
 from loopmdm.model.training.allocator import keep_freed_memory
 
@@ -76,7 +77,7 @@ def _run() -> None:
         raise UsageError("standard output is closed; redirect it to a file or to /dev/null")
     code = 0
     try:
-        app()
+        app(prog_name="loopmdm")  # under whatever name it runs: what shells complete goes by it
     except SystemExit as error:
         code = error.code
     sys.stdout.flush()  # what cannot be written is an error of its own

@@ -1,12 +1,13 @@
 """`loopmdm dictionary`."""
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loopmdm.analysis.cli.shared import MODEL, app, err, interruptible, opens, show
+from loopmdm.analysis.cli.completion import among, model_names
+from loopmdm.analysis.cli.shared import MODEL, app, interruptible, opens, show
+from loopmdm.analysis.cli.waiting import err, working
 
 if TYPE_CHECKING:
     from loopmdm.analysis.measures.access import Access
@@ -15,7 +16,12 @@ if TYPE_CHECKING:
 @app.command(epilog="Example: loopmdm dictionary sudoku-loop --out sudoku-loop-dictionary")
 @opens()
 def dictionary(
-    model: Annotated[str, typer.Argument(help=f"{MODEL}; `list` shows those shipped with a dictionary")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help=f"{MODEL}; `list` shows those shipped with a dictionary", autocompletion=among(model_names)
+        ),
+    ],
     kind: Annotated[str, typer.Option(help="sae: a code at each loop; crosscoder: one for all loops")] = "sae",
     layer: Annotated[int | None, typer.Option(help="looped layer; default: states after each loop")] = None,
     features: Annotated[int, typer.Option(help="how many")] = 256,
@@ -44,8 +50,7 @@ def dictionary(
     shape, training = Shape(kind, features, k=k), Training(steps=steps, seed=seed)  # pyright: ignore[reportArgumentType]
     folder = out or Path(f"{Path(model).name.rpartition(':')[2]}-dictionary")
     check_target(folder / FILE)
-    status = err.status(f"dictionary of {model}") if err.is_terminal else nullcontext()
-    with interruptible(f"nothing was written to {folder}"), status:
+    with interruptible(f"nothing was written to {folder}"), working(f"dictionary of {model}"):
         made, scores = make_dictionary(Case.of(model, n_loops, n, seed, access=how), shape, training, layer)
         made.save(folder)
     show(list(scores.columns), scores.itertuples(index=False))

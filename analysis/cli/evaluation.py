@@ -1,21 +1,21 @@
 """`loopmdm evaluate` and `loopmdm lm-eval`."""
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from loopmdm.analysis.cli.completion import among, model_names
 from loopmdm.analysis.cli.shared import (
     MODEL,
     app,
-    err,
     integer,
     integers,
     interruptible,
     opens,
     show,
 )
+from loopmdm.analysis.cli.waiting import working
 
 if TYPE_CHECKING:
     from loopmdm.analysis.measures.access import Access
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @app.command(epilog="Example: loopmdm evaluate sudoku-loop --n-loops 1,2,4")
 @opens()
 def evaluate(
-    model: Annotated[str, typer.Argument(help=MODEL)],
+    model: Annotated[str, typer.Argument(help=MODEL, autocompletion=among(model_names))],
     measure: Annotated[
         str,
         typer.Option(
@@ -58,8 +58,7 @@ def evaluate(
         options["steps"] = integer(steps, "--steps of word-problems", "64")
     options = {key: value for key, value in options.items() if value is not None}
     counts = integers(n_loops, "--n-loops", "1,2,4") if n_loops else None
-    status = err.status(f"{measure} of {model}") if err.is_terminal else nullcontext()
-    with interruptible("nothing was written"), status:
+    with interruptible("nothing was written"), working(f"{measure} of {model}"):
         if not how.plain or not is_ours(model):
             frame = anew(measure, model, counts, access=how, **options)
         else:
@@ -71,7 +70,9 @@ def evaluate(
 @app.command("lm-eval", epilog="Example: loopmdm lm-eval --model sotu-loop --tasks my-task.yaml --n-loops 4")
 @opens(text=False)
 def lm_eval(
-    model: Annotated[str, typer.Option(help="shipped name, run folder or hub id")],
+    model: Annotated[
+        str, typer.Option(help="shipped name, run folder or hub id", autocompletion=among(model_names))
+    ],
     tasks: Annotated[Path, typer.Option(help="YAML task of the harness, its data files beside it")],
     n_loops: Annotated[int | None, typer.Option(help="loops; default S_max")] = None,
     n_samples: Annotated[int, typer.Option(help="masks a continuation")] = 8,
@@ -83,6 +84,6 @@ def lm_eval(
     """Run a text model on a local task of the lm-eval harness (extra lm-eval)."""
     from loopmdm.analysis.harness import run_harness
 
-    with interruptible("nothing was written"):
+    with interruptible("nothing was written"), working(f"{tasks} of {model}"):
         frame = run_harness(model, tasks, n_loops, n_samples, steps, limit, how)
     show(list(frame.columns), frame.itertuples(index=False))

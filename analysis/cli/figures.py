@@ -1,29 +1,22 @@
 """`loopmdm table`, `loopmdm figures` and `loopmdm bench`."""
 
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from loopmdm.analysis.cli.shared import (
-    BATCH,
-    DEVICE,
-    app,
-    check_folder,
-    draw_offline,
-    err,
-    interruptible,
-    progress_bar,
-    show,
-)
+from loopmdm.analysis.cli.completion import among, figure_names, table_names
+from loopmdm.analysis.cli.shared import BATCH, DEVICE, app, check_folder, draw_offline, interruptible, show
+from loopmdm.analysis.cli.waiting import progress_bar, working
 from loopmdm.model.errors import UsageError, check_word
 
 
 @app.command(epilog="Example: loopmdm table settled")
 def table(
-    name: Annotated[str, typer.Argument(help="table; `loopmdm table list` shows all")],
+    name: Annotated[
+        str, typer.Argument(help="table; `loopmdm table list` shows all", autocompletion=among(table_names))
+    ],
     out: Annotated[Path | None, typer.Option(help="folder; default figures/tables")] = None,
     device: Annotated[str, typer.Option(help=DEVICE)] = "cpu",
     batch_size: Annotated[int | None, typer.Option(help=BATCH)] = None,
@@ -43,15 +36,16 @@ def table(
     find(name)
     place = str(check_device(device))
     check_folder(out or tables.tables_folder())
-    status = err.status(f"measuring {name}") if err.is_terminal else nullcontext()
-    with interruptible("the old table is intact"), status:
+    with interruptible("the old table is intact"), working(f"measuring {name}"):
         frame = measure_one(name, out or tables.tables_folder(), place, batch_size)
     show(list(frame.columns), frame.itertuples(index=False))
 
 
 @app.command(epilog="Example: loopmdm figures mask-to-mask-by-loop --out somewhere")
 def figures(
-    names: Annotated[list[str] | None, typer.Argument(help="figures; default all")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="figures; default all", autocompletion=among(figure_names))
+    ] = None,
     source: Annotated[
         str, typer.Option("--from", help="tables | checkpoints (measure the tables again)")
     ] = "tables",

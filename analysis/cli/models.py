@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loopmdm.analysis.cli.completion import among, model_names
 from loopmdm.analysis.cli.shared import MODEL, app, opens, show
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def _list_families() -> None:
 @app.command(epilog="Example: loopmdm sites sudoku-loop --n-loops 2")
 @opens(text=False, runs=False)
 def sites(
-    model: Annotated[str, typer.Argument(help=MODEL)],
+    model: Annotated[str, typer.Argument(help=MODEL, autocompletion=among(model_names))],
     n_loops: Annotated[int, typer.Option(help="loops to list; 0: as many as the model knows")] = 0,
     *,
     how: "Access",

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loopmdm.analysis.cli.completion import among, model_names
 from loopmdm.analysis.cli.shared import (
     MODEL,
     app,
@@ -12,8 +13,8 @@ from loopmdm.analysis.cli.shared import (
     draw_offline,
     interruptible,
     opens,
-    progress_bar,
 )
+from loopmdm.analysis.cli.waiting import progress_bar, working
 
 if TYPE_CHECKING:
     from loopmdm.analysis.measures.access import Access
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 @app.command(epilog="Example: loopmdm report --out report.html")
 @opens()
 def report(
-    model: Annotated[str, typer.Argument(help=f"an explorer of one model alone: {MODEL}")] = "",
+    model: Annotated[
+        str, typer.Argument(help=f"an explorer of one model alone: {MODEL}", autocompletion=among(model_names))
+    ] = "",
     out: Annotated[Path | None, typer.Option(help="the file, .html; default report.html")] = None,
     *,
     how: "Access",
@@ -39,7 +42,7 @@ def report(
     from loopmdm.analysis.report.page import write_model_report, write_report
 
     if model:
-        with interruptible(f"{out} is as it was"):
+        with interruptible(f"{out} is as it was"), working(f"report on {model}"):
             m = how.open(model)
             write_model_report(out, m, how.test_set(m), how)
     else:

@@ -1,15 +1,16 @@
 """`loopmdm sample`."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loopmdm.analysis.cli.completion import among, model_names
 from loopmdm.analysis.cli.shared import (
     MODEL,
     app,
     check_out,
-    err,
     integer,
     integers,
     interruptible,
@@ -17,6 +18,7 @@ from loopmdm.analysis.cli.shared import (
     show,
     tsv,
 )
+from loopmdm.analysis.cli.waiting import err, working
 from loopmdm.model.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 @app.command(epilog="Example: loopmdm sample markov-loop --steps 8")
 @opens(text=False)
 def sample(
-    model: Annotated[str, typer.Argument(help=MODEL)],
+    model: Annotated[str, typer.Argument(help=MODEL, autocompletion=among(model_names))],
     n: Annotated[int, typer.Option(help="sequences")] = 1,
     length: Annotated[int | None, typer.Option(help="tokens of a text; default: as many as fit")] = None,
     steps: Annotated[int, typer.Option(help="denoising steps")] = 64,
@@ -65,7 +67,8 @@ def sample(
     rule = parse_rule(stop, m.cfg.max_loops if n_loops is None else n_loops) if stop else None
     board = board_of_model(m.cfg)
     given = clues if board and ":" not in clues and len(clues) > board.size else _clues(clues)
-    with interruptible("nothing was written; --partial keeps the finished batches"):
+    waiting = nullcontext() if err.is_terminal else working(f"sampling {model}")  # a terminal gets a bar of steps
+    with interruptible("nothing was written; --partial keeps the finished batches"), waiting:
         r = run(
             m,
             n=n,

@@ -1,23 +1,23 @@
 """`loopmdm measure` and `loopmdm claims`."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from loopmdm.analysis.cli.completion import among, measure_names, model_names
 from loopmdm.analysis.cli.shared import (
     MODEL,
     app,
     check_out,
-    err,
     integer,
     integers,
     interruptible,
     opens,
     show,
 )
+from loopmdm.analysis.cli.waiting import working
 from loopmdm.model.errors import UsageError, check_count
 
 if TYPE_CHECKING:
@@ -27,8 +27,14 @@ if TYPE_CHECKING:
 @app.command(epilog="Example: loopmdm measure mask-attention sudoku-loop --mask-ratios 0.5")
 @opens(changes="the measure's own option, or one of somebody else's model; n_thresholds=10")
 def measure(
-    name: Annotated[str, typer.Argument(help="measure; `loopmdm measure list` shows all, with their options")],
-    model: Annotated[str, typer.Argument(help=MODEL)] = "",
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="measure; `loopmdm measure list` shows all, with their options",
+            autocompletion=among(measure_names),
+        ),
+    ],
+    model: Annotated[str, typer.Argument(help=MODEL, autocompletion=among(model_names))] = "",
     n_loops: Annotated[
         str | None, typer.Option(help="loops to read; loop counts, comma-separated, where it takes several")
     ] = None,
@@ -68,8 +74,7 @@ def _measure(name: str, model: str, how: "Access", given: dict[str, Any], out: P
     from loopmdm.model.network.checkpoints import is_shipped
 
     check_out(out, ".parquet")
-    status = err.status(f"{name} of {model}") if err.is_terminal else nullcontext()
-    with interruptible("nothing was written"), status:
+    with interruptible("nothing was written"), working(f"{name} of {model}"):
         frame = run(name, model, access=how, **given)
     if out is not None:
         known = (model,) if is_shipped(model) else ()
@@ -100,7 +105,7 @@ def _share(word: str) -> float:
 @app.command("training-free", epilog="Example: loopmdm training-free sudoku-base --blocks 1:1 --n 32")
 @opens()
 def training_free(
-    model: Annotated[str, typer.Argument(help=MODEL)],
+    model: Annotated[str, typer.Argument(help=MODEL, autocompletion=among(model_names))],
     blocks: Annotated[str, typer.Option(help="FIRST:NUMBER of layers to repeat, with commas; default all")] = "",
     n_loops: Annotated[str, typer.Option(help="loop counts, comma-separated")] = "1,2,4,8",
     n_samples: Annotated[int, typer.Option(help="masks a sequence")] = 2,

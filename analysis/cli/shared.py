@@ -1,4 +1,4 @@
-"""What the commands share: the app, printing, progress, interruption."""
+"""What the commands share: the app, printing, interruption, options."""
 
 import csv
 import io
@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
 from loopmdm.model.errors import Stopped, UsageError
@@ -24,11 +23,9 @@ from loopmdm.model.files import check_target, toml_value
 app = typer.Typer(
     help="See inside looped masked-diffusion language models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-err = Console(stderr=True)
 
 MODEL = "shipped name, run folder or hub id; somebody else's: hf:owner/name, a folder, a name of `loopmdm models`"
 
@@ -88,12 +85,6 @@ def cell(value: Any) -> str:
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 """What breaks lines and fields, or a terminal."""
-
-
-def progress_bar() -> Progress:
-    """A progress bar on standard error."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
 
 
 def integer(word: str, option: str = "--n-loops", example: str = "1,2,4") -> int:

@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from loopmdm.analysis.cli.shared import app, interruptible, progress_bar, show, values
+from loopmdm.analysis.cli.shared import app, interruptible, show, values
+from loopmdm.analysis.cli.waiting import progress_bar
 
 
 @app.command(epilog="Example: loopmdm train figures/specs/smoke.toml")

@@ -6,6 +6,7 @@ known when an estimand was written stays exploratory.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 
 from loopmdm.model.errors import UsageError, check_keys
@@ -42,6 +43,12 @@ class Declared:
 def load_declared(path: Path | None = None) -> dict[str, Declared]:
     """All sets by name; UsageError names a missing or unknown key."""
     path = path or figures_folder() / "claims.toml"
+    state = path.stat() if path.is_file() else None
+    return dict(_read(path, state and (state.st_mtime_ns, state.st_size)))
+
+
+@lru_cache(maxsize=8)
+def _read(path: Path, state: tuple[int, int] | None) -> dict[str, Declared]:  # noqa: ARG001 - what the file is now
     names, found = [item.name for item in fields(Declared)], {}
     for entry in read_toml(path).get("declared", []):
         what = f"{path.name} [[declared]] {entry.get('name', '?')}"

@@ -28,6 +28,14 @@ def write_table(df: pd.DataFrame, path: Path, provenance: dict[str, Any]) -> Non
     write_atomic(path, lambda temporary: df.to_parquet(temporary, index=False))
 
 
+class Told(dict[str, Any]):
+    """What a frame says of its origin. pandas copies `attrs` deeply at every step; this is shared, not changed."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Told":
+        """Itself."""
+        return self
+
+
 def read_table(path: Path, columns: Iterable[str] = ()) -> pd.DataFrame:
     """Read and check a table; UsageError if it is damaged, of another schema or lacks columns.
 
@@ -58,4 +66,5 @@ def _checked(path: Path, modified: int, size: int, inode: int, changed: int, rem
         raise UsageError(f"{path} has schema {df.attrs.get('schema')}, this version reads {SCHEMA}; {remedy}")
     if df.attrs["values_sha256"] != value_hash(df):
         raise UsageError(f"{path}: values do not match their recorded hash; {remedy}")
+    df.attrs = {name: Told(value) if isinstance(value, dict) else value for name, value in df.attrs.items()}
     return df

@@ -24,6 +24,7 @@ from loopmdm.model.adapters.norms import eps_of
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM, LoopRuns
 from loopmdm.model.layout import Layout
+from loopmdm.model.network.checkpoints import Uninitialised
 from loopmdm.model.network.config import LoopMDMConfig
 from loopmdm.model.network.layers import rotary_tables
 from loopmdm.model.network.model import LoopMDM
@@ -79,7 +80,7 @@ class Recipe:
 
 def _made(core: ForeignCore, recipe: Recipe) -> LoopMDM:
     cfg = LoopMDMConfig(**{name: getattr(core.cfg, name) for name in SIZES}, **recipe.fields)
-    with torch.device("meta"):
+    with torch.device("meta"), Uninitialised():
         model = LoopMDM(cfg)
     order = traded(torch.arange(cfg.d_vocab, device=core.device), core.cfg)
     weights = {

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from loopmdm.model.errors import NotFiniteError, UsageError, unknown_name
 from loopmdm.model.files import is_file, is_folder, read_json, sha256, write_atomic, write_json
@@ -28,6 +29,17 @@ WEIGHTS_HASH = "weights_sha256"
 """What the record calls the hash of the weights."""
 EVALUATION = "evaluation"
 """What it calls what these weights reach."""
+
+
+class Uninitialised(TorchFunctionMode):
+    """Modules made inside stay as allocated: drawing weights on the meta device loads the compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What `torch.nn.init` is asked gives its tensor back."""
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def list_models() -> list[str]:

@@ -105,6 +105,8 @@ class Injection(nn.Module):
 
 def rotary_tables(cfg: LoopMDMConfig) -> tuple[Tensor, Tensor]:
     """Cosines, and sines signed for `rotate` (first half negative): [n_ctx, 1, 1, d_head]."""
+    if torch.get_default_device().type == "meta":  # arithmetic there loads the compiler
+        return torch.empty(cfg.n_ctx, 1, 1, cfg.d_head), torch.empty(cfg.n_ctx, 1, 1, cfg.d_head)
     half = torch.arange(0, cfg.d_head, 2, dtype=torch.float64) / cfg.d_head
     angle = torch.arange(cfg.n_ctx, dtype=torch.float64)[:, None] * cfg.rotary_base**-half
     cos, sin = angle.cos(), angle.sin()

@@ -258,7 +258,7 @@ class LoopMDM(Core):
         place = checkpoints.check_device(device)
         folder = checkpoints.resolve(name)
         cfg = LoopMDMConfig.load(checkpoints.need(folder, "config.json"))
-        with torch.device("meta"):
+        with torch.device("meta"), checkpoints.Uninitialised():
             checkpoints.check_sizes(folder, cls(cfg).state_dict())
         model = cls(cfg)
         model.load_state_dict(checkpoints.load_weights(folder, model.state_dict()))

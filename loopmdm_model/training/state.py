@@ -4,18 +4,11 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 
 from loopmdm.model.corpora.own_files import FILES
 from loopmdm.model.errors import UsageError
@@ -23,9 +16,11 @@ from loopmdm.model.network.checkpoints import write_tensors
 from loopmdm.model.training.ema import Ema
 from loopmdm.model.training.spec import RunSpec
 
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
 STATE_FILE = "state/state.safetensors"
 HASH = "sha256"
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass
@@ -50,16 +45,24 @@ def identity_of(spec: RunSpec) -> dict[str, Any]:
     return values
 
 
+def _whole() -> "StateDictOptions":
+    from torch.distributed.checkpoint.state_dict import StateDictOptions  # late: costs as much as torch
+
+    return StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
 def gather(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema) -> dict[str, Tensor]:
     """All tensors a resumed run needs, by name, whole and on the CPU, however they are sharded.
 
     Every process must call it; only the first is sure to get the tensors.
     """
-    tensors: dict[str, Any] = dict(_named("model.", get_model_state_dict(model, options=WHOLE)))
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
+    tensors: dict[str, Any] = dict(_named("model.", get_model_state_dict(model, options=_whole())))
     with ema.swapped():
-        averages = get_model_state_dict(model, options=WHOLE)
+        averages = get_model_state_dict(model, options=_whole())
         tensors |= {name: value.clone() for name, value in _named("ema.", averages)}
-    moments: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=WHOLE))
+    moments: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=_whole()))
     for name, kept in moments.get("state", {}).items():
         tensors |= _named(f"optimizer.{name}.", kept)
     return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
@@ -75,20 +78,25 @@ def scatter(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim
     def part(prefix: str) -> dict[str, Any]:
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
+    from torch.distributed.checkpoint import state_dict as sharded
+
     _check_tensors(tensors, model, optimizer)
+    whole = _whole()
     with ema.swapped():
-        set_model_state_dict(model, part("ema."), options=WHOLE)
-    set_model_state_dict(model, part("model."), options=WHOLE)
-    moments: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer))
+        sharded.set_model_state_dict(model, part("ema."), options=whole)
+    sharded.set_model_state_dict(model, part("model."), options=whole)
+    moments: dict[str, Any] = dict(sharded.get_optimizer_state_dict(model, optimizer))
     moments["state"] = {}
     for name, value in part("optimizer.").items():
         parameter, _, key = name.rpartition(".")
         moments["state"].setdefault(parameter, {})[key] = value
-    set_optimizer_state_dict(model, optimizer, moments, options=WHOLE)
+    sharded.set_optimizer_state_dict(model, optimizer, moments, options=whole)
 
 
 def _check_tensors(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """UsageError for a tensor that the run needs and the state lacks, or has in another shape or too many."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
     weights = get_model_state_dict(model)
     expected: dict[str, Any] = {f"{kind}.{name}": w for kind in ("model", "ema") for name, w in weights.items()}
     moments: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer))

@@ -84,19 +84,12 @@ class Zoo:
     @classmethod
     def roster(cls, figures: Path | None = None) -> "Zoo":
         """Every run of zoo.toml in a figures folder; read once for each state of it and its specs."""
-        folder = figures_folder() if figures is None else figures
-        paths = [folder / "zoo.toml", *sorted((folder / "specs").glob("*.toml"))]
-        if not paths[0].is_file():
-            raise UsageError(f"{paths[0]} is missing; restore it from the repository")
-        return _read(folder, tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in paths))
+        return _read(*_state(figures))
 
     @classmethod
     def shipped(cls, figures: Path | None = None) -> "Zoo":
         """The runs of the roster whose record is here; `weights` says whether their weights are."""
-        records, models = set(list_runs()), set(list_models())
-        listed = cls.roster(figures).runs
-        here = tuple(replace(run, weights=run.name in models) for run in listed if run.name in records)
-        return cls(here, listed)
+        return _shipped(*_state(figures), frozenset(list_runs()), frozenset(list_models()))
 
     def __iter__(self) -> Iterator[Run]:
         return iter(self.runs)
@@ -233,6 +226,22 @@ def _several(value: Any) -> tuple:
 
 
 # --- reading the roster ---
+
+
+def _state(figures: Path | None) -> tuple[Path, tuple]:
+    """A figures folder, and what its roster and specs are now."""
+    folder = figures_folder() if figures is None else figures
+    paths = [folder / "zoo.toml", *sorted((folder / "specs").glob("*.toml"))]
+    if not paths[0].is_file():
+        raise UsageError(f"{paths[0]} is missing; restore it from the repository")
+    states = [(path, path.stat()) for path in paths]
+    return folder, tuple((path, state.st_mtime_ns, state.st_size) for path, state in states)
+
+
+@lru_cache(maxsize=8)
+def _shipped(figures: Path, state: tuple, records: frozenset[str], models: frozenset[str]) -> Zoo:
+    listed = _read(figures, state).runs
+    return Zoo(tuple(replace(run, weights=run.name in models) for run in listed if run.name in records), listed)
 
 
 @lru_cache(maxsize=8)

@@ -12,7 +12,7 @@ from loopmdm.analysis.measures.quality.questions import choose
 from loopmdm.model.diffusion.likelihood import continuation_nelbo, corpus_nelbo
 from loopmdm.model.errors import UsageError
 from loopmdm.model.tasks.benchmarks import Choice
-from tests.analysis.cli.test_cli import run
+from tests.commands import loopmdm as run
 
 TASK = """
 task: mini

@@ -27,7 +27,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from scipy import stats as distributions
 from torch import Tensor
 
 from loopmdm.analysis.measures.attention.record import check_loops, log_odds_growth, record
@@ -44,6 +43,8 @@ from loopmdm.model.sequences import MaskedBatch, as_batch
 
 def one_sided(value: NDArray, error: NDArray, units: NDArray) -> NDArray:
     """P(T >= value / error) by Student's t over independent units; NaN where there is no error."""
+    from scipy import stats as distributions  # late: half a second
+
     with np.errstate(invalid="ignore", divide="ignore"):
         p = distributions.t.sf(value / error, np.maximum(units - 1, 1))
     return np.where((error == 0) & (value == 0), 1.0, np.where(np.isfinite(error), p, np.nan))

@@ -20,7 +20,6 @@ Definitions are ours.
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
-from scipy.stats import rankdata
 
 from loopmdm.analysis.measures.known.boards import board_of, boards_after_loops, on_puzzles
 from loopmdm.analysis.measures.registry import Measure
@@ -136,6 +135,8 @@ def _null(n_loops: int, values: np.ndarray) -> tuple:
 
 def ranks(values: np.ndarray) -> Float[np.ndarray, " cell"]:
     """Ranks, ties at their mean."""
+    from scipy.stats import rankdata  # late: half a second
+
     return np.asarray(rankdata(values))
 
 

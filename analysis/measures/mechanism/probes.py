@@ -28,7 +28,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from scipy.stats import rankdata
 
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.known.boards import puzzles_of
@@ -94,6 +93,8 @@ def auc_and_influence(
     score: Float[np.ndarray, " row"], yes: np.ndarray, unit: Int[np.ndarray, " row"], n_units: int
 ) -> tuple[float, Float[np.ndarray, " unit"]]:
     """Area under the ROC, and each unit's influence on it; NaN where all rows are of one kind."""
+    from scipy.stats import rankdata  # late: half a second
+
     a, b = score[yes], score[~yes]
     if not len(a) or not len(b):
         return float("nan"), np.full(n_units, np.nan)

@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
-from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigs
 from torch import Tensor
 
 from loopmdm.analysis.measures.case import Case
@@ -69,6 +68,8 @@ def spectral_radius(
 
     `start` is where the iteration starts.
     """
+    from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigs  # late: half a second
+
     real = loop_map.context.real[0]
     size = int(real.sum()) * x.shape[-1]
 

@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from scipy import stats as distributions
 from torch import Tensor
 
 from loopmdm.analysis.measures.stopping.controls import prices
@@ -266,6 +265,8 @@ def prediction_quality(
     Columns: features loop r2 (1 - mean squared error / variance; 0 is no better than the mean over `record`, and
     it can be negative) rank_correlation n; NaN where the gain does not vary.
     """
+    from scipy import stats as distributions  # late: half a second
+
     check_pair(record, fitted)
     rows = []
     for kind in features:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats as distributions
 
 from loopmdm.analysis.measures.stopping.frontier import frontier, stopped_at, thresholds
 from loopmdm.analysis.measures.stopping.record import LoopRecord
@@ -146,6 +145,8 @@ def calibration(record: LoopRecord, rule: str, n_bins: int = 5) -> pd.DataFrame:
     Columns: rule loop bin criterion remaining remaining_se n, and `rank_correlation` of criterion and remaining
     gain over the rows of the loop: a criterion worth stopping on has it well above 0.
     """
+    from scipy import stats as distributions  # late: half a second
+
     rows = []
     for loop in range(record.max_loops - 1):
         values = record.criteria[rule][loop].numpy()

