@@ -27,7 +27,8 @@ def imported(path: Path) -> set[str]:
 
 FLOORS = (
     "folders model.errors model.information",
-    "model.precision model.files model.randomness model.registry model.layout model.context model.means",
+    "model.precision model.files model.randomness model.registry model.layout model.context model.means "
+    "model.batching",
     "model.sites model.flops model.tiles model.sequences",
     "model.taps",
     "model.masking model.stopping model.corpora model.adapters.cycles",

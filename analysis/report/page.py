@@ -18,8 +18,8 @@ from matplotlib.figure import Figure as MatplotlibFigure
 
 from loopmdm.analysis.exhibits import EXHIBITS, Exhibit, by_theme, tables
 from loopmdm.analysis.exhibits import verdicts as claims
-from loopmdm.analysis.measures.access import Access
-from loopmdm.analysis.measures.case import DEFAULT, Case
+from loopmdm.analysis.measures.access import Access, usual
+from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.numbers import provenance
 from loopmdm.analysis.plots.style import style
 from loopmdm.analysis.report.explorer import payload, render
@@ -142,7 +142,7 @@ def report(progress: Callable[[list[Exhibit]], Iterable[Exhibit]] = iter) -> str
     )
 
 
-def write_model_report(out: Path, m: HookedLoopMDM, test: TestSet, access: Access = DEFAULT) -> None:
+def write_model_report(out: Path, m: HookedLoopMDM, test: TestSet, access: Access | None = None) -> None:
     """Write an attention explorer of one model on three of its sequences, or one's own, and cards of its heads.
 
     Whole or not at all; where cards are not defined for a model the page says why.
@@ -151,7 +151,7 @@ def write_model_report(out: Path, m: HookedLoopMDM, test: TestSet, access: Acces
     m.facts.warn_beyond(0.5, "the report")
     source = ", ".join(m.record[key] for key in ("source", "licence") if m.record.get(key))
     title = f"{m.model_name} ({source})" if source else m.model_name
-    heads = measured_cards(Case(m, test, access=access))
+    heads = measured_cards(Case(m, test, access=access or usual()))
     page = render("alone.html", title=title, data=payload(inputs_of(m, test.sequences)), heads=heads)
     write_atomic(out, lambda temporary: temporary.write_text(page, encoding="utf-8"))
 
