@@ -35,6 +35,7 @@ for order in (*ORDERS, "blocks:6:threshold:0.5"):
 sample(m, 2, steps=6, n_loops=1, suppress=[2], end=[4])
 small = {
     "attribution-patching": {"n_sequences": 4, "n_exact": 1},
+    "causal-edges": {"n_draws": 2, "n_resamples": 1},
     "dictionaries": {"n_features": 16, "k": 4, "steps": 3, "n_scored": 4},
     "edge-effects": {"n_exact": 2},
     "head-cards": {"n_sequences": 4, "n_effects": 2},
@@ -50,7 +51,8 @@ for name in MEASURES:
     model = {"training-free": "sudoku-base"}.get(name, "sudoku-loop")
     if MEASURES[name].on not in ("tree", "loops"):
         given = small.get(name, {}) | ({"mask_ratios": (0.5,)} if MEASURES[name].on == "masks" else {})
-        assert len(measure(name, model, n=12, **given)), name
+        loops = {"n_loops": max(2, MEASURES[name].loops)}
+        assert len(measure(name, model, n=12, **loops | given)), name
 try:
     m.model.blocks[0].attn(torch.zeros(2, 3), (logits, logits), None)
 except Exception as error:

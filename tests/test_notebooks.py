@@ -16,6 +16,13 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SOURCES = {source.stem: source for source in sorted(NOTEBOOKS.glob("[0-9]*.py"))}
 LONGEST_CELL = 15
 ON_SUDOKU = {"model": "sudoku-loop", "n": 24}
+QUICK = {
+    "01_tour": {"n_loops": 7},
+    "02_training": {"flops": 2e10},
+    "04_attention": {"n": 8, "n_loops": 7},
+    "05_representation": {"n": 8, "far": 24},
+}
+"""Few sequences and loops, beyond S_max where the notebook looks there; `n` alone is enough for the others."""
 GRID = "123456456123231564564231312645645312"
 
 
@@ -46,12 +53,14 @@ def test_cells_are_short_and_one_is_for_parameters(name):
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
-        *((name, {}) for name in SOURCES),
-        ("04_attention", ON_SUDOKU | {"text": GRID}),
+        *((name, QUICK.get(name, {"n": 8})) for name in SOURCES),
+        *(pytest.param(name, {}, marks=pytest.mark.soak) for name in SOURCES),
+        pytest.param("04_attention", ON_SUDOKU | {"text": GRID}, marks=pytest.mark.soak),
         ("06_adaptive_stopping", ON_SUDOKU),
     ],
 )
 def test_each_notebook_runs_and_shows_what_the_batch_draws(name, parameters, tmp_path, monkeypatch):
+    """Every cell, of few sequences; `make soak` runs them as shipped."""
     monkeypatch.delenv("MPLBACKEND", raising=False)  # pictures as in Jupyter
     source, target = NOTEBOOKS / f"{name}.ipynb", tmp_path / "out.ipynb"
     done = papermill.execute_notebook(source, target, parameters, progress_bar=False, cwd=str(tmp_path))
