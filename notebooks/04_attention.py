@@ -25,6 +25,7 @@ import torch
 from loopmdm.analysis import Case, attention_across_loops, claims_table, explore, figures, mask_attention
 from loopmdm.analysis.measures.attention import head_growth
 from loopmdm.analysis.measures.attention.cards import head_cards
+from loopmdm.analysis.measures.mechanism import edge_effects
 from loopmdm.model import HookedLoopMDM, LoopMDM
 
 _ = torch.set_grad_enabled(False)
@@ -171,11 +172,13 @@ cards.query("loop in @loops")[["loop", "layer", "head", "label", "effect"]].drop
 # ## Who tells whom
 #
 # The measure that mass stands in for: change one clean word, and let the edges of one group alone, in one loop
-# alone, carry what changed. What the answer then moves by is what these edges said; on the right by whom it was
-# passed on. Chapter 11 takes this apart.
+# alone, carry what changed. What the answer then moves by is what these edges said. Thousandths of a nat, by the
+# distance of the key and by what it holds; chapter 11 takes this apart and draws it.
 
 # %%
-figures.FIGURES["who-tells-whom"].show()
+said = edge_effects.edge_effects(m, halves.rows(slice(4)), 2)
+said = said.query("method == 'exact' and metric == 'kl' and queries == 'masked'")
+(1000 * said.pivot_table("value", ["keys", "relation"], "loop")).round(2)
 
 # %% [markdown]
 # ## Try it

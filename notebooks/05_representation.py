@@ -23,6 +23,7 @@ import torch
 
 from loopmdm.analysis import Case, claims_table, figures, read_loops, representation_change
 from loopmdm.analysis.measures.representation import convergence, loop_similarity, settled_loops, settled_means
+from loopmdm.analysis.measures.representation.gain import perturbation_gain
 
 _ = torch.set_grad_enabled(False)
 case = Case.of(model, n=n, seed=seed)
@@ -77,17 +78,9 @@ figures.FIGURES["lenses"].show()
 # Look for whether p(true) still rises up to S_max, and what happens behind it. A fall says that loops beyond
 # training undo something.
 #
-# Two more are fitted, a tuned lens by gradient descent on validation and a Jacobian lens from the coda's own
-# derivative; and probes ask for what no logit says. Look for whether a learned lens beats the coda, and whether
-# a probe beats the same probe of an untrained twin.
-
-# %%
-figures.FIGURES["learned-lenses"].show()
-
-# %%
-figures.FIGURES["probes"].show()
-
-# %% [markdown]
+# Two more are fitted, a tuned lens on validation and a Jacobian lens from the coda's own derivative; and probes
+# ask for what no logit says. Chapter 11 shows whether they beat the coda, and the same probes of an untrained twin.
+#
 # ## When an answer is there to stay
 #
 # Means over hidden positions: the loop at which the final answer first *appears*, and from which it stays
@@ -134,10 +127,11 @@ figures.FIGURES["far-out"].show()
 # ## A small push
 #
 # Does a loop damp or amplify? A small push at one position is followed through the loops by the map's own
-# derivative: how large it is after each, at its place and elsewhere.
+# derivative: how large it is after each, at its place and elsewhere. Chapter 11 draws it by relation.
 
 # %%
-figures.FIGURES["perturbation-gain"].show()
+gain = perturbation_gain(m, few, s_max).query("metric == 'gain' and receiver == 'any' and loop >= 0")
+gain.pivot_table("value", ["relation", "distance"], "loop").head(8).round(3)
 
 # %% [markdown]
 # ## Paths

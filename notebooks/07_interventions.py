@@ -23,18 +23,9 @@ seed = 0
 import pandas as pd
 import torch
 
-from loopmdm.analysis import Case, claims_table, cut, figures, stale
+from loopmdm.analysis import Case, Reference, ablate, claims_table, cut, damp, figures, freeze, patch, skip, stale
 from loopmdm.analysis.measures import interventions
-from loopmdm.analysis.measures.interventions import (
-    Reference,
-    ablate,
-    damp,
-    effect_by_loop,
-    freeze,
-    mediated_share,
-    patch,
-    skip,
-)
+from loopmdm.analysis.measures.interventions import effect_by_loop, mediated_share
 from loopmdm.analysis.measures.interventions.training_free import training_free
 from loopmdm.model import nelbo
 
@@ -168,13 +159,7 @@ pd.Series(costs).unstack().rename_axis("head", axis=1).round(3)
 # Where the rows disagree, ask what each leaves in place: a mean says nothing in particular, zero may be far from
 # it, and another board's activation says something definite and wrong.
 #
-# Two figures go on from here: patching part by part, and swapping the states of cells that should be alike.
-
-# %%
-figures.FIGURES["attribution-patching"].show()
-
-# %%
-figures.FIGURES["scrubbing"].show()
+# Chapter 11 goes on from here: patching part by part, and swapping the states of cells that should be alike.
 
 # %% [markdown]
 # `patch` puts a state from elsewhere in place. With the state after loop 0 in place of that after loop 1 the run

@@ -25,9 +25,9 @@ seed = 0
 import pandas as pd
 import torch
 
-from loopmdm.analysis import Case, claims_table, figures, tables
+from loopmdm.analysis import Case, candidates, claims_table, example_board, figures, tables
 from loopmdm.analysis.measures import known
-from loopmdm.analysis.measures.known.candidates import candidates
+from loopmdm.analysis.plots.candidates import plot_candidates
 from loopmdm.model.tasks.propagation import propagate
 from loopmdm.model.tasks.puzzles import puzzles
 from loopmdm.model.tasks.sudoku import BOARDS
@@ -131,7 +131,7 @@ depth.pivot_table(index="model", columns="arm", values="correlation").round(3)
 # what propagation has left after as many rounds.
 
 # %%
-figures.FIGURES["pencil-marks"].show()
+_ = plot_candidates(example_board(m, b, kind="solved late"))
 
 # %%
 found = candidates(m, b, n_loops)

@@ -19,10 +19,7 @@ seed = 0
 import pandas as pd
 import torch
 
-from loopmdm.analysis import Case, Dictionary, claims_table, figures
-from loopmdm.analysis.measures.attention.cards import head_cards
-from loopmdm.analysis.measures.known.candidates import candidates
-from loopmdm.analysis.measures.known.example_board import example_board
+from loopmdm.analysis import Case, Dictionary, candidates, claims_table, example_board, figures, head_cards
 from loopmdm.analysis.measures.mechanism import attribution, attribution_patching, corruption, edge_effects
 from loopmdm.analysis.measures.mechanism import steering as pushes
 from loopmdm.analysis.measures.mechanism.dictionaries import feature_pages
