@@ -79,7 +79,7 @@ figures.FIGURES["lenses"].show()
 # training undo something.
 #
 # Two more are fitted, a tuned lens on validation and a Jacobian lens from the coda's own derivative; and probes
-# ask for what no logit says. Chapter 11 shows whether they beat the coda, and the same probes of an untrained twin.
+# ask for what no logit says. Chapter 11 shows whether they beat the coda, and an untrained twin's probes.
 #
 # ## When an answer is there to stay
 #
