@@ -109,7 +109,7 @@ def representation_change(
     check_model(m, "representation_change")
     check_by(m.facts, by, "representation_change")
     b, n_loops = as_batch("representation_change", b, clusters), check_loops(m, n_loops)
-    parts = [_batch_metrics(m, part, n_loops, by) for _, part in b.batches(batch_size)]
+    parts = [part for _, _, part in b.each(batch_size, lambda part: _batch_metrics(m, part, n_loops, by))]
     rows = []
     for loop, group, metric, lens in parts[0]:
         values = torch.cat([part[loop, group, metric, lens] for part in parts]).double().cpu().numpy()
@@ -126,5 +126,6 @@ MEASURES = (
         plain(representation_change),
         groupless=plain(representation_change),
         both_ways=True,
+        shards=True,
     ),
 )

@@ -163,14 +163,19 @@ def record(m: LoopedModel, data: Data, rules: Sequence[StoppingRule] | None, rea
     batches = masked_draws(m, data, read)
     losses, correct, counts, ratios, noise = [], [], [], [], []
     criteria: dict[str, list[Tensor]] = {name: [] for name in named}
+
+    def work(part: MaskedBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        seen, nobody = _Recorder(named, part, _reader(m, part), m.facts.causal), torch.zeros_like(part.masked)
+        m.run(part.tokens, most, attention_mask=part.attention_mask, rows=nobody, on_loop=seen)
+        told = {name: torch.stack(values).cpu() for name, values in seen.criteria.items()}
+        return torch.stack(seen.losses).cpu(), torch.stack(seen.correct).cpu(), told
+
     for batch in batches:
-        for _, part in batch.batches(read.batch_size):
-            seen, nobody = _Recorder(named, part, _reader(m, part), m.facts.causal), torch.zeros_like(part.masked)
-            m.run(part.tokens, most, attention_mask=part.attention_mask, rows=nobody, on_loop=seen)
-            losses.append(torch.stack(seen.losses).cpu())
-            correct.append(torch.stack(seen.correct).cpu())
+        for _, part, (loss, right, told) in batch.each(read.batch_size, work):
+            losses.append(loss)
+            correct.append(right)
             for name in named:
-                criteria[name].append(torch.stack(seen.criteria[name]).cpu())
+                criteria[name].append(told[name])
             counts.append(part.masked.sum(-1).cpu())
             hidden = counts[-1].double() * (not m.facts.causal)
             ratios.append(hidden / part.sequences.lengths.cpu())
