@@ -45,7 +45,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Share:
-    """Shard `number` of `of`, counted from 1: rows in one piece, which know their place. 0: all, cut as they are."""
+    """Shard `number` of `of`, counted from 1: rows in one piece that know their place. 0: all, cut as they are."""
 
     number: int
     of: int
@@ -126,7 +126,7 @@ class _Rows:
                 yield start, self.rows(slice(start, min(start + size, end)))
 
     def each(self: R, batch_size: int, work: Callable[[R], T]) -> Iterator[tuple[slice, R, T]]:
-        """(where its sequences stand, rows, what `work` gives of them) in pieces of `batch_size`, which know their place.
+        """(where they stand, rows that know their place, what `work` gives of them), `batch_size` at a time.
 
         In a measure by shards, `work` may have been done elsewhere (`work.py`): it must hang on nothing but its
         rows and what all shards are asked alike, and give numbers, words, arrays and tensors only.

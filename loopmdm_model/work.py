@@ -1,4 +1,4 @@
-"""Work done on rows of a batch, whose results can be kept and taken up again: what shards of a measure are made of.
+"""Work done on rows of a batch, whose results can be kept and taken up again: what makes shards of a measure.
 
 A measure walks over its batches with `Rows.each(batch_size, work)`. Usually `work` is simply done. Inside
 `keeping(ledger)` the ledger is asked instead, by a key that tells what the work was done on:

@@ -3,7 +3,7 @@
     measure("mask-attention", "sudoku-loop", n_loops=18)           the test set at three mask ratios
     measure("mask-attention", "sudoku-loop", along_sampling=16)    before the denoising steps of its own samples
     measure("mask-attention", [m, "sotu-base"], batch=b)           models or names, on a batch of one's own
-    measure("mask-attention", "sudoku-loop", shard=(1, 4))         a part of four, for another machine; merge(parts)
+    merge([measure("settled", "sotu-loop", shard=(i, 2)) for i in (1, 2)])    in parts, on several machines
     evaluate("sotu-loop", "zero-shot", [1, 6])                     from the cache if nothing changed
 
 `MEASURES` has them all by name, and `MEASURES[name].options` what each can be asked; registry.py says how to add

@@ -95,7 +95,7 @@ def load_test_set(
 ) -> TestSet:
     """Held-out sequences; text comes from the embedded slice, which holds the whole split.
 
-    Of tasks that are generated there are `n`, but no fewer than `GENERATED_TESTS`, the first of which never change.
+    Of what is generated there are `n`, but no fewer than `GENERATED_TESTS`; the first ones never change.
     """
     size = max(GENERATED_TESTS, n or 0)
     if task in BOARDS:

@@ -128,7 +128,7 @@ class ToggleSums(PlaceSums):
     def add(
         self, b: MaskedBatch, clusters: np.ndarray | None = None, first_index: int | None = None
     ) -> "ToggleSums":  # fmt: skip
-        """Toggle keys of a batch; `first_index` numbers its first sequence (default: its place, or after those seen)."""
+        """Toggle keys of a batch; `first_index` numbers its first sequence (default: its place, or on)."""
         given = b.first if first_index is None and b.place is not None else first_index
         first = self.seen if given is None else given
         b = as_batch(type(self).__name__, b, clusters)
