@@ -95,8 +95,7 @@ def _part(
         raise UsageError("--shard needs --out FILE.parquet; `loopmdm merge` makes a table of all parts")
     check_out(out, ".parquet")
     told = f"shard {shard[0]}/{shard[1]} of {name} of {model}"
-    status = err.status(told) if err.is_terminal else nullcontext()
-    with interruptible("nothing was written"), status:
+    with interruptible("nothing was written"), working(told):
         part = run(name, model, access=how, shard=shard, **asked)
     frames.write_table(part, out, dict(part.attrs))
     show(["shard", "batches", "out"], [(f"{shard[0]}/{shard[1]}", len(part), out)])

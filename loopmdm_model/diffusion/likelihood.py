@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from loopmdm.model import flops, means
+from loopmdm.model.blocks import RowLogits
 from loopmdm.model.corpora.ids import IdLists, id_lists
 from loopmdm.model.corpora.windows import sliding_windows
 from loopmdm.model.errors import UsageError, check_count, check_model, check_word
@@ -202,6 +203,12 @@ def row_cross_entropy(logits: Float[Tensor, "row d_vocab"], batch: MaskedBatch) 
     return F.cross_entropy(wide(logits), batch.truth("a loss")[batch.masked].long(), reduction="none").double()
 
 
+def read_cross_entropy(reading: RowLogits, batch: MaskedBatch) -> Float[Tensor, " row"]:
+    """As `row_cross_entropy`, of logits that are made block by block."""
+    truth = batch.truth("a loss")[batch.masked].long()
+    return reading.each(lambda span, logits: F.cross_entropy(wide(logits), truth[span], reduction="none").double())
+
+
 def row_sums(values: Float[Tensor, "*loop row"], batch: MaskedBatch) -> Float[Tensor, "*loop batch"]:
     """Sums of such values over each sequence."""
     owner = batch.masked.nonzero()[:, 0]
@@ -248,9 +255,15 @@ def estimate(
     total, loops, cost = torch.zeros(2, len(sequences), dtype=torch.float64), 0.0, 0.0
 
     def work(part: MaskedBatch) -> tuple[Tensor, float, float]:
-        run = model.run(part.tokens, read.n_loops, read.stop, attention_mask=part.attention_mask, rows=part.masked)
-        losses = row_sums(row_cross_entropy(run.logits, part), part)
-        return losses, run.loops_used.sum().item(), run.flops.sum().item()
+        run = model.run(
+            part.tokens,
+            read.n_loops,
+            read.stop,
+            attention_mask=part.attention_mask,
+            rows=part.masked,
+            into=lambda reading: read_cross_entropy(reading, part),
+        )
+        return row_sums(run.logits, part), run.loops_used.sum().item(), run.flops.sum().item()
 
     for batch, weight in draws(model, sequences, read, estimator):
         for span, _, (losses, used, spent) in batch.each(read.batch_size, work):
@@ -283,7 +296,7 @@ def losses_after(
     def work(part: MaskedBatch) -> Tensor:
         trajectory = model.states(part.tokens, counts[-1], part.attention_mask)
         losses = [
-            row_cross_entropy(model.readout(state, context, rows=part.masked), part)
+            read_cross_entropy(model.read(state, context, rows=part.masked), part)
             for loop, (state, context) in enumerate(trajectory, start=1)
             if loop in counts
         ]

@@ -1,14 +1,14 @@
-"""A measure in shards is the measure: masks, documents that span shards, and the table, to the last bit or rounding."""
+"""A measure in shards is the measure: masks, documents that span shards, and the table."""
 
 import dataclasses
-import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from loopmdm.analysis.measures import MEASURES, merge, measure
+from loopmdm.analysis.cli.science import _shard
+from loopmdm.analysis.measures import MEASURES, measure, merge
 from loopmdm.analysis.measures.access import Access
 from loopmdm.analysis.measures.shards import in_shards
 from loopmdm.analysis.numbers import frames, kept
@@ -17,7 +17,7 @@ from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.masking import mask_tokens
 from loopmdm.model.sequences import MaskedBatch, Sequences, Share
-from loopmdm.model.tasks.test_sets import TestSet
+from loopmdm.model.tasks.test_sets import TestSet, load_test_set
 from loopmdm.model.tasks.trees import TREE_TASKS
 from loopmdm.model.work import keeping
 from tests.analysis.cli.test_cli import one_line, run
@@ -43,7 +43,7 @@ def toy(**changes) -> HookedLoopMDM:
 def documents(monkeypatch):
     """A test set of 13 sequences in 5 documents, none of which fits into one shard; another one for validation."""
 
-    def planted(self, m, split="test", n=None):  # noqa: ARG001
+    def planted(self, m, split="test", n=None):
         tokens = torch.randint(0, 22, (13, 10), generator=torch.Generator().manual_seed(len(split)))
         return TestSet("toy", Sequences.of(tokens, clusters=np.arange(13) % 5))
 
@@ -133,7 +133,9 @@ def test_results_are_kept_as_they_were():
     given = {"a": (torch.arange(3), [1.5, None, "word"], {(0, "k"): np.float64(2.0)}), "b": np.array(["x", "yz"])}
     ((key, found),) = kept.results(kept.table({"key": given}))
     assert key == "key" and torch.equal(found["a"][0], torch.arange(3)) and found["a"][1] == [1.5, None, "word"]
-    assert list(found["a"][2]) == [(0, "k")] and found["a"][2][0, "k"] == 2.0 and found["b"].tolist() == ["x", "yz"]
+    assert (
+        list(found["a"][2]) == [(0, "k")] and found["a"][2][0, "k"] == 2.0 and found["b"].tolist() == ["x", "yz"]
+    )
     with pytest.raises(TypeError, match="object cannot be kept"):
         kept.table({"key": object()})
 
@@ -191,32 +193,38 @@ def test_misuse_of_shards_is_named(name, options, says, documents):
 
 def test_on_the_command_line_a_lost_shard_is_measured_again_alone(tmp_path):
     how = ("settled", "sudoku-loop", "--n", 8, "--n-loops", 1, "--mask-ratios", 0.5)
-    files = [tmp_path / f"part-{number}.parquet" for number in (1, 2)]
-    for number, file in enumerate(files, start=1):
-        out, _ = run("measure", *how, "--shard", f"{number}/2", "--out", file)
-        assert out.splitlines() == ["shard\tbatches\tout", f"{number}/2\t1\t{file}"]
-    second = shutil.copy(files[1], tmp_path / "kept.parquet")
-    files[1].write_bytes(files[1].read_bytes()[:100])  # killed while it was copied
-    _, err = run("merge", *files, code=2)
+    first, second = (tmp_path / f"part-{number}.parquet" for number in (1, 2))
+    options = {"n": 8, "mask_ratios": (0.5,)}
+    part = measure("settled", "sudoku-loop", 1, shard=(1, 2), **options)
+    frames.write_table(part, first, dict(part.attrs))
+    second.write_bytes(first.read_bytes()[:100])  # killed while it was copied
+    _, err = run("merge", first, second, "--out", tmp_path / "table.parquet", code=2)
     assert one_line(err) and "part-2.parquet is" in err and "measure that shard again" in err
-    files[1].unlink()
-    _, err = run("merge", files[0], "--out", tmp_path / "table.parquet", code=2)
-    assert one_line(err) and "shard 2/2 is missing; measure it with --shard 2/2" in err
     assert not (tmp_path / "table.parquet").exists()
-    out, _ = run("merge", files[0], second, "--out", tmp_path / "table.parquet")
-    whole, _ = run("measure", *how)
-    assert out == whole
+    out, _ = run("measure", *how, "--shard", "2/2", "--out", second)
+    assert out.splitlines() == ["shard\tbatches\tout", f"2/2\t1\t{second}"]
+    out, _ = run("merge", first, second, "--out", tmp_path / "table.parquet")
+    whole = measure("settled", "sudoku-loop", 1, **options)
+    assert frames.value_hash(frames.read_table(tmp_path / "table.parquet")) == frames.value_hash(whole)
+    assert out.count("\n") == 1 + len(whole)
 
 
-@pytest.mark.parametrize("shard", ["2", "a/b", "3/2"])
-def test_a_shard_on_the_command_line_is_one_of_some(shard, tmp_path):
-    _, err = run("measure", "settled", "sudoku-loop", "--shard", shard, "--out", tmp_path / "x.parquet", code=2)
+def test_a_shard_on_the_command_line_is_one_of_some(tmp_path):
+    for shard in ("2", "a/b"):
+        with pytest.raises(UsageError, match="--shard takes"):
+            _shard(shard)
+    _, err = run("measure", "settled", "sudoku-loop", "--shard", "3/2", "--out", tmp_path / "x.parquet", code=2)
     assert one_line(err) and not list(tmp_path.iterdir())
 
 
-def test_more_than_there_is_is_said_and_generated_tasks_make_more():
-    with pytest.warns(UserWarning, match="its test set has .* sequences, not 20000; all of them are taken"):
-        frame = measure("mask-attention-pooled", "sotu-loop", 1, n=20000, mask_ratios=(0.5,))
-    assert frame["n_units"].max() < 20000
-    frame = measure("settled", "sudoku-loop", 1, n=1004, mask_ratios=(0.5,))
-    assert set(frame["n_units"]) == {1004}
+def test_more_than_there_is_is_said(documents):
+    with pytest.warns(UserWarning, match="its test set has 13 sequences, not 14; all of them are taken"):
+        frame = measure("settled", toy(), 1, n=14, mask_ratios=(0.5,))
+    assert set(frame["n_units"]) == {5}
+
+
+@pytest.mark.parametrize("task", ["sudoku6", "tree", "markov", "arithmetic"])
+def test_generated_tasks_make_as_many_as_asked_for_and_the_first_ones_stay(task):
+    usual, more = load_test_set(task, 36, None), load_test_set(task, 36, None, n=1500)
+    assert len(usual.tokens) == 1000 == len(load_test_set(task, 36, None, n=5).tokens) and len(more.tokens) == 1500
+    assert torch.equal(more.tokens[:1000], usual.tokens)
