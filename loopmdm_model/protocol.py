@@ -25,7 +25,7 @@ from loopmdm.model.layout import Facts, Layout
 from loopmdm.model.precision import check_state
 from loopmdm.model.stopping.halting import OnLoop, iterate
 from loopmdm.model.stopping.rules import StoppingRule, as_rule
-from loopmdm.model.taps import NO_TAP, Tap, TapSource, no_taps
+from loopmdm.model.taps import EXPLICIT_TAP, NO_TAP, Tap, TapSource, no_taps
 
 
 @dataclass(frozen=True)
@@ -310,7 +310,7 @@ class Core(nn.Module):
         self, state: Tensor, context: Context, taps: TapSource = no_taps, *, rows: Bool[Tensor, "batch pos"]
     ) -> RowLogits:
         """As `readout` at `rows`, block by block; at once if anybody listens to what follows the coda."""
-        if taps("") is not NO_TAP or int(rows.sum()) * self.cfg.d_vocab <= blocks.BLOCK:
+        if taps("") not in (NO_TAP, EXPLICIT_TAP) or int(rows.sum()) * self.cfg.d_vocab <= blocks.BLOCK:
             return RowLogits(rows, self.cfg.d_vocab, self.readout(state, context, taps, rows=rows))
         x = self.coda(state, context, taps, rows=None if self._heard(taps) else rows)
         return RowLogits.of(lambda some: self.unembedding(x, rows=some), rows, self.cfg.d_vocab)

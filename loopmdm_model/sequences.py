@@ -379,8 +379,9 @@ def _full(mask: Tensor | None, tokens: Tensor) -> Bool[Tensor, "batch pos"]:
 def _pick(part: Any, keep: slice | Tensor | np.ndarray) -> Any:
     """The rows `keep` of a tensor or an array; None stays None, and a place moves to where a slice begins."""
     if isinstance(part, Place):
-        known = isinstance(keep, slice) and (keep.start or 0) >= 0 and keep.step is None
-        return Place(part.first + (keep.start or 0), part.n) if known else None
+        if isinstance(keep, slice) and (keep.start or 0) >= 0 and keep.step is None:
+            return Place(part.first + (keep.start or 0), part.n)
+        return None
     if isinstance(part, np.ndarray) and isinstance(keep, Tensor):
         keep = keep.cpu().numpy()
     return None if part is None else part[keep]

@@ -15,7 +15,7 @@ Only measures whose forwards all lie in such batches come in shards (`Measure.sh
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +106,13 @@ def told_of(case: Case, item: Measure, model: Any) -> dict[str, Any]:
 
     assert case.shard is not None
     access, sequences = case.access, case.test.sequences
-    opened = {"dtype": access.dtype, "revision": access.revision, "device": access.device}
-    opened |= {"trust_remote_code": access.trust_remote_code, "changes": dict(access.changes)}
+    opened = {entry.name: getattr(access, entry.name) for entry in fields(access) if entry.name != "text"}
     return {
         "measure": item.label,
         "model": model.model_name if isinstance(model, HookedLoopMDM) else str(model),
         "weights": identity(case.m).hash,
         "options": case.options.asked(),
-        "opened": opened,
+        "opened": opened | {"changes": dict(access.changes)},
         "text": None if access.text is None else str(access.text),
         "sequences": hashlib.sha256(digest(sequences).encode()).hexdigest()[:16],
         "shards": case.shard.of,
@@ -161,7 +160,7 @@ def _check(parts: list[pd.DataFrame], names: Sequence[str]) -> dict[str, Any]:
     """What the parts are of; UsageError unless they are all the parts of it, each once."""
     if not parts:
         raise UsageError("there is nothing to merge; give the parts that `measure` made with shard=")
-    told = [part.attrs.get(ATTRIBUTE) for part in parts]
+    told: list[Any] = [part.attrs.get(ATTRIBUTE) for part in parts]
     for name, one in zip(names, told, strict=True):
         if not isinstance(one, dict) or "shard" not in one:
             raise UsageError(f"{name} is no part of a measure; `loopmdm measure .. --shard 1/4 --out` makes one")

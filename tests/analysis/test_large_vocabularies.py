@@ -1,6 +1,7 @@
 """With a large vocabulary no measure makes a tensor of positions x vocabulary, for one loop or for all."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -45,7 +46,7 @@ def interrupted(m: HookedLoopMDM, b: MaskedBatch) -> torch.Tensor:
         return nelbo(m, b.clean, 3, n_samples=1).per_sequence
 
 
-ASKED: dict[str, Callable[[HookedLoopMDM, MaskedBatch], object]] = {
+ASKED: dict[str, Callable[[HookedLoopMDM, MaskedBatch], Any]] = {
     "nelbo": lambda m, b: nelbo(m, b.clean, 3, n_samples=2).per_sequence,
     "nelbo_by_loop": lambda m, b: torch.stack([r.per_sequence for r in nelbo_by_loop(m, b.clean, 3, n_samples=1)]),
     "mask_attention": lambda m, b: mask_attention(m, b, 3),

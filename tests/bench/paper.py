@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ from loopmdm.model.network.config import LoopMDMConfig
 from loopmdm.model.sequences import MaskedBatch
 from tests.bench.common import Row, peak_kib
 
-CONFIG = {"d_vocab": 50_258, "n_ctx": 1024, "d_model": 768, "n_heads": 12, "n_prelude_layers": 1}
+CONFIG: dict[str, Any] = {"d_vocab": 50_258, "n_ctx": 1024, "d_model": 768, "n_heads": 12, "n_prelude_layers": 1}
 CONFIG |= {"n_loop_layers": 2, "n_coda_layers": 9, "max_loops": 12}
 SEQUENCES, MOST = 2, 3.0
 

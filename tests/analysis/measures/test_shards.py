@@ -196,7 +196,7 @@ def test_on_the_command_line_a_lost_shard_is_measured_again_alone(tmp_path):
     first, second = (tmp_path / f"part-{number}.parquet" for number in (1, 2))
     options = {"n": 8, "mask_ratios": (0.5,)}
     part = measure("settled", "sudoku-loop", 1, shard=(1, 2), **options)
-    frames.write_table(part, first, dict(part.attrs))
+    frames.write_table(part, first, {str(name): told for name, told in part.attrs.items()})
     second.write_bytes(first.read_bytes()[:100])  # killed while it was copied
     _, err = run("merge", first, second, "--out", tmp_path / "table.parquet", code=2)
     assert one_line(err) and "part-2.parquet is" in err and "measure that shard again" in err
