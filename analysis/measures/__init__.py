@@ -11,6 +11,7 @@ one.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -23,7 +24,7 @@ from loopmdm.analysis.measures.shards import measured_part, merge, share_of
 from loopmdm.analysis.numbers.parallel import one_thread
 from loopmdm.analysis.numbers.store import Question
 from loopmdm.model.batching import at_a_time
-from loopmdm.model.errors import UsageError, check_model
+from loopmdm.model.errors import UsageError, check_count, check_model
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.network.checkpoints import RECORD, need, resolve
 from loopmdm.model.sequences import MaskedBatch

@@ -26,6 +26,7 @@ from loopmdm.analysis.measures.access import Access
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.registry import MEASURES, Measure
 from loopmdm.analysis.numbers import kept
+from loopmdm.model.batching import at_a_time
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.sequences import Share
@@ -142,7 +143,7 @@ def merge(
     found: dict[str, Any] = {}
     for part in parts:
         found |= dict(kept.results(part))
-    with keeping(Merging(item.name, found)):
+    with at_a_time(access.batch_size), keeping(Merging(item.name, found)):
         frame = item.of(case)
     return item.labelled(frame, case, whole["model"])
 

@@ -1,7 +1,7 @@
 """A model of the paper's size, random weights, on two sequences: peak memory and time of what is asked of it.
 
 162.3 M parameters, T = 1024, V = 50,258, S = 12. Each row is a process of its own. It takes minutes, so it is run
-only where it is named: `loopmdm bench paper-size`. Weights are 0.6 GiB of it, one read-out of a whole sequence 0.2.
+only where it is named: `loopmdm bench paper-size`. Weights are 0.6 GiB of it.
 """
 
 import json

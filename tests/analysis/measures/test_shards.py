@@ -87,6 +87,14 @@ def test_whole_batches_give_the_same_bits(monkeypatch):
         assert frames.value_hash(merge(parts, m)) == frames.value_hash(whole), name
 
 
+def test_parts_are_merged_in_the_batches_they_were_made_in(documents):
+    m = toy()
+    parts = [measure("settled", m, 2, shard=(number, 2), batch_size=2) for number in (1, 2)]
+    whole = measure("settled", m, 2)
+    assert {len(part) for part in parts} == {9, 12}  # 6 and 7 sequences, two at a time, at three mask ratios
+    pd.testing.assert_frame_equal(merge(parts, m), whole)
+
+
 def test_sequences_of_a_shard_are_masked_as_in_the_whole():
     tokens = torch.randint(0, 22, (11, 9), generator=torch.Generator().manual_seed(1))
     whole = Sequences.of(tokens, tokens > 2, clusters=np.arange(11) // 2)
