@@ -40,6 +40,7 @@ def mask_tokens(
     for name, value in (("mask_ratio", mask_ratio), ("t", t)):
         _check_share(name, value, len(sequences))
     clean, allowed = sequences.tokens, sequences.allowed
+    first_index += sequences.first
     uniforms = row_uniforms(seed, "positions", *clean.shape, first_index=first_index, step=step)
     uniforms = uniforms.to(clean.device)
     if t is not None:
@@ -80,5 +81,5 @@ def hide(clean: Tensor | Sequences, masked: Tensor, mask_token_id: int) -> Maske
     """Put [MASK] at the `masked` positions."""
     s = clean if isinstance(clean, Sequences) else Sequences(clean)
     return MaskedBatch(
-        s.tokens.masked_fill(masked, mask_token_id), s.tokens, masked, s.maskable, s.real, s.clusters
+        s.tokens.masked_fill(masked, mask_token_id), s.tokens, masked, s.maskable, s.real, s.clusters, s.place
     )

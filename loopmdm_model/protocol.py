@@ -9,7 +9,7 @@ that is missing. `LoopMDM` is one core, other people's models are others; `Loope
 sampling and measures take: a core, or one with hooks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,14 +17,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from loopmdm.model import flops
+from loopmdm.model import blocks, flops
+from loopmdm.model.blocks import RowLogits
 from loopmdm.model.context import Context
 from loopmdm.model.errors import UsageError, check_count, check_data
 from loopmdm.model.layout import Facts, Layout
 from loopmdm.model.precision import check_state
 from loopmdm.model.stopping.halting import OnLoop, iterate
 from loopmdm.model.stopping.rules import StoppingRule, as_rule
-from loopmdm.model.taps import NO_TAP, Tap, TapSource, no_taps
+from loopmdm.model.taps import EXPLICIT_TAP, NO_TAP, Tap, TapSource, no_taps
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class LoopedModel(Protocol):
         *,
         rows: Tensor | None = None,
         on_loop: OnLoop | None = None,
+        into: Callable[[RowLogits], Tensor] | None = None,
     ) -> LoopOutput:
         """Forward with a fixed number of loops or with a stopping rule."""
         ...
@@ -79,6 +81,10 @@ class LoopedModel(Protocol):
 
     def readout(self, state: Tensor, context: Context, *, rows: Tensor | None = None) -> Tensor:
         """Logits from a state, at the positions `rows` or at all."""
+        ...
+
+    def read(self, state: Tensor, context: Context, *, rows: Tensor) -> RowLogits:
+        """The same at `rows`, block by block."""
         ...
 
 
@@ -201,11 +207,13 @@ class Core(nn.Module):
         *,
         rows: Bool[Tensor, "batch pos"] | None = None,
         on_loop: OnLoop | None = None,
+        into: Callable[[RowLogits], Tensor] | None = None,
     ) -> LoopOutput:
         """Forward with a fixed number of loops or with a stopping rule.
 
         With `rows` logits are computed at those positions only and come packed, [row, d_vocab], in
-        reading order. `on_loop` is called with a `LoopView` after every loop.
+        reading order. `into` makes something of them, block by block, and that stands in the place of `logits`.
+        `on_loop` is called with a `LoopView` after every loop.
         """
         rule = as_rule(n_loops, stop, self.cfg.max_loops)
         context = self.context(tokens, attention_mask)
@@ -217,8 +225,16 @@ class Core(nn.Module):
             raise UsageError(f"rows must be boolean with one entry per token, {list(tokens.shape)}")
         x = self.prelude(tokens, context, taps)
         done = iterate(self, x, context, rule, taps, on_loop)
-        if done.after_coda is not None and not self._heard(taps):  # the rule has been there already
-            logits = self.unembedding(done.after_coda, rows=rows)
+        after = done.after_coda
+        if after is not None and not self._heard(taps):  # the rule has been there already
+            if into is not None and rows is not None:
+                logits = into(
+                    RowLogits.of(lambda some: self.unembedding(after, rows=some), rows, self.cfg.d_vocab)
+                )
+            else:
+                logits = self.unembedding(after, rows=rows)
+        elif into is not None and rows is not None:
+            logits = into(self.read(done.state, context, taps, rows=rows))
         else:
             logits = self.readout(done.state, context, taps, rows=rows)
         cost = done.flops + self._ends_flops(tokens, rows, coda=done.after_coda is None)
@@ -289,6 +305,15 @@ class Core(nn.Module):
         if rows is not None and not bool(rows.any()):
             return self.unembedding(state, taps, rows)  # nobody asks
         return self.unembedding(self.coda(state, context, taps, rows=rows), taps, rows)
+
+    def read(
+        self, state: Tensor, context: Context, taps: TapSource = no_taps, *, rows: Bool[Tensor, "batch pos"]
+    ) -> RowLogits:
+        """As `readout` at `rows`, block by block; at once if anybody listens to what follows the coda."""
+        if taps("") not in (NO_TAP, EXPLICIT_TAP) or int(rows.sum()) * self.cfg.d_vocab <= blocks.BLOCK:
+            return RowLogits(rows, self.cfg.d_vocab, self.readout(state, context, taps, rows=rows))
+        x = self.coda(state, context, taps, rows=None if self._heard(taps) else rows)
+        return RowLogits.of(lambda some: self.unembedding(x, rows=some), rows, self.cfg.d_vocab)
 
     def _heard(self, taps: TapSource) -> bool:
         """Whether anybody listens to the coda or to what follows it."""

@@ -1,12 +1,14 @@
 """Token sequences with what travels with them: what may be masked, what is padding, whose document each is.
 
 `Sequences` are clean. A `MaskedBatch` is Sequences with some positions hidden. Both come in rows, which can be
-chosen and run in batches; both know how many independent units (sequences, or documents) they hold.
+chosen and run in batches; both know how many independent units (sequences, or documents) they hold. The rows of a
+shard keep their place in the whole: masks and draws go by the number that a sequence has there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
@@ -16,9 +18,13 @@ from torch import Tensor
 
 from loopmdm.model import means
 from loopmdm.model.batching import size_of_batches
-from loopmdm.model.errors import UsageError, check_data, check_model
+from loopmdm.model.errors import UsageError, check_count, check_data, check_model
+from loopmdm.model.work import done
 
 R = TypeVar("R", bound="_Rows")
+T = TypeVar("T")
+WHOLE_BATCHES = (64, 32, 1)
+"""Shards begin at multiples of the first of these that leaves each one something: the usual batches stay whole."""
 
 
 class Vocabulary(Protocol):
@@ -28,11 +34,53 @@ class Vocabulary(Protocol):
     mask_token_id: int
 
 
+@dataclass(frozen=True)
+class Place:
+    """Rows that are part of a whole of `n`: from number `first` on. Batches of a whole end at its `cuts`."""
+
+    first: int
+    n: int
+    cuts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Share:
+    """Shard `number` of `of`, counted from 1: rows in one piece that know their place. 0: all, cut as they are."""
+
+    number: int
+    of: int
+
+    def __post_init__(self):
+        """One of them."""
+        check_count("the number of shards", self.of)
+        check_count("a shard", self.number, least=0)
+        if self.number > self.of:
+            raise UsageError(f"there is no shard {self.number}/{self.of}; shards count from 1/{self.of} on")
+
+    def edges(self, n: int) -> tuple[int, ...]:
+        """Where shards of `n` rows begin, and `n`; each has one row at least."""
+        if n < self.of:
+            raise UsageError(f"{n} sequences make {n} shards at most, not {self.of}; ask for fewer shards")
+        unit = next(size for size in WHOLE_BATCHES if n >= size * self.of)
+        steps = -(-n // unit)
+        return tuple(min(n, unit * (steps * place // self.of)) for place in range(self.of + 1))
+
+    def take(self, rows: R) -> R:
+        """Its part of some rows."""
+        n = len(rows)
+        edges = self.edges(n)
+        if not self.number:
+            return replace(cast(Any, rows), place=Place(0, n, edges[1:-1]))
+        first, last = edges[self.number - 1 : self.number + 1]
+        return replace(cast(Any, rows.rows(slice(first, last))), place=Place(first, n))
+
+
 class _Rows:
     """What sequences and masked batches share as rows of something."""
 
     tokens: Tensor
     clusters: np.ndarray | None
+    place: Place | None
 
     def __len__(self) -> int:
         """Sequences."""
@@ -64,11 +112,29 @@ class _Rows:
             object.__setattr__(moved, entry.name, part)
         return moved
 
+    @property
+    def first(self) -> int:
+        """Number of the first sequence in the whole that these are of: 0, unless they are a shard's."""
+        return 0 if self.place is None else self.place.first
+
     def batches(self: R, batch_size: int) -> Iterator[tuple[int, R]]:
         """(index of the first sequence, rows) in pieces of `batch_size`, or as `at_a_time` wants."""
         size = size_of_batches(batch_size)
-        for start in range(0, len(self), size):
-            yield start, self.rows(slice(start, start + size))
+        cuts = () if self.place is None else self.place.cuts
+        for begin, end in pairwise((0, *cuts, len(self))):
+            for start in range(begin, end, size):
+                yield start, self.rows(slice(start, min(start + size, end)))
+
+    def each(self: R, batch_size: int, work: Callable[[R], T]) -> Iterator[tuple[slice, R, T]]:
+        """(where they stand, rows that know their place, what `work` gives of them), `batch_size` at a time.
+
+        In a measure by shards, `work` may have been done elsewhere (`work.py`): it must hang on nothing but its
+        rows and what all shards are asked alike, and give numbers, words, arrays and tensors only.
+        """
+        n = len(self) if self.place is None else self.place.n
+        for start, part in self.batches(batch_size):
+            part = replace(cast(Any, part), place=Place(self.first + start, n))
+            yield slice(start, start + len(part)), part, done(part, work)
 
 
 @dataclass(frozen=True)
@@ -77,13 +143,14 @@ class Sequences(_Rows):
 
     `maskable` [batch, pos]: what may be hidden, padding never (None: all that is real); `real` [batch, pos]: what
     is not padding (None: everything, and the model runs without an attention mask); `clusters` [batch]: the
-    document of each (None: each its own).
+    document of each (None: each its own); `place`: where they stand in a whole, if they are a shard of it.
     """
 
     tokens: Int[Tensor, "batch pos"]
     maskable: Bool[Tensor, "batch pos"] | None = None
     real: Bool[Tensor, "batch pos"] | None = None
     clusters: np.ndarray | None = None
+    place: Place | None = None
 
     def __post_init__(self):
         """One shape."""
@@ -140,7 +207,7 @@ class Sequences(_Rows):
     def columns(self, keep: Tensor) -> "Sequences":
         """The positions `keep` [pos] of all."""
         maskable, real = (part if part is None else part[:, keep] for part in (self.maskable, self.real))
-        return Sequences(self.tokens[:, keep], maskable, real, self.clusters)
+        return Sequences(self.tokens[:, keep], maskable, real, self.clusters, self.place)
 
     def spread(self, n: int | None) -> "Sequences":
         """At most `n` of them, evenly spread."""
@@ -161,6 +228,7 @@ class Sequences(_Rows):
         maskable = self.maskable if words is None else words
         unchanged = real is self.real and words is None
         known = self if unchanged else Sequences.of(self.tokens, maskable, real, self.clusters)
+        known = replace(known, place=self.place)
         cfg: Vocabulary = model.cfg
         ids = self.tokens if known.real is None else self.tokens[known.real]
         if bool((ids == cfg.mask_token_id).any()):
@@ -176,7 +244,7 @@ class MaskedBatch(_Rows):
 
     `tokens` [batch, pos] is what the model sees, `clean` what was there, `masked` where they are
     hidden; `maskable` where they could have been, `attention_mask` which are real (None: all); `clusters` [batch]
-    the document of each.
+    the document of each; `place` as of `Sequences`.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -185,6 +253,7 @@ class MaskedBatch(_Rows):
     maskable: Bool[Tensor, "batch pos"] | None = None
     attention_mask: Tensor | None = None
     clusters: np.ndarray | None = None
+    place: Place | None = None
 
     def __post_init__(self):
         """One shape; only maskable positions are hidden; the others show what was there."""
@@ -213,7 +282,7 @@ class MaskedBatch(_Rows):
         """The clean sequences."""
         real = None if self.attention_mask is None else self.attention_mask != 0
         maskable = self.maskable if self.maskable is None or real is None else self.maskable & real
-        return Sequences(self.clean, maskable, real, self.clusters)
+        return Sequences(self.clean, maskable, real, self.clusters, self.place)
 
     @property
     def real(self) -> Bool[Tensor, "batch pos"]:
@@ -258,7 +327,8 @@ def before_next(data: Sequences | MaskedBatch) -> MaskedBatch:
     told = real & torch.cat([real[:, 1:], torch.zeros_like(real[:, :1])], dim=1)
     if not bool(told.any(-1).all()):
         raise UsageError("a sequence has one token only: nothing to predict; leave it out")
-    return MaskedBatch(s.tokens, torch.where(told, s.tokens.roll(-1, 1), s.tokens), told, None, s.real, s.clusters)
+    following = torch.where(told, s.tokens.roll(-1, 1), s.tokens)
+    return MaskedBatch(s.tokens, following, told, None, s.real, s.clusters, s.place)
 
 
 def as_batch(name: str, b: Any, clusters: Any = None) -> MaskedBatch:
@@ -307,7 +377,11 @@ def _full(mask: Tensor | None, tokens: Tensor) -> Bool[Tensor, "batch pos"]:
 
 
 def _pick(part: Any, keep: slice | Tensor | np.ndarray) -> Any:
-    """The rows `keep` of a tensor or an array; None stays None."""
+    """The rows `keep` of a tensor or an array; None stays None, and a place moves to where a slice begins."""
+    if isinstance(part, Place):
+        if isinstance(keep, slice) and (keep.start or 0) >= 0 and keep.step is None:
+            return Place(part.first + (keep.start or 0), part.n)
+        return None
     if isinstance(part, np.ndarray) and isinstance(keep, Tensor):
         keep = keep.cpu().numpy()
     return None if part is None else part[keep]

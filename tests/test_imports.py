@@ -26,10 +26,10 @@ def imported(path: Path) -> set[str]:
 
 
 FLOORS = (
-    "folders model.errors model.information",
+    "folders model.errors model.information model.work",
     "model.precision model.files model.randomness model.registry model.layout model.context model.means "
     "model.batching",
-    "model.sites model.flops model.tiles model.sequences",
+    "model.sites model.flops model.tiles model.sequences model.blocks",
     "model.taps",
     "model.masking model.stopping model.corpora model.adapters.cycles",
     "model.adapters.kinds",

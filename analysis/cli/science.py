@@ -21,6 +21,8 @@ from loopmdm.analysis.cli.waiting import working
 from loopmdm.model.errors import UsageError, check_count
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from loopmdm.analysis.measures.access import Access
 
 
@@ -44,6 +46,10 @@ def measure(
         int | None, typer.Option(help="instead of masks: steps of the model's own samples")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="of masks and samples")] = None,
+    shard: Annotated[
+        str,
+        typer.Option(help="only the I-th of N shards of the sequences, such as 1/4; --out takes it to `merge`"),
+    ] = "",
     out: Annotated[Path | None, typer.Option(help="also write a parquet file")] = None,
     *,
     how: "Access",
@@ -52,8 +58,9 @@ def measure(
     from loopmdm.analysis.measures import MEASURES
 
     if name == "list":
-        rows = [(item.name, item.on, item.options(), item.what) for item in MEASURES.values()]
-        show(["measure", "on", "options", "what"], [(*row[:2], _told(row[2]), row[3]) for row in rows])
+        rows = [(item.name, item.on, item.shards, item.options(), item.what) for item in MEASURES.values()]
+        names = ["measure", "on", "shards", "options", "what"]
+        show(names, [(*row[:2], "yes" if row[2] else "no", _told(row[3]), row[4]) for row in rows])
         return
     if not model:
         raise UsageError(f"name a model: loopmdm measure {name} MODEL; `loopmdm models` lists the shipped ones")
@@ -63,22 +70,76 @@ def measure(
     own = MEASURES[name].own
     asked |= {key: value for key, value in how.changes.items() if key in own}
     how = replace(how, changes={key: value for key, value in how.changes.items() if key not in own})
-    _measure(name, model, how, {key: value for key, value in asked.items() if value is not None}, out)
+    asked = {key: value for key, value in asked.items() if value is not None}
+    if shard:
+        _part(name, model, how, asked, _shard(shard), out)
+    else:
+        _measure(name, model, how, asked, out)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, mark, of = text.partition("/")
+    if not mark:
+        raise UsageError(f"--shard takes I/N such as 1/4, the first of four; got {text!r:.80}")
+    return integer(number, "--shard", "1/4"), integer(of, "--shard", "1/4")
+
+
+def _part(
+    name: str, model: str, how: "Access", asked: dict[str, Any], shard: tuple[int, int], out: Path | None
+) -> None:
+    """Measure one shard, and write what it keeps."""
+    from loopmdm.analysis.measures import measure as run
+    from loopmdm.analysis.numbers import frames
+
+    if out is None:
+        raise UsageError("--shard needs --out FILE.parquet; `loopmdm merge` makes a table of all parts")
+    check_out(out, ".parquet")
+    told = f"shard {shard[0]}/{shard[1]} of {name} of {model}"
+    with interruptible("nothing was written"), working(told):
+        part = run(name, model, access=how, shard=shard, **asked)
+    frames.write_table(part, out, dict(part.attrs))
+    show(["shard", "batches", "out"], [(f"{shard[0]}/{shard[1]}", len(part), out)])
+
+
+@app.command(epilog="Example: loopmdm merge part-*.parquet --out table.parquet")
+def merge(
+    parts: Annotated[list[Path], typer.Argument(help="what `loopmdm measure .. --shard I/N --out` wrote, all N")],
+    out: Annotated[Path | None, typer.Option(help="also write a parquet file")] = None,
+) -> None:
+    """Make of all parts of a measure the table that one job would have given, and print it."""
+    from loopmdm.analysis.measures import merge as run
+    from loopmdm.analysis.numbers import frames
+
+    check_out(out, ".parquet")
+    for path in parts:
+        if not path.is_file():
+            raise UsageError(f"{path} is no file; give the parts that `loopmdm measure .. --shard I/N` wrote")
+    remedy = "measure that shard again"
+    with interruptible("nothing was written"):
+        found = [frames.read_table(path, remedy=remedy) for path in parts]
+        frame = run(found, names=[str(path) for path in parts])
+    _print(frame, found[0].attrs["part"]["measure"].rpartition(" ")[0], found[0].attrs["part"], out)
 
 
 def _measure(name: str, model: str, how: "Access", given: dict[str, Any], out: Path | None) -> None:
     """Run a measure as `given` asks, print its table, and write it if `out` is given."""
-    from loopmdm.analysis.measures import MEASURES, fingerprints
     from loopmdm.analysis.measures import measure as run
-    from loopmdm.analysis.numbers import frames, provenance
-    from loopmdm.model.network.checkpoints import is_shipped
 
     check_out(out, ".parquet")
     with interruptible("nothing was written"), working(f"{name} of {model}"):
         frame = run(name, model, access=how, **given)
+    _print(frame, name, {"model": model, "options": given}, out)
+
+
+def _print(frame: "pd.DataFrame", name: str, asked: dict[str, Any], out: Path | None) -> None:
+    """Print the table of a measure, and write it if `out` is given."""
+    from loopmdm.analysis.measures import MEASURES, fingerprints
+    from loopmdm.analysis.numbers import frames, provenance
+    from loopmdm.model.network.checkpoints import is_shipped
+
     if out is not None:
-        known = (model,) if is_shipped(model) else ()
-        options = {name: str(MEASURES[name].options.of(name, given))}
+        known = (asked["model"],) if is_shipped(asked["model"]) else ()
+        options = {name: str(MEASURES[name].options.of(name, asked["options"]))}
         told = provenance.of_table(name, known, measures=fingerprints([name]), options=options)
         told |= {"remarks": list(frame.attrs["remarks"])} if frame.attrs.get("remarks") else {}
         frames.write_table(frame, out, told)

@@ -3,6 +3,7 @@
     measure("mask-attention", "sudoku-loop", n_loops=18)           the test set at three mask ratios
     measure("mask-attention", "sudoku-loop", along_sampling=16)    before the denoising steps of its own samples
     measure("mask-attention", [m, "sotu-base"], batch=b)           models or names, on a batch of one's own
+    merge([measure("settled", "sotu-loop", shard=(i, 2)) for i in (1, 2)])    in parts, on several machines
     evaluate("sotu-loop", "zero-shot", [1, 6])                     from the cache if nothing changed
 
 `MEASURES` has them all by name, and `MEASURES[name].options` what each can be asked; registry.py says how to add
@@ -10,6 +11,7 @@ one.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -18,10 +20,11 @@ import torch
 from loopmdm.analysis.measures.access import Access, usual
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.registry import MEASURES, Measure, fingerprints, options_asked, plain
+from loopmdm.analysis.measures.shards import measured_part, merge, share_of
 from loopmdm.analysis.numbers.parallel import one_thread
 from loopmdm.analysis.numbers.store import Question
 from loopmdm.model.batching import at_a_time
-from loopmdm.model.errors import UsageError, check_model
+from loopmdm.model.errors import UsageError, check_count, check_model
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.network.checkpoints import RECORD, need, resolve
 from loopmdm.model.sequences import MaskedBatch
@@ -34,6 +37,7 @@ __all__ = [
     "evaluate",
     "fingerprints",
     "measure",
+    "merge",
     "options_asked",
     "plain",
     "question",
@@ -52,6 +56,7 @@ def measure(
     batch: MaskedBatch | None = None,
     access: Access | None = None,
     batch_size: int | None = None,
+    shard: tuple[int, int] | None = None,
     **options: Any,
 ) -> pd.DataFrame:
     """One measure of one model or several, on their test sets or on `batch`.
@@ -63,6 +68,8 @@ def measure(
     Columns `model` and `task` come first. Measures on masks have `nominal_mask_ratio`, or with `along_sampling`
     `step`. `n_units` independent sequences, or documents where they share one, are what errors are over;
     Student's t with n_units - 1 goes with them. `options` are the measure's (`MEASURES[name].options`).
+
+    `shard` (i, n) measures the i-th of n shards of one model's sequences and gives a part, for `merge`.
 
     >>> df = lm.measure("settled", "sudoku-loop-s4", n=8, mask_ratios=(0.5,))
     >>> df["model"].unique().tolist()
@@ -78,7 +85,13 @@ def measure(
         raise UsageError(f"{name} needs a model; `loopmdm models` lists the shipped ones")
     asked = options if n_loops is None else {"n_loops": n_loops} | options
     access = usual() if access is None else access
-    with at_a_time(access.batch_size if batch_size is None else batch_size):
+    access = access if batch_size is None else replace(access, batch_size=check_count("batch_size", batch_size))
+    with at_a_time(access.batch_size):
+        if shard is not None:
+            if len(given) > 1 or batch is not None:
+                raise UsageError("a shard is of one model and its test set; give one model, and leave batch= out")
+            item = MEASURES[name]
+            return measured_part(item, given[0], access, item.options.of(name, asked), share_of(shard))
         frames = [_measured(MEASURES[name], model, batch, access, asked) for model in given]
     return frames[0] if len(frames) == 1 else pd.concat(frames, ignore_index=True)
 
@@ -91,33 +104,18 @@ def _measured(
         return _on_batch(item, access.open(model) if isinstance(model, str) else model, batch, options)
     case = Case.of(model, options=options, access=access)
     frame = item.of(case)
-    return _labelled(frame, item, case, _name(model))
+    return item.labelled(frame, case, _name(model))
 
 
 def _on_batch(item: Measure, m: HookedLoopMDM, batch: MaskedBatch, options: Any) -> pd.DataFrame:
     if item.on != "masks":
         raise UsageError(f"{item.name} draws its own masks; leave batch= out")
     case = Case.given(m, batch, options)
-    return _labelled(item.of(case, batch), item, case, m.model_name)
+    return item.labelled(item.of(case, batch), case, m.model_name)
 
 
 def _name(model: Model) -> str:
     return model.model_name if isinstance(model, HookedLoopMDM) else str(model)
-
-
-def _labelled(frame: pd.DataFrame, item: Measure, case: Case, name: str) -> pd.DataFrame:
-    if item.on == "loops":  # has columns of its own for what it is of
-        frame.insert(0, "model", name)
-        frame.attrs["remarks"] = case.m.facts.remarks
-        return frame
-    frame = frame.drop(columns=["model", "task"], errors="ignore")
-    frame.insert(0, "model", name)
-    frame.insert(1, "task", case.test.task)
-    frame.attrs["remarks"] = case.m.facts.remarks
-    over_samples = item.samples or getattr(case.options, "along_sampling", 0)
-    if "n_units" not in frame and not over_samples:
-        frame["n_units"] = case.n_units
-    return frame
 
 
 def question(name: str, measure: str, n_loops: int | Sequence[int] | None = None, **options: Any) -> Question:
@@ -130,7 +128,7 @@ def question(name: str, measure: str, n_loops: int | Sequence[int] | None = None
     def answer() -> pd.DataFrame:
         with torch.no_grad():
             case = Case.of(str(name), options=settings)
-            return _labelled(item.of(case), item, case, str(name))
+            return item.labelled(item.of(case), case, str(name))
 
     return Question(name, item.label, [settings.asked()], answer)
 

@@ -46,8 +46,8 @@ class Access:
             check_count("batch_size", self.batch_size)
         return open_model(name, self.device, dtype, self.revision, self.trust_remote_code, **dict(self.changes))
 
-    def test_set(self, m: HookedLoopMDM, split: Split = "test") -> TestSet:
-        """One's own texts if there are any, else what the model's record names."""
+    def test_set(self, m: HookedLoopMDM, split: Split = "test", n: int | None = None) -> TestSet:
+        """One's own texts if there are any, else what the model's record names; `n` as of `load_test_set`."""
         if m.model.device.type == "meta":
             raise UsageError(f"{m.model_name} has no weights on the meta device; take another --device")
         if self.text is not None:
@@ -61,7 +61,7 @@ class Access:
             task = task_of(m.record)
             found = text_set(task, antibodies.chains(task), m, split)
         else:
-            found = test_set_of(m.record, m.cfg.n_ctx, m.tokenizer, split)
+            found = test_set_of(m.record, m.cfg.n_ctx, m.tokenizer, split, n)
         return found.to(m.model.device)
 
 

@@ -4,6 +4,7 @@ One measure, three ways in: a batch of one's own in a notebook, the test set at 
 denoising steps of the model's own samples, where "clean" is what the sampler ended on.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,18 +24,22 @@ from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.masking import mask_tokens
 from loopmdm.model.network.model import LoopMDM
-from loopmdm.model.sequences import MaskedBatch, Sequences
+from loopmdm.model.sequences import MaskedBatch, Sequences, Share
 from loopmdm.model.tasks.test_sets import TestSet
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and sequences of its test set, evenly spread, read and masked as the `options` of a measure say."""
+    """A model and sequences of its test set, evenly spread, read and masked as the `options` of a measure say.
+
+    With a `shard` it holds that part of the sequences only.
+    """
 
     m: HookedLoopMDM
     test: TestSet
     options: Options = field(default_factory=OnTests)
     access: Access = field(default_factory=usual)
+    shard: Share | None = None
 
     @classmethod
     def of(
@@ -45,11 +50,28 @@ class Case:
         seed: int = 0,
         options: Options | None = None,
         access: Access | None = None,
+        shard: Share | None = None,
     ) -> "Case":
         """Any model that `open_model` knows, or a loaded one, with its test set or the texts of `access`."""
         access = usual() if access is None else access
         m = access.open(model) if isinstance(model, str | Path) else model
-        return cls(m, access.test_set(m), options or OnTests(n_loops, n, seed), access)
+        options = options or OnTests(n_loops, n, seed)
+        wanted = getattr(options, "n", None)
+        case = cls(m, access.test_set(m, n=wanted), options, access, shard)
+        if wanted != getattr(type(options), "n", None):
+            case._warn_of_few(wanted)
+        return case
+
+    def _warn_of_few(self, wanted: int) -> None:
+        """Where more is asked for than there is."""
+        found = len(self.test.tokens)
+        if found < wanted:
+            what = f"{self.m.model_name}: its test set has {found} sequences, not {wanted}; all of them are taken"
+            warnings.warn(what, stacklevel=4)
+
+    def share(self, sequences: Sequences) -> Sequences:
+        """What a shard has of some sequences; all of them in a case of its own."""
+        return sequences if self.shard is None else self.shard.take(sequences)
 
     @property
     def ours(self) -> bool:
@@ -98,7 +120,7 @@ class Case:
     @cached_property
     def sequences(self) -> Sequences:
         """Clean test sequences."""
-        return self.test.sequences.spread(self.n)
+        return self.share(self.test.sequences.spread(self.n))
 
     @property
     def tokens(self) -> Int[Tensor, "batch pos"]:
@@ -146,7 +168,9 @@ class Case:
     def unmasked(self, sequences: Sequences | None = None) -> MaskedBatch:
         """The test sequences, or others, as they are."""
         s = self.sequences if sequences is None else sequences
-        return MaskedBatch(s.tokens, s.tokens, torch.zeros_like(s.allowed), s.maskable, s.real, s.clusters)
+        return MaskedBatch(
+            s.tokens, s.tokens, torch.zeros_like(s.allowed), s.maskable, s.real, s.clusters, s.place
+        )
 
     def asked(self, mask_ratio: float, sequences: Sequences | None = None) -> MaskedBatch:
         """Sequences (default: the test's) as a read-out is asked of them: masked as by `masked`.

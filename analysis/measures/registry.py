@@ -43,6 +43,7 @@ class Measure(Edition):
     model must have (`layout.NEEDS`). `loops`: the fewest that it can compare. `groupless`: how it is run on models
     without masked positions (case, b, **own), if it says something of them. `both_ways`: `run` takes `by`, what
     puts a position into a group (`layout.By`). `others`: other people's models, and own texts, can be asked, too.
+    `shards`: all its forwards go through `Rows.each` on the case's sequences, so that it comes in shards.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Measure(Edition):
     groupless: Run | None = None
     both_ways: bool = False
     others: bool = True
+    shards: bool = False
 
     @cached_property
     def options(self) -> type[Options]:
@@ -108,6 +110,21 @@ class Measure(Edition):
             return over_starts(case.m, lambda: self._on_masks(case, own))
         given = (case, case.counts) if self.on == "loops" else (case,)
         return over_starts(case.m, lambda: self.run(*given, **own))
+
+    def labelled(self, frame: pd.DataFrame, case: Case, name: str) -> pd.DataFrame:
+        """Its frame with columns that say of which model, task and number of units it is."""
+        if self.on == "loops":  # has columns of its own for what it is of
+            frame.insert(0, "model", name)
+            frame.attrs["remarks"] = case.m.facts.remarks
+            return frame
+        frame = frame.drop(columns=["model", "task"], errors="ignore")
+        frame.insert(0, "model", name)
+        frame.insert(1, "task", case.test.task)
+        frame.attrs["remarks"] = case.m.facts.remarks
+        over_samples = self.samples or getattr(case.options, "along_sampling", 0)
+        if "n_units" not in frame and not over_samples:
+            frame["n_units"] = case.n_units
+        return frame
 
     def _on_masks(self, case: Case, own: dict[str, Any]) -> pd.DataFrame:
         """On every batch; in shifted models by what positions hold and by what they predict."""

@@ -36,12 +36,13 @@ class Told(dict[str, Any]):
         return self
 
 
-def read_table(path: Path, columns: Iterable[str] = ()) -> pd.DataFrame:
+def read_table(path: Path, columns: Iterable[str] = (), remedy: str = "") -> pd.DataFrame:
     """Read and check a table; UsageError if it is damaged, of another schema or lacks columns.
 
-    A file that has not changed is read and hashed once; the frames share their values, copied on writing.
+    A file that has not changed is read and hashed once; the frames share their values, copied on writing. `remedy`
+    says what makes it anew; by default `loopmdm table`.
     """
-    remedy = f"delete it and run `loopmdm table {path.stem}`"
+    remedy = remedy or f"delete it and run `loopmdm table {path.stem}`"
     try:
         status = path.stat()
     except OSError as error:

@@ -10,6 +10,7 @@ LeVeque 1983); with clusters one record a cluster, since a cluster may go on in 
 """
 
 from collections.abc import Hashable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 from loopmdm.model.errors import UsageError
 
 Record = tuple[NDArray, NDArray]
+Plain = tuple[NDArray, NDArray, NDArray, list[tuple[Hashable, NDArray, NDArray]] | None]
+"""Moments as numbers, words and arrays alone: n, mean, products, and (label, n, total) of each cluster."""
 
 
 class Moments:
@@ -57,6 +60,22 @@ class Moments:
         if other._clusters is not None:
             self._take(other._clusters)
         self._combine(other._n, other._mean, other._products)
+
+    def plain(self) -> Plain:
+        """What was seen, for `of`."""
+        assert self._n is not None, "nothing was added"
+        known = self._clusters
+        clusters = None if known is None else [(label, *record) for label, record in known.items()]
+        return self._n, self._mean, self._products, clusters
+
+    @classmethod
+    def of(cls, n: NDArray, mean: NDArray, products: NDArray, clusters: Any = None) -> "Moments":
+        """From `plain`."""
+        moments = cls()
+        moments._n, moments._mean, moments._products = n, mean, products
+        if clusters is not None:
+            moments._clusters = {label: (number, total) for label, number, total in clusters}
+        return moments
 
     def _combine(self, n: NDArray, mean: NDArray, products: NDArray) -> None:
         if self._n is None:

@@ -8,6 +8,7 @@ anyway (hooks on scores or patterns, a pinned explicit path, a reducer that need
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -15,14 +16,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from loopmdm.analysis.numbers.moments import Moments
+from loopmdm.analysis.numbers.moments import Moments, Plain
 from loopmdm.analysis.watch.groups import NOTHING_MORE, Place, Seen, States, pattern_sums
 from loopmdm.analysis.watch.sums import Asks, PatternSums
 from loopmdm.model.errors import UsageError, check_count
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.hooks.scopes import Hooks
 from loopmdm.model.layout import By
-from loopmdm.model.precision import check_logits, check_state
+from loopmdm.model.precision import check_state
 from loopmdm.model.sequences import MaskedBatch, as_batch
 from loopmdm.model.sites import Filter, Site, at
 from loopmdm.model.tiles import Asked, attend
@@ -123,7 +124,8 @@ def walk(
         for state, context in m.states(b.tokens, n_loops, b.attention_mask):
             last = state, context
         if any(where.holds(Site(None, layer, "pattern")) for layer in m.cfg.layers("coda")):
-            check_logits(m.readout(*last, rows=states.real))
+            for _ in m.read(*last, rows=states.real):
+                """Logits are checked as they are made."""
 
 
 def _site(hook: object) -> Site:
@@ -173,6 +175,19 @@ class PlaceSums:
         values = values if self.by_head else values.mean(axis=1, keepdims=True)
         self.moments.setdefault(prefix, Moments()).add(values, clusters)
 
+    def of(self, b: MaskedBatch) -> tuple[dict[str, Plain], int, int]:
+        """What a batch alone adds: moments by application as plain arrays, and what is masked and maskable."""
+        alone = copy(self)
+        alone.moments, alone.hidden, alone.could = {}, 0, 0
+        alone.add(b)
+        return {prefix: one.plain() for prefix, one in alone.moments.items()}, alone.hidden, alone.could
+
+    def take_in(self, moments: dict[str, Plain], hidden: int, could: int) -> None:
+        """Add what `of` gave."""
+        for prefix, one in moments.items():
+            self.moments.setdefault(prefix, Moments()).merge(Moments.of(*one))
+        self.hidden, self.could = self.hidden + hidden, self.could + could
+
     def vectors(self, seen: Seen) -> Tensor | None:
         """Vectors [sequence, head, .., k], NaN where a sequence does not count; None: skip the application."""
         raise NotImplementedError
@@ -184,9 +199,7 @@ class PlaceSums:
                 raise UsageError(f"shards differ in {what}: {getattr(self, what)} and {getattr(other, what)}")
         if type(self) is not type(other) or self.m.cfg != other.m.cfg:
             raise UsageError("shards must come from the same measure and the same model")
-        for prefix, moments in other.moments.items():
-            self.moments.setdefault(prefix, Moments()).merge(moments)
-        self.hidden, self.could = self.hidden + other.hidden, self.could + other.could
+        self.take_in({prefix: one.plain() for prefix, one in other.moments.items()}, other.hidden, other.could)
         return self
 
     @property
@@ -237,6 +250,6 @@ class PlaceSums:
 
 def summed(sums: PlaceSums, b: MaskedBatch, batch_size: int) -> pd.DataFrame:
     """The frame after a whole batch was added in parts."""
-    for _, part in b.batches(batch_size):
-        sums.add(part)
+    for _, _, found in b.each(batch_size, sums.of):
+        sums.take_in(*found)
     return sums.frame()

@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from loopmdm.model import flops, means
+from loopmdm.model.blocks import RowLogits
 from loopmdm.model.corpora.ids import IdLists, id_lists
 from loopmdm.model.corpora.windows import sliding_windows
 from loopmdm.model.errors import UsageError, check_count, check_model, check_word
@@ -86,25 +87,30 @@ class NelboResult:
 
 
 def draw_counts(
-    lengths: Int[Tensor, " batch"], seed: int, draw: int, n_draws: int = 1, first_index: int = 0
+    lengths: Int[Tensor, " batch"],
+    seed: int,
+    draw: int,
+    n_draws: int = 1,
+    first_index: int = 0,
+    whole: int | None = None,
 ) -> Int[Tensor, " batch"]:
     """Numbers of masked positions l_b in 1..L_b for one of `n_draws` draws, jittered-stratified.
 
     The unit interval is cut into n_draws coarse strata, one a draw, and each of those into one
     stratum a sequence, handed out by a fresh permutation at every draw. With n_draws = 1 this is
-    l_b = min(floor((u_b + pi(b)) / B * L), L - 1) + 1. Sequences without maskable positions get 0.
+    l_b = min(floor((u_b + pi(b)) / B * L), L - 1) + 1. Sequences without maskable positions get 0. Where they are
+    part of a `whole` of so many, they begin there with number `first_index`.
     """
-    n = len(lengths)
-    order = torch.from_numpy(step_generator(seed, "order", draw).permutation(n))
-    jitter = row_uniforms(seed, "counts", n, 1, first_index=first_index, step=draw)[:, 0]
-    place = (draw % n_draws + (order + jitter) / n) / n_draws
+    n, strata = _strata(len(lengths), seed, draw, first_index, whole)
+    jitter = row_uniforms(seed, "counts", len(lengths), 1, first_index=first_index, step=draw)[:, 0]
+    place = (draw % n_draws + (strata + jitter) / n) / n_draws
     counts = torch.minimum((place.to(lengths.device) * lengths).floor().long(), lengths - 1) + 1
     return counts.clamp(min=0)
 
 
 def masked_draw(sequences: Sequences, mask_token_id: int, seed: int, draw: int, n_draws: int = 1) -> MaskedBatch:
     """One draw of the exact-count forward process for every sequence."""
-    counts = draw_counts(sequences.lengths, seed, draw, n_draws)
+    counts = draw_counts(sequences.lengths, seed, draw, n_draws, sequences.first, _whole(sequences))
     masked = pick_positions(_uniforms(sequences, seed, draw), sequences.allowed, counts)
     return hide(sequences, masked, mask_token_id)
 
@@ -124,14 +130,35 @@ def draw_masks(
 
 def _uniforms(sequences: Sequences, seed: int, draw: int) -> Float[Tensor, "batch pos"]:
     tokens = sequences.tokens
-    return row_uniforms(seed, "positions", *tokens.shape, step=draw).to(tokens.device)
+    drawn = row_uniforms(seed, "positions", *tokens.shape, first_index=sequences.first, step=draw)
+    return drawn.to(tokens.device)
 
 
-def draw_times(n: int, seed: int, draw: int, stratified: bool = True) -> Float[Tensor, " batch"]:
-    """Diffusion times in [LEAST_T, 1], one a sequence: independent, or one in each of n strata."""
-    times = row_uniforms(seed, "counts", n, 1, step=draw)[:, 0]
+def _whole(sequences: Sequences) -> int:
+    """How many there are with those of other shards."""
+    return len(sequences) if sequences.place is None else sequences.place.n
+
+
+def _strata(
+    rows: int, seed: int, draw: int, first_index: int, whole: int | None
+) -> tuple[int, Int[Tensor, " batch"]]:
+    """How many strata there are, one a sequence, and those of some `rows`: all, or part of a `whole`."""
+    n = rows if whole is None else whole
+    order = torch.from_numpy(step_generator(seed, "order", draw).permutation(n))
+    return n, order if whole is None else order[first_index : first_index + rows]
+
+
+def draw_times(
+    n: int, seed: int, draw: int, stratified: bool = True, first_index: int = 0, whole: int | None = None
+) -> Float[Tensor, " batch"]:
+    """Diffusion times in [LEAST_T, 1], one a sequence: independent, or one in each of n strata.
+
+    `first_index` and `whole` as of `draw_counts`.
+    """
+    times = row_uniforms(seed, "counts", n, 1, first_index=first_index, step=draw)[:, 0]
     if stratified:
-        times = (times + torch.from_numpy(step_generator(seed, "order", draw).permutation(n))) / n
+        number, strata = _strata(n, seed, draw, first_index, whole)
+        times = (times + strata) / number
     return LEAST_T + (1 - LEAST_T) * times
 
 
@@ -147,7 +174,8 @@ def draws(
             batch = masked_draw(sequences, mask_token_id, read.seed, draw, read.n_samples)
             yield batch, 1 / batch.masked.sum(-1).double()
             continue
-        times = draw_times(len(sequences), read.seed, draw, estimator == "stratified-t")
+        stratified = estimator == "stratified-t"
+        times = draw_times(len(sequences), read.seed, draw, stratified, sequences.first, _whole(sequences))
         times = times.to(sequences.tokens.device)
         masked = (_uniforms(sequences, read.seed, draw) < times[:, None]) & sequences.allowed
         yield hide(sequences, masked, mask_token_id), 1 / (times * sequences.lengths)
@@ -173,6 +201,12 @@ def row_cross_entropy(logits: Float[Tensor, "row d_vocab"], batch: MaskedBatch) 
     """
     check_logits(logits)
     return F.cross_entropy(wide(logits), batch.truth("a loss")[batch.masked].long(), reduction="none").double()
+
+
+def read_cross_entropy(reading: RowLogits, batch: MaskedBatch) -> Float[Tensor, " row"]:
+    """As `row_cross_entropy`, of logits that are made block by block."""
+    truth = batch.truth("a loss")[batch.masked].long()
+    return reading.each(lambda span, logits: F.cross_entropy(wide(logits), truth[span], reduction="none").double())
 
 
 def row_sums(values: Float[Tensor, "*loop row"], batch: MaskedBatch) -> Float[Tensor, "*loop batch"]:
@@ -219,20 +253,24 @@ def estimate(
     """`nelbo` of sequences that `model` can read (`Sequences.clean_for`)."""
     as_rule(read.n_loops, read.stop, model.cfg.max_loops)
     total, loops, cost = torch.zeros(2, len(sequences), dtype=torch.float64), 0.0, 0.0
+
+    def work(part: MaskedBatch) -> tuple[Tensor, float, float]:
+        run = model.run(
+            part.tokens,
+            read.n_loops,
+            read.stop,
+            attention_mask=part.attention_mask,
+            rows=part.masked,
+            into=lambda reading: read_cross_entropy(reading, part),
+        )
+        return row_sums(run.logits, part), run.loops_used.sum().item(), run.flops.sum().item()
+
     for batch, weight in draws(model, sequences, read, estimator):
-        for start, part in batch.batches(read.batch_size):
-            span = slice(start, start + len(part))
-            run = model.run(
-                part.tokens,
-                n_loops=read.n_loops,
-                stop=read.stop,
-                attention_mask=part.attention_mask,
-                rows=part.masked,
-            )
-            value = (row_sums(row_cross_entropy(run.logits, part), part) * weight[span]).cpu()
+        for span, _, (losses, used, spent) in batch.each(read.batch_size, work):
+            value = (losses * weight[span].to(losses.device)).cpu()
             total[:, span] += torch.stack([value, value**2])
-            loops += run.loops_used.sum().item()
-            cost += run.flops.sum().item()
+            loops += used
+            cost += spent
     return summarise(total, sequences, read.n_samples, loops / (read.n_samples * len(sequences)), cost)
 
 
@@ -254,15 +292,18 @@ def losses_after(
     Of sequences that `model` can read. Yields the span of sequences, their masks, and the losses in reading order;
     each draw visits all sequences. The draws are those of `nelbo`.
     """
+
+    def work(part: MaskedBatch) -> Tensor:
+        trajectory = model.states(part.tokens, counts[-1], part.attention_mask)
+        losses = [
+            read_cross_entropy(model.read(state, context, rows=part.masked), part)
+            for loop, (state, context) in enumerate(trajectory, start=1)
+            if loop in counts
+        ]
+        return torch.stack(losses)
+
     for batch, _ in draws(model, sequences, read):
-        for start, part in batch.batches(read.batch_size):
-            trajectory = model.states(part.tokens, counts[-1], part.attention_mask)
-            losses = [
-                row_cross_entropy(model.readout(state, context, rows=part.masked), part)
-                for loop, (state, context) in enumerate(trajectory, start=1)
-                if loop in counts
-            ]
-            yield slice(start, start + len(part)), part, torch.stack(losses)
+        yield from batch.each(read.batch_size, work)
 
 
 def nelbo_by_loop(

@@ -17,6 +17,7 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice
 
 from loopmdm.model import sites
+from loopmdm.model.blocks import RowLogits
 from loopmdm.model.context import Context
 from loopmdm.model.corpora.tokenizer import load_tokenizer
 from loopmdm.model.errors import UsageError, check_count
@@ -120,15 +121,16 @@ class LoopRuns(TextEntries, LoopHooks):
         *,
         rows: Tensor | None = None,
         on_loop: OnLoop | None = None,
+        into: Callable[[RowLogits], Tensor] | None = None,
     ) -> LoopOutput:
-        """Forward with hooks; a stopping rule makes it adaptive. `rows`, `on_loop`: see `Core.run`.
+        """Forward with hooks; a stopping rule makes it adaptive. `rows`, `on_loop`, `into`: see `Core.run`.
 
         What a rule reads through the coda fires no hooks; the final read-out does.
         """
         tokens, attention_mask = self._inputs(tokens, attention_mask)
         rule = as_rule(n_loops, stop, self.cfg.max_loops)
         call = Call(self, check_path(attn_path))
-        return self._run(call, tokens, rule, attention_mask, rows=rows, on_loop=on_loop)
+        return self._run(call, tokens, rule, attention_mask, rows=rows, on_loop=on_loop, into=into)
 
     def _run(
         self, call: Call, tokens: Tensor, rule: StoppingRule, mask: Tensor | None, **options: Any
@@ -160,6 +162,11 @@ class LoopRuns(TextEntries, LoopHooks):
     def readout(self, state: Tensor, context: Context, *, rows: Tensor | None = None) -> Tensor:
         """Coda and unembedding with hooks, as `Core.readout`."""
         return self.model.readout(state, context, Call(self).taps, rows=rows)
+
+    @untraced
+    def read(self, state: Tensor, context: Context, *, rows: Tensor) -> RowLogits:
+        """The same at `rows`, block by block, as `Core.read`."""
+        return self.model.read(state, context, Call(self).taps, rows=rows)
 
     # --- caching ---
 

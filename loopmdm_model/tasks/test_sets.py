@@ -68,7 +68,9 @@ def task_of(record: dict) -> str:
     return corpus
 
 
-def test_set_of(record: dict, length: int, tokenizer: Tokenizer | None, split: corpora.Split = "test") -> TestSet:
+def test_set_of(
+    record: dict, length: int, tokenizer: Tokenizer | None, split: corpora.Split = "test", n: int | None = None
+) -> TestSet:
     """The held-out sequences of what a model was trained on, by its train.json; own files must be those of then.
 
     Files that came or went move others from split to split: what was trained on would be measured on.
@@ -77,19 +79,29 @@ def test_set_of(record: dict, length: int, tokenizer: Tokenizer | None, split: c
     own = None if tokenizer is None else _own(task, tokenizer)
     if own is not None and then not in (None, own.fingerprint):
         raise UsageError(f"{task} is not what the model was trained on any more; restore it, or give --text FILE")
-    return load_test_set(task, length, tokenizer, split)
+    return load_test_set(task, length, tokenizer, split, n)
 
 
 MOST_TOKENS = 2**22
 """Of a test set; of a longer one, as of own files, blocks are taken that are spread evenly over it."""
 
 
-def load_test_set(task: str, length: int, tokenizer: Tokenizer | None, split: corpora.Split = "test") -> TestSet:
-    """Held-out sequences; text comes from the embedded slice, which holds the whole split."""
+GENERATED_TESTS = 1000
+"""Boards and generated sequences in a test set, unless more are asked for."""
+
+
+def load_test_set(
+    task: str, length: int, tokenizer: Tokenizer | None, split: corpora.Split = "test", n: int | None = None
+) -> TestSet:
+    """Held-out sequences; text comes from the embedded slice, which holds the whole split.
+
+    Of what is generated there are `n`, but no fewer than `GENERATED_TESTS`; the first ones never change.
+    """
+    size = max(GENERATED_TESTS, n or 0)
     if task in BOARDS:
-        return TestSet(task, Sequences.of(BOARDS[task].sample_grids(split, 1000)))
+        return TestSet(task, Sequences.of(BOARDS[task].sample_grids(split, size)))
     if task in GENERATED:
-        tokens = GENERATED[task].sample(1000, HELD_OUT_SEEDS[split])
+        tokens = GENERATED[task].sample(size, HELD_OUT_SEEDS[split])
         return TestSet(task, Sequences.of(tokens, GENERATED[task].predicted(tokens)))
     if tokenizer is None:
         raise UsageError(f"evaluating on {task} needs the model's tokenizer.json")

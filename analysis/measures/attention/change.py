@@ -146,5 +146,6 @@ MEASURES = (
         plain(attention_change),
         loops=2,
         groupless=plain(attention_change),
+        shards=True,
     ),
 )

@@ -246,6 +246,7 @@ MEASURES = (
         plain(mask_attention),
         groupless=plain(no_groups),
         both_ways=True,
+        shards=True,
     ),
     Measure(
         "mask-attention-pooled",
@@ -253,5 +254,6 @@ MEASURES = (
         plain(mask_attention, by_head=False),
         groupless=plain(no_groups, by_head=False),
         both_ways=True,
+        shards=True,
     ),
 )

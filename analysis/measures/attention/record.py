@@ -94,12 +94,14 @@ def record(
     batch_size: int = 32,
 ) -> LoopRecord:
     """Walk through the batch once, as far as the chosen loops need, and keep these."""
-    parts = []
-    for _, part in b.batches(batch_size):
+
+    def work(part: MaskedBatch) -> Tensor:
         watch = _Watch(m, keys, content)
         walk(m, part, max(loops) + 1, [watch], at(loop=loops))
         by_loop = [[watch.found[loop, layer] for layer in m.cfg.layers("loop")] for loop in loops]
-        parts.append(torch.stack([torch.stack(row) for row in by_loop]))  # [loop, layer, quantity, sequence, ..]
+        return torch.stack([torch.stack(row) for row in by_loop])  # [loop, layer, quantity, sequence, ..]
+
+    parts = [found for _, _, found in b.each(batch_size, work)]
     whole = torch.cat(parts, dim=3).permute(2, 3, 0, 1, 4, 5).numpy()
     return LoopRecord(whole[0], whole[1], whole[2] if content else None, keys.all_names)
 

@@ -101,5 +101,6 @@ MEASURES = (
         plain(attention_shape),
         groupless=plain(attention_shape),
         both_ways=True,
+        shards=True,
     ),
 )

@@ -27,7 +27,7 @@ from loopmdm.analysis.measures.registry import Measure, plain
 from loopmdm.analysis.numbers.moments import Moments
 from loopmdm.analysis.watch.groups import NOTHING_MORE, Place, Seen, States
 from loopmdm.analysis.watch.sums import Asks
-from loopmdm.analysis.watch.walk import EVERYWHERE, PlaceSums, walk
+from loopmdm.analysis.watch.walk import EVERYWHERE, PlaceSums, summed, walk
 from loopmdm.model.errors import check_count, check_seed
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.precision import wide
@@ -128,8 +128,9 @@ class ToggleSums(PlaceSums):
     def add(
         self, b: MaskedBatch, clusters: np.ndarray | None = None, first_index: int | None = None
     ) -> "ToggleSums":  # fmt: skip
-        """Toggle keys of a batch; `first_index` numbers its first sequence (default: after those seen before)."""
-        first = self.seen if first_index is None else first_index
+        """Toggle keys of a batch; `first_index` numbers its first sequence (default: its place, or on)."""
+        given = b.first if first_index is None and b.place is not None else first_index
+        first = self.seen if given is None else given
         b = as_batch(type(self).__name__, b, clusters)
         self.begin(States.of(self.m, b))
         for prefix, pairs in toggled(self.m, b, self.n_loops, Keys(self.n_keys, self.seed, first)).items():
@@ -169,10 +170,14 @@ def attention_toggle(
     where fewer are maskable); it takes 1 + n_keys forwards. Sequences without a masked query do not count.
     """
     sums = ToggleSums(m, n_loops, n_keys, by_head, seed)
-    b = as_batch("attention_toggle", b, clusters)
-    for start, part in b.batches(batch_size):
-        sums.add(part, first_index=start)
-    return sums.frame()
+    return summed(sums, as_batch("attention_toggle", b, clusters), batch_size)
 
 
-MEASURES = (Measure("attention-toggle", "attention to the same key masked less clean", plain(attention_toggle)),)
+MEASURES = (
+    Measure(
+        "attention-toggle",
+        "attention to the same key masked less clean",
+        plain(attention_toggle),
+        shards=True,
+    ),
+)

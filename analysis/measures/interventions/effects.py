@@ -166,13 +166,20 @@ def at_each_loop(make: Callable) -> Callable[[Case], pd.DataFrame]:
 
 
 MEASURES = (
-    Measure("mediated-share", "share of the gain of looping that some edges carry", on_tests, "test set", loops=2),
+    Measure(
+        "mediated-share",
+        "share of the gain of looping that some edges carry",
+        on_tests,
+        "test set",
+        loops=2,
+    ),
     Measure(
         "cut-effects",
         "NELBO lost by cutting masked-to-masked at or from a loop on",
         at_each_loop(lambda m, loops: cut(m, "masked->masked", loops)),
         "test set",
         loops=2,
+        shards=True,
     ),
     Measure(
         "stale-effects",
@@ -180,5 +187,6 @@ MEASURES = (
         at_each_loop(lambda m, loops: stale(m, "masked", loops)),
         "test set",
         loops=2,
+        shards=True,
     ),
 )

@@ -14,6 +14,7 @@ from loopmdm.model.corpora.windows import sliding_windows
 from loopmdm.model.diffusion.likelihood import loop_counts, masked_draw, nelbo, nelbo_by_loop
 from loopmdm.model.errors import UsageError
 from loopmdm.model.information import kl
+from loopmdm.model.sequences import MaskedBatch
 from loopmdm.model.tasks.batches import GENERATED, encode
 
 ZERO_SHOT_DOCUMENTS, ZERO_SHOT_WINDOWS = 500, 512
@@ -23,7 +24,7 @@ def nll(case: Case, counts: list[int], n_samples: int = 2) -> pd.DataFrame:
     """Test NELBO in nats per token, and bits per byte for text."""
     test, rows = case.test, []
     for count in counts:
-        r = nelbo(case.m, test.sequences, count, n_samples=n_samples)
+        r = nelbo(case.m, case.sequences, count, n_samples=n_samples)
         rows.append((count, r.mean, r.standard_error, r.bits_per_byte(test.bytes_per_token), r.n))
     return pd.DataFrame(rows, columns=["n_loops", "nelbo", "standard_error", "bits_per_byte", "n"])
 
@@ -35,14 +36,8 @@ def at(frame: pd.DataFrame, counts: list[int]) -> pd.DataFrame:
 
 def noise_level(case: Case, counts: list[int], n_samples: int = 2) -> pd.DataFrame:
     """NELBO and gain over S = 1 by mask ratio."""
-    test = case.test
-    frame = nelbo_decomposition(
-        case.m,
-        test.sequences,
-        [1, *counts],
-        n_samples=n_samples,
-    )
-    return at(frame, counts).assign(n_units=test.sequences.n_units)
+    frame = nelbo_decomposition(case.m, case.sequences, [1, *counts], n_samples=n_samples)
+    return at(frame, counts).assign(n_units=case.n_units)
 
 
 def zero_shot_corpora() -> list[str]:
@@ -74,24 +69,20 @@ def excess_kl(case: Case, counts: list[int], n_samples: int = 2, batch_size: int
     """KL(exact posterior || model) in nats per hidden node, by hops; masks as in the NELBO."""
     if case.test.task not in GENERATED:
         raise UsageError(f"{case.m.model_name}: no exact posterior is known for {case.test.task}")
-    task, tokens = GENERATED[case.test.task], case.test.tokens
+    task, sequences = GENERATED[case.test.task], case.sequences
+    tokens = sequences.tokens
     most = task.n_nodes
     total, number = np.zeros((len(counts), len(tokens), most)), np.zeros((len(tokens), most))
     for draw in range(n_samples):
-        b = masked_draw(case.test.sequences, case.m.cfg.mask_token_id, 0, draw, n_samples)
-        posterior, distance = task.posterior(tokens, b.masked), task.hops(b.masked, b.tokens)
-        for start, part in b.batches(batch_size):
-            span = slice(start, start + len(part))
+        b = masked_draw(sequences, case.m.cfg.mask_token_id, 0, draw, n_samples)
+        distance = task.hops(b.masked, b.tokens)
+        for span, part, found in b.each(batch_size, lambda part: _divergences(case, part, counts)):
             hidden = part.masked.cpu()  # where exact answers are
-            exact, hops = posterior[span][hidden], distance[span][hidden].numpy()
-            owner = start + hidden.nonzero()[:, 0].numpy()
+            hops = distance[span][hidden].numpy()
+            owner = span.start + hidden.nonzero()[:, 0].numpy()
             np.add.at(number, (owner, hops), 1)
-            for loop, (state, context) in enumerate(case.m.states(part.tokens, max(counts)), start=1):
-                if loop in counts:
-                    logits = case.m.readout(state, context, rows=part.masked)
-                    log_probs = logits.cpu().double().log_softmax(-1)[:, : task.n_states]
-                    divergence = kl(exact.log(), log_probs, exact).numpy()
-                    np.add.at(total[counts.index(loop)], (owner, hops), divergence)
+            for index, divergence in enumerate(found):
+                np.add.at(total[index], (owner, hops), divergence)
     rows = []
     for index, count in enumerate(counts):
         for hop in np.flatnonzero(number.sum(0)):
@@ -102,11 +93,40 @@ def excess_kl(case: Case, counts: list[int], n_samples: int = 2, batch_size: int
     return pd.DataFrame(rows, columns=["n_loops", "hops", "excess_kl", "standard_error", "n_nodes", "n"])
 
 
+def _divergences(case: Case, part: MaskedBatch, counts: list[int]) -> list[np.ndarray]:
+    """KL of each hidden node, after each of `counts` loops in rising order."""
+    task = GENERATED[case.test.task]
+    exact, found = task.posterior(part.clean, part.masked)[part.masked.cpu()], []
+    for loop, (state, context) in enumerate(case.m.states(part.tokens, max(counts)), start=1):
+        if loop in counts:
+            logits = case.m.readout(state, context, rows=part.masked)
+            log_probs = logits.cpu().double().log_softmax(-1)[:, : task.n_states]
+            found.append(kl(exact.log(), log_probs, exact).numpy())
+    return found
+
+
 MEASURES = (
-    Measure("nll", "test NELBO in nats per token, and bits per byte for text", nll, "loops"),
-    Measure("noise-level", "NELBO and gain over S = 1 by mask ratio", noise_level, "loops"),
     Measure(
-        "zero-shot", "NELBO on corpora it never saw", zero_shot, "loops", others=False, goes_by=zero_shot_corpora
+        "nll",
+        "test NELBO in nats per token, and bits per byte for text",
+        nll,
+        "loops",
+        shards=True,
+    ),
+    Measure(
+        "noise-level",
+        "NELBO and gain over S = 1 by mask ratio",
+        noise_level,
+        "loops",
+        shards=True,
+    ),
+    Measure(
+        "zero-shot",
+        "NELBO on corpora it never saw",
+        zero_shot,
+        "loops",
+        others=False,
+        goes_by=zero_shot_corpora,
     ),
     Measure(
         "excess-kl",
@@ -114,5 +134,6 @@ MEASURES = (
         excess_kl,
         "loops",
         others=False,
+        shards=True,
     ),
 )

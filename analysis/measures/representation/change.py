@@ -23,13 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loopmdm.analysis.measures.registry import Measure, plain
-from loopmdm.analysis.measures.representation.lenses import LENSES, read, readout_metrics
+from loopmdm.analysis.measures.representation.lenses import LENSES, Answer, answer_metrics
 from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.watch.groups import TOKEN_GROUPS
 from loopmdm.analysis.watch.states import check_loops, group_mean, row_mean, token_groups, trajectory
 from loopmdm.model.errors import check_model
 from loopmdm.model.hooks.hooked import HookedLoopMDM
-from loopmdm.model.information import kl
 from loopmdm.model.layout import By, check_by
 from loopmdm.model.sequences import MaskedBatch, as_batch
 from loopmdm.model.stopping.rules import relative_change
@@ -55,11 +54,11 @@ def _state_metrics(loop: int, state: Tensor, previous: Tensor, before: Tensor | 
     return metrics
 
 
-def _last_readouts(m: HookedLoopMDM, b: MaskedBatch, n_loops: int, masked: Tensor) -> dict[str, Tensor]:
+def _last_readouts(m: HookedLoopMDM, b: MaskedBatch, n_loops: int, masked: Tensor) -> dict[str, Answer]:
     """One more trajectory for the last loop's read-outs, so that none pile up over the loops."""
     for loop, state, context in trajectory(m, b, n_loops):
         if loop == n_loops - 1:
-            return {lens: read(m, state, context, lens, masked) for lens in LENSES}
+            return {lens: Answer.of(m, state, context, lens, masked) for lens in LENSES}
     raise AssertionError("a trajectory ends with its last loop")
 
 
@@ -68,16 +67,16 @@ def _batch_metrics(m: HookedLoopMDM, b: MaskedBatch, n_loops: int, by: By) -> Ro
     groups, masked, rows = token_groups(m, b, by), token_groups(m, b)["masked"], {}
     clean, last = b.clean.masked_fill(b.unknown, -1)[masked], _last_readouts(m, b, n_loops, masked)
     before = previous = None
-    reads: dict[str, Tensor] = {}
+    reads: dict[str, Answer] = {}
     for loop, state, context in trajectory(m, b, n_loops):
         if previous is not None:
             for name, value in _state_metrics(loop, state, previous, before).items():
                 for group in TOKEN_GROUPS:
                     rows[loop, group, name, ""] = group_mean(value, groups[group])
             for lens in LENSES:
-                now, prefix = read(m, state, context, lens, masked), "" if lens == "coda" else f"{lens}_"
-                metrics = readout_metrics(now, reads.get(lens), clean) | {"kl_last": kl(last[lens], now)}
-                for name, value in metrics.items():
+                now = Answer.of(m, state, context, lens, masked)
+                prefix = "" if lens == "coda" else f"{lens}_"
+                for name, value in answer_metrics(now, reads.get(lens), last[lens], clean).items():
                     rows[loop, "masked", prefix + name, lens] = row_mean(value, masked)
                 reads[lens] = now
         before, previous = previous, state
@@ -95,7 +94,8 @@ def representation_change(
 ) -> pd.DataFrame:
     """Columns: n_loops loop token_group mask_ratio metric lens value standard_error n.
 
-    `n_loops` may lie far beyond S_max: three states and four read-outs of one batch are held, whatever it is.
+    `n_loops` may lie far beyond S_max: three states and four read-outs of one batch are held, whatever it is,
+    and of large vocabularies only blocks of these (`lenses.Answer`).
     Read-out metrics exist for masked positions only; `lens` is "coda", "direct" (metric "direct_..") or "" for
     metrics of the state. Errors are over sequences, or over `clusters` [batch] of them. A group without members
     is NaN with n = 0. In a shifted model `by="predicts"` groups states by the token that they predict; read-outs
@@ -109,7 +109,7 @@ def representation_change(
     check_model(m, "representation_change")
     check_by(m.facts, by, "representation_change")
     b, n_loops = as_batch("representation_change", b, clusters), check_loops(m, n_loops)
-    parts = [_batch_metrics(m, part, n_loops, by) for _, part in b.batches(batch_size)]
+    parts = [part for _, _, part in b.each(batch_size, lambda part: _batch_metrics(m, part, n_loops, by))]
     rows = []
     for loop, group, metric, lens in parts[0]:
         values = torch.cat([part[loop, group, metric, lens] for part in parts]).double().cpu().numpy()
@@ -126,5 +126,6 @@ MEASURES = (
         plain(representation_change),
         groupless=plain(representation_change),
         both_ways=True,
+        shards=True,
     ),
 )

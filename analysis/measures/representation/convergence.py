@@ -116,7 +116,7 @@ def convergence(
     check_number("margin", margin, 0, 1)
     if margin == 1:
         raise UsageError("margin must be below 1, got 1; give a slope such as 0.25")
-    parts = [_changes(m, part, n_loops) for _, part in b.batches(batch_size)]
+    parts = [part for _, _, part in b.each(batch_size, lambda part: _changes(m, part, n_loops))]
     changes = torch.cat(parts, dim=2).double().numpy()
     rows = []
     for group, (relative, steps) in zip(TOKEN_GROUPS, changes, strict=True):
@@ -136,4 +136,12 @@ def far_out(case: Case, b: MaskedBatch, least_loops: int = 64) -> pd.DataFrame:
     return convergence(case.m, b, max(least_loops, case.n_loops), clusters=case.clusters)
 
 
-MEASURES = (Measure("convergence", "does the change fall faster than a drift's 1/i", far_out, groupless=far_out),)
+MEASURES = (
+    Measure(
+        "convergence",
+        "does the change fall faster than a drift's 1/i",
+        far_out,
+        groupless=far_out,
+        shards=True,
+    ),
+)

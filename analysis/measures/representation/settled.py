@@ -14,12 +14,12 @@ four can only lie within the S loops run: read the curves, not only the means. D
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.registry import Measure
-from loopmdm.analysis.measures.representation.lenses import check_lens, read
+from loopmdm.analysis.measures.representation.lenses import Answer, check_lens
 from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.watch.states import check_loops, token_groups
 from loopmdm.model.errors import UsageError
@@ -65,13 +65,17 @@ def settled_loops(
     b = before_next(b) if m.facts.causal else b
     check_lens(lens)
     frames = []
-    for start, part in b.batches(batch_size):
-        masked = part.masked if m.facts.causal else token_groups(m, part)["masked"]
-        states = m.states(part.tokens, n_loops, part.attention_mask)
-        answers = torch.stack([read(m, state, context, lens, masked).argmax(-1) for state, context in states])
+
+    def work(part: MaskedBatch) -> Int[Tensor, "loop row"]:
+        states, masked = m.states(part.tokens, n_loops, part.attention_mask), _asked(m, part)
+        answers = (Answer.of(m, state, context, lens, masked) for state, context in states)
+        return torch.stack([torch.cat([one[span].argmax(-1) for span in one.spans]) for one in answers])
+
+    for span, part, answers in b.each(batch_size, work):
+        masked = _asked(m, part)
         sequence, position = masked.nonzero().cpu().numpy().T
         truth = (part.clean if m.facts.causal else part.truth("settled_loops"))[masked]
-        columns = {"sequence": start + sequence, "position": position, "final_id": answers[-1].cpu().numpy()}
+        columns = {"sequence": span.start + sequence, "position": position, "final_id": answers[-1].cpu().numpy()}
         columns |= {"correct": (answers[-1] == truth).cpu().numpy()} | first_loops(answers, truth)
         frames.append(pd.DataFrame(columns))
     frame = pd.concat(frames, ignore_index=True)
@@ -80,6 +84,11 @@ def settled_loops(
     for place, (name, value) in enumerate(zip(KEYS, (n_loops, b.mask_ratio, lens), strict=True)):
         frame.insert(place, name, value)
     return frame
+
+
+def _asked(m: HookedLoopMDM, b: MaskedBatch) -> Bool[Tensor, "batch pos"]:
+    """Where an answer is looked for."""
+    return b.masked if m.facts.causal else token_groups(m, b)["masked"]
 
 
 def _summary(part: pd.DataFrame, values: pd.Series, clusters: np.ndarray | None) -> tuple[float, float, int]:
@@ -127,5 +136,11 @@ def shares(case: Case, b: MaskedBatch) -> pd.DataFrame:
 
 
 MEASURES = (
-    Measure("settled", "loops by which the answer has appeared, stays, is right", shares, groupless=shares),
+    Measure(
+        "settled",
+        "loops by which the answer has appeared, stays, is right",
+        shares,
+        groupless=shares,
+        shards=True,
+    ),
 )

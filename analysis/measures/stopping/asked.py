@@ -29,7 +29,7 @@ def records(case: Case, rules: list | None = None) -> tuple[LoopRecord, LoopReco
     """Every sequence run to the end, on test and on validation."""
     options = {"max_loops": case.n_loops, "rules": rules}
     test = record_loops(case.m, case.sequences, seed=case.seed, **options)
-    held_out = replace(case.validation.sequences.rows(slice(case.n)), clusters=None)
+    held_out = case.share(replace(case.validation.sequences.rows(slice(case.n)), clusters=None, place=None))
     return test, record_loops(case.m, held_out, seed=case.seed + 1, **options)
 
 
@@ -152,6 +152,7 @@ MEASURES = (
         loops=2,
         groupless=causal_frontier,
         goes_by=_rules,
+        shards=True,
     ),
     Measure(
         "stopping-verdicts",
@@ -160,6 +161,7 @@ MEASURES = (
         "test set",
         loops=2,
         goes_by=_rules,
+        shards=True,
     ),
     Measure(
         "stopping-calibration",
@@ -168,6 +170,7 @@ MEASURES = (
         "test set",
         loops=2,
         goes_by=_rules,
+        shards=True,
     ),
     Measure("stopping-usage", "loops used by mask ratio, difficulty and token class", usage, "test set", loops=2),
     Measure("stopping-by-step", "loops used along a sampling run", by_step, "test set", samples=True, loops=2),

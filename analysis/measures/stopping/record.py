@@ -6,7 +6,6 @@ replayed exactly from one record within one forward. Scope "token" and sampling 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from loopmdm.model import flops
+from loopmdm.model.blocks import RowLogits
 from loopmdm.model.diffusion.likelihood import Read, draws, row_sums
 from loopmdm.model.errors import UsageError, check_count, check_model
 from loopmdm.model.information import entropy, kl
@@ -163,14 +163,19 @@ def record(m: LoopedModel, data: Data, rules: Sequence[StoppingRule] | None, rea
     batches = masked_draws(m, data, read)
     losses, correct, counts, ratios, noise = [], [], [], [], []
     criteria: dict[str, list[Tensor]] = {name: [] for name in named}
+
+    def work(part: MaskedBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        seen, nobody = _Recorder(named, part, _reader(m, part), m.facts.causal), torch.zeros_like(part.masked)
+        m.run(part.tokens, most, attention_mask=part.attention_mask, rows=nobody, on_loop=seen)
+        told = {name: torch.stack(values).cpu() for name, values in seen.criteria.items()}
+        return torch.stack(seen.losses).cpu(), torch.stack(seen.correct).cpu(), told
+
     for batch in batches:
-        for _, part in batch.batches(read.batch_size):
-            seen, nobody = _Recorder(named, part, _reader(m, part), m.facts.causal), torch.zeros_like(part.masked)
-            m.run(part.tokens, most, attention_mask=part.attention_mask, rows=nobody, on_loop=seen)
-            losses.append(torch.stack(seen.losses).cpu())
-            correct.append(torch.stack(seen.correct).cpu())
+        for _, part, (loss, right, told) in batch.each(read.batch_size, work):
+            losses.append(loss)
+            correct.append(right)
             for name in named:
-                criteria[name].append(torch.stack(seen.criteria[name]).cpu())
+                criteria[name].append(told[name])
             counts.append(part.masked.sum(-1).cpu())
             hidden = counts[-1].double() * (not m.facts.causal)
             ratios.append(hidden / part.sequences.lengths.cpu())
@@ -198,18 +203,28 @@ def masked_draws(m: LoopedModel, data: Data, read: Read) -> list[MaskedBatch]:
     return [batch for batch, _ in draws(m, data, read)]
 
 
-def _reader(m: LoopedModel, part: MaskedBatch) -> Callable[[Tensor], Tensor]:
-    """What the model would answer at the masked positions from a state; nobody listens to it."""
+def _reader(m: LoopedModel, part: MaskedBatch) -> Callable[[Tensor, str], RowLogits]:
+    """What a state would answer at the masked positions, by a lens; nobody listens to it."""
     core = core_of(m)
     context = core.context(part.tokens, part.attention_mask)
-    return lambda state: core.readout(state, context, rows=part.masked)
+
+    def read(state: Tensor, lens: str) -> RowLogits:
+        if lens == "coda":
+            return core.read(state, context, rows=part.masked)
+        return RowLogits.of(lambda some: core.unembedding(state, rows=some), part.masked, core.cfg.d_vocab)
+
+    return read
 
 
 class _Recorder:
     """Called after every loop; a read-out's probabilities are computed once for all who look at them."""
 
     def __init__(
-        self, rules: dict[str, StoppingRule], part: MaskedBatch, read: Callable[[Tensor], Tensor], causal: bool
+        self,
+        rules: dict[str, StoppingRule],
+        part: MaskedBatch,
+        read: Callable[[Tensor, str], RowLogits],
+        causal: bool,
     ):
         self.rules, self.part, self.read = rules, part, read
         clean = part.clean if causal else part.truth("a record of losses")  # a next token may be the same again
@@ -226,11 +241,9 @@ class _Recorder:
         last, self.answers = self.answers, {}
         lenses = {"coda"} | {rule.lens for rule in self.rules.values() if isinstance(rule, LensRule)}
         for lens in sorted(lenses):
-            logits = self.read(view.state) if lens == "coda" else view.read(lens, masked)
-            self.answers[lens] = Answers.of(logits, last.get(lens))
+            self.answers[lens] = Answers.of(self.read(view.state, lens), last.get(lens), truth)
         answers, count = self.answers["coda"], masked.sum(-1)
-        nats = -answers.log_probs.gather(-1, truth[:, None].long())[:, 0].double()
-        self.losses.append(row_sums(nats, self.part) / count)
+        self.losses.append(row_sums(answers.nats.double(), self.part) / count)
         self.correct.append(row_sums((answers.top == truth).double(), self.part) / count)
         for name, rule in self.rules.items():
             value = self._lens(name, rule, view, last) if isinstance(rule, LensRule) else rule.criterion(view)
@@ -255,32 +268,57 @@ BLOCK = 2**18
 
 @dataclass(frozen=True)
 class Answers:
-    """One read-out: `log_probs` [row, d_vocab]; `entropy` and `kl` to the last one [row]."""
+    """One read-out: of each row the best token `top`, the `entropy`, the `kl` to the last one, the truth's `nats`.
 
-    log_probs: Float[Tensor, "row d_vocab"]
+    Its log-probabilities are `kept` [row, d_vocab] where one block holds them, else made anew by `reading`.
+    """
+
+    reading: RowLogits
+    kept: Float[Tensor, "row d_vocab"] | None
+    top: Int[Tensor, " row"]
     entropy: Float[Tensor, " row"]
     kl: Float[Tensor, " row"]
-
-    @cached_property
-    def top(self) -> Int[Tensor, " row"]:
-        """The likeliest token; by numpy, as torch's argmax is many times slower."""
-        return torch.from_numpy(self.log_probs.cpu().numpy().argmax(-1)).to(self.log_probs.device)
+    nats: Float[Tensor, " row"]
 
     @classmethod
-    def of(cls, logits: Float[Tensor, "row d_vocab"], before: "Answers | None") -> "Answers":
+    def of(cls, reading: RowLogits, before: "Answers | None", truth: Int[Tensor, " row"]) -> "Answers":
         """From logits, as the rules would compute it, block by block of rows."""
-        size = max(1, BLOCK // logits.shape[-1])
-        log_probs = torch.empty_like(logits, dtype=width(logits.dtype))
-        parts = []
-        for start in range(0, len(logits), size):
-            span = slice(start, start + size)
-            block = wide(logits[span]).log_softmax(-1)
-            log_probs[span], p = block, block.exp()
-            divergence = torch.full_like(block[:, 0], float("nan"))
-            if before is not None:
-                divergence = kl(block, before.log_probs[span], p).clamp_(min=0.0)
-            parts.append((entropy(block, p), divergence))
-        return cls(log_probs, *(torch.cat(column) for column in zip(*parts, strict=True)))
+        parts, kept = [], None
+        for span in reading.spans:
+            block, *numbers = _answered(reading[span], None if before is None else before[span], truth[span])
+            parts.append(numbers)
+            if reading.whole is not None:
+                kept, reading = block, replace(reading, whole=block)  # the logits themselves may go
+        return cls(reading, kept, *(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def __getitem__(self, span: slice) -> Float[Tensor, "row d_vocab"]:
+        """Log-probabilities of a block."""
+        if self.kept is not None:
+            return self.kept[span]
+        logits = self.reading[span]
+        return torch.cat([wide(part).log_softmax(-1) for part in logits.split(_rows(logits))])
+
+
+def _rows(logits: Tensor) -> int:
+    """How many rows are worked on at a time."""
+    return max(1, BLOCK // logits.shape[-1])
+
+
+def _answered(logits: Tensor, before: Tensor | None, truth: Tensor) -> tuple[Tensor, ...]:
+    """Log-probabilities, best tokens, entropies, divergences from `before`, and nats of the truth."""
+    size, log_probs, parts = _rows(logits), torch.empty_like(logits, dtype=width(logits.dtype)), []
+    for start in range(0, len(logits), size):
+        span = slice(start, start + size)
+        block = wide(logits[span]).log_softmax(-1)
+        log_probs[span], p = block, block.exp()
+        divergence = torch.full_like(block[:, 0], float("nan"))
+        if before is not None:
+            divergence = kl(block, before[span], p).clamp_(min=0.0)
+        # By numpy, as torch's argmax is many times slower.
+        top = torch.from_numpy(block.cpu().numpy().argmax(-1)).to(block.device)
+        parts.append((top, entropy(block, p), divergence))
+    nats = -log_probs.gather(-1, truth[:, None].long())[:, 0]
+    return log_probs, *(torch.cat(column) for column in zip(*parts, strict=True)), nats
 
 
 SHARED: dict[type[StoppingRule], Callable[[Answers, Answers], Tensor]] = {

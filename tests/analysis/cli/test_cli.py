@@ -93,7 +93,7 @@ def commands(group, words=("loopmdm",)):
 
 def test_the_help_of_every_command_ends_in_an_example_that_it_takes():
     found = dict(commands(typer.main.get_command(app)))
-    assert len(found) == 19
+    assert len(found) == 20
     for words, command in found.items():
         said, _, example = command.epilog.partition(": ")
         assert said == "Example" and example.split()[: len(words)] == list(words)

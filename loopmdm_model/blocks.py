@@ -1,0 +1,73 @@
+"""Logits at many positions, block by block: with a large vocabulary they are the largest tensors there are.
+
+A read-out of R positions has R x V logits; what is made of them, a loss or an entropy, is one number a position.
+`RowLogits` makes them a block at a time, from states that are R x d, so that memory hangs on neither R nor the
+number of read-outs that are compared. What fits into one block is made once and kept.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from loopmdm.model.precision import check_logits
+
+T = TypeVar("T")
+BLOCK = 2**25
+"""Logits that are made at a time: 128 MiB in float32."""
+
+
+@dataclass(frozen=True)
+class RowLogits:
+    """Logits at the positions `rows` [batch, pos] of a read-out, in reading order: `whole`, or by `unembed`."""
+
+    rows: Bool[Tensor, "batch pos"]
+    d_vocab: int
+    whole: Float[Tensor, "row d_vocab"] | None
+    unembed: Callable[[Bool[Tensor, "batch pos"]], Tensor] | None = None
+
+    @classmethod
+    def of(cls, unembed: Callable[[Tensor], Tensor], rows: Tensor, d_vocab: int) -> "RowLogits":
+        """From what unembeds chosen positions; made at once if one block holds them."""
+        if int(rows.sum()) * d_vocab <= BLOCK:
+            return cls(rows, d_vocab, unembed(rows))
+        return cls(rows, d_vocab, None, unembed)
+
+    def __len__(self) -> int:
+        """Positions."""
+        return int(self.rows.sum()) if self.whole is None else len(self.whole)
+
+    @property
+    def spans(self) -> list[slice]:
+        """The blocks, as slices of the rows; one if there are none."""
+        size = len(self) if self.whole is not None else max(1, BLOCK // self.d_vocab)
+        return [slice(start, start + size) for start in range(0, len(self), max(1, size))] or [slice(0, 0)]
+
+    def __getitem__(self, span: slice) -> Float[Tensor, "row d_vocab"]:
+        """One block."""
+        if self.whole is not None:
+            return self.whole if span.stop >= len(self.whole) and not span.start else self.whole[span]
+        assert self.unembed is not None
+        chosen = torch.zeros_like(self.rows)
+        row, position = self.rows.nonzero()[span].T
+        chosen[row, position] = True
+        return self.unembed(chosen)
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, logits) of each block; NotFiniteError if logits say nothing."""
+        for span in self.spans:
+            logits = self[span]
+            check_logits(logits)
+            yield span, logits
+
+    def each(self, make: Callable[[slice, Tensor], Float[Tensor, " row"]]) -> Float[Tensor, " row"]:
+        """A number a position, made block by block."""
+        parts = [make(span, logits) for span, logits in self]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def all(self) -> Float[Tensor, "row d_vocab"]:
+        """All of them at once."""
+        return torch.cat([self[span] for span in self.spans]) if self.whole is None else self.whole
