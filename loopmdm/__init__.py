@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from loopmdm.analysis import *  # noqa: F403
     from loopmdm.model import *  # noqa: F403
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 PARTS = ("model", "analysis")
 

@@ -27,8 +27,8 @@ def imported(path: Path) -> set[str]:
 
 FLOORS = (
     "folders model.errors model.information model.work",
-    "model.precision model.files model.randomness model.registry model.layout model.context model.means "
-    "model.batching",
+    "model.places model.precision model.files model.randomness model.registry model.layout model.context "
+    "model.means model.batching",
     "model.sites model.flops model.tiles model.sequences model.blocks",
     "model.taps",
     "model.masking model.stopping model.corpora model.adapters.cycles",
@@ -47,6 +47,7 @@ FLOORS = (
     "analysis.exhibits",
     "analysis.report analysis.harness",
     "analysis.cli",
+    "__main__",
 )
 """From the ground up: a file imports what is in its own room, and what lies below; late imports count, too."""
 FACES = {"", "model", "analysis"}

@@ -8,8 +8,9 @@ import typer
 
 from loopmdm.analysis.cli.completion import among, figure_names, table_names
 from loopmdm.analysis.cli.shared import BATCH, DEVICE, app, check_folder, draw_offline, interruptible, show
-from loopmdm.analysis.cli.waiting import progress_bar, working
+from loopmdm.analysis.cli.waiting import progress_bar, say, working
 from loopmdm.model.errors import UsageError, check_word
+from loopmdm.model.places import figures_folder
 
 
 @app.command(epilog="Example: loopmdm table settled")
@@ -17,13 +18,15 @@ def table(
     name: Annotated[
         str, typer.Argument(help="table; `loopmdm table list` shows all", autocompletion=among(table_names))
     ],
-    out: Annotated[Path | None, typer.Option(help="folder; default figures/tables")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder; default figures/tables in a checkout, else the cache")
+    ] = None,
     device: Annotated[str, typer.Option(help=DEVICE)] = "cpu",
     batch_size: Annotated[int | None, typer.Option(help=BATCH)] = None,
 ) -> None:
     """Measure a table again from the shipped models and print it."""
     from loopmdm.analysis.exhibits import tables
-    from loopmdm.analysis.exhibits.measuring import all_tables, measure_one
+    from loopmdm.analysis.exhibits.measuring import all_tables, check_weights, measure_one
     from loopmdm.analysis.exhibits.measuring import table as find
     from loopmdm.model.network.checkpoints import check_device
 
@@ -34,10 +37,12 @@ def table(
         )
         return
     find(name)
-    place = str(check_device(device))
-    check_folder(out or tables.tables_folder())
+    place, folder = str(check_device(device)), out or tables.measured_folder()
+    check_weights([name])
+    check_folder(folder)
+    say(f"measuring {name} into {folder}, {tables.HOW_LONG}")
     with interruptible("the old table is intact"), working(f"measuring {name}"):
-        frame = measure_one(name, out or tables.tables_folder(), place, batch_size)
+        frame = measure_one(name, folder, place, batch_size)
     show(list(frame.columns), frame.itertuples(index=False))
 
 
@@ -49,17 +54,20 @@ def figures(
     source: Annotated[
         str, typer.Option("--from", help="tables | checkpoints (measure the tables again)")
     ] = "tables",
-    out: Annotated[Path, typer.Option(help="folder for pdf, png, svg and json")] = Path("figures/out"),
+    out: Annotated[
+        Path | None, typer.Option(help="folder for pdf, png, svg and json; default figures/out in a checkout")
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="draw anew and compare with --out and what is committed; write nothing")
     ] = False,
     device: Annotated[str, typer.Option(help=f"with --from checkpoints, {DEVICE}")] = "cpu",
     batch_size: Annotated[int | None, typer.Option(help=f"with --from checkpoints, {BATCH}")] = None,
 ) -> None:
-    """Draw figures from the committed tables, or from the checkpoints."""
+    """Draw figures from the tables that are stored, or measure these again from the checkpoints."""
     draw_offline()
     from loopmdm.analysis import exhibits as registry
-    from loopmdm.analysis.exhibits.measuring import measure_all
+    from loopmdm.analysis.exhibits.measuring import check_stored, check_weights, measure_all
+    from loopmdm.analysis.exhibits.tables import HOW_LONG, measured_folder
     from loopmdm.model.network.checkpoints import check_device
 
     check_word("--from", source, ("tables", "checkpoints"))
@@ -70,18 +78,30 @@ def figures(
     if check:
         if source != "tables":
             raise UsageError("--check compares what the committed tables give; leave --from out")
-        _check(names, out)
+        _check(names, out or figures_folder() / "out")
         return
+    out, needed = _pictures(out), list(dict.fromkeys(name for figure in chosen for name in figure.tables))
+    if source == "tables":
+        check_stored(needed, " ".join(["loopmdm figures", *(names or ()), "--from checkpoints"]))
     check_folder(out)
+    if source == "checkpoints":
+        check_weights(needed)
+        say(f"measuring {len(needed)} tables into {measured_folder()}, {HOW_LONG}")
     with interruptible("pictures that were finished are whole, the others as they were"), progress_bar() as bar:
         if source == "checkpoints":
-            needed = dict.fromkeys(name for figure in chosen for name in figure.tables)
             for _ in bar.track(measure_all(needed, 0, place, batch_size), total=len(needed), description="tables"):
                 pass
         drawn = registry.draw_all([figure.name for figure in chosen], out)
         for _ in bar.track(drawn, total=len(chosen), description="figures"):
             pass
     show(["figure", "file"], [(figure.name, out / f"{figure.name}.pdf") for figure in chosen])
+
+
+def _pictures(out: Path | None) -> Path:
+    """Where pictures go: into the checkout if that is where one works, else only where asked."""
+    if out is None and Path("figures").resolve() != figures_folder().resolve():
+        raise UsageError("give --out FOLDER for the pictures; only in the checkout there is a default")
+    return out or Path("figures/out")
 
 
 def _check(names: list[str] | None, out: Path) -> None:

@@ -6,37 +6,46 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loopmdm.analysis.cli.completion import among, model_names
-from loopmdm.analysis.cli.shared import MODEL, app, opens, show
+from loopmdm.analysis.cli.shared import MODEL, app, interruptible, opens, show
+from loopmdm.analysis.cli.waiting import progress_bar, say
 
 if TYPE_CHECKING:
     from loopmdm.analysis.measures.access import Access
 
 
-@app.command(epilog="Example: loopmdm models")
+models_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+app.add_typer(models_app, name="models")
+
+
+@models_app.callback(epilog="Example: loopmdm models")
 def models(
+    context: typer.Context,
     families: Annotated[
         bool,
         typer.Option("--families", help="List the families of other people's models that are known by record."),
     ] = False,
 ) -> None:
-    """List the shipped models, and other people's that can be fetched."""
+    """List the models: those of this package, here or to be fetched, and other people's."""
+    if context.invoked_subcommand is not None:
+        return
     if families:
         _list_families()
         return
     from loopmdm.model.adapters.specimens import SPECIMENS
     from loopmdm.model.files import read_json
-    from loopmdm.model.network.checkpoints import RECORD, ZOO, list_models
+    from loopmdm.model.network.checkpoints import CONFIG, RECORD, list_models, list_released, resolve
     from loopmdm.model.network.config import LoopMDMConfig
 
-    rows = []
-    for name in list_models():
-        cfg, record = LoopMDMConfig.load(ZOO / name / "config.json"), read_json(ZOO / name / RECORD)
+    rows, here = [], set(list_models())
+    for name in list_released():
+        cfg, record = LoopMDMConfig.load(resolve(name) / CONFIG), read_json(resolve(name) / RECORD)
         layers = f"{cfg.n_prelude_layers}+{cfg.n_loop_layers}xS+{cfg.n_coda_layers}"
         reached = record["evaluation"]
         flops = record["training_flops"]["realised"]
         corpus = record["spec"]["data"]["corpus"]
         test = (reached["test_nelbo"], reached["test_nelbo_se"])
-        rows.append((name, corpus, layers, cfg.max_loops, cfg.d_model, flops, *test, "this package", "MIT"))
+        source = "this package" + ("" if name in here else f" (loopmdm models fetch {name})")
+        rows.append((name, corpus, layers, cfg.max_loops, cfg.d_model, flops, *test, source, "MIT"))
     unknown = float("nan")
     for name, item in SPECIMENS.items():
         source = f"{item.source.package}=={item.source.version}"
@@ -62,6 +71,29 @@ def _list_families() -> None:
         facts = ", ".join(fact for fact, holds in said.items() if holds)
         rows.append((name, " ".join(family.classes) or f"by family={name}", family.home or "transformers", facts))
     show(["family", "classes", "code", "facts"], rows)
+
+
+@models_app.command(epilog="Example: loopmdm models fetch sotu-deep --from loopmdm-models-0.2.0.tar.gz")
+def fetch(
+    names: Annotated[list[str], typer.Argument(help="models or records of runs that are not here; all")],
+    source: Annotated[
+        str, typer.Option("--from", help="archive of a release (file or URL), or folder of a checkout")
+    ] = "",
+) -> None:
+    """Bring weights and measurements that this installation does not hold into the cache, checked by hash."""
+    from loopmdm.model.network.checkpoints import fetched_folder
+    from loopmdm.model.zoo.fetch import chosen, fetch_models, source_of, to_fetch
+
+    names = chosen(names)
+    wanted = to_fetch(names)
+    if wanted:
+        source, megabytes = source_of(source), sum(item.size for item in wanted.values()) / 1e6
+        where = fetched_folder(names[0]).parents[1]
+        say(f"fetching {len(wanted)} files, {megabytes:.1f} MB, from {source} into {where}")
+    with interruptible("what was whole is kept; run it again"), progress_bar() as bar:
+        task = bar.add_task("files", total=len(wanted))
+        folders = fetch_models(names, source, lambda _: bar.advance(task))
+    show(["model", "folder"], zip(names, folders, strict=True))
 
 
 @app.command(epilog="Example: loopmdm sites sudoku-loop --n-loops 2")

@@ -196,9 +196,12 @@ def claims(
     seeds: Annotated[str, typer.Option(help="only claims decided over at least so many seeds")] = "",
 ) -> None:
     """The paper's claims: what was asked, what was measured, and the verdict; one line each in a pipe."""
+    from loopmdm.analysis.exhibits import EXHIBITS
+    from loopmdm.analysis.exhibits.measuring import check_stored
     from loopmdm.analysis.exhibits.verdicts import claims_table
 
     least = check_count("--seeds", integer(seeds, "--seeds", "5"), least=0) if seeds else 0
+    check_stored(EXHIBITS["claims"].tables)
     frame = claims_table()
     if seeds:
         fewest = frame["n_against"].where(frame["n_against"] > 0, frame["n_seeds"])

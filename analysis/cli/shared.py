@@ -17,15 +17,31 @@ import typer
 from rich.console import Console
 from rich.table import Table as RichTable
 
+import loopmdm
 from loopmdm.model.errors import Stopped, UsageError
 from loopmdm.model.files import check_target, toml_value
 
 app = typer.Typer(
-    help="See inside looped masked-diffusion language models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"loopmdm {loopmdm.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """See inside looped masked-diffusion language models."""
+
 
 MODEL = "shipped name, run folder or hub id; somebody else's: hf:owner/name, a folder, a name of `loopmdm models`"
 

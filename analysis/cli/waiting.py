@@ -13,6 +13,11 @@ EVERY = 60.0
 """Seconds between lines: a log of hours stays readable, and a job that hangs is seen."""
 
 
+def say(line: str) -> None:
+    """A line on standard error, such as what is about to happen."""
+    err.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
 def working(what: str) -> AbstractContextManager[object]:
     """Around work of which nothing is known but what it is."""
     if err.is_terminal:
@@ -48,14 +53,14 @@ def told(seconds: float) -> str:
 
 
 @contextmanager
-def _lines(say: Callable[[], list[str]]) -> Iterator[None]:
-    """Print what `say` gives, every so often until the work inside ends."""
+def _lines(lines: Callable[[], list[str]]) -> Iterator[None]:
+    """Print what `lines` gives, every so often until the work inside ends."""
     over = threading.Event()
 
     def tell() -> None:
         while not over.wait(EVERY):
-            for line in say():
-                err.print(line, soft_wrap=True, markup=False, highlight=False)
+            for line in lines():
+                say(line)
 
     thread = threading.Thread(target=tell, daemon=True)
     thread.start()

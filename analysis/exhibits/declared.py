@@ -11,7 +11,8 @@ from pathlib import Path
 
 from loopmdm.model.errors import UsageError, check_keys
 from loopmdm.model.files import read_toml
-from loopmdm.model.zoo.runs import Run, Zoo, figures_folder
+from loopmdm.model.places import figures_folder
+from loopmdm.model.zoo.runs import Run, Zoo
 
 SETS = {"sudoku": "sudoku-s4", "arithmetic": "arithmetic-depth"}
 """The set that decides between looped, base and deep models of a task."""

@@ -14,7 +14,9 @@ from loopmdm.analysis.numbers.parallel import in_processes
 from loopmdm.model.batching import at_a_time
 from loopmdm.model.corpora.fetch import cached_archive, serving
 from loopmdm.model.errors import UsageError, unknown_name
+from loopmdm.model.network.checkpoints import list_models
 from loopmdm.model.training.allocator import keep_freed_memory
+from loopmdm.model.zoo.runs import Zoo
 
 
 def all_tables() -> dict[str, Table]:
@@ -35,20 +37,48 @@ def table(name: str) -> Table:
     return found[name]
 
 
+def check_stored(names: Iterable[str], remedy: str = "") -> None:
+    """UsageError if a table is missing: what draws or reads does not start to measure unasked."""
+    zoo = Zoo.shipped()
+    missing = [name for name in names if tables.stored_in(table(name), zoo) is None]
+    if missing:
+        raise UsageError(
+            f"table {missing[0]}{_more(missing)} not in {tables.tables_folder()}; restore it from the repository, "
+            f"or measure it, {tables.HOW_LONG}: {remedy or f'loopmdm table {missing[0]}'}"
+        )
+
+
+def check_weights(names: Iterable[str]) -> None:
+    """UsageError if weights that tables are measured from are not here, but can be fetched."""
+    zoo, here = Zoo.shipped(), set(list_models())
+    runs = dict.fromkeys(run for name in names for run in table(name).models.of(zoo))
+    missing = [run.name for run in runs if run.weights and run.name not in here]
+    if missing:
+        raise UsageError(
+            f"the weights of {missing[0]}{_more(missing)} are not here; fetch them: `loopmdm models fetch all`"
+        )
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
 def measure_all(
     names: Iterable[str], workers: int = 0, device: str = place.USUAL, batch_size: int | None = None
 ) -> Iterator[str]:
     """Measure tables in processes of one thread each (default: one a core); yields names as they are done.
 
     On another `device` than the CPU one after the other, as they would share its memory. A table that reads others
-    waits for them. UsageError, before anything is measured, where archives are missing.
+    waits for them. UsageError, before anything is measured, where archives or weights are
+    missing.
     """
     names = list(names)
     _need_archives(names)
+    check_weights(names)
     after = {name: set(table(name).tables) for name in names}
     work = partial(measure_one, device=device, batch_size=batch_size)
     workers = workers if device == place.USUAL else 1
-    return in_processes(work, after, tables.tables_folder(), workers, _prepare)
+    return in_processes(work, after, tables.measured_folder(), workers, _prepare)
 
 
 def _need_archives(names: list[str]) -> None:

@@ -25,12 +25,13 @@ from typing import Any
 from loopmdm.analysis.exhibits import EXHIBITS, tables
 from loopmdm.analysis.exhibits.measuring import all_tables
 from loopmdm.analysis.exhibits.tables import Table, quality
-from loopmdm.model.corpora.fetch import cache_folder, serving, sources
+from loopmdm.model.corpora.fetch import serving, sources
 from loopmdm.model.errors import UsageError
 from loopmdm.model.files import read_json, toml_value
 from loopmdm.model.network import checkpoints
+from loopmdm.model.places import cache_folder, figures_folder
 from loopmdm.model.training.spec import RunSpec
-from loopmdm.model.zoo.runs import Run, Zoo, figures_folder
+from loopmdm.model.zoo.runs import Run, Zoo
 
 KINDS = ("corpus", "run", "model", "table", "figure")
 STAMP_TIME = 10**9

@@ -28,7 +28,8 @@ from loopmdm.analysis.exhibits.registry import EXHIBITS, Reading
 from loopmdm.analysis.numbers.contrasts import holm
 from loopmdm.model.errors import UsageError, check_keys
 from loopmdm.model.files import read_toml
-from loopmdm.model.zoo.runs import MAIN_TASKS, figures_folder
+from loopmdm.model.places import figures_folder
+from loopmdm.model.zoo.runs import MAIN_TASKS
 
 COLUMNS = ["claim", "task", "verdict", "estimate", "low", "high", "unit", "margin", "direction", "p", "p_holm",
            "n_seeds", "n_against", "n", "figure", "why", "text"]  # fmt: skip

@@ -16,9 +16,9 @@ import pandas as pd
 
 from loopmdm.analysis.numbers import frames, place
 from loopmdm.analysis.numbers.parallel import one_thread
-from loopmdm.model.corpora.fetch import cache_folder
 from loopmdm.model.errors import UsageError
 from loopmdm.model.network.checkpoints import model_hash, resolve
+from loopmdm.model.places import cache_folder
 
 EVALUATIONS = "evaluations"
 """The folder of this name in the cache, and beside the record of a run."""

@@ -1,11 +1,14 @@
 """What the report's explorer looks at: text and unseen grids, by shipped looped models and their base twins."""
 
+import warnings
+
 import torch
 
 from loopmdm.analysis.numbers import place
 from loopmdm.analysis.report.data import Run, run_of
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.masking import mask_tokens
+from loopmdm.model.network.checkpoints import list_models
 from loopmdm.model.sequences import MaskedBatch, Sequences
 from loopmdm.model.tasks.puzzles import puzzles
 from loopmdm.model.tasks.sudoku import BOARDS
@@ -44,10 +47,19 @@ def _needed(name: str) -> bool:
     return name.endswith(("hook_pattern", ".hook_out"))
 
 
+def models_here() -> list[str]:
+    """Those of `MODELS` whose weights are here; a warning names the others."""
+    here, wanted = list_models(), MODELS.names(Zoo.shipped())
+    for name in wanted:
+        if name not in here:
+            warnings.warn(f"the explorer lacks {name}; `loopmdm models fetch {name}` brings it", stacklevel=2)
+    return [name for name in wanted if name in here]
+
+
 def inputs() -> list[tuple[str, list[Run]]]:
     """Titles, and on each input the run of every model of its task."""
     zoo = Zoo.shipped()
-    models = {name: HookedLoopMDM.from_pretrained(name, place.device()) for name in MODELS.names(zoo)}
+    models = {name: HookedLoopMDM.from_pretrained(name, place.device()) for name in models_here()}
     text = models[zoo.first("sotu").name]
     block = test_set_of(text.record, text.cfg.n_ctx, text.tokenizer).tokens[:1]
     board = BOARDS["sudoku6"]
@@ -58,4 +70,7 @@ def inputs() -> list[tuple[str, list[Run]]]:
         ("Sudoku: unseen grid, 16 of 36 cells hidden", SUDOKU, puzzles(board, grids, 20)),
         ("Sudoku: unseen grid, 26 of 36 cells hidden", SUDOKU, puzzles(board, grids, 10)),
     )
-    return [(title, [run_model(models[name], b) for name in those.names(zoo)]) for title, those, b in shown]
+    return [
+        (title, [run_model(models[name], b) for name in those.names(zoo) if name in models])
+        for title, those, b in shown
+    ]

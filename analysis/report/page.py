@@ -16,8 +16,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from loopmdm.analysis.exhibits import EXHIBITS, Exhibit, by_theme, tables
+from loopmdm.analysis.exhibits import EXHIBITS, Exhibit, by_theme
 from loopmdm.analysis.exhibits import verdicts as claims
+from loopmdm.analysis.exhibits.measuring import check_stored
 from loopmdm.analysis.measures.access import Access, usual
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.numbers import provenance
@@ -25,13 +26,11 @@ from loopmdm.analysis.plots.style import style
 from loopmdm.analysis.report.explorer import payload, render
 from loopmdm.analysis.report.features import shipped_pages
 from loopmdm.analysis.report.heads import measured_cards, shown_cards
-from loopmdm.analysis.report.inputs import MODELS, inputs, inputs_of
-from loopmdm.model.errors import UsageError
+from loopmdm.analysis.report.inputs import inputs, inputs_of, models_here
 from loopmdm.model.files import write_atomic
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.tasks.test_sets import TestSet
 from loopmdm.model.training.record import commit, versions
-from loopmdm.model.zoo.runs import Zoo
 
 WIDTH = 900
 """CSS pixels of a figure of full page width."""
@@ -47,19 +46,6 @@ class Picture:
     height: int
     alt: str
     caption: str
-
-
-def check_tables() -> None:
-    """UsageError if a table of a figure is not committed: a report draws, it does not measure."""
-    folder = tables.tables_folder()
-    needed = dict.fromkeys(name for figure in EXHIBITS.values() for name in figure.tables)
-    missing = [name for name in needed if not (folder / f"{name}.parquet").is_file()]
-    if missing:
-        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UsageError(
-            f"table {missing[0]}{others} not in {folder}; restore it from the repository, or measure it: "
-            f"loopmdm table {missing[0]}"
-        )
 
 
 def picture(figure: Exhibit) -> Picture:
@@ -116,7 +102,7 @@ def _counts(rows: list[dict[str, str]]) -> str:
 
 def report(progress: Callable[[list[Exhibit]], Iterable[Exhibit]] = iter) -> str:
     """The whole page as HTML; `progress` wraps the list of figures."""
-    check_tables()
+    check_stored(dict.fromkeys(name for figure in EXHIBITS.values() for name in figure.tables))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         rows, looked_at = claim_rows(), inputs()
@@ -138,7 +124,7 @@ def report(progress: Callable[[list[Exhibit]], Iterable[Exhibit]] = iter) -> str
         notes=notes,
         commit=commit() or "unknown",
         versions=", ".join(f"{name} {number}" for name, number in versions(provenance.PACKAGES).items()),
-        hashes=provenance.model_hashes(MODELS.names(Zoo.shipped())),
+        hashes=provenance.model_hashes(tuple(models_here())),
     )
 
 

@@ -20,7 +20,7 @@ from loopmdm.model.errors import UsageError, check_keys, unknown_name
 from loopmdm.model.files import is_file, is_folder, read_json
 from loopmdm.model.hooks.doors import floating
 from loopmdm.model.hooks.hooked import HookedLoopMDM
-from loopmdm.model.network.checkpoints import CONFIG, check_device, is_shipped, list_models
+from loopmdm.model.network.checkpoints import CONFIG, check_device, is_shipped, list_released
 
 HUB = "hf:"
 
@@ -59,7 +59,7 @@ def open_model(
         if changes or revision or trust_remote_code:
             raise UsageError(f"{name} is a LoopMDM; it takes device and dtype only")
         if "/" not in str(name) and not is_folder(Path(name)) and not is_shipped(str(name)):
-            known = [*list_models(), *SPECIMENS]
+            known = [*list_released(), *SPECIMENS]
             raise unknown_name("model", str(name), known, "A run folder or a hub id owner/name works too.")
         return HookedLoopMDM.from_pretrained(name if is_ours(name) else wanted.name, place, dtype)
     native, tokenizer, record = loading.load(wanted, config, changes.get("family"))

@@ -4,17 +4,15 @@ pip downloads (it knows the user's mirrors and proxies) and shows its progress b
 connection is resumed within the download, finished archives are kept and never fetched twice.
 """
 
-import os
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
-
 from loopmdm.model.errors import UsageError, unknown_name
 from loopmdm.model.files import read_toml, sha256
+from loopmdm.model.places import cache_folder
 
 SOURCES = Path(__file__).parent / "sources.toml"
 
@@ -58,11 +56,6 @@ def serving(name: str) -> list[Source]:
     if not named:
         raise unknown_name("corpus to fetch", name, [*found, *{item.role for item in found.values()}])
     return named
-
-
-def cache_folder() -> Path:
-    """Where archives are kept: $LOOPMDM_CACHE, else the user's cache folder."""
-    return Path(os.environ.get("LOOPMDM_CACHE") or platformdirs.user_cache_dir("loopmdm")).expanduser()
 
 
 def cached_archive(item: Source) -> Path | None:

@@ -20,12 +20,12 @@ import numpy as np
 from jaxtyping import Int
 from tokenizers import Tokenizer
 
-from loopmdm.model.corpora.fetch import cache_folder
 from loopmdm.model.corpora.index import ENTRY, Entry, Look
 from loopmdm.model.corpora.texts import Text
 from loopmdm.model.corpora.tokenizer import encode_texts, end_of_text
 from loopmdm.model.errors import UsageError
 from loopmdm.model.files import clear_partial, lock_folder, sha256, write_atomic, write_json
+from loopmdm.model.places import cache_folder
 
 SHARD = 2**24
 """Tokens after which a shard ends with its document: half a minute of work on two cores."""

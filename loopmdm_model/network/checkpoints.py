@@ -1,7 +1,10 @@
 """Weights on disk: where a name leads, strict reading. No pickle is ever loaded."""
 
+import hashlib
+import json
 import re
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from loopmdm.model.errors import NotFiniteError, UsageError, unknown_name
 from loopmdm.model.files import is_file, is_folder, read_json, sha256, write_atomic, write_json
 from loopmdm.model.network.config import LoopMDMConfig
+from loopmdm.model.places import cache_folder
 
 ZOO = Path(__file__).parents[1] / "zoo"
 WEIGHTS, CONFIG, TOKENIZER, RECORD, METRICS = (
@@ -42,9 +46,47 @@ class Uninitialised(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+MANIFEST = "manifest.json"
+"""Beside the runs in a wheel: sha256 and size of every file of every run, also of those that it lacks."""
+
+
+def manifest() -> Mapping[str, Mapping[str, tuple[str, int]]]:
+    """By run and file what this release consists of; empty in a checkout, where all of it lies in `ZOO`."""
+    path = ZOO / MANIFEST
+    return _manifest(path, path.stat().st_mtime_ns) if is_file(path) else {}
+
+
+@lru_cache(maxsize=4)
+def _manifest(path: Path, state: int) -> Mapping[str, Mapping[str, tuple[str, int]]]:  # noqa: ARG001
+    return read_json(path)
+
+
+def fetched_folder(name: str) -> Path:
+    """Where a run of the manifest is once it is fetched, by its name and by what its files are."""
+    path = ZOO / MANIFEST
+    return cache_folder() / "models" / _digest(path, path.stat().st_mtime_ns, name)[:16] / name
+
+
+@lru_cache(maxsize=1024)
+def _digest(path: Path, state: int, name: str) -> str:
+    """Hash of what a manifest says of a run."""
+    return hashlib.sha256(json.dumps(_manifest(path, state)[name], sort_keys=True).encode()).hexdigest()
+
+
+def is_fetched(name: str) -> bool:
+    """Whether a run of the manifest was fetched."""
+    return name in manifest() and is_folder(fetched_folder(name))
+
+
 def list_models() -> list[str]:
-    """Names of the shipped models."""
-    return sorted(path.parent.name for path in ZOO.glob(f"*/{WEIGHTS}"))
+    """Names of the shipped models whose weights are here: with the code, or fetched."""
+    fetched = (name for name, files in manifest().items() if WEIGHTS in files and is_fetched(name))
+    return sorted({*(path.parent.name for path in ZOO.glob(f"*/{WEIGHTS}")), *fetched})
+
+
+def list_released() -> list[str]:
+    """Names of the shipped models, here or to be fetched."""
+    return sorted({*list_models(), *(name for name, files in manifest().items() if WEIGHTS in files)})
 
 
 def list_runs() -> list[str]:
@@ -62,13 +104,13 @@ def resolve(name: Path | str) -> Path:
     if not isinstance(name, str | Path):
         raise UsageError(f"a model is named by a word or a folder, got {name!r:.60}")
     if isinstance(name, str) and is_shipped(name):
-        return ZOO / name
+        return fetched_folder(name) if is_fetched(name) else ZOO / name
     folder = Path(name)
     if is_folder(folder):
         return folder
     if isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return _from_hub(name)
-    raise unknown_name("model", str(name), list_models(), "A run folder or a hub id owner/name works too.")
+    raise unknown_name("model", str(name), list_released(), "A run folder or a hub id owner/name works too.")
 
 
 def _from_hub(name: str) -> Path:
@@ -84,8 +126,8 @@ def need(folder: Path, file: str) -> Path:
     """`folder/file`, or UsageError if it is not there."""
     path = folder / file
     if not path.is_file():
-        if file == WEIGHTS and folder.parent == ZOO:
-            raise UsageError(f"{folder.name} is kept as a record only, without weights; {_again(folder.name)}")
+        if file == WEIGHTS and _is_kept(folder):
+            raise UsageError(_absent(folder.name))
         raise UsageError(f"{folder} has no {file}; a model folder holds {WEIGHTS} and {CONFIG}")
     return path
 
@@ -98,16 +140,30 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+def _is_kept(folder: Path) -> bool:
+    """Whether a folder is that of a shipped run, with or without weights."""
+    return folder.parent == ZOO or (is_shipped(folder.name) and folder == resolve(folder.name))
+
+
+def _absent(name: str) -> str:
+    """Why the weights of a shipped run are not here, and how to have them."""
+    if WEIGHTS in manifest().get(name, ()):
+        return f"the weights of {name} are not here; fetch them: `loopmdm models fetch {name}`"
+    measured = name in manifest() and not is_fetched(name)
+    more = f" (`loopmdm models fetch {name}` brings what was measured of it)" if measured else ""
+    return f"{name} is kept as a record only, without weights{more}; {_again(name)}"
+
+
 def _again(name: str) -> str:
-    """How to have the weights of a run of which the record is kept."""
+    """How to train a run of which the record is kept."""
     spec = read_json(ZOO / name / RECORD)["spec"]
     file = spec["name"].removesuffix(f"-seed{spec['seed']}")  # what `loopmdm train --seed` adds
-    return f"train it again with `loopmdm train figures/specs/{file}.toml --seed {spec['seed']}`"
+    return f"train it again with `loopmdm train {file} --seed {spec['seed']}`"
 
 
 def weights_hash(folder: Path) -> str:
     """sha256 of a model's weights; of a run kept without them, what it was."""
-    if (folder / WEIGHTS).is_file() or folder.parent != ZOO:
+    if (folder / WEIGHTS).is_file() or not _is_kept(folder):
         return sha256(need(folder, WEIGHTS))
     return read_record(folder)[WEIGHTS_HASH]
 

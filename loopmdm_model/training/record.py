@@ -6,7 +6,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import loopmdm
 from loopmdm.model.flops import flops_per_token
+from loopmdm.model.places import IN_CHECKOUT
 from loopmdm.model.tasks.batches import Dataset, TextData
 from loopmdm.model.training import budget
 from loopmdm.model.training.spec import RunSpec
@@ -21,7 +23,9 @@ def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The repository's commit, with "+" if code differs from it; "unknown" outside a checkout."""
+    """The repository's commit, with "+" if code differs from it; outside a checkout the version."""
+    if not IN_CHECKOUT:
+        return f"version {loopmdm.__version__}"
     folder = Path(__file__).parent
     try:
         revision = subprocess.run(

@@ -1,6 +1,7 @@
 """What a run is: a TOML file read into frozen, validated records; unknown keys are refused."""
 
 import dataclasses
+import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from loopmdm.model.corpora.tokenizer import GPT2_IDS
 from loopmdm.model.errors import UsageError, check_count, check_keys, check_word, shown, unknown_name
 from loopmdm.model.files import is_file, read_toml
 from loopmdm.model.network.config import LoopMDMConfig
+from loopmdm.model.places import figures_folder
 from loopmdm.model.tasks.batches import TASK_SIZES, Dataset, check_name, dataset
 from loopmdm.model.training.budget import plan
 
@@ -208,13 +210,12 @@ class RunSpec:
     def load(
         cls, path: Path | str, changes: Mapping[str, Any] | None = None, above: tuple[Path, ...] = ()
     ) -> "RunSpec":
-        """Read a TOML spec; `changes` maps dotted keys such as "training.learning_rate" to other values.
+        """Read a TOML spec, a file or the name of a shipped one.
 
-        `above` are the specs whose budget this one is to match.
+        `changes` maps dotted keys such as "training.learning_rate" to other values; `above` are the specs whose
+        budget this one is to match.
         """
-        path = Path(path)
-        if not is_file(path):
-            raise UsageError(f"no spec at {path}; see figures/specs for examples")
+        path = find_spec(path)
         values = read_toml(path)
         for key, value in (changes or {}).items():
             *tables, last = key.split(".")
@@ -235,6 +236,24 @@ def dataset_of(spec: RunSpec, tokenizer: Tokenizer | None = None) -> Dataset:
     data = spec.data
     limit = data.tokens or plan(spec).tokens + data.length
     return dataset(data.corpus, data.length, data.d_vocab, spec.seed, tokenizer, data.tokenizer, limit)
+
+
+def shipped_specs() -> dict[str, Path]:
+    """Files of the specs that come along, by name."""
+    return {path.stem: path for path in sorted((figures_folder() / "specs").glob("*.toml"))}
+
+
+def find_spec(given: Path | str) -> Path:
+    """A file, or else the shipped spec of that name; UsageError offers near ones."""
+    path = Path(given)
+    if is_file(path):
+        return path
+    shipped = shipped_specs()
+    if str(given) in shipped:
+        return shipped[str(given)]
+    near = difflib.get_close_matches(path.stem[:200], shipped, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "a file, or a shipped one's name such as smoke"
+    raise UsageError(f"no spec at {str(path)!r:.200}; {hint} (they lie in {figures_folder() / 'specs'})")
 
 
 def matched_flops(path: Path, other: Any, training: dict[str, Any], above: tuple[Path, ...] = ()) -> float:

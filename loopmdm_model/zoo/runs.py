@@ -15,7 +15,8 @@ from typing import Any
 
 from loopmdm.model.errors import UsageError, check_count, check_keys, unknown_name
 from loopmdm.model.files import read_json, read_toml
-from loopmdm.model.network.checkpoints import RECORD, list_models, list_runs, need, resolve
+from loopmdm.model.network.checkpoints import RECORD, list_released, list_runs, need, resolve
+from loopmdm.model.places import figures_folder
 from loopmdm.model.training.spec import RunSpec
 
 MAIN_TASKS = ("sudoku", "sotu")
@@ -23,12 +24,6 @@ MAIN_TASKS = ("sudoku", "sotu")
 LOOPED = "loop"
 """The arm whose S_max is the axis that all arms of its task share."""
 KEYS = ("task", "arm", "spec", "seeds", "weights", "set")
-
-
-def figures_folder() -> Path:
-    """The repository's figures folder, or ./figures outside a checkout."""
-    beside = Path(__file__).parents[2] / "figures"
-    return beside if beside.is_dir() else Path("figures")
 
 
 # --- one run, and all of them ---
@@ -88,8 +83,8 @@ class Zoo:
 
     @classmethod
     def shipped(cls, figures: Path | None = None) -> "Zoo":
-        """The runs of the roster whose record is here; `weights` says whether their weights are."""
-        return _shipped(*_state(figures), frozenset(list_runs()), frozenset(list_models()))
+        """The runs of the roster whose record is here; `weights` says whether their weights are released."""
+        return _shipped(*_state(figures), frozenset(list_runs()), frozenset(list_released()))
 
     def __iter__(self) -> Iterator[Run]:
         return iter(self.runs)

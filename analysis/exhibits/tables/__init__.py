@@ -1,7 +1,7 @@
 """The tables behind the figures: name -> models, columns, measures, and how to measure it.
 
 Everything is measured on the shipped models and on the test split; masks and puzzles are drawn
-by seed. Committed tables lie in figures/tables; a missing one is measured again. Which models a table is of is
+by seed. Committed tables lie in figures/tables, what a wheel measures in the cache. Which models a table is of is
 a query over a `Zoo` that is handed in, by default what is shipped now.
 """
 
@@ -19,7 +19,8 @@ from loopmdm.analysis.numbers import frames, place, provenance
 from loopmdm.analysis.numbers.parallel import one_thread
 from loopmdm.model.errors import UsageError, unknown_name
 from loopmdm.model.network.checkpoints import list_runs
-from loopmdm.model.zoo.runs import Select, Zoo, figures_folder, select
+from loopmdm.model.places import IN_CHECKOUT, cache_folder, figures_folder
+from loopmdm.model.zoo.runs import Select, Zoo, select
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,21 @@ class Table:
 
 
 def tables_folder() -> Path:
-    """Where tables are kept."""
+    """Where the committed tables are."""
     return figures_folder() / "tables"
+
+
+def measured_folder() -> Path:
+    """Where tables go that are measured here: outside a checkout, the cache."""
+    return tables_folder() if IN_CHECKOUT else cache_folder() / "tables"
+
+
+def stored_in(item: Table, zoo: Zoo) -> Path | None:
+    """The folder that holds a table, None if it is missing; what was measured here goes first while it fits."""
+    file, committed, measured = f"{item.name}.parquet", tables_folder(), measured_folder()
+    if measured != committed and (measured / file).exists() and item.fits(item.read(measured).attrs, zoo):
+        return measured
+    return committed if (committed / file).exists() else None
 
 
 def table(name: str) -> Table:
@@ -104,20 +118,23 @@ def table(name: str) -> Table:
 
 
 def load(given: str | Table, zoo: Zoo | None = None) -> pd.DataFrame:
-    """The committed table, by name or itself, measured from the shipped models if it is missing."""
-    item, folder = table(given) if isinstance(given, str) else given, tables_folder()
-    if not (folder / f"{item.name}.parquet").exists():
+    """The stored table, by name or itself; a missing one is measured from the shipped models, and that is said."""
+    item, zoo = table(given) if isinstance(given, str) else given, Zoo.shipped() if zoo is None else zoo
+    folder = stored_in(item, zoo)
+    if folder is None:
+        folder = measured_folder()
+        warnings.warn(f"measuring the missing table {item.name} into {folder}, {HOW_LONG}", stacklevel=2)
         return item.measure(folder, zoo)
     frame = item.read(folder)
-    if not item.fits(frame.attrs, Zoo.shipped() if zoo is None else zoo):
+    if not item.fits(frame.attrs, zoo):
         warnings.warn(outdated(item.name), stacklevel=2)
     return frame
 
 
 def is_current(given: str | Table, zoo: Zoo | None = None) -> bool:
     """Whether a stored table is of the weights that are shipped, and of the measures as they are."""
-    item = table(given) if isinstance(given, str) else given
-    return item.fits(item.read(tables_folder()).attrs, Zoo.shipped() if zoo is None else zoo)
+    item, zoo = table(given) if isinstance(given, str) else given, Zoo.shipped() if zoo is None else zoo
+    return item.fits(item.read(stored_in(item, zoo) or tables_folder()).attrs, zoo)
 
 
 def outdated(name: str) -> str:
@@ -125,6 +142,8 @@ def outdated(name: str) -> str:
     return f"table {name} is of other weights or measures than those here; run `loopmdm table {name}`"
 
 
+HOW_LONG = "seconds to minutes each (all together take about 40 minutes on two cores)"
+"""Of measuring tables."""
 EVERY = select()
 SUDOKU = select(task="sudoku") | select(task="sudoku9")
 KNOWN = select(task="tree") | select(task="markov")

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from loopmdm.model.batching import size_of_batches
-from loopmdm.model.corpora.fetch import cache_folder, cached_archive, source
+from loopmdm.model.corpora.fetch import cached_archive, source
 from loopmdm.model.errors import UsageError
 from loopmdm.model.files import write_atomic
+from loopmdm.model.places import cache_folder
 
 NAME = "SmolLM2-135M judge"
 START = "<|endoftext|>"

@@ -6,6 +6,8 @@ import pandas as pd
 import pytest
 
 from loopmdm.analysis import exhibits as figures
+from loopmdm.analysis.cli.figures import figures as draw
+from loopmdm.analysis.cli.science import claims
 from loopmdm.analysis.exhibits import gallery, tables
 from loopmdm.analysis.numbers import frames
 from loopmdm.model.errors import UsageError
@@ -98,9 +100,36 @@ def test_solve_rate_table_is_what_the_models_do_now():
 def test_a_missing_table_is_measured_again(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "tables_folder", lambda: tmp_path)
     committed = frames.read_table(tables.figures_folder() / "tables" / "learning-curves.parquet")
-    measured = tables.load("learning-curves")
+    with pytest.warns(UserWarning, match="measuring the missing table learning-curves"):
+        measured = tables.load("learning-curves")
     pd.testing.assert_frame_equal(measured, committed, check_like=False)
     assert (tmp_path / "learning-curves.parquet").exists()
+
+
+def test_commands_do_not_start_to_measure_unasked(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "tables_folder", lambda: tmp_path / "tables")
+    with pytest.raises(UsageError, match=r"40 minutes.*: loopmdm figures learning-curves --from checkpoints"):
+        draw(["learning-curves"], "tables", tmp_path / "out", check=False)
+    with pytest.raises(UsageError, match=r"and \d+ more not in .* measure it.*: loopmdm table"):
+        claims()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="give --out FOLDER"):
+        draw(["learning-curves"], "tables", None, check=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_wheel_measures_lies_in_the_cache_and_is_shown_while_it_fits(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "IN_CHECKOUT", False)
+    monkeypatch.setenv("LOOPMDM_CACHE", str(tmp_path))
+    committed = tables.load("references")
+    item, zoo = tables.table("references"), Zoo.shipped()
+    assert tables.stored_in(item, zoo) == tables.tables_folder()
+    item.measure(tables.measured_folder())
+    assert tables.stored_in(item, zoo) == tmp_path / "tables"
+    frames.write_table(
+        committed, tmp_path / "tables" / "references.parquet", committed.attrs | {"measures": {"x": 1}}
+    )
+    assert tables.stored_in(item, zoo) == tables.tables_folder()  # made by another version
 
 
 @pytest.mark.parametrize(("models", "rows", "says"), [(None, 2, "which models"), (["x"], 2, "which models"),

@@ -16,8 +16,9 @@ import loopmdm.model
 from loopmdm.analysis.exhibits import EXHIBITS, pipeline, tables
 from loopmdm.analysis.measures import MEASURES
 from loopmdm.analysis.measures.stopping import record
+from loopmdm.model.places import figures_folder
 from loopmdm.model.stopping.rules import StateDelta
-from loopmdm.model.zoo.runs import Zoo, figures_folder
+from loopmdm.model.zoo.runs import Zoo
 
 pytestmark = pytest.mark.weights  # what is current depends on which weights are here
 

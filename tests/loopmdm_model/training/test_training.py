@@ -580,3 +580,13 @@ def test_a_shipping_that_is_broken_off_leaves_the_old_one(tmp_path, monkeypatch)
     assert (home / "train.json").read_bytes() == before["train.json"]
     with pytest.raises(UsageError, match=r"is not what train\.json beside it was written for"):
         HookedLoopMDM.from_pretrained(home)
+
+
+def test_shipped_specs_have_names(tmp_path, monkeypatch):
+    assert RunSpec.load("smoke", {"seed": 3}) == RunSpec.load(SPECS / "smoke.toml", {"seed": 3})
+    assert RunSpec.load("sudoku-loop-s4").name == "sudoku-loop-s4"
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(SPECS / "sotu-loop.toml", "smoke")  # a file goes first
+    assert RunSpec.load("smoke").name == "sotu-loop"
+    with pytest.raises(UsageError, match="no spec at 'smokee'; did you mean smoke"):
+        RunSpec.load("smokee")

@@ -8,7 +8,8 @@ import pytest
 from loopmdm.model.errors import UsageError
 from loopmdm.model.network import checkpoints
 from loopmdm.model.network.checkpoints import list_models, list_runs
-from loopmdm.model.zoo.runs import MAIN_TASKS, Run, Zoo, figures_folder, select
+from loopmdm.model.places import figures_folder
+from loopmdm.model.zoo.runs import MAIN_TASKS, Run, Zoo, select
 
 ENTRY = "task = 'sudoku'\narm = 'loop'\n"
 LOOP = f"[[run]]\n{ENTRY}spec = 'sudoku-loop'\nseeds = [0]\n"

@@ -216,7 +216,7 @@ def test_a_run_without_weights_still_says_what_was_measured(tmp_path, monkeypatc
     assert model_hashes((folder.name,)) == before
     found = Question(folder.name, "nll", ["asked"], lambda: pytest.fail("measured again")).answer()
     pd.testing.assert_frame_equal(found, measured, check_like=True)
-    with pytest.raises(UsageError, match=r"loopmdm train figures/specs/sudoku-loop\.toml --seed 3"):
+    with pytest.raises(UsageError, match=r"loopmdm train sudoku-loop --seed 3"):
         LoopMDM.from_pretrained(folder.name)
     with pytest.raises(UsageError, match="record only"):
         evaluate(folder.name, "nll", [1], n_samples=1)

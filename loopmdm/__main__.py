@@ -1,0 +1,5 @@
+"""`python -m loopmdm` is `loopmdm`."""
+
+from loopmdm.analysis.cli import main
+
+main()
