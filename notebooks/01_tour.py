@@ -102,7 +102,7 @@ torch.testing.assert_close(m.readout(state, context), m(b.tokens, n_loops=3))
 # The coda's read-out after loop *i* is the model at `n_loops = i + 1`. Below, a column is a loop and a row a
 # hidden position. Dark: a high probability of the token that was hidden. Outlined: the best token changed in
 # this loop. Look for rows that change late, and for rows that were right and are wrong again. (Pictures count
-# loops from 1; names and tables from 0.)
+# loops as names and tables do, from 0.)
 
 # %%
 readout = read_loops(m, b, n_loops=n_loops)

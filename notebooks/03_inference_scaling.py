@@ -62,7 +62,7 @@ figures.FIGURES["nll-by-loops"].show()
 
 # %% [markdown]
 # Look at three places: S = 1 against the base arm; S_max; and what happens to the right of the dash-dotted
-# line, where no model was trained. The right panels show the paired change, from which the share of the gain
+# line, where no model was trained. Panels b and d show the paired change, from which the share of the gain
 # at half of S_max can be read.
 #
 # ## Whole puzzles
@@ -92,7 +92,7 @@ figures.FIGURES["nll-by-loops-elsewhere"].show()
 # Grade-school arithmetic in words is one of the paper's tests of reasoning (GSM8K: up to 8.5 points above the same
 # size, and above a deeper model). The templates of the test are unseen. A small model can learn how such an answer
 # is worded long before it can compute one, so the NELBO of worked answers and the share of right ones are
-# different questions. If the right panels are at chance level, only the left one can say something about loops,
+# different questions. If panels b and c are at chance level, only a can say something about loops,
 # and its bands, over ten templates, say how little.
 
 # %%

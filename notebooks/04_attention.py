@@ -95,9 +95,9 @@ untrained = mask_attention(HookedLoopMDM(LoopMDM(m.cfg)), halves, n_loops=n_loop
 untrained.query(looped).query("loop in @loops")[columns].round(3)
 
 # %% [markdown]
-# The figure puts both tasks on the whole test sample. Look first at the log-odds in the middle, then at the
-# mass on the left, and ask where a rise ends: near the dash-dotted line, before it, or not at all. The right
-# panel shows the layers outside the loop, which do not loop and yet have a preference of their own.
+# The figure puts both tasks on the whole test sample. Look first at the log-odds (b, e), then at the
+# mass (a, d), and ask where a rise ends: near the dash-dotted line, before it, or not at all. Panels c and f
+# show the layers outside the loop, which do not loop and yet have a preference of their own.
 
 # %%
 figures.FIGURES["mask-to-mask-by-loop"].show()
@@ -107,7 +107,7 @@ figures.FIGURES["mask-to-mask-by-loop"].show()
 #
 # "Saturates near S_max" could mean that training up to S_max sets the place, or that a few loops are always
 # enough. Models that were trained with another S_max tell the two apart: in the first case their curves turn at
-# different loops on the left, and all near 1 on the right.
+# different loops in panel a, and all near 1 in b.
 
 # %%
 figures.FIGURES["saturation"].show()
@@ -122,7 +122,7 @@ figures.FIGURES["saturation"].show()
 figures.FIGURES["attention-content"].show()
 
 # %% [markdown]
-# The right panels leave the test set: there the masks are those of the model's own sampling run, where what is
+# Panels b and d leave the test set: there the masks are those of the model's own sampling run, where what is
 # still hidden is no random choice. The same, live, for a short run; in the first step nothing is clean, and
 # the log-odds do not exist.
 
@@ -139,8 +139,9 @@ sampled.pivot(index="step", columns="loop", values="log_odds").round(3)
 #
 # Mass, lift, log-odds, content, one key toggled between masked and clean; self in or out; sinks in or out;
 # heads averaged, weighted, or the most favourable one; three mask ratios. The specification curve draws the
-# rise from the first loop to S_max under each. Look for where the sign changes: on one side of that line the
-# claim holds for these models, on the other it does not, and the choice between them is the reader's.
+# rise from the first loop to S_max under each, a row a measure. Look for where the sign changes: on one side of
+# that line the claim holds for these models, on the other it does not, and the choice between them is the
+# reader's.
 
 # %%
 figures.FIGURES["specification-curve"].show()

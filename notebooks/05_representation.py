@@ -120,7 +120,7 @@ slopes.query("token_group == 'masked'")[["metric", "value", "low", "high", "verd
 figures.FIGURES["far-out"].show()
 
 # %% [markdown]
-# The right panel asks the sharper question: how far does one more loop move the state at the end? Quantities
+# Panel b asks the sharper question: how far does one more loop move the state at the end? Quantities
 # that belong to a fixed point, such as the spectral radius of the loop's Jacobian, are reported only where the
 # residual verifies that there is one.
 #

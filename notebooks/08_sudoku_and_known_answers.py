@@ -96,7 +96,7 @@ table[["clue_conflicts", "guess_conflicts", "plausible_invalid", "wrong", "repai
 figures.FIGURES["sudoku-boards"].show()
 
 # %% [markdown]
-# On the left look at which kind of conflict goes first. On the right look at the distance between repaired and
+# In panel a look at which kind of conflict goes first. In b look at the distance between repaired and
 # broken cells, and beyond S_max: where the two meet, further loops only shuffle.
 #
 # ## Settling against depth
@@ -186,8 +186,8 @@ nearest[["loop", "best_round", "kl", "second_round", "gap", "gap_se", "share", "
 figures.FIGURES["excess-kl"].show()
 
 # %% [markdown]
-# On the left compare the columns with the first one, the base model, before reading them against each other.
-# On the right look for the diagonal above, and for its absence below.
+# In panels a and c compare the columns with the first one, the base model, before reading them against each other.
+# In b look for the diagonal, and in d for its absence.
 #
 # ## Verdicts
 

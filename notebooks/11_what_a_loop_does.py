@@ -67,9 +67,9 @@ pd.DataFrame({"planted": slopes(planted, 6), model: slopes(m, S)}).round(2)
 figures.FIGURES["candidates"].show()
 
 # %% [markdown]
-# Left, the mass should run down the framed diagonal, and does so loosely: much of what round 1 excludes is gone
-# in the first loop already. Right, the runs cluster near 1 with one that does not, the run that hardly left its
-# plateau.
+# In panel a the mass should run down the framed diagonal, and does so loosely: much of what round 1 excludes is
+# gone in the first loop already. In panel c the runs cluster near 1 with one that does not, the run that hardly
+# left its plateau.
 #
 # ## Is the state the candidate set?
 #

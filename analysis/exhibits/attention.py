@@ -14,7 +14,7 @@ from loopmdm.analysis.exhibits.declared import deciding, is_confirmed
 from loopmdm.analysis.exhibits.registry import GRIDS, ONE, OURS, TEXT, Exhibit, Reading, Tables, of_models, panels
 from loopmdm.analysis.numbers.estimate import with_interval
 from loopmdm.analysis.plots import attention
-from loopmdm.analysis.plots.style import PAGE, mark_s_max
+from loopmdm.analysis.plots.style import PAGE, mark_trained
 from loopmdm.model.zoo.runs import Zoo
 
 
@@ -28,8 +28,9 @@ def _looped(df: pd.DataFrame, model: str, longest: bool = True) -> pd.DataFrame:
 def mask_to_mask(loaded: Tables) -> MatplotlibFigure:
     """Mass at half masked, log-odds at three ratios, and the layers outside the loop."""
     df = loaded["mask-attention"]
-    drawn, axes = plt.subplots(2, 3, figsize=(PAGE, 4.2), layout="constrained", width_ratios=[1, 1, 0.9])
+    drawn, axes = plt.subplots(2, 3, figsize=(PAGE, 4.6), layout="constrained", width_ratios=[1, 1, 0.9])
     for row, panel in zip(axes, panels(), strict=True):
+        row[2].sharey(row[1])
         part = _looped(df, panel.model)
         loop = part[part["segment"] == "loop"]
         half = loop[np.isclose(loop["nominal_mask_ratio"], 0.5)]
@@ -42,11 +43,11 @@ def mask_to_mask(loaded: Tables) -> MatplotlibFigure:
                                     for one in others], ax=row[1])  # fmt: skip
         row[1].set_title(f"{panel.title}: log-odds")
         for ax in row[:2]:
-            mark_s_max(ax, panel.run.s_max, len(half["loop"].unique()))
+            mark_trained(ax, panel.run.s_max, len(half["loop"].unique()))
         rest = _looped(df, panel.model, longest=False)
         rest = rest[(rest["segment"] != "loop") & (rest["key_group"] == "masked")]
         attention.plot_log_odds_by_layer(with_interval(rest, "log_odds"), ax=row[2])
-        row[2].set_title(f"outside the loop (S = {panel.run.s_max})")
+        row[2].set(title=f"outside the loop (S = {panel.run.s_max})", xlabel="layer")
     handles = [*axes[0, 0].get_legend_handles_labels()[0], *axes[0, 1].get_legend_handles_labels()[0]]
     drawn.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, columnspacing=1.2)
     return drawn
@@ -63,15 +64,28 @@ def attention_maps(loaded: Tables) -> MatplotlibFigure:
     head = max(stacks, key=lambda key: np.abs(stacks[key][-1] - stacks[key][0]).mean())
     rows = df[(df["head"] == head) & (df["loop"] == loops[0])].drop_duplicates("query").sort_values("query")
     masked = rows["query_masked"].to_numpy()
-    words = [true.strip() or "␣" for true in rows["query_true"]]
-    labels = [f"[{word}]" if hidden else word for word, hidden in zip(words, masked, strict=True)]
-    drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 6.3), layout="constrained")
-    attention.draw_maps(list(axes.flat), stacks[head], loops, labels, masked)
-    drawn.suptitle(
-        f"{df['model'].iloc[0]}, layer {rows['layer'].iloc[0]}, head {head}; [true tokens] of masked positions",
-        fontsize=8,
+    drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 6.9), layout="constrained")
+    images = attention.draw_maps(list(axes.flat), stacks[head], loops, _pieces(list(rows["query_true"])), masked)
+    attention.name_bars(axes, images)
+    for ax in axes[0]:
+        ax.set(xlabel="", xticklabels=[])
+    for ax in axes[:, 1]:
+        ax.set(ylabel="", yticklabels=[])
+    drawn.supxlabel(
+        f"{df['model'].iloc[0]}, layer {rows['layer'].iloc[0]}, head {head}. Word pieces: blue and bold masked "
+        "(the true piece), orange clean; -: goes on a word; ␣: line break",
+        fontsize=7,
     )
     return drawn
+
+
+def _pieces(tokens: list[str]) -> list[str]:
+    """Word pieces as labels: those that go on a word begin with a hyphen."""
+    found = []
+    for before, token in zip(["", *tokens], tokens, strict=False):
+        inside = token[:1].isalpha() and before[-1:].isalpha()
+        found.append(f"-{token}" if inside else token.strip() or "␣")
+    return found
 
 
 def _matrix(part: pd.DataFrame) -> np.ndarray:
@@ -95,43 +109,58 @@ def saturation(loaded: Tables) -> MatplotlibFigure:
 def content(loaded: Tables) -> MatplotlibFigure:
     """What is moved between masked positions, by loop, and the log-odds along the model's own sampling."""
     df, sampled = loaded["mask-attention"], loaded["attention-along-sampling"]
+    sampled = sampled[(sampled["query_group"] == "masked") & (sampled["key_group"] == "masked")]
+    sampled = sampled[sampled["segment"] == "loop"]
+    most = float(sampled["log_odds"].abs().max())
     drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 4.4), layout="constrained")
     for row, panel in zip(axes, panels(), strict=True):
         part = _looped(df, panel.model)
         part = part[(part["segment"] == "loop") & (part["key_group"] == "masked")]
         attention.plot_content_by_loop(with_interval(part, "content"), ax=row[0])
-        mark_s_max(row[0], panel.run.s_max, part["loop"].nunique())
+        mark_trained(row[0], panel.run.s_max, part["loop"].nunique())
         row[0].set_title(f"{panel.title}: content, masked → masked")
-        own = panel.of(sampled[sampled["segment"] == "loop"])
-        own = own[(own["query_group"] == "masked") & (own["key_group"] == "masked")]
+        own = panel.of(sampled)
         own = own.assign(mask_ratio=own.groupby("step")["mask_ratio"].transform("mean"))
-        attention.plot_by_step(own, ax=row[1])
+        attention.plot_by_step(own, most=most, ax=row[1])
         row[1].set_title(f"{panel.title}: along its own samples")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower left", ncols=3, frameon=False)
     return drawn
 
 
+MEASURES = {
+    "log_odds": "log-odds\n(nats)",
+    "lift": "lift\n(log ratio)",
+    "mass": "mass\n(share)",
+    "toggle": "toggled key\n(share)",
+    "content": "content\n(norm)",
+}
+
+
 def specifications(loaded: Tables) -> MatplotlibFigure:
-    """The same claim under every definition."""
-    df = loaded["attention-specifications"]
-    drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 4.4), layout="constrained", height_ratios=[1, 1.1])
-    for (above, below), panel in zip(axes.T, panels(), strict=True):
-        part = panel.of(df).dropna(subset=["estimate"])
-        attention.plot_specifications(part.assign(score=part["estimate"] / part["standard_error"]), (above, below))
-        above.set_title(panel.title)
-        above.set_xticks([])
-        above.legend(frameon=False, loc="lower right", fontsize=6)
-    axes[0, 0].set_ylabel("rise / its error")
-    for ax in axes[1, 1:]:
-        ax.set_yticklabels([])
+    """The same claim under every definition: a row a measure, in its own unit."""
+    df = loaded["attention-specifications"].dropna(subset=["estimate"])
+    df = df.drop_duplicates(["model", "measure", "nominal_mask_ratio", "estimate", "standard_error"])
+    drawn, axes = plt.subplots(len(MEASURES), 2, figsize=(PAGE, 6.6), layout="constrained", sharex=True)
+    for column, panel in zip(axes.T, panels(), strict=True):
+        for ax, (measure, label) in zip(column, MEASURES.items(), strict=True):
+            part = panel.of(df[df["measure"] == measure])
+            attention.plot_specifications(part, ax=ax)
+            ax.set(xlabel="", ylabel=f"rise of {label}")
+        own = panel.of(df)
+        counts = [f"{(own['verdict'] == word).sum()} {word}" for word in ("rises", "undecided", "falls")]
+        column[0].set_title(
+            f"{panel.title}: {', '.join(counts).replace('rises', 'rise').replace('falls', 'fall')}"
+        )
+        column[-1].set_xlabel("how heads are pooled")
+    drawn.legend(handles=attention.specification_handles(), loc="outside lower center", ncols=5, frameon=False)
     return drawn
 
 
 def heads(loaded: Tables) -> MatplotlibFigure:
     """Heads that change most, ranked on one half and tested on the other."""
     df = loaded["attention-heads"]
-    drawn, axes = plt.subplots(1, 2, figsize=(PAGE * 0.8, 2.4), layout="constrained")
+    drawn, axes = plt.subplots(1, 2, figsize=(PAGE * 0.8, 2.6), layout="constrained", sharey=True)
     for ax, panel in zip(axes, panels(), strict=True):
         attention.plot_heads(with_interval(panel.of(df), "growth", "standard_error"), ax=ax)
         ax.set_title(panel.title)
@@ -212,12 +241,13 @@ def _follows_s_max(task: str) -> Answer:
 EXHIBITS = (
     Exhibit(
         "mask-to-mask-by-loop",
+        "Log-odds of masked keys rise on text; Sudoku is undecided",
         ("mask-attention",),
         mask_to_mask,
-        f"""Attention of masked queries in the looped layer, by loop, to 3 x S_max. Left: mean mass on other
+        f"""Attention of masked queries in the looped layer, by loop, to 3 x S_max. (a, d) mean mass on other
         masked keys, on clean keys and on itself, heads averaged; dotted: chance, the mean share of such keys.
-        Middle: log-odds of a masked against a clean key, self excluded; 0 = the head does not care; thin:
-        other training seeds, half masked. Right: the same in the layers outside the loop. {GRIDS}; {TEXT}.
+        (b, e) log-odds of a masked against a clean key, self excluded; 0 = the head does not care; thin:
+        other training seeds, half masked. (c, f) the same in the layers outside the loop. {GRIDS}; {TEXT}.
         Loop i is the same for every n_loops > i, so there is one curve. The paper reports that mask-to-mask
         attention rises with the loop count and saturates near S_max; a flat or falling curve counts against
         it. {OURS} {ONE}""",
@@ -228,33 +258,37 @@ EXHIBITS = (
     ),
     Exhibit(
         "saturation",
+        "Where the rise ends does not follow S_max of training",
         ("mask-attention-by-s-max",),
         saturation,
-        f"""Where the rise of masked-to-masked attention ends, by the largest loop count of training. Log-odds
-        of a masked against a clean key for masked queries in the looped layer, half masked, heads pooled, each
-        model read to 3 x its S_max. Left: by loop; bands: 95% (seed 0). Right: the rise since the first loop,
-        against loop / S_max. {GRIDS}. The paper: the rise saturates near S_max of training. Curves that turn
-        at one and the same loop whatever S_max was, that fall before S_max, or that go on rising beyond 1 on
-        the right count against it; so does one that does not rise. {OURS} One seed of training a line; of
-        S_max = 6 four more, of 4 seven (thin).""",
+        f"""Where the rise of masked-to-masked attention ends, by the largest loop count of training. Log-odds of
+        a masked against a clean key for masked queries in the looped layer, half masked, heads pooled, each
+        model read to 3 x its S_max. (a) by loop; bands: 95% (seed 0). (b) the rise since the first loop, against
+        loops run / S_max. {GRIDS}. The paper: the rise saturates near S_max of training. Curves that turn at one
+        and the same loop whatever S_max was, that fall before S_max, or that go on rising beyond 1 in b count
+        against it; so does one that does not rise. {OURS} One seed of training a line; of S_max = 6 four more,
+        of 4 seven (thin).""",
         (Reading("saturation-follows-s-max", _follows_s_max, ("mask-attention-by-s-max",)),),
     ),
     Exhibit(
         "attention-maps",
+        "One head: the next position first, others later (illustration)",
         ("attention-maps",),
         attention_maps,
         f"""Attention of one head of sotu-loop at three loops, and last minus first. The first 32 tokens of one
-        test block, drawn by seed before looking; half of them masked (in brackets, with the true token). The
-        head is the one that changes most: an illustration, n = 1, not a test. The map at loop i is the map a
-        run with n_loops = i ends on. {OURS} {ONE}""",
+        test block, drawn by seed before looking; half of them masked (blue and bold, with the true piece; clean:
+        orange). Shades are square roots, so that small weights are seen. The head is the one that changes most:
+        an illustration, n = 1, not a test. The map at loop i is the map a run with n_loops = i + 1 ends on.
+        {OURS} {ONE}""",
     ),
     Exhibit(
         "attention-content",
+        "Half masked, content grows on Sudoku; on text undecided",
         ("mask-attention", "attention-along-sampling"),
         content,
-        f"""What masked positions pass on, and where they look while sampling. Left: norm of what masked keys
+        f"""What masked positions pass on, and where they look while sampling. (a, c) norm of what masked keys
         move into masked queries in the looped layer (attention times the value through the output matrix, less
-        what all masked keys have in common), by loop, at three mask ratios, to 3 x S_max; bands: 95%. Right:
+        what all masked keys have in common), by loop, at three mask ratios, to 3 x S_max; bands: 95%. (b, d)
         log-odds of a masked against a clean key before some denoising steps of the model's own samples, 64 of
         them; in the first step nothing is clean. {GRIDS}; {TEXT}. Log-odds that rise while content does not
         would say that masked positions look at each other more and tell each other no more. {OURS} {ONE}""",
@@ -262,18 +296,21 @@ EXHIBITS = (
     ),
     Exhibit(
         "specification-curve",
+        "Most definitions rise, some fall, on both tasks",
         ("attention-specifications",),
         specifications,
         f"""Does masked-to-masked attention rise from the first loop to S_max? Every reasonable definition: mass,
         lift, log-odds, content, toggled key; with and without self and sinks; heads averaged, weighted by
         content, or the one that grows most; three mask ratios. Definitions that come to the same number are
-        shown once. Above: the rise in units of its own standard error (symmetric log scale), below: what was
-        chosen; verdicts by Student's t at 95% over sequences (text: speeches; half of them for the head that
-        grows most). {GRIDS}; {TEXT}. One definition that falls where others rise means that the claim depends
-        on the definition. One seed of training; the definitions are ours, the paper's is not public.""",
+        shown once. A row a measure, in its own unit, with 95%; hollow: the interval holds 0; ringed: the
+        definition of the claim. Intervals by Student's t at 95% over sequences (text: speeches; half of them for
+        the head that grows most). {GRIDS}; {TEXT}. One definition that falls where others rise means that the
+        claim depends on the definition. One seed of training; the definitions are ours, the paper's is not
+        public.""",
     ),
     Exhibit(
         "attention-heads",
+        "Heads of text turn to masked keys alike; of Sudoku, unequally",
         ("attention-heads",),
         heads,
         f"""Rise of the masked : clean log-odds of each head of the looped layer, from the first loop to S_max at

@@ -43,24 +43,34 @@ TWO_BY_TWO = ("base", "loop", "base-isolated", "loop-isolated")
 def mediated_share(loaded: Tables) -> MatplotlibFigure:
     """What of the gain of looping is lost by cutting, by its controls, and by stale values."""
     df = loaded["mediated-share"]
-    drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.6), layout="constrained", sharey=True)
+    drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 3.3), layout="constrained", sharey=True, sharex=True)
     for ax, panel in zip(axes, panels(), strict=True):
         part = df[df["model"].isin(panel.seeds)]
         causal.plot_shares(part, ax=ax)
         known = part.dropna(subset=["share"])["model"].nunique()
         ax.set_title(f"{panel.title}: {known} of {part['model'].nunique()} models with a gain")
+    axes[1].set_ylabel("")
+    handles, labels = axes[0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     return drawn
 
 
 def cut_effects(loaded: Tables) -> MatplotlibFigure:
-    """Heat maps of what cutting masked-to-masked, or stale values, cost at one loop alone."""
-    drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 3.8), layout="constrained")
-    tables = (("cut-effects", "masked → masked cut"), ("stale-effects", "values of the first loop"))
+    """Heat maps of what cutting masked-to-masked, or stale values, cost at one loop alone; a scale a row."""
+    drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 4.0), layout="constrained", sharey=True)
+    shown = {"cut-effects": "masked → masked cut", "stale-effects": "values of the first loop"}
+    frames = {name: with_interval(loaded[name].loc[~loaded[name]["onward"]], "effect") for name in shown}
     for row, panel in zip(axes, panels(), strict=True):
-        for ax, (name, what) in zip(row, tables, strict=True):
-            df = loaded[name]
-            causal.plot_effects(with_interval(panel.of(df[~df["onward"]]), "effect"), ax=ax)
+        most = 1e3 * max(float(panel.of(df)["effect"].abs().max()) for df in frames.values())
+        for ax, (name, what) in zip(row, shown.items(), strict=True):
+            causal.plot_effects(panel.of(frames[name]), most=most, ax=ax)
             ax.set_title(f"{panel.title}: {what}")
+        row[1].set_ylabel("")
+        bar = drawn.colorbar(row[0].images[0], ax=list(row), label="NELBO lost (nats / 1000;\nsquare-root scale)")
+        ends = [step for step in (10, 30, 100, 300, 1000) if step <= most][-3:]
+        bar.set_ticks([-ends[-1], -ends[0], 0, *ends])
+        bar.ax.minorticks_off()
+    drawn.supxlabel("a number in brackets, grey: its 95% interval holds 0", fontsize=7)
     return drawn
 
 
@@ -89,7 +99,8 @@ def causal_edges(loaded: Tables) -> MatplotlibFigure:
     axes[0, 0].set_xscale("symlog", linthresh=0.5)
     axes[0, 0].set_xticks([0, 0.2, 0.4, 1, 2, 4], ["0", "0.2", "0.4", "1", "2", "4"])
     axes[0, 0].set_xticks([], minor=True)
-    axes[0, 1].set_yticklabels([])
+    axes[0, 0].set_xlabel("NELBO lost (nats per token; linear to 0.5, then log)")
+    axes[0, 1].set(yticklabels=[], ylabel="")
     axes[0, 1].locator_params(axis="x", nbins=5)
     axes[0, 1].legend(frameon=False, loc="lower right")
     first = panels()[0]
@@ -121,7 +132,7 @@ def two_by_two(loaded: Tables) -> MatplotlibFigure:
     drawn, axes = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False, sharey=True)
     for ax, (title, part, looks) in zip(axes[0], shown, strict=True):
         quality.plot_arms(across_seeds(part, "nll", ["arm"]), "nll", looks, ax=ax)
-        ax.set(title=f"6x6 Sudoku, {title}")
+        ax.set(title=f"6x6 Sudoku, {title}", xlabel="arm (seeds)")
     axes[0, 0].set_ylabel("test NELBO (nats per token)")
     return drawn
 
@@ -132,8 +143,8 @@ def training_free(loaded: Tables) -> MatplotlibFigure:
     drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 4.2), layout="constrained", sharex=True)
     for row, panel in zip(axes, panels(), strict=True):
         part = df[df["task"] == panel.run.task]
-        for ax, value, label in ((row[0], "change", "NELBO less that at S = 1 (nats)"),
-                                 (row[1], "rise", "rise of masked : clean log-odds")):  # fmt: skip
+        for ax, value, label in ((row[0], "change", "NELBO less that at S = 1\n(nats per token)"),
+                                 (row[1], "rise", "rise of log-odds\nmasked : clean (nats)")):  # fmt: skip
             means = across_seeds(part, value, ("damping", "n_loops"), f"{value}_se")
             causal.plot_training_free(means, ax=ax)
             ax.set(title=f"{panel.title}: base models", ylabel=label)
@@ -220,41 +231,43 @@ def _training_free(task: str) -> Answer:
 EXHIBITS = (
     Exhibit(
         "mediated-share",
+        "Cutting masked → masked undoes looping; random cuts cost less",
         ("mediated-share",),
         mediated_share,
-        f"""How much of the gain of looping (NELBO at S = 1 less at S_max) is lost under cuts. Cut in the
-        looped layer: attention among masked positions, random edges of equal mass and distance instead,
-        masked-to-clean; or masked keys keep the values they had in the first loop. One mark
-        a training seed; bars: 95% over sequences (text: over speeches). {GRIDS}; {TEXT}; two masks each. If
-        random cuts lost as much, the gain would not need masked-to-masked attention. 0: the gain survives; 1:
-        nothing is left; above 1: looping hurts after the cut (linear to 2, then logarithmic); models without a
-        measurable gain have no share. {OURS}""",
+        f"""How much of the gain of looping (NELBO at S = 1 less at S_max) is lost under cuts. Cut in the looped
+        layer: attention among masked positions, random edges of equal mass and distance instead,
+        masked-to-clean; or masked keys keep the values they had in the first loop. One mark a training seed;
+        bars: 95% over sequences (text: over speeches). {GRIDS}; {TEXT}; two masks each. If random cuts lost as
+        much, the gain would not need masked-to-masked attention. 0: the gain survives; 1: nothing is left; above
+        1: looping hurts after the cut (linear to 2, logarithmic on grey); models without a measurable gain have
+        no share. {OURS}""",
         (Reading("update-matters", _update_matters, ("mediated-share",)),),
     ),
     Exhibit(
         "cut-effects",
+        "Masked → masked matters late on Sudoku, in loop 0 on text",
         ("cut-effects", "stale-effects"),
         cut_effects,
-        f"""NELBO lost at S_max, in thousandths of a nat per masked token, by one change at one loop alone, by
-        mask ratio: attention among masked positions cut (left), masked keys' values of the first loop in their
-        place (right). In brackets: the 95% interval holds 0. 128 test sequences, two masks each. Both arms on
-        one attention path, paired by sequence and mask. Numbers near 0 would say that loops do not use what
-        masked positions tell each other. {OURS} {ONE}""",
+        f"""NELBO lost at S_max, in thousandths of a nat per masked token, by one change at one loop, by
+        mask ratio: attention among masked positions cut (a, c), masked keys' values of the first loop in their
+        place (b, d). In brackets: the 95% interval holds 0; a scale a row. 128 test sequences, two masks each.
+        Both arms on one attention path, paired by sequence and mask. Numbers near 0 would say that loops do not
+        use what masked positions tell each other. {OURS} {ONE}""",
     ),
     Exhibit(
         "causal-edges",
+        "At equal mass, edges to clean keys carry more",
         ("causal-edges",),
         causal_edges,
         f"""What attention edges of the looped layer carry, in nats per token at S_max, with the first loop
         intact. They are cut, or their keys hand on another sequence's values under the same mask (pattern, mass
         and scale are kept), or the mean of ten draws of such. Any → masked also closes relays through clean
-        positions. The lower two groups: random edges of masked queries, to masked and to clean keys, of equal
-        mass for each query and head (ten draws where cut, else two). Below, Sudoku: by where two cells meet (a
-        box before a row or column), and random shares of masked → masked. One mark a training seed, 95% over 64
-        test grids (text: over 8 speeches), four masks each; dashed: the mean gain of looping; shares: means, and
-        thin lines for single seeds. If loops did not use what masked positions tell each other, another
-        sequence's values would cost nothing there.
-        {OURS}""",
+        positions. The lower two groups of a and b: random edges of masked queries, to masked and to clean keys,
+        of equal mass for each query and head (ten draws where cut, else two). Sudoku: by where two cells meet
+        (c; a box before a row or column), and random shares (d) of masked → masked. One mark a training seed,
+        95% over 64 test grids (text: over 8 speeches), four masks each; dashed: the mean gain of looping;
+        shares: means, and thin lines for single seeds. If loops did not use what masked positions tell each
+        other, another sequence's values would cost nothing there. {OURS}""",
         (
             Reading("masked-positions-interact", _interact, ("causal-edges",)),
             Reading("gain-needs-mask-to-mask", _needs_mask_to_mask, ("causal-edges",)),
@@ -262,15 +275,16 @@ EXHIBITS = (
     ),
     Exhibit(
         "trained-two-by-two",
+        "Without the masked positions' word, looping shows no gain",
         ("nll-by-loops",),
         two_by_two,
-        """Test NELBO of Sudoku models trained with and without looping, one mark a training seed (their number in
-        brackets), the loop arms at S_max; bars: means. Left, S_max 6: with and without masked-to-masked
-        attention in their middle layer ("isolated"), where clean cells still pass on what masked ones hold.
-        Right, S_max 4, seeds 5 to 9, declared before their results: masked keys hidden from all other queries
-        there, so no relay is left. Equal size and training FLOPs; 1,000 grids of unseen classes, one mask
-        each. If looping gained as much without the masked positions' word, the paper's explanation of why
-        looping works would be wrong. The design is ours.""",
+        """Test NELBO of Sudoku models trained with and without looping, one mark a training seed (their number
+        in brackets), the loop arms at S_max; bars: means. (a) S_max 6: with and without masked-to-masked
+        attention in their middle layer ("isolated"), where clean cells still pass on what masked ones hold. b,
+        S_max 4, seeds 5 to 9, declared before their results: masked keys hidden from all other queries there, so
+        no relay is left. Equal size and training FLOPs; 1,000 grids of unseen classes, one mask each. If looping
+        gained as much without the masked positions' word, the paper's explanation of why looping works would be
+        wrong. The design is ours.""",
         (
             Reading(
                 "trained-without-mask-to-mask", _two_by_two, ("nll-by-loops", "learning-curves"), _loop_beats_base
@@ -279,12 +293,13 @@ EXHIBITS = (
     ),
     Exhibit(
         "training-free",
+        "Looping models that never looped raises their NELBO",
         ("training-free",),
         training_free,
         f"""Models that were never looped, with their middle layer run S times: in full steps and damped by 1/S.
-        Left: change of the NELBO. Right: rise of the masked-to-masked log-odds from the first to the last loop
-        at half masked, self excluded. {GRIDS}; {TEXT}; one mask each. {MEANS} If the log-odds rise here, too,
-        a rise in looped models says nothing about training with loops. Definitions are ours.""",
+        (a, c) change of the NELBO. (b, d) rise of the masked-to-masked log-odds from the first to the last loop at
+        half masked, self excluded. {GRIDS}; {TEXT}; one mask each. {MEANS} If the log-odds rise here, too, a
+        rise in looped models says nothing about training with loops. Definitions are ours.""",
         (Reading("training-free", _training_free, ("training-free", "nll-by-loops")),),
     ),
 )

@@ -19,6 +19,8 @@ from loopmdm.model.training.record import versions
 HASHES = "hashes.json"
 LARGE = 190_000
 """Bytes of a picture that are a lot in a repository."""
+WIDE = 1242
+"""Pixels across a page."""
 SHADE = 40
 """Largest difference of a colour, of 255, that is no difference."""
 
@@ -59,10 +61,13 @@ def against_gallery(name: str, fresh: Path, gallery: Path, known: dict, same_ver
     picture = gallery / f"{name}.png"
     if name not in known["tables"] or not picture.exists():
         return [f"{picture} is missing; run `make gallery`"]
-    now = read_json(fresh / f"{name}.json")["tables"]
+    sidecar = read_json(fresh / f"{name}.json")
+    now = sidecar["tables"]
     if now != known["tables"][name]:
         old = sorted(table for table in now if now[table] != known["tables"][name].get(table))
         return [f"{picture} is of other values of {', '.join(old) or 'its tables'}; run `make gallery`"]
+    if known["alt"].get(name) != sidecar["alt"]:
+        return [f"{picture} has another alternative text; run `make gallery`"]
     small = fresh / f"{name}-small.png"
     shrunk(fresh / f"{name}.png", small)
     if same_versions and not same_picture(picture, small):
@@ -77,11 +82,16 @@ def same_picture(one: Path, other: Path) -> bool:
 
 
 def shrunk(picture: Path, target: Path) -> None:
-    """The picture with 256 colours, a third of the size; with 64 where that is still a lot."""
-    for colours in (256, 64):  # a long text needs few, and shades of its letters cost most
-        Image.open(picture).convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(
-            target, "PNG", optimize=True
-        )
+    """The picture with 256 colours, a third of the size, at most `WIDE`; with fewer where that is still a lot.
+
+    Colours are chosen by range, not by area: else those of a colour bar are lost to the shades of letters.
+    """
+    whole = Image.open(picture).convert("RGB")
+    if whole.width > WIDE:
+        whole = whole.resize((WIDE, round(whole.height * WIDE / whole.width)), Image.Resampling.LANCZOS)
+    for colours in (256, 64, 16):  # a long text needs few, and shades of its letters cost most
+        few = whole.quantize(colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        few.save(target, "PNG", optimize=True)
         if target.stat().st_size < LARGE:
             return
 
@@ -101,15 +111,16 @@ def write_gallery(root: Path) -> None:
     gallery = root / "figures" / "gallery"
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder)
-        hashes = {}
+        hashes, alts = {}, {}
         for name, figure in EXHIBITS.items():
             figure.draw(out=fresh)
             write_atomic(gallery / f"{name}.png", lambda path, source=fresh / f"{name}.png": shrunk(source, path))
-            hashes[name] = read_json(fresh / f"{name}.json")["tables"]
+            sidecar = read_json(fresh / f"{name}.json")
+            hashes[name], alts[name] = sidecar["tables"], sidecar["alt"]
     for path in gallery.glob("*.png"):
         if path.stem not in EXHIBITS:
             path.unlink()
-    write_json(gallery / HASHES, {"versions": versions(provenance.DRAWING), "tables": hashes})
+    write_json(gallery / HASHES, {"versions": versions(provenance.DRAWING), "tables": hashes, "alt": alts})
     for path, text in pages(root).items():
         write_atomic(path, lambda target, text=text: target.write_text(text, "utf-8"))
 

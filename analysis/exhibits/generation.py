@@ -78,7 +78,7 @@ def generative(loaded: Tables) -> MatplotlibFigure:
     drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.9), layout="constrained", width_ratios=[1.6, 1])
     base, loop = (Zoo.shipped().first("sotu", arm).name for arm in ("base", "loop"))
     quality.plot_generative(with_interval(samples[samples["model"] == loop], "judge_nll"), ax=axes[0])
-    axes[0].set_title(f"{loop}'s samples; real text: {real['judge_nll']:.2f} nats")
+    axes[0].set_title(f"{loop}'s samples; orange: equal FLOPs")
     looks = {base: ("#8c8c8c", "s"), loop: ("#1b4f8f", "o")}
     for model, (colour, marker) in looks.items():
         part = samples[samples["model"] == model]
@@ -88,7 +88,11 @@ def generative(loaded: Tables) -> MatplotlibFigure:
     axes[1].plot(real["unigram_entropy"], real["judge_nll"], marker="*", color="black", linestyle="none",
                  markersize=7, label="real text")  # fmt: skip
     axes[1].legend(frameon=False, loc="center left")
-    axes[1].set(xlabel="unigram entropy (nats)", ylabel="judge's NLL (nats)", title="beside unigram entropy")
+    axes[1].set(
+        xlabel="unigram entropy (nats)",
+        ylabel="judge's NLL\n(nats per judge token)",
+        title=f"real text: {real['judge_nll']:.2f} nats",
+    )
     return drawn
 
 
@@ -98,7 +102,7 @@ def loops_or_steps(loaded: Tables) -> MatplotlibFigure:
     drawn, axes = plt.subplots(1, 3, figsize=(PAGE, 2.6), layout="constrained")
     boards, text = panels()
     shown = (
-        (boards, "solve-rate", "Sudoku: whole boards", "puzzles solved"),
+        (boards, "solve-rate", "Sudoku: whole boards", "puzzles solved (share)"),
         (boards, "marginal-nll", "Sudoku: single cells", "NELBO (nats per token)"),
         (text, "marginal-nll", "text: single tokens", "NELBO (nats per token)"),
     )
@@ -190,30 +194,32 @@ def _word_problems(task: str) -> Answer:
 EXHIBITS = (
     Exhibit(
         "word-problems",
+        "At chance level: nothing here can tell whether looping helps",
         ("nll-by-loops", "word-problems"),
         word_problems,
         """Grade-school word problems by S: models trained on generated GSM-Symbolic problems of 67 templates,
         tested on templates that training never saw (12, of which 10 are short enough), and on real GSM8K items
-        without those that are a template's. Left: NELBO of the worked answer given its question; bands and
-        bars: 95%, Student's t over templates. All arms learn the training templates by heart: on unseen ones
-        their NELBO rises from a sixth of the budget on (learning-curves-elsewhere). Middle and right: the
-        final number, generated most confident token first in 16 steps; bars: Wilson's 95% over problems (45
-        and 50; templates taken as alike); dotted: always the commonest answer of training. base: same size and
-        training FLOPs; deep: the looped layer untied. The paper: looping raises accuracy, above a deeper
-        model's, too; accuracy that does not rise above base's counts against it. Chance level: no interval
-        lies more than two points above the dotted line; such a panel says nothing about looping, only that
-        these models do not do arithmetic. One seed.""",
+        without those that are a template's. (a) NELBO of the worked answer given its question; bands and bars:
+        95%, Student's t over templates. All arms learn the training templates by heart: on unseen ones their
+        NELBO rises from a sixth of the budget on (learning-curves-elsewhere). (b, c) the final number, generated
+        most confident token first in 16 steps; bars: Wilson's 95% over problems (45 and 50; templates taken as
+        alike); dotted: always the commonest answer of training. base: same size and training FLOPs; deep: the
+        looped layer untied. The paper: looping raises accuracy, above a deeper model's, too; accuracy that does
+        not rise above base's counts against it. Chance level: no interval lies more than two points above the
+        dotted line; such a panel says nothing about looping, only that these models do not do arithmetic. One
+        seed.""",
         (Reading("reasoning", _word_problems, ("word-problems",), _above_chance),),
     ),
     Exhibit(
         "zero-shot",
+        "Seed 0: at S_max loop leads on one of seven corpora",
         ("zero-shot",),
         zero_shot,
         """NELBO on seven corpora that the text models never saw, at most 512 windows of 64 tokens each; bars:
         95% over documents. Stand-ins: quac-wiki for WikiText, headlines for AG News, xsum for LM1B, pubmed
-        abstracts. Base and loop of equal size and training FLOPs, seed 0; the verdict is over five seeds of each.
-        The paper: the looped model is better on all seven at S_max; one corpus on which base is ahead counts
-        against it.""",
+        abstracts. Base and loop of equal size and training FLOPs, seed 0; the verdict is over five seeds of
+        each. The paper: the looped model is better on all seven at S_max; one corpus on which base is ahead
+        counts against it.""",
         (
             Reading("zero-shot", _zero_shot, ("zero-shot",)),
             Reading("downstream", None, (), _not_in_them),
@@ -221,10 +227,11 @@ EXHIBITS = (
     ),
     Exhibit(
         "generative",
+        "More loops do not make samples likelier to a judge",
         ("generative",),
         generative,
         """NLL of unconditional samples under SmolLM2-135M, by loops and denoising steps; 64 samples of 64 tokens
-        each, 95% over samples; lines: equal FLOPs of the whole run. Right: the same beside the entropy of a
+        each, 95% over samples; orange lines: equal FLOPs of the whole run. (b) the same beside the entropy of a
         sample's unigrams, which a judge alone would reward for falling; star: real test text. Samples of
         models of this size are far more surprising than real text. The paper: generative perplexity falls with
         S, most at few steps; a column that does not fall upwards counts against it (errors are of single
@@ -236,13 +243,14 @@ EXHIBITS = (
     ),
     Exhibit(
         "loops-or-steps",
+        "At the smallest budget steps solve more boards than loops",
         ("loops-or-steps",),
         loops_or_steps,
-        """What a fixed amount of FLOPs buys, spent on loops or on denoising steps. Left: whole boards (16 of 36
-        cells given, cells filled by confidence, any valid completion counts; 64 puzzles). Middle, right: the
-        NELBO of single tokens, which steps cannot change: flat lines; loop counts are paired by mask, so that
-        their differences are surer than the bars. Bars: 95% over puzzles, sequences or speeches. If more loops
-        at equal FLOPs always solved more, steps would be the worse buy. The comparison is ours; one seed of
+        """What a fixed amount of FLOPs buys, spent on loops or on denoising steps. (a) whole boards (16 of 36
+        cells given, cells filled by confidence, any valid completion counts; 64 puzzles). (b, c) the NELBO of
+        single tokens, which steps cannot change: flat lines; loop counts are paired by mask, so that their
+        differences are surer than the bars. Bars: 95% over puzzles, sequences or speeches. If more loops at
+        equal FLOPs always solved more, steps would be the worse buy. The comparison is ours; one seed of
         training.""",
         (Reading("loops-for-steps", _loops_for_steps, ("loops-or-steps",)),),
     ),

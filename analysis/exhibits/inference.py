@@ -260,11 +260,12 @@ def _solves(task: str) -> Answer:
 EXHIBITS = (
     Exhibit(
         "nll-by-loops",
+        "The first loops help; beyond S_max text gets worse",
         ("nll-by-loops", "references"),
         nll_by_loops,
-        f"""Test NELBO by number of loops, to 3 x S_max (dash-dotted: S_max of training), base models to
-        S_max. These were trained without looping at the same size and training FLOPs; their curve beyond S = 1 is
-        looping without training for it and may leave the panel. Left: level. Right: paired change from S = 1.
+        f"""Test NELBO by number of loops, to 3 x S_max (dash-dotted: S_max of training), base models to S_max.
+        These were trained without looping at the same size and training FLOPs; their curve beyond S = 1 is
+        looping without training for it and may leave the panel. (a, c) level. (b, d) paired change from S = 1.
         1,000 grids of unseen classes; all 1,957 test blocks of 8 unseen speeches; one mask a sequence. {SEEDS}
         The paper: more loops, lower NLL, also beyond S_max, and S = 1 worse than the base model.""",
         (
@@ -281,6 +282,7 @@ EXHIBITS = (
     ),
     Exhibit(
         "nll-by-loops-elsewhere",
+        "A few loops help; on most tasks base stays below",
         ("nll-by-loops",),
         other_nll,
         f"""Test NELBO by number of loops on the other tasks, to 3 x S_max (dash-dotted: S_max of training).
@@ -293,6 +295,7 @@ EXHIBITS = (
     ),
     Exhibit(
         "sudoku-solve-rate",
+        "Loops solve more 6x6 boards than base; 9x9 stays unsolved",
         ("sudoku-solve-rate",),
         sudoku_solve_rate,
         f"""Share of puzzles solved in one shot (every hidden cell filled at once with its best symbol; any valid
@@ -309,6 +312,7 @@ EXHIBITS = (
     ),
     Exhibit(
         "gain-by-noise",
+        "Looping gains most at middle noise on Sudoku; text undecided",
         ("noise-level",),
         gain_by_noise,
         f"""Gain of looping over S = 1 (nats per masked token, paired by sequence and mask) by mask ratio, at

@@ -9,7 +9,7 @@ from loopmdm.analysis.exhibits.answers import Answer, Gate, answer_of, looped, r
 from loopmdm.analysis.exhibits.registry import MEANS, Exhibit, Reading, Tables
 from loopmdm.analysis.numbers.estimate import across_seeds
 from loopmdm.analysis.plots import known
-from loopmdm.analysis.plots.style import PAGE, mark_s_max
+from loopmdm.analysis.plots.style import PAGE, mark_trained
 from loopmdm.model.zoo.runs import Zoo
 
 
@@ -21,7 +21,7 @@ def sudoku_boards(loaded: Tables) -> MatplotlibFigure:
     for ax, looks, title in zip(axes, (known.METRIC_STYLE, known.CHANGE_STYLE),
                                 ("wrong after each loop", "changed by each loop"), strict=True):  # fmt: skip
         known.plot_metrics(means, looks, ax=ax)
-        mark_s_max(ax, Zoo.shipped().first("sudoku").s_max, df["loop"].max() + 1)
+        mark_trained(ax, Zoo.shipped().first("sudoku").s_max, df["loop"].max() + 1)
         ax.set_title(f"6x6 Sudoku: {title} ({df['model'].nunique()} seeds)")
         ax.legend(frameon=False)
     return drawn
@@ -49,7 +49,8 @@ def excess_kl(loaded: Tables) -> MatplotlibFigure:
         row[0].set_title(f"{title}: {seeds} seed{'s' if seeds > 1 else ''}, $S_{{max}}$ = {first.s_max}")
         own = rounds[(rounds["model"] == first.name) & (rounds["nominal_mask_ratio"] == 0.5)]
         known.plot_rounds(own, ax=row[1])
-        row[1].set_title(f"{title}: loops against rounds, seed 0")
+        row[1].set_title(f"{title}: nearest rounds, seed 0")
+    drawn.legend(handles=known.round_handles(), loc="outside lower right", frameon=False)
     return drawn
 
 
@@ -103,18 +104,20 @@ def _learned(task: str) -> Gate:
 EXHIBITS = (
     Exhibit(
         "sudoku-boards",
+        "Loops repair far more cells than they break",
         ("sudoku-boards",),
         sudoku_boards,
         f"""6x6 Sudoku boards filled in one shot after every loop, to 3 x S_max: puzzles with one solution, 16 of
-        36 cells hidden, 256 grids of unseen classes. Left: pairs of cells of one unit with the same symbol,
+        36 cells hidden, 256 grids of unseen classes. (a) pairs of cells of one unit with the same symbol,
         hidden cells against clues and among themselves; hidden cells that differ from the solution; boards
-        without a conflict with their clues that are invalid. Right: hidden cells that a loop repairs and that
+        without a conflict with their clues that are invalid. (b) hidden cells that a loop repairs and that
         it breaks. {MEANS} The paper: early loops are locally plausible and globally inconsistent, later ones
         repair. Loops that break as much as they repair would count against it. Definitions are ours.""",
         (Reading("later-loops-repair", _repair, ("sudoku-boards",)),),
     ),
     Exhibit(
         "sudoku-orders",
+        "Loops lift all stepwise orders; where most is not testable",
         ("sudoku-orders",),
         sudoku_orders,
         """Share of 6x6 puzzles completed validly at S = 1 and at S_max by order of generation. One cell a
@@ -127,17 +130,18 @@ EXHIBITS = (
     ),
     Exhibit(
         "excess-kl",
+        "Base is nearer the exact posterior: loops as rounds not testable",
         ("excess-kl", "belief-rounds"),
         excess_kl,
-        """Read-outs against the exact posterior, on tasks where it is known. Left: KL of the read-out from it by
-        S and by hops; right: from rounds of belief propagation. Left: thousandths of a nat per hidden node, by S
+        """Read-outs against the exact posterior, on tasks where it is known. (a, c) KL of the read-out from it by
+        S and by hops; (b, d) from rounds of belief propagation. (a, c) thousandths of a nat per hidden node, by S
         (first column: the base model, equal size and training FLOPs) and by the rounds of belief propagation
-        that a node's posterior needs (hops; at most 12 shown); means over seeds, two masks a sequence. Right: KL
-        from the belief after each synchronous round of belief propagation to the read-out after each loop, half
-        masked; framed: the rounds each loop is nearest to, within 1%. Above: a binary tree of 63 nodes with
-        observed leaves, below: a chain, whose posterior needs only the nearest observed nodes. If loop i did
-        what round i does, frames would run down a diagonal on the tree. Definitions are ours; the paper does not
-        have these tasks.""",
+        that a node's posterior needs (hops; at most 12 shown); means over seeds, two masks a sequence (numbers:
+        base, S = 1 and the best S). (b, d) KL from the belief after each synchronous round of belief propagation
+        to the read-out after each loop, half masked; boxes: the rounds each loop is nearest to, within 1%, with
+        the least KL. (a, b) a binary tree of 63 nodes with observed leaves; (c, d) a chain, whose posterior needs
+        only the nearest observed nodes. If loop i did what round i does, boxes would run down a diagonal on the
+        tree. Definitions are ours; the paper does not have these tasks.""",
         (
             Reading(
                 "loop-is-a-round-of-belief-propagation",

@@ -36,7 +36,10 @@ def considered(loaded: Tables) -> MatplotlibFigure:
     candidates.plot_deaths(own[own["arm"] == "observed"], ax=axes[0])
     candidates.plot_live(own[own["arm"] == "observed"], ax=axes[1])
     axes[1].get_legend().remove()
-    axes[1].legend(frameon=False, title="excluded by", fontsize=6.2, title_fontsize=6.2, loc="upper right")
+    axes[1].legend(
+        frameon=False, title="excluded by", fontsize=6.2, title_fontsize=6.2, ncols=2, loc="upper right"
+    )
+    axes[1].set(ylim=(-0.02, 1.5), yticks=[0, 0.25, 0.5, 0.75, 1])
     _slopes(df, axes[2])
     for ax, title in zip(axes, ("given up in which loop", "still considered", "a loop a round?"), strict=True):
         ax.set_title(title)
@@ -52,7 +55,7 @@ def _slopes(df: pd.DataFrame, ax: plt.Axes) -> None:
                     marker=marker, linestyle="none", label=arm)  # fmt: skip
     ax.axhline(1, color="#444444", linewidth=0.6)
     ax.set_xticks(range(len(names)), [name.removeprefix("sudoku-") for name in names], rotation=40, ha="right")
-    ax.set(ylabel="slope, loops a round", ylim=(None, 3.2))
+    ax.set(xlabel="run", ylabel="slope (loops a round)", ylim=(None, 3.2))
     ax.legend(frameon=False, loc="upper left")
 
 
@@ -61,10 +64,11 @@ def scrubbing(loaded: Tables) -> MatplotlibFigure:
     df = loaded["propagation-scrubbing"]
     df = with_interval(df[df["model"] == SOLVER], "kl")
     found = sorted(df["loop"].unique())
-    drawn, axes = plt.subplots(1, len(found), figsize=(PAGE, 2.4), layout="constrained")
+    drawn, axes = plt.subplots(1, len(found), figsize=(PAGE, 2.7), layout="constrained", sharey=True)
     for ax, loop in zip(np.atleast_1d(axes), found, strict=True):
         edges.plot_scrubbing(df[df["loop"] == loop], ax=ax)
-        ax.set_title(f"after loop {loop + 1}")
+        ax.set_title(f"after loop {loop}")
+        ax.set_yscale("log")
         if loop != found[0]:
             ax.set_ylabel("")
     drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
@@ -83,6 +87,7 @@ def probed(loaded: Tables) -> MatplotlibFigure:
         own = df[(df["model"] == model) & (df["round"].fillna(0) == 0)]
         probes.plot_probes(own, ax=ax)
         ax.set_title(title)
+        ax.plot([], [], color="#444444", marker=".", linestyle="none", markersize=2.5, label="untrained twin")
         ax.legend(frameon=False, fontsize=6, ncols=3, loc="lower center")
     return drawn
 
@@ -92,9 +97,10 @@ def steered(loaded: Tables) -> MatplotlibFigure:
     df = loaded["steering"]
     df = df[(df["model"] == SOLVER) & (df["strength"] == 2)]
     drawn, axes = plt.subplots(1, 3, figsize=(PAGE, 2.6), layout="constrained")
-    told = (("open", "follows", "open symbol: the cell follows", "share of boards"),
-            ("open", "felt", "open: peers drop it", "fall of p, peers less others"),
-            ("excluded", "felt", "excluded symbol: peers drop it", "fall of p, peers less others"))  # fmt: skip
+    felt = "fall of p (share),\npeers less others"
+    told = (("open", "follows", "open symbol: the cell follows", "boards (share)"),
+            ("open", "felt", "open: peers drop it", felt),
+            ("excluded", "felt", "excluded: peers drop it", felt))  # fmt: skip
     for ax, (kind, metric, title, label) in zip(axes, told, strict=True):
         probes.plot_steering(df[(df["kind"] == kind) & (df["metric"] == metric)], ax=ax)
         ax.set(title=title, ylabel=label)
@@ -145,7 +151,7 @@ def dictionary(loaded: Tables) -> MatplotlibFigure:
     for row, (title, model) in zip(axes, taken_apart().items(), strict=True):
         own = df[df["model"] == model]
         dictionaries.plot_recovered(own, "kl_recovered", "kind", ax=row[0])
-        row[0].set(title=f"{title}: kept", ylabel="share of KL recovered", ylim=(0.8, 1.02))
+        row[0].set(title=f"{title}: kept", ylabel="KL recovered (share)", ylim=(0.8, 1.02))
         for ax, kind, told in (
             (row[1], "crosscoder", "crosscoder, by direction"),
             (row[2], "sae", "SAE, by activity"),
@@ -181,6 +187,7 @@ BOARDS = "puzzles with one solution, 20 of 36 cells given, 256 grids of unseen c
 EXHIBITS = (
     Exhibit(
         "pencil-marks",
+        "One board settles loop by loop (illustration)",
         ("example-board",),
         pencil_marks,
         """What each cell of one 6x6 Sudoku still considers after every loop, and what naked singles leave after
@@ -192,18 +199,20 @@ EXHIBITS = (
     ),
     Exhibit(
         "candidates",
+        "Later rounds are excluded in later loops; claim not testable",
         ("candidates",),
         considered,
-        f"""Does loop i exclude what round i of propagation excludes? Left: of the symbols that a round of naked
+        f"""Does loop i exclude what round i of propagation excludes? (a) of the symbols that a round of naked
         singles excludes (round 0: by clues), the share that the read-out gives up for good in each loop;
-        framed: a loop a round. Middle: share of them still considered (p above 1/12). One run, S_max 4;
-        {BOARDS}. Right: slope of the loop of giving up on the round of exclusion, by run, observed, against
+        framed: a loop a round. (b) share of them still considered (p above 1/12). One run, S_max 4;
+        {BOARDS}. (c) slope of the loop of giving up on the round of exclusion, by run, observed, against
         another board's candidates and in an untrained twin; bars: 95% over boards. A slope no steeper than
         that of a model without loops (0.33) would count against it. Definitions are ours.""",
         (Reading("loops-exclude-as-propagation", _slope, ("candidates", "learning-curves"), _places_alone),),
     ),
     Exhibit(
         "scrubbing",
+        "Cells with the same candidates can nearly be swapped",
         ("propagation-scrubbing",),
         scrubbing,
         """Is the state after a loop, as far as the answer goes, the set of candidates after some round? All
@@ -215,27 +224,30 @@ EXHIBITS = (
     ),
     Exhibit(
         "probes",
+        "Candidates are readable after loop 0; untrained twins know some",
         ("probes",),
         probed,
-        f"""What linear probes read off the states of hidden positions: AUC on held-out sequences after the prelude
-        (0) and every loop; dots: the same in an untrained twin. Sudoku: whether the cell's row, column or box
-        holds a symbol among the clues, and whether the symbol is a candidate; text: classes of the hidden
+        f"""What linear probes read off the states of hidden positions: AUC on held-out sequences after the
+        prelude (in) and every loop; dots: the same in an untrained twin. Sudoku: whether the cell's row, column
+        or box holds a symbol among the clues, and whether the symbol is a candidate; text: classes of the hidden
         token by rule. Fitted on validation. {HALF_MASKED} An untrained twin as good, or no rise over loops,
         would count against it. Selectivity against control labels is in the table: cells can be told from
         states, so it is low on Sudoku. Targets are ours.""",
     ),
     Exhibit(
         "steering",
+        "A pushed cell moves its peers; a random push hardly",
         ("steering",),
         steered,
         """Pushing the state of one hidden cell towards a symbol, two spreads long (43 to 69% of the state's
         norm), after the prelude or a loop. Share of boards in which the cell ends on the symbol, and how much
-        more its peers lose p of the symbol than other cells. Open symbols (left, middle) and ones that clues
-        exclude (right); 64 boards of 14 clues, one run; bars: 95% over boards. A random push of equal length
-        that does as much would count against it. Directions and measures are ours.""",
+        more its peers lose p of the symbol than other cells. Open symbols (a, b) and ones that clues exclude
+        (c); 64 boards of 14 clues, one run; bars: 95% over boards. A random push of equal length that does as
+        much would count against it. Directions and measures are ours.""",
     ),
     Exhibit(
         "learned-lenses",
+        "The coda reads best; a tuned lens pays on text only",
         ("lenses",),
         learned_lenses,
         f"""KL of the final answer from what each lens reads after every loop. Lenses: the coda's (the model at S
@@ -246,26 +258,28 @@ EXHIBITS = (
     ),
     Exhibit(
         "perturbation-gain",
+        "A push travels by relation or distance, and keeps growing",
         ("perturbation-gain",),
         perturbation_gain,
         f"""How far a change travels: derivative of other positions' states by a push at one hidden position, by
         relation or distance, loop by loop. The push is after the prelude; relations are on a board, distances on
-        text; the twin is untrained. Right: growth of its whole norm, and of the pushed position's own, a loop.
+        text; the twin is untrained. (c, f) growth of its whole norm, and of the pushed position's own, a loop.
         {HALF_MASKED} Peers and others alike, as in the twin, would count against communication along
         constraints; growth above 0 says that no loop contracts. Definitions are ours.""",
     ),
     Exhibit(
         "dictionaries",
+        "A crosscoder's features all live throughout; some of an SAE's do not",
         ("dictionaries",),
         dictionary,
         """Sparse dictionaries (256 features, BatchTopK 16, 150 steps) for the states of all loops: a crosscoder,
-        which has one code for all loops, and an SAE, which has one at each. Left: share of the KL to mean
+        which has one code for all loops, and an SAE, which has one at each. (a, d) share of the KL to mean
         ablation that is recovered when a loop's state is replaced by its reconstruction; bars: one standard
-        error over 64 test sequences. Right: live features by the first and last loop of their lives: of the
-        crosscoder where their decoder is above half of its largest, of the SAE where they are active more than
-        half as often as where they are most. On Sudoku a crosscoder rebuilds an untrained twin as well (table
-        dictionaries), so fidelity alone says nothing there; features that all live from the first loop to the
-        last, as a crosscoder's do, count against birth and death by loop, and an untrained twin's SAE that has
+        error over 64 test sequences. Live features by the first and last loop of their lives: (b, e) of the
+        crosscoder where their decoder is above half of its largest, (c, f) of the SAE where they are active
+        more than half as often as where they are most. On Sudoku a crosscoder rebuilds an untrained twin as well
+        (table dictionaries), so fidelity alone says nothing there; features that all live from the first loop to
+        the last, as a crosscoder's do, count against birth and death by loop, and an untrained twin's SAE that has
         as many births against reading a computation out of them. Lindsey et al. 2024; loops in place of layers
         are ours.""",
     ),

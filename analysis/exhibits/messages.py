@@ -31,15 +31,17 @@ def who_tells_whom(loaded: Tables) -> MatplotlibFigure:
     df, relays = (
         with_interval(loaded[name], "value", "standard_error") for name in ("edge-effects", "relay-effects")
     )
-    drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 5.4), layout="constrained", width_ratios=[1.5, 1])
+    drawn, axes = plt.subplots(2, 2, figsize=(PAGE, 5.6), layout="constrained", width_ratios=[1.7, 1])
+    df = df[(df["method"] == "exact") & (df["metric"] == "kl") & (df["queries"] == "masked")]
+    df = df[df["model"].isin(taken_apart().values())]
+    most = 1e3 * float(df["value"].max())
     for row, (title, model) in zip(axes, taken_apart().items(), strict=True):
-        part = df[(df["model"] == model) & (df["method"] == "exact") & (df["metric"] == "kl")]
-        edges.plot_edge_effects(part[part["queries"] == "masked"], ax=row[0])
+        edges.plot_edge_effects(df[df["model"] == model], most=most, ax=row[0])
         paths = relays[(relays["model"] == model) & (relays["metric"] == "kl") & (relays["relation"] != "any")]
         first = paths[(paths["loop"] == 0) & (paths["second"] == 1)]
         edges.plot_relays(first, ax=row[1])
-        row[0].set_title(f"{title}: what masked queries are told")
-        row[1].set_title("two hops, loop 1 then loop 2")
+        row[0].set_title(f"{title}: what masked hear")
+        row[1].set_title("two hops, loop 0 then loop 1")
         row[1].set_ylim(0, 1.3 * row[1].get_ylim()[1])  # room for the legend above the bars
         row[1].legend(frameon=False, loc="upper right")
     return drawn
@@ -62,8 +64,9 @@ def attribution_patching(loaded: Tables) -> MatplotlibFigure:
     df = loaded["attribution-patching"]
     df = df[(df["model"] == SOLVER) & (df["place"] == "all")]
     drawn, axes = plt.subplots(2, 1, figsize=(PAGE, 5.0), layout="constrained")
+    most = float(df[["exact", "value"]].abs().max().max())
     for ax, value, title in zip(axes, ("exact", "value"), ("patched", "attributed by gradient"), strict=True):
-        mechanism.plot_patching(df.dropna(subset=[value]), value=value, ax=ax)
+        mechanism.plot_patching(df.dropna(subset=[value]), value=value, most=most, ax=ax)
         ax.set_title(f"{TITLES['sudoku']}, $S_{{max}}$ 4: {title}")
     axes[0].set_xlabel("")
     return drawn
@@ -74,7 +77,7 @@ def head_cards(loaded: Tables) -> MatplotlibFigure:
     df = with_interval(loaded["head-cards"], "value", "standard_error")
     df = df[(df["model"] == SOLVER) & (df["weights"] == "trained")]
     heads = sorted(df["head"].dropna().unique())
-    drawn, axes = plt.subplots(2, len(heads), figsize=(PAGE, 3.8), layout="constrained", sharey="row")
+    drawn, axes = plt.subplots(2, len(heads), figsize=(PAGE, 4.3), layout="constrained", sharey="row")
     for column, head in zip(axes.T, heads, strict=True):
         own = df[df["head"] == head]
         cards.plot_head_attention(own, ax=column[0])
@@ -83,11 +86,12 @@ def head_cards(loaded: Tables) -> MatplotlibFigure:
         column[0].set(title=f"head {head}: {labels}", xlabel="")
     for ax in axes[:, 1:].flat:
         ax.set_ylabel("")
-    keys = [entry for row in axes for entry in zip(*row[0].get_legend_handles_labels(), strict=True)]
+    keys = [row[0].get_legend_handles_labels() for row in axes]
     for ax in axes.flat:
         ax.get_legend().remove()
-    drawn.legend(*zip(*keys, strict=True), loc="outside lower center", ncols=len(keys), frameon=False,
-                 columnspacing=1.0)  # fmt: skip
+    for (handles, labels), title, side in zip(keys, ("looks at", "read"), ("left", "right"), strict=True):
+        drawn.legend(handles, labels, title=title, loc=f"outside lower {side}", ncols=len(labels), frameon=False,
+                     columnspacing=0.9, handletextpad=0.4, title_fontsize=6.8)  # fmt: skip
     return drawn
 
 
@@ -150,19 +154,21 @@ def _change_costs(task: str) -> Gate:
 EXHIBITS = (
     Exhibit(
         "who-tells-whom",
+        "Sudoku: clues speak throughout, hidden cells late; text: loop 0",
         ("edge-effects", "relay-effects"),
         who_tells_whom,
         f"""What masked positions are told, in which loop: KL of the answer (thousandths of a nat) when, in one
-        loop alone, the edges of a group carry keys and values of the same sequence with one clean token
-        changed. Left: by relation (on a board; by distance on text) and by what the key holds (c clean, m
-        masked), brackets where the 95% interval holds 0. Right: paths of two hops, changed token to relay to
-        receiver, by the relation of the second hop and by what the relay holds. 32 boards, 32 blocks of text.
-        {HALF_MASKED} Communication along constraints would be contradicted by edges without a common unit that
-        carry as much, relays among hidden cells by clean relays that do. Definitions are ours.""",
+        loop alone, the edges of a group carry keys and values of the same sequence with one clean token changed.
+        (a, c) by relation (on a board; by distance on text) and by what the key holds (c clean, m masked),
+        brackets where the 95% interval holds 0. (b, d) paths of two hops, changed token to relay to receiver, by
+        the relation of the second hop and by what the relay holds. 32 boards, 32 blocks of text. {HALF_MASKED}
+        Communication along constraints would be contradicted by edges without a common unit that carry as much,
+        relays among hidden cells by clean relays that do. Definitions are ours.""",
         (Reading("relays-are-hidden", _relays, ("relay-effects", "learning-curves"), _relays_carry),),
     ),
     Exhibit(
         "logit-attribution",
+        "Loops write the answer on Sudoku, hardly on text",
         ("logit-attribution",),
         logit_attribution,
         f"""Share of the logit difference, true less best wrong token at masked positions, that each head and MLP
@@ -173,15 +179,16 @@ EXHIBITS = (
     ),
     Exhibit(
         "attribution-patching",
+        "A changed clue works through the prelude and later loops",
         ("attribution-patching",),
         attribution_patching,
         """What a changed clue does to logit(true) - logit(a random wrong symbol) through each head and MLP of
-        each loop. Above: the corrupted run's activation is patched in (32 boards), below: first-order
-        attribution (64 boards, two forwards and one backward for all). Half of the cells hidden; one run,
-        S_max 4. In loops the order is the same (Spearman 0.90) and the sign at 79% of the parts, the sizes are
-        not: the gradient says less than half; in the prelude its sign is wrong, as a changed token is no small
-        step. Effects of loop 1 as large as those of later loops would count against a refinement over loops.
-        The method is Nanda 2023 and Kramar et al. 2024; loops as nodes are ours.""",
+        each loop. (a) the corrupted run's activation is patched in (32 boards), (b) first-order attribution (64
+        boards, two forwards and one backward for all). Half of the cells hidden; one run, S_max 4. In loops the
+        order is the same (Spearman 0.90) and the sign at 79% of the parts, the sizes are not: the gradient says
+        less than half; in the prelude its sign is wrong, as a changed token is no small step. Effects of the
+        first loop as large as those of later ones would count against a refinement over loops. The method is
+        Nanda 2023 and Kramar et al. 2024; loops as nodes are ours.""",
         (
             Reading(
                 "later-loops-carry-a-change", _later, ("attribution-patching", "learning-curves"), _change_costs
@@ -190,10 +197,11 @@ EXHIBITS = (
     ),
     Exhibit(
         "head-cards",
+        'Column and row heads; whether they say "taken" is undecided',
         ("head-cards",),
         head_cards,
-        """What each looped head of one Sudoku model does, loop by loop. Above: where hidden cells look, by
-        relation; the label is by rule. Below: logit of the symbols that clues hold less the others, at full
+        """What each looped head of one Sudoku model does, loop by loop. (a to d) where hidden cells look, by
+        relation; the label is by rule. (e to h) logit of the symbols that clues hold less the others, at full
         attention through W_O and the unembedding alone (direct), to first order through all that follows
         (gradient), read out right after the loop (now), and at the end when the head's write is removed
         (removed; all at the query). Below 0 the head says "taken". 128 boards, half hidden, 48 for what heads

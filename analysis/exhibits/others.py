@@ -9,7 +9,7 @@ from matplotlib.figure import Figure as MatplotlibFigure
 from loopmdm.analysis.exhibits.registry import OURS, TEXT, Exhibit, Tables
 from loopmdm.analysis.numbers.estimate import with_interval
 from loopmdm.analysis.plots import others
-from loopmdm.analysis.plots.style import PAGE
+from loopmdm.analysis.plots.style import PAGE, RUN
 
 SHOWN = ("sotu-base", "sotu-loop", "sapiens-heavy", "sapiens-light", "antiberty")
 """Ours first."""
@@ -31,10 +31,9 @@ def attention_of_others(loaded: Tables) -> MatplotlibFigure:
         others.plot_log_odds_by_depth(odds[odds["model"] == name], ax=axes[1, column])
         axes[0, column].set_title(name)
         looped = name == "sotu-loop"
-        axes[1, column].set_xlabel("layer (grey: looped), loop beneath" if looped else "layer")
+        axes[1, column].set_xlabel("layer (grey: looped), loop (0 = first) beneath" if looped else "layer")
     axes[0, 0].set_ylim(0, None)
     _outer(axes)
-    drawn.suptitle(_said(odds), fontsize=9)
     _legend(drawn, [axes[0, 0], axes[1, -1]])
     return drawn
 
@@ -46,7 +45,7 @@ def training_free_of_others(loaded: Tables) -> MatplotlibFigure:
     rows = (
         ("none", "change", "full steps:\nchange of NELBO\n(nats per token)"),
         ("1/n_loops", "change", "damped by 1/S:\nchange of NELBO\n(nats per token)"),
-        ("1/n_loops", "rise", "damped by 1/S:\nrise of log-odds\nmasked : clean"),
+        ("1/n_loops", "rise", "damped by 1/S:\nrise of log-odds\nmasked : clean (nats)"),
     )
     names = _shown(df)
     drawn, axes = plt.subplots(3, len(names), figsize=(PAGE, 5.0), layout="constrained", sharex=True, sharey="row")
@@ -59,9 +58,8 @@ def training_free_of_others(loaded: Tables) -> MatplotlibFigure:
         ax.set_title(name)
         ax.legend(frameon=False, loc="upper left")
     for ax in axes[-1]:
-        ax.set_xlabel("n_loops (S)")
+        ax.set_xlabel(RUN)
     _outer(axes)
-    drawn.suptitle(_repeated(df), fontsize=9)
     return drawn
 
 
@@ -84,28 +82,6 @@ def _legend(drawn: MatplotlibFigure, shown: list[Axes]) -> None:
     drawn.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, columnspacing=1.4)
 
 
-def _said(odds: pd.DataFrame) -> str:
-    """The finding, counted at half masked: intervals wholly on one side of indifference."""
-    half = odds[np.isclose(odds["nominal_mask_ratio"], 0.5)]
-    theirs = half[~half["model"].str.startswith("sotu")]
-    loops = half[(half["model"] == "sotu-loop") & (half["segment"] == "loop")]
-    return (
-        f"Half masked, masked queries look away from masked keys in {(theirs['high'] < 0).sum()} of {len(theirs)} "
-        f"layers of others' models,\nand towards them in {(loops['low'] > 0).sum()} of {len(loops)} loops of ours"
-    )
-
-
-def _repeated(df: pd.DataFrame) -> str:
-    """The finding at the largest S: what full steps cost, what damped ones do."""
-    last = df[df["n_loops"] == df["n_loops"].max()]
-    full, damped = (with_interval(last[last["damping"] == kind], "change") for kind in ("none", "1/n_loops"))
-    return (
-        f"Four full passes through layers that never looped cost NELBO in {(full['low'] > 0).sum()} of "
-        f"{len(full)} blocks;\ndamped, they gain a little in {(damped['high'] < 0).sum()} and cost in "
-        f"{(damped['low'] > 0).sum()} of {len(damped)}"
-    )
-
-
 # --- what is shown ---
 
 CHAINS = """Specimens: 24 antibody chains that antiberty sampled (heavy ones; for sapiens-light light ones), errors
@@ -115,27 +91,30 @@ them"""
 EXHIBITS = (
     Exhibit(
         "attention-of-others",
+        "Others' layers look away from masked keys, our loops towards",
         ("attention-of-others",),
         attention_of_others,
         f"""Where masked queries look, by layer (and loop), in three pretrained models of other people, which are
-        masked-language models of antibody chains without loops, beside our two text models (seed 0). Above: mean
-        mass on other masked and on clean keys at half masked, heads averaged; dotted: chance, the mean share of
-        such keys. Below: log-odds of a masked against a clean key, self excluded; 0 = the head does not care.
-        Bands: 95%. Ours: {TEXT}. {CHAINS}. They were trained with 15% of tokens masked; half masked is
+        masked-language models of antibody chains without loops, beside our two text models (seed 0). (a to e)
+        mean mass on other masked and on clean keys at half masked, heads averaged; dotted: chance, the mean
+        share of such keys. (f to j) log-odds of a masked against a clean key, self excluded; 0 = the head does
+        not care. Bands: 95%. Ours: {TEXT}. {CHAINS}. They were trained with 15% of tokens masked; half masked is
         extrapolation to them, so both are shown. If layers of models without loops turned to masked keys as our
-        looped layer does, that turn would be no mark of looping; models, data and training differ at once, so that
-        a difference alone proves nothing about loops. {OURS}""",
+        looped layer does, that turn would be no mark of looping; models, data and training differ at once, so
+        that a difference alone proves nothing about loops. {OURS}""",
     ),
     Exhibit(
         "training-free-of-others",
+        "Repeating others' layers in full steps costs NELBO",
         ("training-free-of-others",),
         training_free_of_others,
         f"""Pretrained models that were never looped, with middle layers run S times, without training for it:
-        blocks by their layers. Above: change of the NELBO against S = 1 in full steps; middle: in steps damped by
-        1/S (another scale); below: rise of the masked-to-masked log-odds from the first to the last damped loop at
-        half masked, self excluded. Bands: 95%, paired by sequence and mask; one mask a sequence, no correction for
-        the number of blocks. sotu-base: {TEXT}. {CHAINS}; their NELBO averages over all mask ratios, of which
-        training knew 15% only. Training-free looping is said to help; curves above 0 say that it does not here. If
-        log-odds rise, a rise in looped models says nothing about training with loops. Definitions are ours.""",
+        blocks by their layers. (a to d) change of the NELBO against S = 1 in full steps; (e to h) in steps damped
+        by 1/S (another scale); (i to l) rise of the masked-to-masked log-odds from the first to the last damped
+        loop at half masked, self excluded. Bands: 95%, paired by sequence and mask; one mask a sequence, no
+        correction for the number of blocks. sotu-base: {TEXT}. {CHAINS}; their NELBO averages over all mask
+        ratios, of which training knew 15% only. Training-free looping is said to help; curves above 0 say that
+        it does not here. If log-odds rise, a rise in looped models says nothing about training with loops.
+        Definitions are ours.""",
     ),
 )

@@ -4,7 +4,7 @@ A block stands between two comments of its page, whose rest is written by hand.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 
@@ -15,6 +15,7 @@ from loopmdm.analysis.exhibits import verdicts as claims
 from loopmdm.analysis.exhibits.registry import asked_of
 from loopmdm.analysis.plots.claims import said
 from loopmdm.model.errors import UsageError
+from loopmdm.model.files import read_json
 from loopmdm.model.network.config import LoopMDMConfig
 from loopmdm.model.zoo.runs import MAIN_TASKS, Run, Zoo
 
@@ -33,13 +34,20 @@ def stale_pages(root: Path) -> list[str]:
 
 def pages(root: Path) -> dict[Path, str]:
     """What the generated pages should hold; `root` is the repository."""
-    found = {root / "figures" / "README.md": figures_page()}
+    alts = _alts(root)
+    found = {root / "figures" / "README.md": figures_page(alts)}
     for page, blocks in BLOCKS.items():
         text = (root / page).read_text("utf-8")
         for name, block in blocks.items():
-            text = _replaced(page, text, name, block())
+            text = _replaced(page, text, name, block(alts))
         found[root / page] = text
     return found
+
+
+def _alts(root: Path) -> dict[str, str]:
+    """Alternative texts of the pictures in the gallery, by figure."""
+    path = root / "figures" / "gallery" / "hashes.json"
+    return read_json(path)["alt"] if path.exists() else {}
 
 
 def _replaced(page: str, text: str, name: str, block: str) -> str:
@@ -51,13 +59,16 @@ def _replaced(page: str, text: str, name: str, block: str) -> str:
     )
 
 
-def headline() -> str:
+Alts = Mapping[str, str]
+
+
+def headline(alts: Alts) -> str:
     """The README's picture with the beginning of its caption."""
     figure = EXHIBITS[HEADLINE]
-    return f"![{figure.lead}](figures/gallery/{HEADLINE}.png)\n\n*{figure.lead}*"
+    return f"![{alts.get(HEADLINE, figure.finding)}](figures/gallery/{HEADLINE}.png)\n\n*{figure.lead}*"
 
 
-def claims_block() -> str:
+def claims_block(_: Alts) -> str:
     """A line a claim and task: verdict, estimate with interval and unit, seeds."""
     lines = ["| claim | task | verdict | estimate (95%), seeds |", "|---|---|---|---|"]
     shown = claims.claims_table()
@@ -69,7 +80,7 @@ def claims_block() -> str:
     return "\n".join(lines)
 
 
-def models_block() -> str:
+def models_block(_: Alts) -> str:
     """A table a task: arms with layers, parameters, S_max, seeds and test NELBO."""
     zoo, df = Zoo.shipped(), tables.load("nll-by-loops")
     found = df[df["n_loops"] == df["max_loops"]].set_index("model")["nll"]
@@ -101,8 +112,8 @@ def _size(cfg: LoopMDMConfig) -> str:
     return f"{LoopMDM(cfg).n_parameters / 1e6:.2f} M"
 
 
-def figures_page() -> str:
-    """figures/README.md: every figure with its claims, caption, tables and command."""
+def figures_page(alts: Alts) -> str:
+    """figures/README.md: every figure with its finding, claims, caption, tables and command."""
     by_figure: dict[str, list[str]] = {}
     for claim in claims.load_claims():
         by_figure.setdefault(claim.figure, []).append(f"{claim.claim} (`{claim.name}`)")
@@ -113,14 +124,16 @@ def figures_page() -> str:
     ]
     for title, shown in by_theme().items():
         parts.append(f"## {title}\n")
-        parts += [_entry(figure, by_figure.get(figure.name, [])) for figure in shown]
+        parts += [_entry(figure, by_figure.get(figure.name, []), alts) for figure in shown]
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _entry(figure: Exhibit, asked: list[str]) -> str:
+def _entry(figure: Exhibit, asked: list[str], alts: Alts) -> str:
     rows = ", ".join(f"`{name}`" for name in figure.tables)
     asked_for = asked_of(figure.load())
-    lines = [f"### {figure.name}\n", f"![{figure.lead}](gallery/{figure.name}.png)\n", f"{figure.lead}\n"]
+    alt = alts.get(figure.name, figure.finding)
+    lines = [f"### {figure.name}\n", f"**{figure.finding}**\n", f"![{alt}](gallery/{figure.name}.png)\n"]
+    lines += [f"{figure.lead}\n"]
     lines += ["<details><summary>more</summary>\n"]
     lines += [f"{figure.rest}\n"] if figure.rest else []
     lines += ["Claims: " + "; ".join(asked) + ".\n"] if asked else []
@@ -129,7 +142,7 @@ def _entry(figure: Exhibit, asked: list[str]) -> str:
     return "\n".join(lines)
 
 
-BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
+BLOCKS: dict[str, dict[str, Callable[[Alts], str]]] = {
     "README.md": {"headline": headline},
     "docs/results.md": {"claims": claims_block},
     "docs/models.md": {"models": models_block},

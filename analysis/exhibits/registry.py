@@ -22,7 +22,7 @@ from loopmdm.analysis.exhibits import tables
 from loopmdm.analysis.exhibits.answers import Answer, Gate
 from loopmdm.analysis.exhibits.tables import Table
 from loopmdm.analysis.numbers import provenance
-from loopmdm.analysis.plots.style import FORMATS, PAGE, png_bytes, style
+from loopmdm.analysis.plots.style import FORMATS, PAGE, described, finish, png_bytes, style
 from loopmdm.model.errors import UsageError
 from loopmdm.model.files import write_atomic, write_json
 from loopmdm.model.registry import Registry
@@ -56,11 +56,12 @@ class Reading:
 class Exhibit:
     """One figure: the `tables` it is drawn from, its `builder`, a caption with its claim, `answers` to claims.
 
-    Tables that exhibits share have their names in `tables.TABLES`; those that it brings along itself stand in
-    `own`, too.
+    `finding` is its title: what was found, in about ten words, "undecided" where it is. Tables that exhibits share
+    have their names in `tables.TABLES`; those that it brings along itself stand in `own`, too.
     """
 
     name: str
+    finding: str
     tables: tuple[str, ...]
     builder: Callable[[Tables], MatplotlibFigure]
     caption: str
@@ -76,7 +77,7 @@ class Exhibit:
         """Draw from the tables; with `out` also write pdf, png, svg and a JSON sidecar there."""
         loaded = self.load()
         with style():
-            figure = self.builder(loaded)
+            figure = self._built(loaded)
             if out is not None:
                 self._write(figure, Path(out), loaded)
         plt.close(figure)
@@ -86,8 +87,19 @@ class Exhibit:
         """The figure with its caption and where its numbers come from, for a notebook."""
         loaded = self.load()
         with style():
-            picture = png_bytes(self.builder(loaded))
-        return Shown(picture, self.sidecar(loaded), self.lead)
+            figure = self._built(loaded)
+            picture = png_bytes(figure)
+        return Shown(picture, self.sidecar(loaded, figure), self.lead)
+
+    def _built(self, loaded: Tables) -> MatplotlibFigure:
+        """Drawn, with finding and panel letters."""
+        figure = self.builder(loaded)
+        finish(figure, self.finding)
+        return figure
+
+    def alt(self, figure: MatplotlibFigure) -> str:
+        """The text in a picture's place: what is seen, and what was found."""
+        return f"{self.finding}. {described(figure)}".strip()
 
     def load(self) -> Tables:
         """Its tables, by name."""
@@ -105,13 +117,15 @@ class Exhibit:
                 out / f"{self.name}.{kind}",
                 lambda path, kind=kind: figure.savefig(path, format=kind, metadata=dates[kind]),
             )
-        write_json(out / f"{self.name}.json", self.sidecar(loaded))
+        write_json(out / f"{self.name}.json", self.sidecar(loaded, figure))
 
-    def sidecar(self, loaded: Tables) -> dict:
-        """Caption, hashes of tables and models, commit, versions and command."""
+    def sidecar(self, loaded: Tables, figure: MatplotlibFigure) -> dict:
+        """Finding, caption, alternative text, hashes of tables and models, commit, versions and command."""
         return {
             "figure": self.name,
+            "finding": self.finding,
             "caption": self.text,
+            "alt": self.alt(figure),
             "tables": {name: frame.attrs["values_sha256"] for name, frame in loaded.items()},
             "options": asked_of(loaded),
             "models": {k: v for frame in loaded.values() for k, v in frame.attrs["models"].items()},
@@ -129,7 +143,7 @@ class Exhibit:
     def lead(self) -> str:
         """The sentences that a caption begins with, at most `LEAD` words: what is seen."""
         said = ""
-        for sentence in re.split(r"(?<=[.?!]) (?=[A-Z])", self.text):
+        for sentence in re.split(r"(?<=[.?!]) (?=[A-Z(])", self.text):
             if said and len(f"{said} {sentence}".split()) > LEAD:
                 break
             said = f"{said} {sentence}".strip()
@@ -207,9 +221,9 @@ class Shown:
     def _repr_mimebundle_(self, **_: object) -> dict[str, object]:
         """Picture and caption for people, the sidecar for programs."""
         source = ", ".join(f"{name} {value[:12]}" for name, value in self.sidecar["tables"].items())
-        picture = base64.b64encode(self.png).decode()
+        picture, alt = base64.b64encode(self.png).decode(), escape(self.sidecar["alt"])
         page = (
-            f'<figure><img alt="{escape(self.lead)}" src="data:image/png;base64,{picture}">'
+            f'<figure><img alt="{alt}" src="data:image/png;base64,{picture}">'
             f"<figcaption>{escape(self.lead)}<details><summary>more</summary>"
             f"{escape(self.sidecar['caption'][len(self.lead) :].strip())}<br>"
             f"<small>{escape(self.sidecar['command'])}; asked: {escape(self.sidecar['options'])}; tables by hash: "

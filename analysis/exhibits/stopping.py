@@ -97,6 +97,7 @@ def _knows_where(task: str) -> Answer:
 EXHIBITS = (
     Exhibit(
         "stopping-frontier",
+        "A schedule by noise saves FLOPs; watching the state does not",
         ("stopping-frontier",),
         stopping_frontier,
         f"""NELBO against forward FLOPs when sequences stop by a rule, each at 20 thresholds chosen on
@@ -114,16 +115,18 @@ EXHIBITS = (
     ),
     Exhibit(
         "loops-used",
+        "Hard positions get fewer loops, not more",
         ("stopping-by-step", "stopping-usage"),
         loops_used,
-        f"""Loops used under state-delta at the middle of its thresholds, S_max at most (dotted). Left: before
-        each denoising step of the model's own samples, 64 of them. Right: on masked test data by mask ratio,
-        by the loss at the position (thirds) and by how frequent the true token is (thirds), where whole
-        sequences stop and where tokens stop. {GRIDS}; {TEXT}; bars: 95%. One seed of training. If a rule spent
-        loops on what is hard, high losses would use more of them. Definitions are ours.""",
+        f"""Loops used under state-delta at the middle of its thresholds, S_max at most (dotted). (a, c) before
+        each denoising step of the model's own samples, 64 of them. (b, d) on masked test data by mask ratio, by
+        the loss at the position (thirds) and by how frequent the true token is (thirds), where whole sequences
+        stop and where tokens stop. {GRIDS}; {TEXT}; bars: 95%. One seed of training. If a rule spent loops on
+        what is hard, high losses would use more of them. Definitions are ours.""",
     ),
     Exhibit(
         "sampling-savings",
+        "Stopping early saves FLOPs, seldom time",
         ("stopping-in-sampling",),
         sampling_savings,
         """FLOPs and time of whole sampling runs with state-delta at the middle of its thresholds, as shares

@@ -59,13 +59,20 @@ def other_curves(loaded: Tables) -> MatplotlibFigure:
 
 
 def flops_to_target(loaded: Tables) -> MatplotlibFigure:
-    """How many times fewer FLOPs an arm needs for what another one reaches."""
+    """How many times fewer FLOPs an arm needs for what another one reaches; a row a task, a column a pair."""
     df = loaded["flops-to-target"]
-    drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 2.7), layout="constrained", sharey=True)
-    for ax, panel in zip(axes, panels(), strict=True):
-        quality.plot_flops_ratio(df[df["task"] == panel.run.task], ax=ax)
-        ax.set_title(panel.title)
-    axes[0].set_ylabel("FLOPs of the second / of the first\n(above 1: the first needs fewer)")
+    pairs = list(dict.fromkeys(zip(df["arm"], df["against"], strict=True)))
+    drawn, axes = plt.subplots(
+        2, len(pairs), figsize=(PAGE, 4.2), layout="constrained", sharey=True, sharex=True, squeeze=False
+    )
+    for row, panel in zip(axes, panels(), strict=True):
+        for ax, (arm, against) in zip(row, pairs, strict=True):
+            part = df[(df["task"] == panel.run.task) & (df["arm"] == arm) & (df["against"] == against)]
+            quality.plot_flops_ratio(part, ax=ax)
+            ax.set(title=f"{panel.title}: {arm} against {against}", ylabel="")
+        row[0].set_ylabel("FLOPs of the second / first\n(above 1: the first needs fewer)")
+    for ax in axes[0]:
+        ax.set_xlabel("")
     return drawn
 
 
@@ -77,9 +84,9 @@ def arms(loaded: Tables) -> MatplotlibFigure:
         part = _with_deciding(nll, panel.run.task)
         part = part[part["n_loops"] == part["max_loops"]]
         quality.plot_arms(across_seeds(part, "nll", ["arm"]), "nll", ax=ax)
-        ax.set(title=panel.title, ylabel="test NELBO (nats per token)")
+        ax.set(title=panel.title, xlabel="arm (seeds)", ylabel="test NELBO (nats per token)")
     quality.plot_arms(_with_deciding(_as_trained(nll, solve), "sudoku"), "solve_rate", ax=axes[2])
-    axes[2].set(title="Sudoku 6x6, one shot", ylabel="puzzles solved", ylim=(0, 1))
+    axes[2].set(title="Sudoku 6x6, one shot", xlabel="arm (seeds)", ylabel="puzzles solved (share)", ylim=(0, 1))
     return drawn
 
 
@@ -108,9 +115,9 @@ def placement(loaded: Tables) -> MatplotlibFigure:
         across = quality.side_by_side(place, len(runs))
         axes[0].plot(across, runs["nll_once"], color="#444444", marker="x", linestyle="none", zorder=0)
         axes[0].vlines(across, runs["nll"], runs["nll_once"], color="#999999", linewidth=0.6, zorder=0)
-    axes[0].set(title="test NELBO (crosses: at S = 1)", ylabel="nats per token")
+    axes[0].set(title="at $S_{max}$ (crosses: at S = 1)", ylabel="test NELBO (nats per token)")
     quality.plot_arms(_as_trained(nll, solve), "solve_rate", PLACE_STYLE, ax=axes[1])
-    axes[1].set(title="one shot, 16 of 36 cells hidden", ylabel="puzzles solved", ylim=(0, 1))
+    axes[1].set(title="one shot, 16 of 36 cells hidden", ylabel="puzzles solved (share)", ylim=(0, 1))
     for ax in axes:
         ax.set_xlabel("layers of five that loop (seeds)")
     return drawn
@@ -133,7 +140,7 @@ def amount(loaded: Tables) -> MatplotlibFigure:
     quality.plot_arms(nll[nll["n_loops"] == nll["max_loops"]], "nll", AMOUNT_STYLE, ax=axes[1])
     axes[1].set(title="at $S_{max}$", ylabel="test NELBO (nats per token)")
     quality.plot_arms(_as_trained(nll, solve), "solve_rate", AMOUNT_STYLE, ax=axes[2])
-    axes[2].set(title="at $S_{max}$, one shot", ylabel="puzzles solved", ylim=(0, 1))
+    axes[2].set(title="at $S_{max}$, one shot", ylabel="puzzles solved (share)", ylim=(0, 1))
     for ax in axes[1:]:
         ax.set_xlabel("$S_{max}$ of training (seeds)")
     handles, labels = axes[0].get_legend_handles_labels()
@@ -293,6 +300,7 @@ def _any_s(task: str) -> Answer:
 EXHIBITS = (
     Exhibit(
         "learning-curves",
+        "Sudoku: loop against base is undecided; on text base leads",
         ("learning-curves",),
         learning_curves,
         f"""Validation NELBO of EMA weights against training FLOPs (3 x forward, warm-up then constant rate),
@@ -302,6 +310,7 @@ EXHIBITS = (
     ),
     Exhibit(
         "learning-curves-elsewhere",
+        "On no other task does loop end clearly below base",
         ("learning-curves",),
         other_curves,
         f"""Validation NELBO of EMA weights against training FLOPs on the other tasks: each arm at S_max of its
@@ -312,12 +321,13 @@ EXHIBITS = (
     ),
     Exhibit(
         "flops-to-target",
+        "Training FLOPs saved: undecided on Sudoku, none seen on text",
         ("flops-to-target",),
         flops_to_target,
         """How many times fewer training FLOPs the first arm needs for the NELBO that the second one reaches
-        after a quarter, half, three quarters and all of its budget. Numbers at the foot: % of it, the mean over
-        its seeds; at 100 what every one of its runs reaches. Bars: 95% over training seeds; no bar: one seed on
-        a side, or seeds that never got there. Crosses: not reached by all seeds of the first arm (how many did),
+        after a quarter, half, three quarters and all of its budget. The NELBO is the mean over the second's
+        seeds; at 100% what every one of its runs reaches. Bars: 95% over training seeds; no bar: one seed on a
+        side, or seeds that never got there. On grey: not reached by all seeds of the first arm (how many did),
         or not by all of the second's own. Budgets are equal; at a small share all arms are on the same plateau.
         The paper: up to 3.3 times fewer FLOPs for loop against base at the end of the budget; a ratio below 1 at
         100% counts against it.""",
@@ -328,11 +338,12 @@ EXHIBITS = (
     ),
     Exhibit(
         "when-looping-pays",
+        "Only 6x6 Sudoku ends below 0; the verdict is undecided",
         ("looping-gap",),
         looping_pays,
         """Validation NELBO of the looped model at S_max less that of base (same size, not looped) through
         training, from a quarter of the budget on, against training tokens by parameters of base, all sizes and
-        tasks; below 0 looping pays. Left: at equal FLOPs, right: at equal tokens. Means over seeds; bars at the
+        tasks; below 0 looping pays. (a) at equal FLOPs, (b) at equal tokens. Means over seeds; bars at the
         end: 95%, Welch over seeds, over validation sequences where there is one seed of an arm. Shaded: the
         tokens a parameter of the paper's runs, whose gaps are not public. The axis leaves out gaps above 0.42,
         where S has just begun to widen. The paper: looping pays at equal FLOPs; lines that do not fall below 0
@@ -340,6 +351,7 @@ EXHIBITS = (
     ),
     Exhibit(
         "arms",
+        "Loop solves more Sudokus than base; on text base leads",
         ("nll-by-loops", "sudoku-solve-rate"),
         arms,
         """The arms at the end of equal training FLOPs, a mark a training seed (their number in brackets), bars:
@@ -352,17 +364,18 @@ EXHIBITS = (
     ),
     Exhibit(
         "placement",
+        "No single layer stands out as the place to loop: undecided",
         ("nll-by-loops", "sudoku-solve-rate"),
         placement,
         """Which layers loop, on 6x6 Sudoku: five layers, of which none, one, two or all loop (the 5th alone and
         other pairs were not tried), at equal training FLOPs. S is uniform on 1 to 6, on 1 to 2 where all five
         loop, which is the mean compute of a step of one layer with S_max 6; two layers cost more a step, none
-        less. A mark a training seed (their number in brackets), bars: means where there are several. Left:
-        test NELBO at S_max, 1,000 grids of unseen classes, one mask each; crosses: the same model at S = 1,
-        joined to its mark. Right: 500 grids, any valid completion counts. We take the 2nd layer as
-        early-middle. The paper: few layers suffice and early-middle is the best place; another placement that
-        ends lower counts against it. Most runs are still falling when the budget ends; of the 1st layer and of
-        two layers, seeds lie as far apart as places.""",
+        less. A mark a training seed (their number in brackets), bars: means where there are several. (a) test
+        NELBO at S_max, 1,000 grids of unseen classes, one mask each; crosses: the same model at S = 1, joined to
+        its mark. (b) 500 grids, any valid completion counts. We take the 2nd layer as early-middle. The paper:
+        few layers suffice and early-middle is the best place; another placement that ends lower counts against
+        it. Most runs are still falling when the budget ends; of the 1st layer and of two layers, seeds lie as
+        far apart as places.""",
         (
             Reading("placement", _placement, ("nll-by-loops",)),
             Reading("few-layers-suffice", _few_layers, ("nll-by-loops",)),
@@ -370,17 +383,18 @@ EXHIBITS = (
     ),
     Exhibit(
         "amount-of-looping",
+        "At equal FLOPs a larger S_max ends higher",
         ("nll-by-loops", "sudoku-solve-rate"),
         amount,
         """How much to loop in training, on 6x6 Sudoku: one looped layer of three, S uniform on 1 to S_max, or 6
-        at every step; equal training FLOPs, so that a larger S_max means fewer steps. Left: test NELBO by S to
-        3 x S_max, rings at S_max; lines: means over training seeds, thin ones single seeds; thin grey dashes:
-        the non-looped model of the same size; the axis leaves out fixed S at S = 1, 2 and 18. Middle and
-        right: at S_max, a mark a training seed (their number in brackets), bars: means where there are
-        several. 1,000 grids of unseen classes, one mask each; 500 grids in one shot with 16 of 36 cells
-        hidden, any valid completion counts. The paper trains with S up to 12; a larger S_max that ends higher
-        at equal FLOPs counts against more looping. Seeds lie far apart where some runs make the drop within
-        the budget and others do not: a mean then mixes how often with how far.""",
+        at every step; equal training FLOPs, so that a larger S_max means fewer steps. (a) test NELBO by S to 3 x
+        S_max, rings at S_max; lines: means over training seeds, thin ones single seeds; thin grey dashes: the
+        non-looped model of the same size; the axis leaves out fixed S at S = 1, 2 and 18. (b, c) at S_max, a mark
+        a training seed (their number in brackets), bars: means where there are several. 1,000 grids of unseen
+        classes, one mask each; 500 grids in one shot with 16 of 36 cells hidden, any valid completion counts.
+        The paper trains with S up to 12; a larger S_max that ends higher at equal FLOPs counts against more
+        looping. Seeds lie far apart where some runs make the drop within the budget and others do not: a mean
+        then mixes how often with how far.""",
         (
             Reading("larger-s-max-is-better", _more_in_training, ("nll-by-loops",)),
             Reading("any-s-from-uniform", _any_s, ("nll-by-loops",)),

@@ -29,15 +29,11 @@ from loopmdm.analysis.numbers.contrasts import holm
 from loopmdm.model.errors import UsageError, check_keys
 from loopmdm.model.files import read_toml
 from loopmdm.model.places import figures_folder
-from loopmdm.model.zoo.runs import MAIN_TASKS
 
 COLUMNS = ["claim", "task", "verdict", "estimate", "low", "high", "unit", "margin", "direction", "p", "p_holm",
            "n_seeds", "n_against", "n", "figure", "why", "text"]  # fmt: skip
 UNTESTABLE, NOT_RUN, UNDECIDED = "not testable here", "not run", "undecided"
 VERDICTS = ("supported", "not supported", "equivalent", UNDECIDED, UNTESTABLE, NOT_RUN)
-
-TASK_GROUPS = (("Sudoku", MAIN_TASKS[:1]), ("text, or what is named", (*MAIN_TASKS[1:], "tree", "gsm")))
-"""Columns in which verdicts are shown: title and tasks, the main one first."""
 
 
 @dataclass(frozen=True)

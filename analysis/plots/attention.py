@@ -1,30 +1,36 @@
 """Plots of attention between masked and clean positions, and of maps across loop counts."""
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
 
 from loopmdm.analysis.plots.style import (
     AMOUNT_STYLE,
+    CLEAN,
     KEY_STYLE,
+    LOOP,
+    MASKED,
     NULL,
+    ODDS,
     RATIO_STYLE,
     interval_band,
     of_rows,
     plainly,
     reach,
+    root_norm,
     style,
 )
 
 
 @of_rows
-def plot_mass_by_loop(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_mass_by_loop(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """Mass of masked queries on masked, clean and own key over `loop`, chance as dotted lines.
 
     `df`: rows of one model, layer and mask ratio with loop key_group mass low high chance.
@@ -32,15 +38,15 @@ def plot_mass_by_loop(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = ax or plt.gca()
     for group, look in KEY_STYLE.items():
         part = df[df["key_group"] == group].sort_values("loop")
-        x = part["loop"].astype(int) + 1
-        interval_band(ax, x, part, "mass", **look)
+        x = part["loop"].astype(int)
+        interval_band(ax, x, part, "mass", **look | kws)
         ax.plot(x, part["chance"], **NULL | {"color": look["color"]})
-    ax.set(xlabel="loop (1 = first)", ylabel="attention mass", ylim=(0, None))
+    ax.set(xlabel=LOOP, ylabel="attention mass (share)", ylim=(0, None))
     return ax
 
 
 @of_rows
-def plot_log_odds_by_loop(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_log_odds_by_loop(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """Log-odds of masked against clean keys over `loop`, a line a mask ratio; 0 = indifferent.
 
     `df`: rows of one model and layer with loop nominal_mask_ratio log_odds low high.
@@ -50,10 +56,10 @@ def plot_log_odds_by_loop(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         part = df[np.isclose(df["nominal_mask_ratio"], ratio)].sort_values("loop")
         if part.empty:
             continue
-        x = part["loop"].astype(int) + 1
-        interval_band(ax, x, part, "log_odds", label=f"{ratio:.0%} masked", **look)
+        x = part["loop"].astype(int)
+        interval_band(ax, x, part, "log_odds", **{"label": f"{ratio:.0%} masked"} | look | kws)
     ax.axhline(0, **NULL)
-    ax.set(xlabel="loop (1 = first)", ylabel="log-odds masked : clean")
+    ax.set(xlabel=LOOP, ylabel=ODDS)
     return ax
 
 
@@ -62,34 +68,34 @@ def plot_other_seeds(frames: Sequence[pd.DataFrame], *, ax: Axes) -> Axes:
     for df in frames:
         part = df[np.isclose(df["nominal_mask_ratio"], 0.5)].sort_values("loop")
         colour = RATIO_STYLE[0.5]["color"]
-        ax.plot(part["loop"].astype(int) + 1, part["log_odds"], color=colour, linewidth=0.5, zorder=1)
+        ax.plot(part["loop"].astype(int), part["log_odds"], color=colour, linewidth=0.5, zorder=1)
     return ax
 
 
 @of_rows
 def plot_by_s_max(df: pd.DataFrame, *, axes: Sequence[Axes]) -> None:
-    """Log-odds over loops, and their rise since the first loop over loop / S_max; a line an S_max of training.
+    """Log-odds over loops, and their rise since the first over loops run / S_max; a line an S_max of training.
 
     Seeds beyond the first are thin. `df`: arm seed s_max loop log_odds low high.
     """
     for arm in [name for name in AMOUNT_STYLE if name in set(df["arm"])]:
         for seed, part in df[df["arm"] == arm].groupby("seed"):
             part, look = part.sort_values("loop"), AMOUNT_STYLE[arm] | {"markersize": 2.4}
-            x, y = part["loop"].astype(int) + 1, part["log_odds"]
+            x, y = part["loop"].astype(int), part["log_odds"]
             rise = y - y.iloc[0]
             if seed:
                 look = {"color": look["color"], "linewidth": 0.5, "zorder": 1}
                 axes[0].plot(x, y, **look)
             else:
                 interval_band(axes[0], x, part, "log_odds", **look)
-                last = x == part["s_max"]
+                last = x == part["s_max"] - 1
                 axes[0].plot(x[last], y[last], marker="o", markersize=7, fillstyle="none", color=look["color"])
-            axes[1].plot(x / part["s_max"], rise, **look)
+            axes[1].plot((x + 1) / part["s_max"], rise, **look)
     axes[0].axhline(0, **NULL)
-    axes[0].set(xlabel="loop (1 = first)", ylabel="log-odds masked : clean")
+    axes[0].set(xlabel=LOOP, ylabel=ODDS)
     axes[1].axhline(0, **NULL)
     axes[1].axvline(1, color="#666666", linewidth=0.8, linestyle="-.", zorder=0)
-    axes[1].set(xlabel="loop / $S_{max}$", ylabel="log-odds less those of the first loop")
+    axes[1].set(xlabel="loops run / $S_{max}$", ylabel="log-odds less those\nof the first loop (nats)")
 
 
 @of_rows
@@ -114,33 +120,67 @@ def plot_log_odds_by_layer(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def plot_map(weights: np.ndarray, labels: list[str], masked: np.ndarray, *, ax: Axes, **heat) -> Axes:
-    """One attention map [query, key]; labels of masked positions are coloured."""
-    labels = [plainly(label) for label in labels]
-    sns.heatmap(weights, ax=ax, square=True, xticklabels=labels, yticklabels=labels, **heat)
-    size = max(3.5, min(6.5, 160 / max(len(labels), 1)))
-    ax.tick_params(axis="x", length=0, labelsize=size, rotation=90, pad=1)
-    ax.tick_params(axis="y", length=0, labelsize=size, rotation=0, pad=1)
+CHANGES, WEIGHTS = "change of attention (share; square-root scale)", "attention (share; square-root scale)"
+
+
+def plot_map(
+    weights: np.ndarray, labels: list[str], masked: np.ndarray, *, ax: Axes, most: float | None = None, **kws: Any
+) -> AxesImage:
+    """One attention map [query, key] on a square-root scale to `most`; labels are coloured, masked or clean.
+
+    Negative weights make it a change: a scale about 0. `kws` go to `imshow`.
+    """
+    signed = bool(weights.min() < 0)
+    most = float(np.abs(weights).max()) if most is None else most
+    look = {"cmap": "RdBu_r" if signed else "Greys", "norm": root_norm(most or 1.0, signed)}
+    if {"vmin", "vmax"} & kws.keys():
+        del look["norm"]
+    image = ax.imshow(weights, **look | {"interpolation": "nearest"} | kws)
+    places, size = range(len(labels)), max(3.5, min(6.5, 190 / max(len(labels), 1)))
+    ax.set_xticks(places, [plainly(label) for label in labels], rotation=90)
+    ax.set_yticks(places, [plainly(label) for label in labels])
+    ax.tick_params(length=0, labelsize=size, pad=1)
     for tick, hidden in zip([*ax.get_xticklabels(), *ax.get_yticklabels()], [*masked, *masked], strict=True):
-        tick.set_color("#b35806" if hidden else "black")
+        tick.set_color(MASKED if hidden else CLEAN)
+        tick.set_fontweight("bold" if hidden else "normal")  # for those who see no colours
+    ax.grid(False)
     ax.set(xlabel="key", ylabel="query")
-    return ax
+    return image
+
+
+def loop_name(loop: int) -> str:
+    """How a panel names one loop: as code counts it."""
+    return f"loop {loop} (first)" if not loop else f"loop {loop}"
 
 
 def draw_maps(
-    axes: list[Axes], maps: np.ndarray, loops: Sequence[int], labels: list[str], masked: np.ndarray
-) -> None:
-    """Fill axes with one map a loop on a common scale, then last minus first on its own."""
-    top = float(maps.max())
+    axes: Sequence[Axes], maps: np.ndarray, loops: Sequence[int], labels: list[str], masked: np.ndarray, **kws: Any
+) -> tuple[AxesImage, AxesImage]:
+    """Fill axes with one map a loop on a common scale, then last minus first on its own; a map and the change."""
+    top, change, image = float(maps.max()), maps[-1] - maps[0], None
     for ax, loop, weights in zip(axes, loops, maps, strict=False):
-        heat = {"vmin": 0, "vmax": top, "cmap": "Greys", "cbar_kws": {"shrink": 0.6, "label": "attention"}}
-        plot_map(weights, labels, masked, ax=ax, **heat)
-        ax.set_title(f"loop {loop + 1}")
-    change = maps[-1] - maps[0]
+        image = plot_map(weights, labels, masked, ax=ax, most=top, **kws)
+        ax.set_title(loop_name(loop))
     limit = float(np.abs(change).max()) or 1.0
-    heat = {"vmin": -limit, "vmax": limit, "cmap": "RdBu_r", "cbar_kws": {"shrink": 0.6, "label": "change"}}
-    plot_map(change, labels, masked, ax=axes[len(loops)], **heat)
-    axes[len(loops)].set_title(f"loop {loops[-1] + 1} − loop {loops[0] + 1}")
+    look = {"cmap": "RdBu_r", "norm": root_norm(limit, signed=True)}
+    changed = plot_map(change, labels, masked, ax=axes[len(loops)], **look)
+    axes[len(loops)].set_title(f"loop {loops[-1]} − loop {loops[0]}")
+    assert image is not None
+    return image, changed
+
+
+def name_bars(grid: np.ndarray, images: tuple[AxesImage, AxesImage]) -> None:
+    """One colour bar for the maps beside the first row of `grid`, one for the change beside the last."""
+    figure = grid.flat[0].figure
+    sides = (grid[0], grid[-1]) if len(grid) > 1 else (grid, grid)
+    for axes, image, label in zip(sides, images, (WEIGHTS, CHANGES), strict=True):
+        bar = figure.colorbar(image, ax=list(axes.flat), label=label, shrink=0.85)
+        most = float(image.norm.vmax)
+        steps = np.array([0, 0.01, 0.05, 0.2, 0.5, 1.0])
+        steps = steps[steps <= most]
+        steps = steps if label == WEIGHTS else np.unique([*-steps, *steps])
+        bar.set_ticks(steps.tolist(), labels=[f"{step:g}" for step in steps])
+        bar.ax.minorticks_off()
 
 
 @runtime_checkable
@@ -155,28 +195,43 @@ class Maps(Protocol):
     masked: np.ndarray
 
 
-def plot_maps(maps: Maps) -> Figure:
-    """Maps of the same head side by side across loops, and last minus first."""
-    n = len(maps.loops) + 1
-    columns = 2 if n <= 4 else 3
-    rows = -(-n // columns)
+def plot_maps(
+    maps: Maps, *, ax: Axes | None = None, axes: Sequence[Axes] | None = None, **kws: Any
+) -> Axes | Figure:
+    """Maps of the same head side by side across loops, and last minus first; of a single loop its map alone.
+
+    `ax` takes the map of a single loop and comes back. `axes` takes a map a loop and the change, in a figure of
+    one's own, which comes back. `kws` go to `imshow`, for the maps. Known to pyplot.
+    """
+    labels = [
+        "■" if hidden else text.strip() or "␣" for text, hidden in zip(maps.labels, maps.masked, strict=True)
+    ]
+    single, n = len(maps.loops) == 1, len(maps.loops) + 1
+    name = f"layer {maps.layer}, head {maps.head}; ■ = [MASK]"
     with style():
-        figure, axes = plt.subplots(
-            rows, columns, figsize=(7.2, 6.6 / columns * rows), layout="constrained", squeeze=False
-        )
-        labels = [
-            "■" if hidden else text.strip() or "␣" for text, hidden in zip(maps.labels, maps.masked, strict=True)
-        ]
-        draw_maps(list(axes.flat), maps.maps, maps.loops, labels, maps.masked)
-        for ax in list(axes.flat)[n:]:
-            ax.set_axis_off()
-        figure.suptitle(f"layer {maps.layer}, head {maps.head}; ■ = [MASK]", fontsize=8)
-    plt.close(figure)
+        if single and axes is None:
+            ax = ax or plt.subplots(figsize=(4.2, 3.6), layout="constrained")[1]
+            image = plot_map(maps.maps[0], labels, maps.masked, ax=ax, **kws)
+            ax.figure.colorbar(image, ax=ax, label=WEIGHTS, shrink=0.85)
+            ax.set_title(f"{loop_name(maps.loops[0])}, {name}")
+            return ax
+        if axes is not None:
+            draw_maps(axes, maps.maps, maps.loops, labels, maps.masked, **kws)
+            return axes[0].figure
+        columns = 2 if n <= 4 else 3
+        rows = -(-n // columns)
+        size = (7.4, 6.2 / columns * rows)
+        figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+        images = draw_maps(list(grid.flat), maps.maps, maps.loops, labels, maps.masked, **kws)
+        name_bars(grid, images)
+        for spare in list(grid.flat)[n:]:
+            spare.set_axis_off()
+        figure.suptitle(name, fontsize=8)
     return figure
 
 
 @of_rows
-def plot_content_by_loop(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_content_by_loop(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """What the masked keys' values move into masked queries, over `loop`, a line a mask ratio.
 
     `df`: rows of one model and layer with loop nominal_mask_ratio content low high.
@@ -184,68 +239,89 @@ def plot_content_by_loop(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = ax or plt.gca()
     for ratio, look in RATIO_STYLE.items():
         part = df[np.isclose(df["nominal_mask_ratio"], ratio)].sort_values("loop")
-        x = part["loop"].astype(int) + 1
-        interval_band(ax, x, part, "content", label=f"{ratio:.0%} masked", **look)
-    ax.set(xlabel="loop (1 = first)", ylabel="content (norm)", ylim=(0, None))
+        x = part["loop"].astype(int)
+        interval_band(ax, x, part, "content", **{"label": f"{ratio:.0%} masked"} | look | kws)
+    ax.set(xlabel=LOOP, ylabel="content (norm of the state)", ylim=(0, None))
     return ax
 
 
 @of_rows
-def plot_by_step(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_by_step(df: pd.DataFrame, *, most: float | None = None, ax: Axes | None = None, **kws: Any) -> Axes:
     """Log-odds masked : clean as a heat map, denoising step x loop; `df`: step mask_ratio loop log_odds.
 
-    A step has one mask ratio.
+    A step has one mask ratio. The scale reaches from -`most` to `most`, the largest value if it is not given.
     """
     ax = ax or plt.gca()
     table = df.pivot(index="step", columns="loop", values="log_odds").dropna(how="all")
     ratios = df.groupby("step")["mask_ratio"].first()
-    most = float(np.nanmax(np.abs(table.to_numpy(dtype=float))))
-    image = ax.imshow(table.astype(float), cmap="PuOr_r", vmin=-most, vmax=most, aspect="auto")
+    most = float(np.nanmax(np.abs(table.to_numpy(dtype=float)))) if most is None else most
+    look = {"cmap": "PuOr_r", "vmin": -most, "vmax": most, "aspect": "auto"}
+    image = ax.imshow(table.astype(float), **look | kws)
     for (row, column), value in np.ndenumerate(table.to_numpy(dtype=float)):
         colour = "white" if abs(value) > 0.6 * most else "black"
         ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6.2, color=colour)
-    ax.set_xticks(range(table.shape[1]), [str(loop + 1) for loop in table.columns])
+    ax.set_xticks(range(table.shape[1]), [str(loop) for loop in table.columns])
     ax.set_yticks(range(table.shape[0]), [f"{step + 1}: {ratios[step]:.0%}" for step in table.index])
     ax.grid(False)
-    ax.set(xlabel="loop (1 = first)", ylabel="denoising step: masked")
-    ax.figure.colorbar(image, ax=ax, label="log-odds masked : clean", shrink=0.9)
+    ax.set(xlabel=LOOP, ylabel="denoising step: masked")
+    ax.figure.colorbar(image, ax=ax, label=ODDS, shrink=0.9)
     return ax
 
 
-@of_rows
-def plot_specifications(df: pd.DataFrame, axes: Sequence[Axes]) -> None:
-    """Every definition of the rise, a column a definition: estimates above in the measure's own units of error,
-    choices below.
+COUNTED_STYLE = {
+    (False, False): {"marker": "o", "label": "neither"},
+    (True, False): {"marker": "^", "label": "self"},
+    (False, True): {"marker": "s", "label": "sinks"},
+    (True, True): {"marker": "D", "label": "self and sinks"},
+}
+"""What a definition counts among the keys: the query itself, keys that draw attention whatever the query."""
+HEADS = ("average", "content", "growth")
+"""Ways to pool heads, in the order of the axis."""
+HEADLINE = {"measure": "log_odds", "self": "out", "sinks": "in", "heads": "average", "nominal_mask_ratio": 0.5}
+"""The definition of which the claim is judged."""
 
-    `df`: rows of one model: measure self sinks heads nominal_mask_ratio estimate standard_error score verdict.
+
+@of_rows
+def plot_specifications(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """The rise under every definition of one measure, with 95%: by heads and mask ratio along the axis, a mark by
+    what is counted; hollow where the interval holds 0, ringed the headline definition.
+
+    `df`: rows of one model and measure: measure self sinks heads nominal_mask_ratio estimate low high.
     """
-    above, below = axes
-    df = df.drop_duplicates(["measure", "nominal_mask_ratio", "estimate", "standard_error"])
-    order = df.sort_values(["measure", "score"]).reset_index(drop=True)
-    colours = {"rises": "#1b4f8f", "undecided": "#bbbbbb", "falls": "#e08214"}
-    markers = {"rises": "^", "undecided": "o", "falls": "v"}
-    for says, part in order.groupby("verdict"):
-        above.plot(part.index, part["score"], linestyle="none", marker=markers[says], color=colours[says],
-                   markersize=2.2, label=f"{says} ({len(part)})")  # fmt: skip
-    above.axhline(0, **NULL)
-    above.set_yscale("symlog", linthresh=2)
-    above.margins(y=0.08)
-    choices = [("measure", name) for name in dict.fromkeys(order["measure"])]
-    choices += [("self", "in"), ("sinks", "in")]
-    choices += [("heads", name) for name in dict.fromkeys(order["heads"])]
-    choices += [("nominal_mask_ratio", ratio) for ratio in sorted(order["nominal_mask_ratio"].unique())]
-    for row, (column, value) in enumerate(choices):
-        at = order.index[order[column] == value]
-        below.plot(at, np.full(len(at), row), linestyle="none", marker="|", markersize=3, color="#444444")
-    names = {"self": "self counted", "sinks": "sinks counted"}
-    labels = [
-        names.get(column) or (f"{value:.0%} masked" if column == "nominal_mask_ratio" else
-                              f"heads: {value}" if column == "heads" else str(value).replace("_", "-"))
-        for column, value in choices
-    ]  # fmt: skip
-    below.set_yticks(range(len(choices)), labels)
-    below.set(ylim=(len(choices) - 0.5, -0.5), xlabel="definition, sorted by measure and size")
-    below.grid(False, axis="x")
+    ax = ax or plt.gca()
+    ratios = sorted(RATIO_STYLE)
+    for row in df.to_dict("records"):
+        counted = row["self"] == "in", row["sinks"] == "in"
+        number, ratio = HEADS.index(row["heads"]), min(ratios, key=lambda r: abs(r - row["nominal_mask_ratio"]))
+        x = number + 0.26 * (ratios.index(ratio) - 1) + 0.055 * (list(COUNTED_STYLE).index(counted) - 1.5)
+        colour = RATIO_STYLE[ratio]["color"]
+        sure = row["low"] > 0 or row["high"] < 0
+        ax.vlines(x, row["low"], row["high"], color=colour, linewidth=0.8)
+        ax.plot(x, row["estimate"], color=colour, marker=COUNTED_STYLE[counted]["marker"], markersize=2.8,
+                markerfacecolor=colour if sure else "white", linestyle="none")  # fmt: skip
+        if all(row[name] == value for name, value in HEADLINE.items()):
+            ax.plot(x, row["estimate"], marker="o", markersize=8, fillstyle="none", color="black")
+    ax.axhline(0, **NULL)
+    for edge in (0.5, 1.5):
+        ax.axvline(edge, color="#cccccc", linewidth=0.6)
+    ax.set_xticks(range(len(HEADS)), ["averaged", "by content", "grows most"])
+    ax.grid(False, axis="x")
+    ax.set(xlim=(-0.5, 2.5), xlabel="heads")
+    ax.margins(y=0.12)
+    return ax
+
+
+def specification_handles() -> list[Line2D]:
+    """A legend for `plot_specifications`."""
+    plain = {"linestyle": "none", "markersize": 4}
+    colours = [Line2D([], [], marker="o", color=look["color"], label=f"{ratio:.0%} masked", **plain)
+               for ratio, look in RATIO_STYLE.items()]  # fmt: skip
+    marks = [Line2D([], [], color="#444444", marker=look["marker"], label=f"{look['label']} counted", **plain)
+             for look in COUNTED_STYLE.values()]  # fmt: skip
+    hollow = Line2D([], [], marker="o", color="#444444", markerfacecolor="white", label="95% holds 0", **plain)
+    ring = Line2D([], [], marker="o", color="black", fillstyle="none", linestyle="none", markersize=8,
+                  label="headline definition")  # fmt: skip
+    return [*colours, ring, *marks, hollow]
 
 
 @of_rows
@@ -263,5 +339,5 @@ def plot_heads(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
                 color="#1b4f8f", linewidth=0.9, label="half that tests")  # fmt: skip
     ax.axhline(0, **NULL)
     ax.set_xticks(place, [f"{row.layer}.{row.head}" for row in df.itertuples()])
-    ax.set(xlabel="layer.head, by rank", ylabel="rise of log-odds, loop 1 to $S_{max}$")
+    ax.set(xlabel="layer.head, by rank", ylabel="rise of log-odds, first to last\nloop of $S_{max}$ (nats)")
     return ax

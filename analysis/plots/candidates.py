@@ -13,7 +13,7 @@ from matplotlib.path import Path
 from matplotlib.textpath import TextPath
 from matplotlib.transforms import Affine2D
 
-from loopmdm.analysis.plots.style import interval_band, of_rows
+from loopmdm.analysis.plots.style import LOOP, interval_band, of_rows
 
 GAP = 1.1
 """Between panels, in cells."""
@@ -43,11 +43,18 @@ def plot_candidates(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     _draw_symbols(ax, cells[cells["clue"] | cells["settled"]])
     for panel, x in shift.items():
         _draw_lines(ax, df[df["panel"] == panel], x, size)
-        ax.text(x + size / 2, -0.35, panel, ha="center", va="bottom")
+        ax.text(x + size / 2, -0.35, _after(panel), ha="center", va="bottom")
     _explain(ax, len(shift))
     ax.set(xlim=(-0.1, max(shift.values()) + size + 0.1), ylim=(size + 0.1, -1.0), aspect="equal")
+    ax.set_label(f"{len(shift)} Sudoku boards with pencil marks: {', '.join(_after(panel) for panel in shift)}")
     ax.set_axis_off()
     return ax
+
+
+def _after(panel: str) -> str:
+    """A panel's title: boards are counted by the loops that were run, as S is."""
+    name, _, count = panel.partition(" ")
+    return panel if name != "loop" else f"after {count} loop{'s' * (count != '1')}"
 
 
 def _explain(ax: Axes, n_panels: int) -> None:
@@ -166,11 +173,11 @@ def plot_deaths(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     for row, step in enumerate(table.index):
         if step < last:
             ax.add_patch(Rectangle((step - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#d95f02", linewidth=1.3))
-    ax.set_xticks(range(last + 1), [*map(str, range(1, last + 1)), "never"])
+    ax.set_xticks(range(last + 1), [*map(str, range(last)), "never"])
     ax.set_yticks(range(len(table)), ["clues", *map(str, table.index[1:])] if table.index[0] == 0 else table.index)
-    ax.set(xlabel="loop that gives the symbol up (1 = first)", ylabel="round that excludes it")
+    ax.set(xlabel="loop that gives the symbol up (0 = first)", ylabel="round that excludes it")
     ax.grid(False)
-    ax.figure.colorbar(image, ax=ax, label="share of symbols")
+    ax.figure.colorbar(image, ax=ax, label="symbols (share)")
     return ax
 
 
@@ -186,9 +193,9 @@ def plot_live(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         part, look = part.sort_values("loop"), min(number, len(SHADES) - 1)
         label = "clues" if step == 0 else f"round {step}"
         interval_band(
-            ax, part["loop"].astype(int) + 1, part, "value", color=SHADES[look], marker=MARKERS[look], label=label
+            ax, part["loop"].astype(int), part, "value", color=SHADES[look], marker=MARKERS[look], label=label
         )
-    ax.set(xlabel="loop (1 = first)", ylabel="share still considered", ylim=(-0.02, 1.02))
+    ax.set(xlabel=LOOP, ylabel="still considered (share)", ylim=(-0.02, 1.02))
     ax.legend(title="excluded by", title_fontsize="small", fontsize="small", ncols=2, loc="best")
     return ax
 

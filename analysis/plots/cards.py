@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from loopmdm.analysis.plots.style import NULL, PAGE, interval_band, of_rows, plainly, style
+from loopmdm.analysis.plots.style import LOOP, NULL, PAGE, interval_band, of_rows, plainly, style
 
 RELATION_STYLE = {
     name: {"color": colour, "marker": marker, "linestyle": line}
@@ -33,32 +33,34 @@ READ_STYLE = {
 
 
 @of_rows
-def plot_head_attention(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_head_attention(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """Attention of one head by relation over loops; `df`: loop metric of value low high."""
     ax = ax or plt.gca()
-    _lines(ax, df[df["metric"] == "attention"], "of", RELATION_STYLE)
-    ax.set(xlabel="loop (1 = first)", ylabel="attention of hidden queries", ylim=(0, 1))
+    _lines(ax, df[df["metric"] == "attention"], "of", RELATION_STYLE, **kws)
+    ax.set(xlabel=LOOP, ylabel="attention (share)", ylim=(0, 1))
     return ax
 
 
 @of_rows
-def plot_head_effects(df: pd.DataFrame, keys: str = "clean", *, ax: Axes | None = None) -> Axes:
+def plot_head_effects(df: pd.DataFrame, keys: str = "clean", *, ax: Axes | None = None, **kws: Any) -> Axes:
     """What one head does for the symbols on clean (or masked) keys, by read; below 0 it suppresses them.
 
     `df`: loop metric of value low high.
     """
     ax = ax or plt.gca()
-    _lines(ax, df[df["of"] == keys], "metric", READ_STYLE)
+    _lines(ax, df[df["of"] == keys], "metric", READ_STYLE, **kws)
     ax.axhline(0, **NULL)
-    ax.set(xlabel="loop (1 = first)", ylabel=f"logit of what {keys} keys hold,\nless the others'", yscale="symlog")
+    ax.set(xlabel=LOOP, ylabel=f"logit of what {keys} keys\nhold, less others (nats)", yscale="symlog")
+    ax.set_yticks([-10, -1, 0, 1, 10], ["-10", "-1", "0", "1", "10"])
+    ax.set_yticks([], minor=True)
     return ax
 
 
-def _lines(ax: Axes, df: pd.DataFrame, column: str, looks: dict[str, dict[str, Any]]) -> None:
+def _lines(ax: Axes, df: pd.DataFrame, column: str, looks: dict[str, dict[str, Any]], **kws: Any) -> None:
     for name, look in looks.items():
         part = df[(df[column] == name) & df["value"].notna()].sort_values("loop")
         if len(part):
-            interval_band(ax, part["loop"] + 1, part, "value", label=name, **look)
+            interval_band(ax, part["loop"], part, "value", **{"label": name} | look | kws)
     if ax.lines:
         ax.legend(frameon=False)
 
@@ -81,5 +83,4 @@ def plot_card(df: pd.DataFrame, name: str = "", example: Any = None) -> Figure:
             axes[3].set(xlabel="key", ylabel="query")
             axes[3].grid(visible=False)
         figure.suptitle(plainly(name))
-        plt.close(figure)
         return figure

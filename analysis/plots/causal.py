@@ -1,11 +1,14 @@
 """Plots of interventions, of the trained 2 x 2 and of looping without training."""
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 
-from loopmdm.analysis.plots.style import ARM_STYLE, NULL, interval_band, of_rows, reach
+from loopmdm.analysis.plots.style import LOOP, NULL, RUN, interval_band, of_rows, reach, root_norm
 
 DAMPING_STYLE = {
     "none": {"color": "#8c8c8c", "marker": "s", "linestyle": "--", "label": "full steps"},
@@ -30,60 +33,72 @@ KIND_STYLE = {
 def plot_shares(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Share of the gain of looping that is lost, one mark a model; `df`: edges matched share low high.
 
-    A model without a gain has no share and no mark.
+    A model without a gain has no share and no mark. The axis is linear to 2 and logarithmic beyond, on grey.
     """
     ax = ax or plt.gca()
     models = list(dict.fromkeys(df["model"]))
-    for row, (edges, matched, _) in enumerate(ARMS_CUT):
-        part = df[(df["edges"] == edges) & (df["matched"] == matched)].set_index("model").reindex(models)
-        place = row + 0.12 * (np.arange(len(models)) - (len(models) - 1) / 2)
+    for number, model in enumerate(models):
+        part = df[df["model"] == model].set_index(["edges", "matched"])
+        part = part.reindex(pd.MultiIndex.from_tuples([cut[:2] for cut in ARMS_CUT]))
+        place = np.arange(len(ARMS_CUT)) + 0.13 * (number - (len(models) - 1) / 2)
         ax.errorbar(
             part["share"],
             place,
             xerr=reach(part, "share"),
             linestyle="none",
-            marker="o",
-            color=ARM_STYLE["loop"]["color"],
+            marker=SEED_MARKERS[number % len(SEED_MARKERS)],
+            color=plt.get_cmap("Blues")(0.4 + 0.55 * number / max(1, len(models) - 1)),
             linewidth=0.9,
+            label=f"seed {number}",
         )
     ax.axvline(0, **NULL)
     ax.axvline(1, **NULL)
     ax.set_yticks(range(len(ARMS_CUT)), [label for *_, label in ARMS_CUT])
     ax.set_xscale("symlog", linthresh=2)
-    ax.set_xticks([-2, -1, 0, 1, 2, 5, 10, 20], ["-2", "-1", "0", "1", "2", "5", "10", "20"], minor=False)
+    ax.set_xticks(
+        [-2, -1, 0, 1, 2, 5, 10, 20, 50], ["-2", "-1", "0", "1", "2", "5", "10", "20", "50"], minor=False
+    )
     ax.set_xticks([], minor=True)
-    ax.set(xlabel="share of the gain of looping that is lost", ylim=(len(ARMS_CUT) - 0.5, -0.5))
+    ax.add_artist(Rectangle((2, 0), 1e4, 1, transform=ax.get_xaxis_transform(), color="#eeeeee", zorder=0))
+    ax.set(xlabel="gain of looping that is lost (share;\nlinear to 2, logarithmic on grey)")
+    ax.set(ylabel="what is done", ylim=(len(ARMS_CUT) - 0.5, -0.5))
     return ax
 
 
-@of_rows
-def plot_effects(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Heat map loop x mask ratio of an effect, thousandths of a nat; brackets where its interval holds 0.
+SEED_MARKERS = "os^Dv"
 
-    `df`: rows of one model: loop mask_ratio effect low high.
+
+@of_rows
+def plot_effects(df: pd.DataFrame, *, most: float | None = None, ax: Axes | None = None, **kws: Any) -> Axes:
+    """Heat map loop x mask ratio of an effect, thousandths of a nat; pale numbers where its interval holds 0.
+
+    `df`: rows of one model: loop mask_ratio effect low high. The scale is a square root, from -`most` to `most`
+    (the largest effect if it is not given); `kws` go to `imshow`.
     """
     ax = ax or plt.gca()
     table, low, high = (
         1e3 * df.pivot(index="mask_ratio", columns="loop", values=name).sort_index(ascending=False)
         for name in ("effect", "low", "high")
     )
-    most = float(np.nanmax(np.abs(table.to_numpy())))
-    ax.imshow(table, cmap="PuOr_r", vmin=-most, vmax=most, aspect="auto")
+    most = float(np.nanmax(np.abs(table.to_numpy()))) if most is None else most
+    ax.imshow(table, **{"cmap": "PuOr_r", "norm": root_norm(most, signed=True), "aspect": "auto"} | kws)
     for (row, column), value in np.ndenumerate(table.to_numpy()):
         sure = low.iat[row, column] > 0 or high.iat[row, column] < 0
-        colour = "white" if abs(value) > 0.6 * most else "black"
+        colour = "white" if abs(value) > 0.36 * most else "black"
         shown = f"{round(value)}"  # no -0
         text = shown if sure else f"({shown})"
-        ax.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)
-    ax.set_xticks(range(table.shape[1]), [str(loop + 1) for loop in table.columns])
+        ax.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour if sure else "#777777")
+    ax.set_xticks(range(table.shape[1]), [str(loop) for loop in table.columns])
     ax.set_yticks(range(table.shape[0]), [f"{ratio:.0%}" for ratio in table.index])
     ax.grid(False)
-    ax.set(xlabel="loop (1 = first)", ylabel="masked (middle of bin)")
+    ax.set(xlabel=LOOP, ylabel="masked (middle of bin)")
     return ax
 
 
 @of_rows
-def plot_edges(df: pd.DataFrame, by: str, labels: dict[str, str], level: float, *, ax: Axes | None = None) -> Axes:
+def plot_edges(
+    df: pd.DataFrame, by: str, labels: dict[str, str], level: float, *, ax: Axes | None = None, **kws: Any
+) -> Axes:
     """Nats that edges cost, a row for each value of the column `by` in `labels`, one mark a model and kind.
 
     `df`: model kind effect low high, and `by`; `level` is where the dashed line goes: what all loops are worth.
@@ -95,16 +110,16 @@ def plot_edges(df: pd.DataFrame, by: str, labels: dict[str, str], level: float, 
         seed = part.groupby(by, sort=False).cumcount() - (part["model"].nunique() - 1) / 2
         place = row + 0.26 * (number - 1) + 0.045 * seed
         ax.errorbar(part["effect"], place, xerr=reach(part, "effect"), linestyle="none", markersize=2.6,
-                    linewidth=0.6, **look)  # fmt: skip
+                    **{"linewidth": 0.6} | look | kws)  # fmt: skip
     ax.axvline(0, **NULL)
     ax.axvline(level, color="black", linewidth=0.9, linestyle="--")
     ax.set_yticks(range(len(labels)), list(labels.values()))
-    ax.set(xlabel="NELBO lost (nats per token)", ylim=(len(labels) - 0.5, -0.5))
+    ax.set(ylabel="edges", xlabel="NELBO lost (nats per token)", ylim=(len(labels) - 0.5, -0.5))
     return ax
 
 
 @of_rows
-def plot_dose(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_dose(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """Nats lost over the share of edges, a line a kind, a thin one a model; `df`: model kind share effect mean."""
     ax = ax or plt.gca()
     for kind, look in KIND_STYLE.items():
@@ -114,18 +129,18 @@ def plot_dose(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         table.loc[0.0] = 0.0
         table = table.sort_index()
         ax.plot(table.index, table.drop(columns="mean"), color=look["color"], linewidth=0.4, alpha=0.6)
-        ax.plot(table.index, table["mean"], **look)
-    ax.set(xlabel="share of the edges", ylabel="NELBO lost\n(nats per token)", xlim=(0, 1))
+        ax.plot(table.index, table["mean"], **look | kws)
+    ax.set(xlabel="edges taken (share)", ylabel="NELBO lost\n(nats per token)", xlim=(0, 1))
     return ax
 
 
 @of_rows
-def plot_training_free(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_training_free(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """A column of `training-free` over n_loops, naive and damped; `df`: damping n_loops mean low high."""
     ax = ax or plt.gca()
     for damping, look in DAMPING_STYLE.items():
         part = df[df["damping"] == damping].drop_duplicates("n_loops").sort_values("n_loops")
-        interval_band(ax, part["n_loops"], part, "mean", **look)
+        interval_band(ax, part["n_loops"], part, "mean", **look | kws)
     ax.axhline(0, **NULL)
-    ax.set(xlabel="n_loops (S)")
+    ax.set(xlabel=RUN)
     return ax

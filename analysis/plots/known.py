@@ -1,14 +1,16 @@
 """Plots of tasks whose answer is known: Sudoku boards by loop, and generation orders."""
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import NullFormatter
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import LogLocator
 
-from loopmdm.analysis.plots.style import interval_band, of_rows, reach
+from loopmdm.analysis.plots.style import LOOP, RUN, interval_band, of_rows, reach
 
 METRIC_STYLE = {
     "clue_conflicts": {
@@ -38,13 +40,13 @@ CHANGE_STYLE = {
 
 
 @of_rows
-def plot_metrics(df: pd.DataFrame, looks: dict, *, ax: Axes | None = None) -> Axes:
+def plot_metrics(df: pd.DataFrame, looks: dict, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """Some metrics of boards over loops, means over seeds; `df`: loop metric mean low high."""
     ax = ax or plt.gca()
     for metric, look in looks.items():
         part = df[df["metric"] == metric].drop_duplicates("loop").sort_values("loop")
-        interval_band(ax, part["loop"] + 1, part, "mean", **look)
-    ax.set(xlabel="loop (1 = first)", ylabel="share", ylim=(0, None))
+        interval_band(ax, part["loop"], part, "mean", **look | kws)
+    ax.set(xlabel=f"after {LOOP}", ylabel="share", ylim=(0, None))
     return ax
 
 
@@ -76,7 +78,7 @@ def plot_orders(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
                 label=f"S = {count}" if not number else None,
             )
     ax.set_xticks(range(len(orders)), orders)
-    ax.set(ylabel="puzzles solved", ylim=(-0.02, 1.02))
+    ax.set(xlabel="order of generation", ylabel="puzzles solved (share)", ylim=(-0.02, 1.02))
     return ax
 
 
@@ -87,51 +89,66 @@ NEAR = 1.01
 
 @of_rows
 def plot_excess(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Excess KL (thousandths of a nat) as a heat map, hops x loop, after the base model's column.
+    """Excess KL (thousandths of a nat) as a heat map, hops x loops run, after the base model's column.
 
-    `df`: rows of one task: arm n_loops hops and the `mean` over seeds.
+    `df`: rows of one task: arm n_loops hops and the `mean` over seeds. Numbers: base, one loop, and the best S.
     """
     ax = ax or plt.gca()
     df = df.loc[df["n_loops"].isin(SHOWN_LOOPS) & (df["hops"] <= MOST_HOPS)]
     df = df.drop_duplicates(["arm", "n_loops", "hops"])
     looped = df[df["arm"] == "loop"].pivot(index="hops", columns="n_loops", values="mean")
     base = df[(df["arm"] == "base") & (df["n_loops"] == 1)].set_index("hops")["mean"]
+    best = 1 + int(np.nanargmin(looped.mean().to_numpy()))
     looped.insert(0, 0, base)
-    _heat(ax, 1e3 * looped, "base", "KL(exact || read-out), nats / 1000")
-    ax.set(xlabel="n_loops (S)", ylabel="hops (rounds until all is heard)")
+    _heat(ax, 1e3 * looped, {0, 1, best}, "KL(exact || read-out)\n(nats / 1000, log scale)")
+    ax.set_xticks(range(looped.shape[1]), ["base", *map(str, looped.columns[1:])])
+    ax.axvline(0.5, color="white", linewidth=3)
+    ax.set(xlabel=RUN, ylabel="hops (rounds until all is heard)")
     return ax
 
 
 @of_rows
 def plot_rounds(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """KL between the belief after each round and the read-out after each loop; frames mark each loop's nearest.
+    """KL between the belief after each round and the read-out after each loop; boxes: each loop's nearest rounds.
 
-    `df`: rows of one model and mask ratio: loop round kl.
+    `df`: rows of one model and mask ratio: loop round kl. Numbers: the least of each loop.
     """
     ax = ax or plt.gca()
     table = 1e3 * df.pivot(index="round", columns="loop", values="kl")
-    table.columns = table.columns + 1
-    _heat(ax, table, "", "KL(belief || read-out), nats / 1000")
-    near = table.to_numpy() <= NEAR * table.to_numpy().min(axis=0)
-    for row, column in np.argwhere(near):
-        ax.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#d95f02", linewidth=1.3))
-    ax.set(xlabel="loop (1 = first)", ylabel="round of belief propagation")
+    values = table.to_numpy(dtype=float)
+    _heat(ax, table, set(), "KL(belief || read-out)\n(nats / 1000, log scale)")
+    near = values <= NEAR * values.min(axis=0)
+    for column, rows in enumerate(near.T):
+        first, last = np.flatnonzero(rows)[[0, -1]]
+        box = {"fill": False, "edgecolor": "#d95f02", "linewidth": 1.6, "zorder": 3}
+        ax.add_patch(Rectangle((column - 0.44, first - 0.44), 0.88, last - first + 0.88, **box))
+        ax.text(
+            column, (first + last) / 2, f"{values[:, column].min():.0f}", ha="center", va="center", fontsize=6.5
+        )
+    ax.set(xlabel=LOOP, ylabel="round of belief propagation")
     return ax
 
 
-def _heat(ax: Axes, table: pd.DataFrame, first: str, label: str) -> None:
-    """Positive numbers on a logarithmic grey scale, written into their cells."""
+def round_handles() -> list[Patch]:
+    """A legend for `plot_rounds`."""
+    label = f"rounds nearest to that loop (within {NEAR - 1:.0%} of the least KL, the number inside)"
+    return [Patch(facecolor="none", edgecolor="#d95f02", linewidth=1.6, label=label)]
+
+
+def _heat(ax: Axes, table: pd.DataFrame, written: set[int], label: str) -> None:
+    """Positive numbers on a logarithmic grey scale; those of the columns `written` stand in their cells."""
     values = table.to_numpy(dtype=float)
     image = ax.imshow(values, cmap="Greys", norm=LogNorm(np.nanmin(values), np.nanmax(values)), aspect="auto")
     middle = np.sqrt(np.nanmin(values) * np.nanmax(values))
     for (row, column), value in np.ndenumerate(values):
-        if np.isfinite(value):
+        if np.isfinite(value) and column in written:
             text = f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
-            ax.text(column, row, text, ha="center", va="center", fontsize=5.6,
+            ax.text(column, row, text, ha="center", va="center", fontsize=6.2,
                     color="white" if value > middle else "black")  # fmt: skip
-    ax.set_xticks(range(table.shape[1]), [first if first and not n else str(n) for n in table.columns])
+    ax.set_xticks(range(table.shape[1]), [str(n) for n in table.columns])
     ax.set_yticks(range(table.shape[0]), [str(n) for n in table.index])
     ax.grid(False)
     bar = ax.figure.colorbar(image, ax=ax, label=label)
+    bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     bar.ax.yaxis.set_major_formatter("{x:g}")
-    bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    bar.ax.minorticks_off()

@@ -4,9 +4,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import TwoSlopeNorm
 
-from loopmdm.analysis.plots.style import of_rows
+from loopmdm.analysis.plots.style import of_rows, root_norm
 
 MANY = 16
 """Columns beyond which numbers do not fit into cells."""
@@ -19,39 +18,54 @@ ENDS = {"embed": -1, "bias": 1, "rest": 2, "interaction": 2}
 
 
 @of_rows
-def plot_attribution(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_attribution(df: pd.DataFrame, *, most: float | None = None, ax: Axes | None = None) -> Axes:
     """What heads and MLPs of each loop add to the logit difference: components x applications, nats in the cells.
 
     `df`: rows of one model, mask ratio and read: part segment loop layer head value. Signs are written, so that
     the map is read without colours, too.
     """
-    return _map(ax or plt.gca(), df, "part", "share of logit difference, nats")
+    return _map(ax or plt.gca(), df, "part", "share of the logit difference\n(nats, square-root scale)", most)
 
 
 @of_rows
-def plot_patching(df: pd.DataFrame, *, value: str = "value", ax: Axes | None = None) -> Axes:
+def plot_patching(
+    df: pd.DataFrame, *, value: str = "value", most: float | None = None, ax: Axes | None = None
+) -> Axes:
     """What patched heads, attention and MLP outputs change: components x applications, nats in the cells.
 
     `df`: rows of one model, mask ratio and place: component segment loop layer head, and the column `value`.
     """
-    return _map(ax or plt.gca(), df.assign(value=df[value]), "component", "effect on logit difference, nats")
+    return _map(
+        ax or plt.gca(),
+        df.assign(value=df[value]),
+        "component",
+        "effect on the logit difference\n(nats, square-root scale)",
+        most,
+    )
 
 
-def _map(ax: Axes, df: pd.DataFrame, kind: str, label: str) -> Axes:
-    """Signed numbers on a scale whose middle is 0."""
+def _map(ax: Axes, df: pd.DataFrame, kind: str, label: str, most: float | None) -> Axes:
+    """Signed numbers on a scale whose middle is 0 and whose ends are -`most` and `most`."""
     table = _table(df, kind)
     values = table.to_numpy(dtype=float)
-    most = max(float(np.nanmax(np.abs(values))), 1e-12)
-    image = ax.imshow(values, cmap="PuOr_r", norm=TwoSlopeNorm(0.0, -most, most), aspect="auto")
+    most = most or max(float(np.nanmax(np.abs(values))), 1e-12)
+    image = ax.imshow(values, cmap="PuOr_r", norm=root_norm(most, signed=True), aspect="auto")
     for (row, column), number in np.ndenumerate(values):
         if np.isfinite(number) and (told := _written(number, most, few=table.shape[1] <= MANY)):
             ax.text(column, row, told, ha="center", va="center", fontsize=5.2,
-                    color="white" if abs(number) > 0.6 * most else "black")  # fmt: skip
+                    color="white" if abs(number) > 0.36 * most else "black")  # fmt: skip
     ax.set_xticks(range(table.shape[1]), list(table.columns), rotation=90 if table.shape[1] > MANY else 0)
     ax.set_yticks(range(table.shape[0]), list(table.index))
-    ax.set(xlabel="where it is written (L: layer before or after the loops; numbers: loops, 1 = first)")
+    ax.set(
+        ylabel="component",
+        xlabel="where it is written (L: layer before or after the loops; numbers: loops, 0 = first)",
+    )
     ax.grid(False)
-    ax.figure.colorbar(image, ax=ax, label=label)
+    bar = ax.figure.colorbar(image, ax=ax, label=label)
+    steps = [float(f"{share * most:.1g}") for share in (0.05, 0.3, 0.7)]
+    bar.set_ticks([-step for step in reversed(steps)] + [0.0, *steps])
+    bar.ax.yaxis.set_major_formatter("{x:g}")
+    bar.ax.minorticks_off()
     return ax
 
 
@@ -94,7 +108,7 @@ def _column_order(df: pd.DataFrame, kind: str) -> dict[tuple[int, int, int], str
         elif pd.isna(item["loop"]):
             name = f"L{int(item['layer'])}"
         else:
-            name = str(int(item["loop"]) + 1) + (f"·L{int(item['layer'])}" if several else "")
+            name = str(int(item["loop"])) + (f"·L{int(item['layer'])}" if several else "")
         found[_column(item, kind)] = name
     return dict(sorted(found.items()))
 

@@ -1,13 +1,23 @@
 """Plots of quality over loops or training, one line an arm: NELBO, solve rate, learning curves."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from loopmdm.analysis.plots.style import AMOUNT_STYLE, ARM_STYLE, NULL, interval_band, mark_s_max, of_rows, reach
+from loopmdm.analysis.plots.style import (
+    AMOUNT_STYLE,
+    ARM_STYLE,
+    NULL,
+    RUN,
+    interval_band,
+    mark_s_max,
+    of_rows,
+    reach,
+)
 
 
 @of_rows
@@ -30,38 +40,38 @@ def plot_by_arm(df: pd.DataFrame, x: str, y: str, *, ax: Axes | None = None, **l
 
 
 @of_rows
-def plot_nll_by_loops(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_nll_by_loops(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """Test NELBO over n_loops; `df`: arm seed n_loops nll mean low high n_seeds s_max."""
     ax = ax or plt.gca()
-    plot_by_arm(df, "n_loops", "nll", ax=ax)
+    plot_by_arm(df, "n_loops", "nll", ax=ax, **kws)
     _base_level(df, ax)
     mark_s_max(ax, df["s_max"].iloc[0], df["n_loops"].max())
-    ax.set(xlabel="n_loops (S)", ylabel="test NELBO (nats per token)")
+    ax.set(xlabel=RUN, ylabel="test NELBO (nats per token)")
     return ax
 
 
 @of_rows
-def plot_change_by_loops(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_change_by_loops(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """NELBO minus NELBO at S = 1, paired by sequence and mask; below 0 = looping helps.
 
     `df`: arm seed n_loops change_from_s1 mean low high n_seeds s_max.
     """
     ax = ax or plt.gca()
-    plot_by_arm(df, "n_loops", "change_from_s1", ax=ax)
+    plot_by_arm(df, "n_loops", "change_from_s1", ax=ax, **kws)
     ax.axhline(0, **NULL)
     mark_s_max(ax, df["s_max"].iloc[0], df["n_loops"].max())
-    ax.set(xlabel="n_loops (S)", ylabel="change from S = 1 (nats)")
+    ax.set(xlabel=RUN, ylabel="change from S = 1\n(nats per token)")
     return ax
 
 
 @of_rows
-def plot_solve_rate(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_solve_rate(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """Solve rate over n_loops; `df`: arm seed n_loops solve_rate mean low high n_seeds s_max."""
     ax = ax or plt.gca()
-    plot_by_arm(df, "n_loops", "solve_rate", ax=ax)
+    plot_by_arm(df, "n_loops", "solve_rate", ax=ax, **kws)
     _base_level(df, ax)
     mark_s_max(ax, df["s_max"].iloc[0], df["n_loops"].max())
-    ax.set(xlabel="n_loops (S)", ylabel="puzzles solved in one shot", ylim=(-0.02, 1.02))
+    ax.set(xlabel=RUN, ylabel="puzzles solved in one shot (share)", ylim=(-0.02, 1.02))
     return ax
 
 
@@ -84,21 +94,21 @@ def plot_accuracy(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ax.errorbar(part["n_loops"] + shift, part["accuracy"], yerr=bars, label=arm, **ARM_STYLE[arm])
     ax.axhline(df["chance"].iloc[0], **NULL)
     mark_s_max(ax, df["s_max"].iloc[0], df["n_loops"].max())
-    ax.set(xlabel="n_loops (S)", ylabel="right answers", ylim=(-0.05 * df["high"].max(), None))
+    ax.set(xlabel=RUN, ylabel="right answers (share)", ylim=(-0.05 * df["high"].max(), None))
     return ax
 
 
 @of_rows
-def plot_learning_curves(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_learning_curves(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """Validation NELBO over training FLOPs; `df`: arm seed flops nelbo mean low high n_seeds."""
     ax = ax or plt.gca()
-    plot_by_arm(df, "flops", "nelbo", ax=ax)
+    plot_by_arm(df, "flops", "nelbo", ax=ax, **kws)
     ax.set(xlabel="training FLOPs", ylabel="validation NELBO (nats per token)")
     return ax
 
 
 @of_rows
-def plot_gain_by_noise(df: pd.DataFrame, s_max: int, *, ax: Axes | None = None) -> Axes:
+def plot_gain_by_noise(df: pd.DataFrame, s_max: int, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """Gain over S = 1 by mask ratio, mean over seeds, a line a loop count; the interval of S_max only.
 
     `df`: n_loops mask_ratio mean low high.
@@ -115,9 +125,9 @@ def plot_gain_by_noise(df: pd.DataFrame, s_max: int, *, ax: Axes | None = None) 
                 part["mask_ratio"], part["low"], part["high"], color="#d95f02", alpha=0.15, linewidth=0
             )
         name = "$S_{max}$" if count == s_max else "S"
-        ax.plot(part["mask_ratio"], part["mean"], label=f"{name} = {count}", **look)
+        ax.plot(part["mask_ratio"], part["mean"], **{"label": f"{name} = {count}"} | look | kws)
     ax.axhline(0, **NULL)
-    ax.set(xlabel="mask ratio (bin's middle)", ylabel="gain over S = 1 (nats per token)")
+    ax.set(xlabel="masked (share, middle of bin)", ylabel="gain over S = 1 (nats per token)")
     return ax
 
 
@@ -143,7 +153,7 @@ def plot_zero_shot(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         )
     ax.set_yticks(range(len(corpora)), corpora)
     ax.invert_yaxis()
-    ax.set(xlabel="zero-shot NELBO (nats per token)")
+    ax.set(xlabel="zero-shot NELBO (nats per token)", ylabel="corpus")
     return ax
 
 
@@ -174,7 +184,7 @@ def plot_arms(
 
 
 @of_rows
-def plot_amounts(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_amounts(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """Test NELBO over n_loops, a line an S_max of training (its place ringed).
 
     `df`: arm seed n_loops nll mean s_max.
@@ -186,7 +196,7 @@ def plot_amounts(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
             continue
         mean = part.drop_duplicates("n_loops").set_index("n_loops")["mean"].sort_index()
         ticked = [place for place, count in enumerate(mean.index) if count in ticks]
-        ax.plot(mean.index, mean, **look, markersize=2.8, linewidth=1, markevery=ticked)
+        ax.plot(mean.index, mean, **{"markersize": 2.8, "linewidth": 1, "markevery": ticked} | look | kws)
         for _, single in part.groupby("seed") if part["seed"].nunique() > 1 else ():
             ax.plot(single["n_loops"], single["nll"], color=look["color"], linewidth=0.4, alpha=0.6, zorder=1)
         most = part["s_max"].iloc[0]
@@ -195,40 +205,41 @@ def plot_amounts(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_xscale("log", base=2)
     ax.set_xticks(ticks, [str(tick) for tick in ticks])
     ax.set_xticks([], minor=True)
-    ax.set(xlabel="n_loops (S)", ylabel="test NELBO (nats per token)")
+    ax.set(xlabel=RUN, ylabel="test NELBO (nats per token)")
     return ax
+
+
+NEVER = 0.3
+"""Where on the axis of ratios stands what is not reached."""
 
 
 @of_rows
 def plot_flops_ratio(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """FLOPs of `against` / FLOPs of `arm` for a NELBO, a mark a target; crossed where seeds never get there.
+    """FLOPs of `against` / FLOPs of `arm` for a NELBO, by share of the second's budget; on grey: never reached.
 
-    `df`: rows of one task: arm against share ratio low high n_reached n n_reached_against n_against.
+    `df`: rows of one task and pair: arm against share ratio low high n_reached n n_reached_against n_against.
     """
     ax = ax or plt.gca()
-    pairs = list(dict.fromkeys(zip(df["arm"], df["against"], strict=True)))
-    for place, (arm, against) in enumerate(pairs):
-        part = df[(df["arm"] == arm) & (df["against"] == against)].sort_values("share")
-        for offset, row in enumerate(part.itertuples()):
-            x = place + 0.21 * (offset - (len(part) - 1) / 2)
-            short = row.n_reached < row.n
-            count = f"{row.n_reached}/{row.n}" if short else f"{against}\n{row.n_reached_against}/{row.n_against}"
-            foot = {"xycoords": ("data", "axes fraction"), "ha": "center", "fontsize": 5.5}
-            ax.annotate(f"{100 * row.share:.0f}", (x, 0.02), **foot)
-            if not np.isfinite(row.ratio):
-                ax.plot(x, 0.31, marker="x", color=ARM_STYLE[arm]["color"], linestyle="none")
-                ax.annotate(count, (x, 0.345), ha="center", fontsize=5.5)
-                continue
-            look = ARM_STYLE[arm] | {"linestyle": "none"}
-            ax.plot(x, row.ratio, **look)
+    for place, row in enumerate(df.sort_values("share").itertuples()):
+        look = ARM_STYLE[row.arm] | {"linestyle": "none", "markersize": 5}
+        if np.isfinite(row.ratio):
+            ax.plot(place, row.ratio, **look)
             if np.isfinite(row.low):
-                ax.vlines(x, row.low, row.high, color=look["color"], linewidth=0.9)
+                ax.vlines(place, row.low, row.high, color=look["color"], linewidth=1.2)
+            continue
+        short = row.n_reached < row.n
+        who = row.arm if short else row.against
+        count = (row.n_reached, row.n) if short else (row.n_reached_against, row.n_against)
+        ax.text(place, NEVER, f"{who}:\n{count[0]} of {count[1]}", ha="center", va="center", fontsize=6.5)
     ax.axhline(1, **NULL)
+    ax.axhspan(0.2, 0.4, color="#eeeeee", zorder=0)
     ax.set_yscale("log")
-    ax.set_yticks([0.25, 0.5, 1, 2, 4], ["0.25", "0.5", "1", "2", "4"])
+    ax.set_yticks([NEVER, 0.5, 1, 2], ["seeds that\nget there", "0.5", "1", "2"])
     ax.set_yticks([], minor=True)
-    ax.set_xticks(range(len(pairs)), [f"{arm} against {against}" for arm, against in pairs])
-    ax.set(xlim=(-0.5, len(pairs) - 0.5), ylim=(0.22, 4.5))
+    shares = sorted(df["share"])
+    ax.set_xticks(range(len(shares)), [f"{share:.0%}" for share in shares])
+    ax.grid(False, axis="x")
+    ax.set(xlim=(-0.5, len(shares) - 0.5), ylim=(0.22, 2.4), xlabel="of the second's budget (share)")
     return ax
 
 
@@ -250,17 +261,17 @@ def plot_generative(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ax.text(column, row, text, ha="center", va="center", fontsize=6.2, color="black")
     if min(table.shape) > 1:
         levels = np.geomspace(flops.to_numpy().min(), flops.to_numpy().max(), 6)[1:-1]
-        ax.contour(np.log10(flops), levels=np.log10(levels), colors="#d95f02", linewidths=0.9)
+        ax.contour(np.log10(flops), levels=np.log10(levels), colors="#d95f02", linewidths=0.9, alpha=0.6)
     ax.set_xticks(range(table.shape[1]), [str(steps) for steps in table.columns])
     ax.set_yticks(range(table.shape[0]), [str(count) for count in table.index])
     ax.grid(False)
-    ax.set(xlabel="denoising steps", ylabel="n_loops (S)")
+    ax.set(xlabel="denoising steps", ylabel=RUN)
     ax.figure.colorbar(image, ax=ax, label="judge's NLL (nats per judge token)", shrink=0.9)
     return ax
 
 
 @of_rows
-def plot_loops_or_steps(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_loops_or_steps(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """Quality of samples against FLOPs of a whole sampling run, a line an n_loops.
 
     `df`: rows of one model and measure: n_loops budget flops quality low high.
@@ -272,7 +283,7 @@ def plot_loops_or_steps(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         colour = plt.get_cmap("Blues")(0.35 + 0.6 * shade / max(1, len(counts) - 1))
         look = {"color": colour, "marker": marker, "linestyle": "-", "linewidth": 1}
         bars = reach(part, "quality")
-        ax.errorbar(part["flops"] / 1e9, part["quality"], yerr=bars, label=f"S = {count}", **look)
+        ax.errorbar(part["flops"] / 1e9, part["quality"], yerr=bars, **{"label": f"S = {count}"} | look | kws)
     budgets = sorted(set(df["budget"] / 1e9))
     ax.set_xscale("log")
     ax.set_xticks(budgets, [f"{budget:.2g}" for budget in budgets])
@@ -282,7 +293,7 @@ def plot_loops_or_steps(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 @of_rows
-def plot_gap(df: pd.DataFrame, looks: Mapping[str, Mapping], *, ax: Axes | None = None) -> Axes:
+def plot_gap(df: pd.DataFrame, looks: Mapping[str, Mapping], *, ax: Axes | None = None, **kws: Any) -> Axes:
     """NELBO of loop less that of base over tokens a parameter of base, a line a run of `label`s, 95% at its end.
 
     `df`: label tokens parameters gap low high; `looks` by label, in the order of drawing.
@@ -293,7 +304,7 @@ def plot_gap(df: pd.DataFrame, looks: Mapping[str, Mapping], *, ax: Axes | None 
         if part.empty:
             continue
         across = part["tokens"] / part["parameters"]
-        ax.plot(across, part["gap"], label=label, markevery=[-1], **look)
+        ax.plot(across, part["gap"], **{"label": label, "markevery": [-1]} | dict(look) | kws)
         last = part.iloc[-1]
         ax.vlines(across.iloc[-1], last["low"], last["high"], color=look["color"], linewidth=0.7, alpha=0.7)
     ax.axhline(0, **NULL)

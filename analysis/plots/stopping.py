@@ -1,5 +1,7 @@
 """Plots of adaptive stopping."""
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -17,12 +19,12 @@ RULE_STYLE = {
 
 
 @of_rows
-def plot_frontier(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_frontier(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """Loss against FLOPs, a line a rule; `df`: rows of one model over all mask ratios: rule flops nll."""
     ax = ax or plt.gca()
     for rule, look in RULE_STYLE.items():
         part = df[df["rule"] == rule].sort_values("flops")
-        ax.plot(part["flops"] / 1e6, part["nll"], markersize=2.4, **look)
+        ax.plot(part["flops"] / 1e6, part["nll"], **{"markersize": 2.4} | look | kws)
     fixed = df[df["rule"] == "fixed"]
     span = fixed["nll"].max() - fixed["nll"].min()
     ax.set_ylim(min(df["nll"].min(), fixed["nll"].min()) - 0.05 * span, fixed["nll"].max() + 0.05 * span)
@@ -31,12 +33,12 @@ def plot_frontier(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 @of_rows
-def plot_loops_by_step(df: pd.DataFrame, most: int, *, ax: Axes | None = None) -> Axes:
+def plot_loops_by_step(df: pd.DataFrame, most: int, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """Loops used before each denoising step, 95% over samples; `df`: step mask_ratio value low high."""
     ax = ax or plt.gca()
     part = df.sort_values("step")
     look = RULE_STYLE["state-delta"] | {"label": "loops used"}
-    interval_band(ax, part["step"] + 1, part, "value", **look)
+    interval_band(ax, part["step"] + 1, part, "value", **look | kws)
     ax.axhline(most, **NULL)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel="denoising step (1 = first)", ylabel="loops used", ylim=(0, most + 0.5))
@@ -58,7 +60,7 @@ def plot_usage(df: pd.DataFrame, most: int, *, ax: Axes | None = None) -> Axes:
     names = {"mask_ratio": lambda group: f"{float(group):.0%} masked", "difficulty": lambda group: f"{group} loss"}
     ax.set_yticks(range(len(groups)), [names.get(by, str)(group) for by, group in groups])
     ax.axvline(most, **NULL)
-    ax.set(xlabel="loops used", xlim=(0, most + 0.5), ylim=(len(groups) - 0.5, -0.5))
+    ax.set(xlabel="loops used", ylabel="positions", xlim=(0, most + 0.5), ylim=(len(groups) - 0.5, -0.5))
     return ax
 
 
@@ -71,5 +73,5 @@ def plot_savings(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.barh(place + 0.18, df["time_ratio"], height=0.34, color="#1b4f8f", label="time, two CPU cores")
     ax.axvline(1, **NULL)
     ax.set_yticks(place, df["label"])
-    ax.set(xlabel="share of what all loops take", ylim=(len(df) - 0.5, -0.5))
+    ax.set(xlabel="FLOPs or time (share of what all loops take)", ylabel="what stops", ylim=(len(df) - 0.5, -0.5))
     return ax

@@ -1,6 +1,11 @@
-"""One palette, one order, one set of sizes; readable in greyscale; byte-stable files."""
+"""One palette, one order, one set of sizes; readable in greyscale; byte-stable files.
+
+Loops are counted as the columns count them: `loop`, which one, from 0 (axis `LOOP`); `n_loops`, how many were run,
+from 1 (axis `RUN`).
+"""
 
 import io
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -12,12 +17,18 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.colors import FuncNorm, Normalize
 from matplotlib.figure import Figure
 
 Plot = TypeVar("Plot", bound=Callable[..., Any])
 COLUMN, PAGE = 3.35, 6.9
 """Widths in inches: one column, full page."""
-
+LOOP, RUN = "loop (0 = first)", "loops run (S)"
+"""Axes of the columns `loop` and `n_loops`."""
+ODDS = "log-odds masked : clean (nats)"
+MASKED, CLEAN = "#1b4f8f", "#e08214"
+"""The key of masked and clean positions in every plot, map and page."""
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 ARM_STYLE = {
     "base": {"color": "#8c8c8c", "marker": "s", "linestyle": "--"},
@@ -58,8 +69,8 @@ AMOUNT_STYLE = {
 }
 """S_max of training, S drawn uniformly up to it, or fixed."""
 KEY_STYLE = {
-    "masked": {"color": "#1b4f8f", "marker": "o", "linestyle": "-", "label": "masked → masked"},
-    "clean": {"color": "#e08214", "marker": "^", "linestyle": "--", "label": "masked → clean"},
+    "masked": {"color": MASKED, "marker": "o", "linestyle": "-", "label": "masked → masked"},
+    "clean": {"color": CLEAN, "marker": "^", "linestyle": "--", "label": "masked → clean"},
     "self": {"color": "#8c8c8c", "marker": ".", "linestyle": ":", "label": "masked → itself"},
 }
 RATIO_STYLE = {
@@ -157,10 +168,78 @@ def reach(df: pd.DataFrame, value: str) -> np.ndarray:
 
 
 def mark_s_max(ax: Axes, s_max: int, last: int) -> None:
-    """A thin line at the largest loop count of training, and ticks at 1 and its multiples."""
+    """A thin line at the largest loop count of training, and ticks at 1 and its multiples; for an axis `RUN`."""
     ax.axvline(s_max, color="#666666", linewidth=0.8, linestyle="-.", zorder=0)
     ticks = [1, *range(s_max, last + 1, s_max)]
     ax.set_xticks(ticks, [f"{tick}\n$S_{{max}}$" if tick == s_max else str(tick) for tick in ticks])
+
+
+def mark_trained(ax: Axes, s_max: int, n_loops: int) -> None:
+    """A thin line behind the last loop that training knows, and ticks at multiples; for an axis `LOOP`."""
+    ax.axvline(s_max - 0.5, color="#666666", linewidth=0.8, linestyle="-.", zorder=0)
+    ax.set_xticks(range(0, n_loops, s_max))
+    ax.set_xticks([s_max - 0.5], ["\n$S_{max}$"], minor=True)
+    ax.tick_params(axis="x", which="minor", length=0)
+
+
+def root_norm(most: float, signed: bool = False) -> Normalize:
+    """A square-root scale to `most`, which leaves small values visible; `signed`: from -most, the same about 0."""
+    return FuncNorm((_root, _square), vmin=-most if signed else 0.0, vmax=most)
+
+
+def _root(values: np.ndarray) -> np.ndarray:
+    return np.sign(values) * np.sqrt(np.abs(values))
+
+
+def _square(values: np.ndarray) -> np.ndarray:
+    return np.sign(values) * np.square(values)
+
+
+def panels_of(figure: Figure) -> list[Axes]:
+    """The panels in reading order: axes that are shown, without colour bars."""
+    return [ax for ax in figure.axes if ax.axison and ax.get_label() != "<colorbar>"]
+
+
+def finish(figure: Figure, finding: str) -> None:
+    """What every figure of the study carries: what was found as its title, and a letter a panel."""
+    shown = panels_of(figure)
+    for letter, ax in zip(LETTERS, shown if len(shown) > 1 else [], strict=False):
+        ax.annotate(letter, (0, 1), xytext=(-5, 4), xycoords="axes fraction", textcoords="offset points",
+                    ha="right", va="bottom", fontweight="bold", fontsize=9)  # fmt: skip
+    lines = textwrap.fill(finding, round(13 * figure.get_figwidth()))
+    figure.suptitle(lines.replace("S_max", "$\\mathbf{S_{max}}$"), fontsize=9, fontweight="bold")
+
+
+def described(figure: Figure) -> str:
+    """What is seen, for those who do not see it: "2 panels. a: title (y against x); b: ...; colour: ...".
+
+    Axes that are switched off, as under a table, say it by their label.
+    """
+    shown = panels_of(figure)
+    told = [str(ax.get_label()) for ax in figure.axes if not ax.axison and ax.get_label()]
+    told += [
+        f"{f'{letter}: ' if len(shown) > 1 else ''}{ax.get_title() or 'no title'}{_axes_of(ax)}"
+        for letter, ax in zip(LETTERS, shown, strict=False)
+    ]
+    bars = dict.fromkeys(
+        ax.get_ylabel() or ax.get_xlabel() for ax in figure.axes if ax.get_label() == "<colorbar>"
+    )
+    told += [f"colour: {label}" for label in bars if label]
+    count = f"{len(shown)} panels. " if len(shown) > 1 else ""
+    text = " ".join(f"{count}{'; '.join(told)}.".split()) if told else ""
+    return text.replace("$", "").replace("S_{max}", "S_max").replace("\\", "")
+
+
+def _axes_of(ax: Axes) -> str:
+    known = [label for label in (_label(ax, "y"), _label(ax, "x")) if label]
+    return f" ({' against '.join(known)})" if known else ""
+
+
+def _label(ax: Axes, side: str) -> str:
+    """An axis' label; where it is left out, that of the panels in its row (or column)."""
+    own = getattr(ax, f"get_{side}label")()
+    shared = getattr(ax, f"get_shared_{side}_axes")().get_siblings(ax)
+    return own or next((label for each in shared if (label := getattr(each, f"get_{side}label")())), "")
 
 
 def plainly(text: str) -> str:

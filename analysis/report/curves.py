@@ -34,7 +34,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Curves:
-    """Lines over `loops` (1 = first); `says` is what the picture says to who cannot see it."""
+    """Lines over `loops` (0 = first); `says` is what the picture says to who cannot see it."""
 
     says: str
     loops: Sequence[int]
@@ -66,8 +66,8 @@ class Curves:
             )
         for number, loop in enumerate(self.loops):
             parts.append(Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>')
-                         .format(self._x(number), HEIGHT - BOTTOM + 14, loop + 1))  # fmt: skip
-        parts.append(Markup('<text x="{}" y="{}" text-anchor="middle">loop (1 = first)</text>')
+                         .format(self._x(number), HEIGHT - BOTTOM + 14, loop))  # fmt: skip
+        parts.append(Markup('<text x="{}" y="{}" text-anchor="middle">loop (0 = first)</text>')
                      .format((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 3))  # fmt: skip
         parts += [self._line(line) for line in self.lines]
         return Markup("").join([*parts, Markup("</svg>")])

@@ -95,8 +95,8 @@ class Explorer:
         )
 
     def __repr__(self) -> str:
-        """Title and models."""
-        return f"Explorer({self.title}: {', '.join(run.model for run in self.runs)})"
+        """Title, models and how to see it outside a notebook."""
+        return f"Explorer({self.title}: {', '.join(run.model for run in self.runs)}); .write(path) makes it a page"
 
 
 def explore(
@@ -106,6 +106,8 @@ def explore(
     labels: Sequence[str] | None = None,
 ) -> Explorer:
     """Look at the attention of cached runs: any loop, layer and head, two settings side by side, their difference.
+
+    A notebook shows it; a script makes a page of it: `explore(cache).write("page.html")`.
 
     `clean` is the MaskedBatch that was run, or its clean token ids; with it the read-outs show p(true). Several
     caches of the same tokens (two models, or with and without a hook) are compared under their `labels`.

@@ -117,7 +117,7 @@ def _cells(b: MaskedBatch, row: Any, board: Board) -> list[Word]:
 
 def _says(page: FeaturePage) -> str:
     """When it lives, and what it follows best."""
-    lives = page.profile[page.profile["profile"] > 0.5]["loop"] + 1
+    lives = page.profile[page.profile["profile"] > 0.5]["loop"]
     first, last = int(lives.min()), int(lives.max())
     when = f"loop {first}" if first == last else f"loops {first} to {last}"
     follows = page.follows.head(1)

@@ -14,15 +14,16 @@ from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.options import OnTests
 from loopmdm.analysis.numbers.estimate import with_interval
 from loopmdm.analysis.plots.cards import RELATION_STYLE
+from loopmdm.analysis.plots.style import CLEAN, MASKED
 from loopmdm.analysis.report.curves import Curves, Line
 from loopmdm.model.errors import UsageError
 from loopmdm.model.zoo.runs import MAIN_TASKS, Zoo
 
 EFFECTS = (
-    ("now", "clean", "after this loop, of clean keys", "#08306b", "-"),
-    ("now", "masked", "after this loop, of masked keys", "#e08214", "-."),
-    ("removed", "clean", "after the last loop, of clean keys", "#6baed6", "--"),
-    ("removed", "masked", "after the last loop, of masked keys", "#8c8c8c", ":"),
+    ("now", "clean", "after this loop, of clean keys", CLEAN, "-"),
+    ("now", "masked", "after this loop, of masked keys", MASKED, "-."),
+    ("removed", "clean", "after the last loop, of clean keys", "#fdb863", "--"),
+    ("removed", "masked", "after the last loop, of masked keys", "#6baed6", ":"),
 )
 """Read, kind of key, how it is called, and its look."""
 TITLES = {"attention": "attention:", "lift": "lift:", "sink": "attention: sinks", "entropy": "entropy (nats)",

@@ -38,9 +38,10 @@ WIDTH = 900
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn figure: `source` is a data address; sizes are in CSS pixels; `alt` names the panels."""
+    """A drawn figure: `source` is a data address; sizes are in CSS pixels; `alt` says what is seen."""
 
     name: str
+    finding: str
     source: str
     width: int
     height: int
@@ -54,7 +55,8 @@ def picture(figure: Exhibit) -> Picture:
     inches = drawn.get_size_inches()
     width = round(WIDTH * min(1.0, inches[0] / 6.9))
     source = f"data:image/png;base64,{base64.b64encode(_png(drawn)).decode()}"
-    return Picture(figure.name, source, width, round(width * inches[1] / inches[0]), _alt(drawn), figure.text)
+    height = round(width * inches[1] / inches[0])
+    return Picture(figure.name, figure.finding, source, width, height, figure.alt(drawn), figure.text)
 
 
 def _png(drawn: MatplotlibFigure) -> bytes:
@@ -63,16 +65,6 @@ def _png(drawn: MatplotlibFigure) -> bytes:
         drawn.savefig(buffer, format="png", metadata={"Software": None})
     plt.close(drawn)
     return buffer.getvalue()
-
-
-def _alt(drawn: MatplotlibFigure) -> str:
-    """The panels by title and axes; the caption says the rest."""
-    panels = [
-        f"{ax.get_title() or 'panel'} ({ax.get_ylabel() or 'y'} against {ax.get_xlabel() or 'x'})"
-        for ax in drawn.axes
-        if ax.get_title() or (ax.get_xlabel() and ax.get_ylabel())
-    ]
-    return " ".join(f"{len(panels)} panel{'s' * (len(panels) != 1)}: {'; '.join(panels)}.".split())
 
 
 def claim_rows() -> list[dict[str, str]]:

@@ -50,16 +50,26 @@ class AttentionMaps:
         assert len(loop) == len(self.loops) * n * n
         return pd.DataFrame(columns | {"attention": self.maps.ravel()})
 
-    def plot(self):
-        """Maps side by side with their difference; returns the Figure."""
+    def plot(self, *, ax=None, axes=None, **kws):
+        """Maps side by side with their difference, a Figure; of a single loop its map alone, Axes.
+
+        `ax` takes the map of a single loop, `axes` one axes a loop and one for the change; `kws` go to imshow.
+        What is drawn is pyplot's current figure. UsageError if axes are too few or too many.
+        """
         from loopmdm.analysis.plots.attention import plot_maps
 
-        return plot_maps(self)
+        n = len(self.loops)
+        if ax is not None and (axes is not None or n > 1):
+            raise UsageError(f"ax takes one map, there are {n} loops; choose one, as in loops=[3], or give axes=")
+        if axes is not None and len(list(axes)) != n + 1:
+            raise UsageError(f"axes needs {n + 1} axes, one a loop and one for the change, got {len(list(axes))}")
+        return plot_maps(self, ax=ax, axes=None if axes is None else list(axes), **kws)
 
     def _repr_png_(self) -> bytes:
         from loopmdm.analysis.plots.style import png_bytes
 
-        return png_bytes(self.plot())
+        drawn = self.plot()
+        return png_bytes(drawn if hasattr(drawn, "savefig") else drawn.figure)
 
 
 def attention_across_loops(

@@ -15,13 +15,13 @@ from loopmdm.model.stopping.rules import Lens
 class LoopReadout(pd.DataFrame):
     """A DataFrame of read-outs by position and loop, whose `plot` shows them as a table of tokens."""
 
-    def plot(self, sequence: int = 0, masked_only: bool = True, ax=None):
-        """Positions x loops, coloured by p(true), flips of the best token outlined; returns Axes."""
+    def plot(self, sequence: int = 0, masked_only: bool = True, ax=None, **kws):
+        """Positions x loops, shaded by p(true), flips of the best token outlined; Axes; `kws` go to imshow."""
         from loopmdm.analysis.plots.representation import plot_read_loops
 
         if not (self["sequence"] == sequence).any():
             raise UsageError(f"sequence {sequence} is not among the {self['sequence'].nunique()} that were read")
-        return plot_read_loops(self, sequence=sequence, masked_only=masked_only, ax=ax)
+        return plot_read_loops(self, sequence=sequence, masked_only=masked_only, ax=ax, **kws)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 // Heat maps on canvas: a square of cells, strips that tell masked from clean, labels, and a colour bar with numbers.
 
-const STRIP = { masked: "#1b4f8f", clean: "#e9a55c" };
+const KEY = getComputedStyle(document.documentElement);
+const STRIP = { masked: KEY.getPropertyValue("--masked").trim(), clean: KEY.getPropertyValue("--clean").trim() };
 const INK = "#222222";
 const STOPS = [[5, 48, 97], [67, 147, 195], [247, 247, 247], [214, 96, 77], [103, 0, 31]];
 const FONT = "system-ui, 'DejaVu Sans', sans-serif";

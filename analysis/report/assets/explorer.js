@@ -122,7 +122,7 @@ function readout() {
   byId("readout-model").textContent = panel.run.model;
   const read = loopRead(panel.run, panel.setting);
   const loops = answers ? [...answers.top1.keys()] : [];
-  const head = ["position: true", ...loops.map((loop) => `${loop + 1}`)].map((text, i) => {
+  const head = ["position: true", ...loops.map((loop) => `${loop}`)].map((text, i) => {
     const th = document.createElement("th");
     th.scope = "col";
     th.textContent = text;

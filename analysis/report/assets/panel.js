@@ -41,7 +41,7 @@ class Panel {
     if (name === "model") this.setting.run = Number(value);
     if (name === "layer") this.setting.layer = Number(value);
     if (name === "n_loops") this.setting.nLoops = Number(value);
-    if (name === "loop") this.setting.loop = Number(value) - 1;
+    if (name === "loop") this.setting.loop = Number(value);
     if (name === "head") this.setting.head = value === "mean" ? value : Number(value);
     this.sync();
   }
@@ -60,7 +60,7 @@ class Panel {
     fill(this.control.model, this.input.runs.map((each, i) => [i, each.model]), setting.run);
     fill(this.control.layer, layers.map((layer) => [layer, `${layer} (${run.segments[layer]})`]), setting.layer);
     fill(this.control.n_loops, counts.map((s) => [s, s === run.s_max ? `${s} = S_max` : `${s}`]), setting.nLoops);
-    fill(this.control.loop, loops.length ? loops.map((i) => [i + 1, `${i + 1}`]) : [["", "–"]], loops.length ? setting.loop + 1 : "");
+    fill(this.control.loop, loops.length ? loops.map((i) => [i, `${i}`]) : [["", "–"]], loops.length ? setting.loop : "");
     this.control.loop.disabled = segment !== "loop";
     const heads = [...Array(run.n_heads).keys()].map((head) => [head, `${head}`]);
     fill(this.control.head, [...heads, ["mean", "mean"]], setting.head);
@@ -87,7 +87,7 @@ class Panel {
   get name() {
     const { run, setting } = this;
     const segment = run.segments[setting.layer];
-    const where = segment === "loop" ? `, loop ${setting.loop + 1}` : segment === "coda" ? `, n_loops ${setting.nLoops}` : "";
+    const where = segment === "loop" ? `, loop ${setting.loop}` : segment === "coda" ? `, n_loops ${setting.nLoops}` : "";
     return `${run.model}, layer ${setting.layer}${where}, ${setting.head === "mean" ? "mean of heads" : `head ${setting.head}`}`;
   }
 }

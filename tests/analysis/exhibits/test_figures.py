@@ -10,6 +10,7 @@ from loopmdm.analysis.cli.figures import figures as draw
 from loopmdm.analysis.cli.science import claims
 from loopmdm.analysis.exhibits import gallery, tables
 from loopmdm.analysis.numbers import frames
+from loopmdm.analysis.plots.style import LETTERS, panels_of
 from loopmdm.model.errors import UsageError
 from loopmdm.model.zoo.runs import Zoo
 
@@ -26,8 +27,28 @@ def test_each_figure_is_written_whole_with_its_provenance(name, tmp_path):
     for ax in figure.axes:
         if ax.get_title():
             assert ax.lines or ax.collections or ax.containers or ax.images, ax.get_title()
+    carries_what_every_figure_does(figure, figures.FIGURES[name])
+    assert sidecar["alt"].startswith(f"{figures.FIGURES[name].finding}. ")
     caption = figures.FIGURES[name].text
     assert "ours" in caption or "paper" in caption
+
+
+def carries_what_every_figure_does(figure, exhibit):
+    """The finding as title, a letter a panel, labels on the axes (or on those that a row or column share)."""
+    assert " ".join(figure.get_suptitle().split()) == exhibit.finding.replace("S_max", "$\\mathbf{S_{max}}$")
+    shown = panels_of(figure)
+    letters = [[text.get_text() for text in ax.texts if text.get_fontweight() == "bold"] for ax in shown]
+    assert letters == ([[letter] for letter in LETTERS[: len(shown)]] if len(shown) > 1 else [[]] * len(shown))
+    for ax in shown:
+        place = ax.get_subplotspec()
+        for side, shares in (("x", "colspan"), ("y", "rowspan")):
+            near = [each for each in shown if getattr(each.get_subplotspec(), shares) == getattr(place, shares)]
+            assert any(getattr(each, f"get_{side}label")() for each in near), (ax.get_title(), side)
+    bars = [ax for ax in figure.axes if ax.get_label() == "<colorbar>"]
+    assert all(bar.get_ylabel() or bar.get_xlabel() for bar in bars)
+    for number, ax in enumerate(figure.axes):
+        shades = [image for image in ax.images if image.get_array().ndim == 2] if ax in shown else []
+        assert not shades or bars, number  # a heat map without a scale
 
 
 @pytest.mark.parametrize("name", list(figures.FIGURES))

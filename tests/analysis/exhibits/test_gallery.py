@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from loopmdm.analysis import exhibits as figures
-from loopmdm.analysis.exhibits import gallery, pages
+from loopmdm.analysis.exhibits import gallery, pages, tables
 from loopmdm.analysis.exhibits import verdicts as claims
 from loopmdm.model.errors import UsageError
 from loopmdm.model.zoo.runs import Zoo
@@ -41,6 +41,85 @@ def test_the_part_of_a_caption_that_is_always_shown_is_short():
     assert not long
     for figure in figures.FIGURES.values():
         assert f"{figure.lead} {figure.rest}".strip() == figure.text
+
+
+FOUNDED = {
+    "flops-to-target": {"fewer-training-flops": {"sudoku": "undecided", "sotu": "not testable here"}},
+    "arms": {"solves-what-shallow-cannot": {"sudoku": "supported"}},
+    "learning-curves": {"better-at-equal-flops": {"sudoku": "undecided", "sotu": "not testable here"}},
+    "when-looping-pays": {"better-at-equal-flops": {"sudoku": "undecided"}},
+    "placement": {"placement": {"sudoku": "undecided"}},
+    "amount-of-looping": {"larger-s-max-is-better": {"sudoku": "not supported"}},
+    "nll-by-loops": {
+        "more-loops-are-better": {"sudoku": "supported", "sotu": "supported"},
+        "better-beyond-s-max": {"sotu": "not supported"},
+    },
+    "gain-by-noise": {"intermediate-noise": {"sudoku": "supported", "sotu": "undecided"}},
+    "word-problems": {"reasoning": {"gsm": "not testable here"}},
+    "generative": {"generative-perplexity-falls": {"sotu": "equivalent"}},
+    "loops-or-steps": {"loops-for-steps": {"sudoku": "not supported"}},
+    "stopping-frontier": {
+        "schedule-over-noise": {"sudoku": "supported", "sotu": "supported"},
+        "stopping-knows-where": {"sudoku": "equivalent", "sotu": "equivalent"},
+    },
+    "mask-to-mask-by-loop": {"mask-to-mask-rises": {"sudoku": "undecided", "sotu": "supported"}},
+    "saturation": {"saturation-follows-s-max": {"sudoku": "not supported"}},
+    "attention-content": {"content-rises": {"sudoku": "supported", "sotu": "undecided"}},
+    "far-out": {"loops-converge": {"sudoku": "not supported", "sotu": "not supported"}},
+    "causal-edges": {"gain-needs-mask-to-mask": {"sudoku": "not supported", "sotu": "not supported"}},
+    "trained-two-by-two": {"trained-without-mask-to-mask": {"sudoku": "supported"}},
+    "training-free": {"training-free": {"sudoku": "not supported", "sotu": "not supported"}},
+    "sudoku-boards": {"later-loops-repair": {"sudoku": "supported"}},
+    "sudoku-orders": {"restricted-orders-need-loops": {"sudoku": "not testable here"}},
+    "excess-kl": {"loop-is-a-round-of-belief-propagation": {"tree": "not testable here"}},
+    "candidates": {"loops-exclude-as-propagation": {"sudoku": "not testable here"}},
+    "head-cards": {"heads-say-what-is-taken": {"sudoku": "undecided"}},
+    "attribution-patching": {"later-loops-carry-a-change": {"sudoku": "supported"}},
+}
+"""The verdicts on which a figure's title stands: where one changes, the title has to be written anew."""
+
+
+def test_titles_say_what_the_verdicts_they_stand_on_say():
+    now = claims.claims_table().set_index(["claim", "task"])["verdict"]
+    for figure, stands in FOUNDED.items():
+        for claim, verdicts in stands.items():
+            for task, word in verdicts.items():
+                assert now[claim, task] == word, f"{figure}: {figures.FIGURES[figure].finding!r}, {claim}"
+
+
+def test_titles_are_short_and_none_is_a_question():
+    findings = [figure.finding for figure in figures.FIGURES.values()]
+    assert max(len(finding.split()) for finding in findings) <= 12
+    assert all(finding and finding[-1] not in ".?" for finding in findings) and len(set(findings)) == len(findings)
+
+
+def test_titles_without_a_claim_are_borne_out_by_their_tables():
+    """Those that a table decides by a sign or a count."""
+    curves = tables.load("learning-curves")
+    ends = curves[curves["n_loops"] == curves["max_loops"]].sort_values("flops").groupby("model").tail(1)
+    means = ends.pivot_table(index="task", columns="arm", values="nelbo")
+    others = means.drop(["sudoku", "sotu"])
+    assert (others["loop"] > others["base"] - 0.01).all()  # learning-curves-elsewhere
+    assert means.loc["sotu", "loop"] > means.loc["sotu", "base"]
+    corpora = tables.load("zero-shot").query("model in ('sotu-base', 'sotu-loop')")
+    seen = corpora.pivot_table(index="corpus", columns=["model", "n_loops"], values="nelbo")
+    assert (seen["sotu-loop", 6] < seen["sotu-base", 1]).sum() == 1 and len(seen) == 7
+    shares = tables.load("mediated-share").query("edges == 'masked->masked'")
+    shares = shares.pivot(index="model", columns="matched", values="share").dropna()
+    assert (shares[False] > shares[True]).all()
+    found = tables.load("attention-specifications")
+    assert all(
+        (found[found["model"] == name]["verdict"] == "falls").any() for name in ("sudoku-loop", "sotu-loop")
+    )
+    assert (found["verdict"] == "rises").mean() > 0.5
+    others = tables.load("attention-of-others")
+    rows = others[
+        (others["query_group"] == "masked") & (others["key_group"] == "masked") & others["head"].isna()
+        & (others["nominal_mask_ratio"] == 0.5)
+    ]  # fmt: skip
+    theirs = rows[~rows["model"].str.startswith("sotu")]
+    ours = rows[(rows["model"] == "sotu-loop") & (rows["segment"] == "loop")]
+    assert (theirs["log_odds"] < 0).mean() > 0.8 and (ours["log_odds"] > 0).mean() > 0.8
 
 
 def test_gallery_holds_every_figure_and_no_other():

@@ -102,14 +102,14 @@ def choose(page, side, **setting):
 def pattern(named, tokens, layer, loop, n_loops, head):
     cache = named.run_with_cache(tokens.tokens, n_loops=n_loops)[1]
     looped = layer in named.cfg.layers("loop")
-    found = cache["pattern", "loop", loop - 1, layer] if looped else cache["pattern", layer]
+    found = cache["pattern", "loop", loop, layer] if looped else cache["pattern", layer]
     return found[0].mean(0) if head == "mean" else found[0, head]
 
 
 @pytest.mark.parametrize("order", ["position", "masked-first"])
 def test_the_numbers_under_the_pointer_are_the_patterns(page, named, run, order):
     page.select_option("#order", order)
-    settings = ((1, 1, 4, 0, 2, 3, 4, 1), (0, 1, 4, 1, 3, 1, 2, "mean"), (3, 1, 1, 0, 3, 1, 3, 0))
+    settings = ((1, 0, 4, 0, 2, 2, 4, 1), (0, 0, 4, 1, 3, 0, 2, "mean"), (3, 0, 1, 0, 3, 0, 3, 0))
     for a_layer, a_loop, a_loops, a_head, b_layer, b_loop, b_loops, b_head in settings:
         for side, layer, loop, n_loops, head in (
             ("a", a_layer, a_loop, a_loops, a_head),
@@ -136,8 +136,8 @@ def test_the_numbers_under_the_pointer_are_the_patterns(page, named, run, order)
 
 def test_the_black_cell_is_the_largest_weight(page, named, run):
     for side in ("a", "b"):
-        choose(page, side, layer=1, head=0, loop=1)
-    weights = pattern(named, run[0], 1, 1, 4, 0)
+        choose(page, side, layer=1, head=0, loop=0)
+    weights = pattern(named, run[0], 1, 0, 4, 0)
     black = page.evaluate(
         """() => {
             const canvas = document.getElementById("a-map"), found = [];
@@ -195,11 +195,11 @@ def test_the_keyboard_reaches_everything(page):
 def test_n_loops_bounds_the_loops_and_changes_the_coda_only(page):
     choose(page, "a", layer=1, head=0)
     choose(page, "a", n_loops=4)
-    choose(page, "a", loop=1)
+    choose(page, "a", loop=0)
     first = numbers(page)
     choose(page, "a", n_loops=2)
     assert numbers(page) == first
-    assert page.locator("#a-loop option").all_inner_texts() == ["1", "2"]
+    assert page.locator("#a-loop option").all_inner_texts() == ["0", "1"]
     choose(page, "a", layer=3)
     answers = set()
     for n_loops in (1, 2, 3, 4):
@@ -300,3 +300,17 @@ def test_the_report_opens_and_every_model_can_be_chosen(visit, monkeypatch):
             masses = [float(cell) for cell in page.locator("#b-row td").all_inner_texts()[1:]]
             assert sum(masses) == pytest.approx(1, abs=2e-4)
     assert seen == set(report.MODELS.names(Zoo.shipped()))
+
+
+def test_masked_and_clean_have_one_colour_key_with_the_plots():
+    from loopmdm.analysis.plots.style import CLEAN, MASKED
+    from loopmdm.analysis.report.explorer import asset
+
+    assert f"--masked: {MASKED}; --clean: {CLEAN};" in asset("page.css")
+    for name in ("explorer.css", "draw.js"):
+        assert "--masked" in asset(name) and "--clean" in asset(name)
+        assert CLEAN not in asset(name) and "#e9a55c" not in asset(name)
+
+
+def test_an_explorer_outside_a_notebook_says_how_it_is_seen(run):
+    assert ".write(path)" in repr(explore(run[1]))

@@ -1,8 +1,10 @@
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 
 from loopmdm.analysis.measures.attention.maps import attention_across_loops
+from loopmdm.analysis.plots.style import CLEAN, MASKED
 from loopmdm.model.errors import UsageError
 
 
@@ -53,7 +55,35 @@ def test_heads_from_a_frame_and_changed_patterns_are_shown(cache, hooked, batch)
 def test_plot_has_a_panel_a_loop_and_the_difference(cache):
     figure = attention_across_loops(cache, layer=1, loops=(0, 1, 3)).plot()
     titles = [ax.get_title() for ax in figure.axes if ax.get_title()]
-    assert titles == ["loop 1", "loop 2", "loop 4", "loop 4 − loop 1"]
+    assert titles == ["loop 0 (first)", "loop 1", "loop 3", "loop 3 − loop 0"]
+    bars = [ax.get_ylabel() for ax in figure.axes if ax.get_label() == "<colorbar>"]
+    assert len(bars) == 2 and all("share" in label for label in bars)
+    assert plt.gcf() is figure  # what savefig writes is what was just drawn
+    plt.close(figure)
+
+
+def test_a_single_loop_is_drawn_into_given_axes_with_given_style(cache, batch):
+    figure, axes = plt.subplots(1, 2)
+    maps = attention_across_loops(cache, layer=1, head=0, loops=(2,))
+    assert maps.plot(ax=axes[1], cmap="Blues") is axes[1] and plt.gcf() is figure
+    image = axes[1].images[0]
+    assert image.get_cmap().name == "Blues" and not axes[0].images
+    np.testing.assert_array_equal(image.get_array(), maps.maps[0])
+    assert image.norm(0.25 * image.norm.vmax) == pytest.approx(0.5)  # square root
+    colours = [tick.get_color() for tick in axes[1].get_yticklabels()]
+    assert colours == [MASKED if hidden else CLEAN for hidden in batch.masked[0].tolist()]
+    plt.close(figure)
+
+
+def test_several_loops_take_as_many_axes_and_one_for_the_change(cache):
+    maps = attention_across_loops(cache, layer=1, head=0, loops=(0, 2))
+    figure, axes = plt.subplots(1, 3)
+    assert maps.plot(axes=axes) is figure
+    np.testing.assert_allclose(axes[2].images[0].get_array(), maps.difference)
+    for wrong in ({"ax": axes[0]}, {"axes": axes[:2]}):
+        with pytest.raises(UsageError, match=r"one as in|choose one|axes needs 3"):
+            maps.plot(**wrong)
+    plt.close(figure)
 
 
 @pytest.mark.parametrize(

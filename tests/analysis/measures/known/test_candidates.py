@@ -266,7 +266,7 @@ def test_a_board_is_drawn_numeral_by_numeral(noisy, boards):
     large = int((cells["clue"] | cells["settled"]).sum())
     wrong = int((~cells["clue"] & ~cells["right"] & cells["settled"]).sum())
     assert {len(cells), len(marks), large, wrong, int(cells["changed"].sum())} <= set(drawn)
-    assert [text.get_text() for text in ax.texts] == ["loop 1", "loop 2", "propagation, 2 rounds"]
+    assert [text.get_text() for text in ax.texts] == ["after 1 loop", "after 2 loops", "propagation, 2 rounds"]
     figure.canvas.draw()
     plt.close(figure)
 

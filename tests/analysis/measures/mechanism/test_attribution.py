@@ -236,7 +236,7 @@ def test_the_measure_is_the_function_and_its_plot_shows_every_cell(batch):
     ax = plot_attribution(frame[frame["read"] == "direct"], ax=plt.subplots()[1])
     assert [label.get_text() for label in ax.get_yticklabels()] == ["head 0", "head 1", "MLP", "others"]
     places = [label.get_text() for label in ax.get_xticklabels()]
-    assert places == ["embed", "L0", "1·L1", "1·L2", "2·L1", "2·L2", "3·L1", "3·L2", "L3", "bias"]
+    assert places == ["embed", "L0", "0·L1", "0·L2", "1·L1", "1·L2", "2·L1", "2·L2", "L3", "bias"]
     assert len(ax.texts) == 2 + 3 * 8
     plt.close(ax.figure)
     with pytest.raises(ValueError, match="no rows"):

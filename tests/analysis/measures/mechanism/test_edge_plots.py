@@ -29,7 +29,7 @@ def test_a_cell_a_number_and_brackets_where_the_interval_holds_zero():
     plot_edge_effects(framed(rows, "value", "standard_error"), ax=ax)
     assert [text.get_text() for text in ax.texts] == ["20", "20", "(1.0)", "(1.0)"]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["box c→m", "none c→m"]
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "2"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "1"]
     plt.close("all")
 
 
