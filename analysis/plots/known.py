@@ -98,7 +98,7 @@ def plot_excess(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     df = df.drop_duplicates(["arm", "n_loops", "hops"])
     looped = df[df["arm"] == "loop"].pivot(index="hops", columns="n_loops", values="mean")
     base = df[(df["arm"] == "base") & (df["n_loops"] == 1)].set_index("hops")["mean"]
-    best = 1 + int(np.nanargmin(looped.mean().to_numpy()))
+    best = 1 + int(np.nanargmin(looped.sum().to_numpy()))
     looped.insert(0, 0, base)
     _heat(ax, 1e3 * looped, {0, 1, best}, "KL(exact || read-out)\n(nats / 1000, log scale)")
     ax.set_xticks(range(looped.shape[1]), ["base", *map(str, looped.columns[1:])])
