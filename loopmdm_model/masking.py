@@ -40,7 +40,7 @@ def mask_tokens(
     for name, value in (("mask_ratio", mask_ratio), ("t", t)):
         _check_share(name, value, len(sequences))
     clean, allowed = sequences.tokens, sequences.allowed
-    first_index += sequences.first
+    first_index = check_count("first_index", first_index, least=0) + sequences.first
     uniforms = row_uniforms(seed, "positions", *clean.shape, first_index=first_index, step=step)
     uniforms = uniforms.to(clean.device)
     if t is not None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import fields
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -22,6 +22,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+@runtime_checkable
 class Ledger(Protocol):
     """Who is asked for results."""
 

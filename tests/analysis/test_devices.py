@@ -75,7 +75,7 @@ RUN = {
     "measure": ["mask-attention", "markov-loop"], "evaluate": ["markov-loop"], "sample": ["markov-loop"],
     "training-free": ["markov-base"], "report": ["markov-loop"],
     "lm-eval": ["--model", "sotu-loop", "--tasks", "none.yaml"], "table": ["attention-maps"],
-    "figures": ["mask-to-mask-by-loop", "--from", "checkpoints"],
+    "figures": ["mask-to-mask-by-loop", "--from", "checkpoints", "--out", "pictures"],
 }  # fmt: skip
 
 

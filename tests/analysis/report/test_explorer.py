@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models
 
 from loopmdm.analysis import explore, read_loops
 from loopmdm.analysis.measures.case import Case
+from loopmdm.analysis.report.inputs import MODELS
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.network.model import LoopMDM
 from loopmdm.model.zoo.runs import Zoo
@@ -299,7 +300,7 @@ def test_the_report_opens_and_every_model_can_be_chosen(visit, monkeypatch):
             assert model in page.inner_text("#readout-model") and page.locator("#readout td").count() > 0
             masses = [float(cell) for cell in page.locator("#b-row td").all_inner_texts()[1:]]
             assert sum(masses) == pytest.approx(1, abs=2e-4)
-    assert seen == set(report.MODELS.names(Zoo.shipped()))
+    assert seen == set(MODELS.names(Zoo.shipped()))
 
 
 def test_masked_and_clean_have_one_colour_key_with_the_plots():

@@ -107,7 +107,7 @@ def test_readout_plots_masked_positions_and_outlines_flips(hooked, batch):
     ax = frame.plot(sequence=1)
     part = frame[(frame["sequence"] == 1) & frame["masked"]]
     assert len(ax.texts) == len(part) and len(ax.patches) == int(part["flipped"].sum())
-    assert [t.get_text() for t in ax.get_xticklabels()] == ["1", "2", "3"]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["0", "1", "2"]
 
 
 def test_misuse_is_refused(hooked, batch):
