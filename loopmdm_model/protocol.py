@@ -32,13 +32,14 @@ from loopmdm.model.taps import EXPLICIT_TAP, NO_TAP, Tap, TapSource, no_taps
 class LoopOutput:
     """What one forward with a stopping rule gives.
 
-    `logits` [batch, pos, d_vocab], or [row, d_vocab] where rows were chosen; `loops_used` [batch];
+    `logits` [batch, pos, d_vocab], or [row, d_vocab] where rows were chosen, or what `into` made of these
+    [row, ..]; `loops_used` [batch];
     `criterion` [loop, batch], the rule's raw number, NaN where it does not exist or the sequence had
     stopped ([loop, batch, pos] with scope "token", which also gives `token_loops` [batch, pos]);
     `flops` [batch] of the whole forward, what the rule read included.
     """
 
-    logits: Float[Tensor, "batch pos d_vocab"] | Float[Tensor, "row d_vocab"]
+    logits: Float[Tensor, "batch pos d_vocab"] | Float[Tensor, "row *told"]
     loops_used: Int[Tensor, " batch"]
     criterion: Float[Tensor, "loop batch *pos"]
     flops: Float[Tensor, " batch"]

@@ -51,7 +51,7 @@ for name in MEASURES:
     model = {"training-free": "sudoku-base"}.get(name, "sudoku-loop")
     if MEASURES[name].on not in ("tree", "loops"):
         given = small.get(name, {}) | ({"mask_ratios": (0.5,)} if MEASURES[name].on == "masks" else {})
-        loops = {"n_loops": max(2, MEASURES[name].loops)}
+        loops = {"n_loops": max(3, MEASURES[name].loops)}
         assert len(measure(name, model, n=12, **loops | given)), name
 try:
     m.model.blocks[0].attn(torch.zeros(2, 3), (logits, logits), None)

@@ -254,7 +254,7 @@ def estimate(
     as_rule(read.n_loops, read.stop, model.cfg.max_loops)
     total, loops, cost = torch.zeros(2, len(sequences), dtype=torch.float64), 0.0, 0.0
 
-    def work(part: MaskedBatch) -> tuple[Tensor, float, float]:
+    def work(part: MaskedBatch) -> tuple[Tensor, int, float]:
         run = model.run(
             part.tokens,
             read.n_loops,
@@ -263,7 +263,7 @@ def estimate(
             rows=part.masked,
             into=lambda reading: read_cross_entropy(reading, part),
         )
-        return row_sums(run.logits, part), run.loops_used.sum().item(), run.flops.sum().item()
+        return row_sums(run.logits, part), int(run.loops_used.sum()), run.flops.sum().item()
 
     for batch, weight in draws(model, sequences, read, estimator):
         for span, _, (losses, used, spent) in batch.each(read.batch_size, work):

@@ -86,7 +86,7 @@ def _ridge(x: np.ndarray, y: np.ndarray, penalty: np.ndarray) -> Probe:
     scaler = StandardScaler().fit(x)
     ridge = Ridge(alpha=penalty * len(x), solver="svd").fit(scaler.transform(x), y)
     weight = (np.atleast_2d(ridge.coef_) / scaler.scale_).T
-    return Probe(weight, np.atleast_1d(ridge.intercept_) - scaler.mean_ @ weight)
+    return Probe(weight, np.atleast_1d(ridge.intercept_) - np.asarray(scaler.mean_) @ weight)
 
 
 def auc_and_influence(
