@@ -39,7 +39,7 @@ class LoopOutput:
     `flops` [batch] of the whole forward, what the rule read included.
     """
 
-    logits: Float[Tensor, "batch pos d_vocab"] | Float[Tensor, "row *told"]
+    logits: Float[Tensor, "batch pos d_vocab"] | Float[Tensor, "row ..."]
     loops_used: Int[Tensor, " batch"]
     criterion: Float[Tensor, "loop batch *pos"]
     flops: Float[Tensor, " batch"]
