@@ -18,11 +18,12 @@ from loopmdm.analysis.cli.shared import (
     show,
 )
 from loopmdm.analysis.cli.waiting import working
-from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.errors import UsageError, check_count, unknown_name
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from loopmdm.analysis.exhibits.verdicts import Claim
     from loopmdm.analysis.measures.access import Access
 
 
@@ -191,21 +192,47 @@ def _block(word: str) -> tuple[int, int]:
     return integer(first, "--blocks", "1:2"), integer(size, "--blocks", "1:2")
 
 
-@app.command(epilog="Example: loopmdm claims")
+@app.command(epilog="Example: loopmdm claims placement")
 def claims(
+    name: Annotated[str, typer.Argument(help="one claim: with its estimand, gate, margin and falsifier")] = "",
     seeds: Annotated[str, typer.Option(help="only claims decided over at least so many seeds")] = "",
 ) -> None:
     """The paper's claims: what was asked, what was measured, and the verdict; one line each in a pipe."""
     from loopmdm.analysis.exhibits import EXHIBITS
     from loopmdm.analysis.exhibits.measuring import check_stored
-    from loopmdm.analysis.exhibits.verdicts import claims_table
+    from loopmdm.analysis.exhibits.verdicts import claims_table, load_claims
 
+    asked = {claim.name: claim for claim in load_claims()}
+    if name and name not in asked:
+        raise unknown_name("claim", name, asked)
+    if name and seeds:
+        raise UsageError("--seeds chooses among all claims; leave it out where one is named")
     least = check_count("--seeds", integer(seeds, "--seeds", "5"), least=0) if seeds else 0
     check_stored(EXHIBITS["claims"].tables)
     frame = claims_table()
+    if name:
+        _tell(asked[name], frame[frame["claim"] == name])
+        return
     if seeds:
         fewest = frame["n_against"].where(frame["n_against"] > 0, frame["n_seeds"])
         frame = frame[frame["n_seeds"].clip(upper=fewest) >= least]
     columns = ["claim", "task", "verdict", "estimate", "low", "high", "unit", "margin", "direction", "p_holm",
                "n_seeds", "n_against", "figure", "why", "text"]  # fmt: skip
     show(columns, frame[columns].itertuples(index=False))
+
+
+def _tell(claim: "Claim", rows: "pd.DataFrame") -> None:
+    """One claim with all that was written down of it, and its verdicts."""
+    from loopmdm.analysis.plots.claims import said
+
+    told = {"claim": claim.claim, "where": claim.where, "estimand": claim.estimand, "unit": claim.unit}
+    told |= {
+        "test": claim.test,
+        "gate": claim.gate,
+        "margin": f"{claim.direction} {claim.margin:g}, {claim.because}",
+    }
+    told |= {"falsifier": claim.falsifier, "seen": claim.seen, "figure": claim.figure}
+    for row in rows.itertuples():
+        told[str(row.task)] = "; ".join(filter(None, (row.verdict, said(row), row.why)))
+    for key, value in told.items():
+        print(f"{key}: {value}")

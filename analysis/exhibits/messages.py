@@ -184,11 +184,11 @@ EXHIBITS = (
         attribution_patching,
         """What a changed clue does to logit(true) - logit(a random wrong symbol) through each head and MLP of
         each loop. (a) the corrupted run's activation is patched in (32 boards), (b) first-order attribution (64
-        boards, two forwards and one backward for all). Half of the cells hidden; one run, S_max 4. In loops the
-        order is the same (Spearman 0.90) and the sign at 79% of the parts, the sizes are not: the gradient says
-        less than half; in the prelude its sign is wrong, as a changed token is no small step. Effects of the
-        first loop as large as those of later ones would count against a refinement over loops. The method is
-        Nanda 2023 and Kramar et al. 2024; loops as nodes are ours.""",
+        boards, two forwards and one backward for all). Half of the cells hidden; one run, S_max 4. In loops
+        the order is nearly the same (Spearman 0.90) and the sign at 79% of the parts, the sizes are not: the
+        gradient says less than half; in the prelude its sign is wrong, as a changed token is no small step.
+        Effects of the first loop as large as those of later ones would count against a refinement over loops.
+        The method is Nanda 2023 and Kramar et al. 2024; loops as nodes are ours.""",
         (
             Reading(
                 "later-loops-carry-a-change", _later, ("attribution-patching", "learning-curves"), _change_costs

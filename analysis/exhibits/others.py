@@ -105,7 +105,7 @@ EXHIBITS = (
     ),
     Exhibit(
         "training-free-of-others",
-        "Repeating others' layers in full steps costs NELBO",
+        "Repeating others' layers four times in full steps costs NELBO",
         ("training-free-of-others",),
         training_free_of_others,
         f"""Pretrained models that were never looped, with middle layers run S times, without training for it:

@@ -338,7 +338,7 @@ EXHIBITS = (
     ),
     Exhibit(
         "when-looping-pays",
-        "Only 6x6 Sudoku ends below 0; the verdict is undecided",
+        "At equal FLOPs only 6x6 Sudoku ends below 0; verdict undecided",
         ("looping-gap",),
         looping_pays,
         """Validation NELBO of the looped model at S_max less that of base (same size, not looped) through
@@ -383,7 +383,7 @@ EXHIBITS = (
     ),
     Exhibit(
         "amount-of-looping",
-        "At equal FLOPs a larger S_max ends higher",
+        "From S_max 6 on, more looping in training ends higher",
         ("nll-by-loops", "sudoku-solve-rate"),
         amount,
         """How much to loop in training, on 6x6 Sudoku: one looped layer of three, S uniform on 1 to S_max, or 6

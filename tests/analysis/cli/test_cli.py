@@ -303,3 +303,12 @@ def test_a_closed_pipe_is_no_error():
     command = f"{Path(sys.executable).parent / 'loopmdm'} models | head -1"
     outcome = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert outcome.stderr == "" and outcome.stdout.startswith("model\t")
+
+
+def test_one_claim_is_shown_with_all_that_was_written_down_of_it():
+    out, _ = run("claims", "relays-are-hidden")
+    for key in ("estimand: ", "unit: nats", "gate: ", "margin: above 0, ", "falsifier: ", "sudoku: supported; "):
+        assert key in out, key
+    for words, says in ((["relay"], "unknown claim 'relay'"), (["placement", "--seeds", "5"], "--seeds chooses")):
+        out, err = run("claims", *words, code=2)
+        assert says in err and one_line(err) and out == ""

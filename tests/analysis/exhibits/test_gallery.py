@@ -120,6 +120,11 @@ def test_titles_without_a_claim_are_borne_out_by_their_tables():
     theirs = rows[~rows["model"].str.startswith("sotu")]
     ours = rows[(rows["model"] == "sotu-loop") & (rows["segment"] == "loop")]
     assert (theirs["log_odds"] < 0).mean() > 0.8 and (ours["log_odds"] > 0).mean() > 0.8
+    repeated = tables.load("training-free-of-others").query("damping == 'none' and n_loops == 4")
+    assert (repeated["change"] > 2 * repeated["change_se"]).all()
+    amounts = tables.load("nll-by-loops").query("n_loops == max_loops and arm in ('loop', 'loop-s8', 'loop-s12')")
+    amounts = amounts[amounts["task"] == "sudoku"].groupby("max_loops")["nll"]
+    assert amounts.mean().is_monotonic_increasing and amounts.median().is_monotonic_increasing
 
 
 def test_gallery_holds_every_figure_and_no_other():
