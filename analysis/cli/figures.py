@@ -63,7 +63,10 @@ def figures(
     device: Annotated[str, typer.Option(help=f"with --from checkpoints, {DEVICE}")] = "cpu",
     batch_size: Annotated[int | None, typer.Option(help=f"with --from checkpoints, {BATCH}")] = None,
 ) -> None:
-    """Draw figures from the tables that are stored, or measure these again from the checkpoints."""
+    """Draw figures from the tables that are stored, or measure these again from the checkpoints.
+
+    Without names, figures that this commit has drawn already from the same tables are left as they are.
+    """
     draw_offline()
     from loopmdm.analysis import exhibits as registry
     from loopmdm.analysis.exhibits.measuring import check_stored, check_weights, measure_all
@@ -91,8 +94,10 @@ def figures(
         if source == "checkpoints":
             for _ in bar.track(measure_all(needed, 0, place, batch_size), total=len(needed), description="tables"):
                 pass
-        drawn = registry.draw_all([figure.name for figure in chosen], out)
-        for _ in bar.track(drawn, total=len(chosen), description="figures"):
+        left = [
+            figure.name for figure in chosen if names or not figure.is_drawn(out)
+        ]  # what is named is drawn anew
+        for _ in bar.track(registry.draw_all(left, out), total=len(left), description="figures"):
             pass
     show(["figure", "file"], [(figure.name, out / f"{figure.name}.pdf") for figure in chosen])
 

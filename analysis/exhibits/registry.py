@@ -24,7 +24,7 @@ from loopmdm.analysis.exhibits.tables import Table
 from loopmdm.analysis.numbers import provenance
 from loopmdm.analysis.plots.style import FORMATS, PAGE, described, finish, png_bytes, style
 from loopmdm.model.errors import UsageError
-from loopmdm.model.files import write_atomic, write_json
+from loopmdm.model.files import read_json, write_atomic, write_json
 from loopmdm.model.registry import Registry
 from loopmdm.model.training.record import commit, versions
 from loopmdm.model.zoo.runs import LOOPED, MAIN_TASKS, Run, Zoo
@@ -119,13 +119,28 @@ class Exhibit:
             )
         write_json(out / f"{self.name}.json", self.sidecar(loaded, figure))
 
+    def is_drawn(self, out: Path) -> bool:
+        """Whether its files are in `out`, drawn by this very commit and these versions from the present tables."""
+        files = [out / f"{self.name}.{kind}" for kind in (*FORMATS, "json")]
+        if not all(file.is_file() for file in files):
+            return False
+        source = self._source(self.load())
+        try:
+            told = read_json(files[-1])
+        except UsageError:  # half a file of another program: drawn anew
+            return False
+        known = isinstance(told, dict) and not source["commit"].endswith("+")
+        return known and {key: told.get(key) for key in source} == source
+
     def sidecar(self, loaded: Tables, figure: MatplotlibFigure) -> dict:
         """Finding, caption, alternative text, hashes of tables and models, commit, versions and command."""
+        return self._source(loaded) | {"alt": self.alt(figure)}
+
+    def _source(self, loaded: Tables) -> dict:
         return {
             "figure": self.name,
             "finding": self.finding,
             "caption": self.text,
-            "alt": self.alt(figure),
             "tables": {name: frame.attrs["values_sha256"] for name, frame in loaded.items()},
             "options": asked_of(loaded),
             "models": {k: v for frame in loaded.values() for k, v in frame.attrs["models"].items()},
