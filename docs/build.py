@@ -111,10 +111,12 @@ def commands() -> None:
 
     group = typer.main.get_command(app)
     parts = ["# Command line\n", "`loopmdm COMMAND --help` says the same.\n"]
-    for name, command in sorted(group.commands.items()):  # pyright: ignore[reportAttributeAccessIssue]
-        if not command.hidden:
+    for title, names in group.groups().items():  # pyright: ignore[reportAttributeAccessIssue]
+        parts += [f"## {title}\n"]
+        for name in names:
+            command = group.commands[name]  # pyright: ignore[reportAttributeAccessIssue]
             context = command.context_class(command, info_name=f"loopmdm {name}")
-            parts += [f"## {name}\n", "```text", command.get_help(context).rstrip(), "```\n"]
+            parts += [f"### {name}\n", "```text", command.get_help(context).rstrip(), "```\n"]
     (SOURCE / "commands.md").write_text("\n".join(parts), "utf-8")
 
 

@@ -1,6 +1,6 @@
 """The command line: `loopmdm COMMAND`. Exit codes: 0 fine, 1 the world failed, 2 misuse.
 
-Tables go to a terminal as aligned columns, into a pipe as plain TSV, one record a line.
+What is printed: `printing.py`.
 """
 
 import signal

@@ -6,12 +6,13 @@ from typing import Annotated
 
 import typer
 
-from loopmdm.analysis.cli.shared import app, interruptible, show, values
+from loopmdm.analysis.cli.printing import show
+from loopmdm.analysis.cli.shared import TRAIN, app, interruptible, values
 
 data_app = typer.Typer(
     help="Corpora: what there is, and fetching it.", no_args_is_help=True, rich_markup_mode=None
 )
-app.add_typer(data_app, name="data")
+app.add_typer(data_app, name="data", rich_help_panel=TRAIN)
 
 
 @data_app.command("list", epilog="Example: loopmdm data list")

@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loopmdm.analysis.cli.completion import among, model_names
-from loopmdm.analysis.cli.shared import MODEL, app, interruptible, opens, show
+from loopmdm.analysis.cli.printing import show
+from loopmdm.analysis.cli.shared import MEASURE, MODEL, app, interruptible, opens
 from loopmdm.analysis.cli.waiting import err, working
 
 if TYPE_CHECKING:
     from loopmdm.analysis.measures.access import Access
 
 
-@app.command(epilog="Example: loopmdm dictionary sudoku-loop --out sudoku-loop-dictionary")
+@app.command(
+    rich_help_panel=MEASURE, epilog="Example: loopmdm dictionary sudoku-loop --out sudoku-loop-dictionary"
+)
 @opens()
 def dictionary(
     model: Annotated[

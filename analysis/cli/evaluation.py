@@ -6,22 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loopmdm.analysis.cli.completion import among, model_names
-from loopmdm.analysis.cli.shared import (
-    MODEL,
-    app,
-    integer,
-    integers,
-    interruptible,
-    opens,
-    show,
-)
+from loopmdm.analysis.cli.printing import show
+from loopmdm.analysis.cli.shared import MEASURE, MODEL, app, integer, integers, interruptible, opens
 from loopmdm.analysis.cli.waiting import working
 
 if TYPE_CHECKING:
     from loopmdm.analysis.measures.access import Access
 
 
-@app.command(epilog="Example: loopmdm evaluate sudoku-loop --n-loops 1,2,4")
+@app.command(rich_help_panel=MEASURE, epilog="Example: loopmdm evaluate sudoku-loop --n-loops 1,2,4")
 @opens()
 def evaluate(
     model: Annotated[str, typer.Argument(help=MODEL, autocompletion=among(model_names))],
@@ -67,7 +60,11 @@ def evaluate(
     show(list(frame.columns), frame.itertuples(index=False))
 
 
-@app.command("lm-eval", epilog="Example: loopmdm lm-eval --model sotu-loop --tasks my-task.yaml --n-loops 4")
+@app.command(
+    "lm-eval",
+    rich_help_panel=MEASURE,
+    epilog="Example: loopmdm lm-eval --model sotu-loop --tasks my-task.yaml --n-loops 4",
+)
 @opens(text=False)
 def lm_eval(
     model: Annotated[

@@ -7,13 +7,23 @@ from typing import Annotated
 import typer
 
 from loopmdm.analysis.cli.completion import among, figure_names, table_names
-from loopmdm.analysis.cli.shared import BATCH, DEVICE, app, check_folder, draw_offline, interruptible, show
+from loopmdm.analysis.cli.printing import show
+from loopmdm.analysis.cli.shared import (
+    BATCH,
+    DEVICE,
+    MAINTAIN,
+    MEASURE,
+    app,
+    check_folder,
+    draw_offline,
+    interruptible,
+)
 from loopmdm.analysis.cli.waiting import progress_bar, say, working
 from loopmdm.model.errors import UsageError, check_word
 from loopmdm.model.places import figures_folder
 
 
-@app.command(epilog="Example: loopmdm table settled")
+@app.command(rich_help_panel=MEASURE, epilog="Example: loopmdm table settled")
 def table(
     name: Annotated[
         str, typer.Argument(help="table; `loopmdm table list` shows all", autocompletion=among(table_names))
@@ -46,7 +56,7 @@ def table(
     show(list(frame.columns), frame.itertuples(index=False))
 
 
-@app.command(epilog="Example: loopmdm figures mask-to-mask-by-loop --out somewhere")
+@app.command(rich_help_panel=MEASURE, epilog="Example: loopmdm figures mask-to-mask-by-loop --out somewhere")
 def figures(
     names: Annotated[
         list[str] | None, typer.Argument(help="figures; default all", autocompletion=among(figure_names))
@@ -125,7 +135,7 @@ def _check(names: list[str] | None, out: Path) -> None:
         raise typer.Exit(1)
 
 
-@app.command(epilog="Example: loopmdm gallery")
+@app.command(rich_help_panel=MAINTAIN, epilog="Example: loopmdm gallery")
 def gallery() -> None:
     """Write figures/gallery and the generated pages and blocks anew, in a checkout."""
     draw_offline()
@@ -135,7 +145,7 @@ def gallery() -> None:
         pictures.write_gallery(pictures.repository())
 
 
-@app.command(epilog="Example: loopmdm bench forward")
+@app.command(rich_help_panel=MAINTAIN, epilog="Example: loopmdm bench forward")
 def bench(
     names: Annotated[list[str] | None, typer.Argument(help="benchmarks; default all")] = None,
 ) -> None:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loopmdm.analysis.cli.completion import among, model_names
-from loopmdm.analysis.cli.shared import MODEL, app, interruptible, opens, show
+from loopmdm.analysis.cli.printing import show
+from loopmdm.analysis.cli.shared import LOOK, MODEL, app, interruptible, opens
 from loopmdm.analysis.cli.waiting import progress_bar, say
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 models_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
-app.add_typer(models_app, name="models")
+app.add_typer(models_app, name="models", rich_help_panel=LOOK)
 
 
 @models_app.callback(epilog="Example: loopmdm models")
@@ -96,7 +97,7 @@ def fetch(
     show(["model", "folder"], zip(names, folders, strict=True))
 
 
-@app.command(epilog="Example: loopmdm sites sudoku-loop --n-loops 2")
+@app.command(rich_help_panel=LOOK, epilog="Example: loopmdm sites sudoku-loop --n-loops 2")
 @opens(text=False, runs=False)
 def sites(
     model: Annotated[str, typer.Argument(help=MODEL, autocompletion=among(model_names))],

@@ -6,21 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loopmdm.analysis.cli.completion import among, model_names
-from loopmdm.analysis.cli.shared import (
-    MODEL,
-    app,
-    check_out,
-    draw_offline,
-    interruptible,
-    opens,
-)
+from loopmdm.analysis.cli.shared import LOOK, MODEL, app, check_out, draw_offline, interruptible, opens
 from loopmdm.analysis.cli.waiting import progress_bar, working
 
 if TYPE_CHECKING:
     from loopmdm.analysis.measures.access import Access
 
 
-@app.command(epilog="Example: loopmdm report --out report.html")
+@app.command(rich_help_panel=LOOK, epilog="Example: loopmdm report --out report.html")
 @opens()
 def report(
     model: Annotated[

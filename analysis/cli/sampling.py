@@ -7,17 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loopmdm.analysis.cli.completion import among, model_names
-from loopmdm.analysis.cli.shared import (
-    MODEL,
-    app,
-    check_out,
-    integer,
-    integers,
-    interruptible,
-    opens,
-    show,
-    tsv,
-)
+from loopmdm.analysis.cli.printing import show, tsv
+from loopmdm.analysis.cli.shared import LOOK, MODEL, app, check_out, integer, integers, interruptible, opens
 from loopmdm.analysis.cli.waiting import err, working
 from loopmdm.model.errors import UsageError
 
@@ -25,7 +16,7 @@ if TYPE_CHECKING:
     from loopmdm.analysis.measures.access import Access
 
 
-@app.command(epilog="Example: loopmdm sample markov-loop --steps 8")
+@app.command(rich_help_panel=LOOK, epilog="Example: loopmdm sample markov-loop --steps 8")
 @opens(text=False)
 def sample(
     model: Annotated[str, typer.Argument(help=MODEL, autocompletion=among(model_names))],

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loopmdm.analysis.cli.completion import among, measure_names, model_names
+from loopmdm.analysis.cli.printing import show
 from loopmdm.analysis.cli.shared import (
+    LOOK,
+    MEASURE,
     MODEL,
     app,
     check_out,
@@ -15,7 +18,6 @@ from loopmdm.analysis.cli.shared import (
     integers,
     interruptible,
     opens,
-    show,
 )
 from loopmdm.analysis.cli.waiting import working
 from loopmdm.model.errors import UsageError, check_count, unknown_name
@@ -27,7 +29,9 @@ if TYPE_CHECKING:
     from loopmdm.analysis.measures.access import Access
 
 
-@app.command(epilog="Example: loopmdm measure mask-attention sudoku-loop --mask-ratios 0.5")
+@app.command(
+    rich_help_panel=MEASURE, epilog="Example: loopmdm measure mask-attention sudoku-loop --mask-ratios 0.5"
+)
 @opens(changes="the measure's own option, or one of somebody else's model; n_thresholds=10")
 def measure(
     name: Annotated[
@@ -102,7 +106,7 @@ def _part(
     show(["shard", "batches", "out"], [(f"{shard[0]}/{shard[1]}", len(part), out)])
 
 
-@app.command(epilog="Example: loopmdm merge part-*.parquet --out table.parquet")
+@app.command(rich_help_panel=MEASURE, epilog="Example: loopmdm merge part-*.parquet --out table.parquet")
 def merge(
     parts: Annotated[list[Path], typer.Argument(help="what `loopmdm measure .. --shard I/N --out` wrote, all N")],
     out: Annotated[Path | None, typer.Option(help="also write a parquet file")] = None,
@@ -164,7 +168,11 @@ def _share(word: str) -> float:
         raise UsageError(f"--mask-ratios takes shares such as 0.25,0.5; got {word!r:.80}") from None
 
 
-@app.command("training-free", epilog="Example: loopmdm training-free sudoku-base --blocks 1:1 --n 32")
+@app.command(
+    "training-free",
+    rich_help_panel=MEASURE,
+    epilog="Example: loopmdm training-free sudoku-base --blocks 1:1 --n 32",
+)
 @opens()
 def training_free(
     model: Annotated[str, typer.Argument(help=MODEL, autocompletion=among(model_names))],
@@ -192,7 +200,7 @@ def _block(word: str) -> tuple[int, int]:
     return integer(first, "--blocks", "1:2"), integer(size, "--blocks", "1:2")
 
 
-@app.command(epilog="Example: loopmdm claims placement")
+@app.command(rich_help_panel=LOOK, epilog="Example: loopmdm claims placement")
 def claims(
     name: Annotated[str, typer.Argument(help="one claim: with its estimand, gate, margin and falsifier")] = "",
     seeds: Annotated[str, typer.Option(help="only claims decided over at least so many seeds")] = "",
@@ -216,7 +224,7 @@ def claims(
     if seeds:
         fewest = frame["n_against"].where(frame["n_against"] > 0, frame["n_seeds"])
         frame = frame[frame["n_seeds"].clip(upper=fewest) >= least]
-    columns = ["claim", "task", "verdict", "estimate", "low", "high", "unit", "margin", "direction", "p_holm",
+    columns = ["claim", "task", "verdict", "estimate", "unit", "low", "high", "margin", "direction", "p_holm",
                "n_seeds", "n_against", "figure", "why", "text"]  # fmt: skip
     show(columns, frame[columns].itertuples(index=False))
 

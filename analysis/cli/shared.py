@@ -1,27 +1,46 @@
 """What the commands share: the app, printing, interruption, options."""
 
-import csv
-import io
-import math
 import os
-import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
-from rich.console import Console
-from rich.table import Table as RichTable
+import typer.core
 
 import loopmdm
 from loopmdm.model.errors import Stopped, UsageError
 from loopmdm.model.files import check_target, toml_value
 
+LOOK, MEASURE, TRAIN, MAINTAIN = "Look", "Measure", "Train", "Maintain"
+
+
+class Grouped(typer.core.TyperGroup):
+    """Commands in `--help` by what one wants to do, each with its whole first sentence."""
+
+    def groups(self) -> dict[str, list[str]]:
+        """Names of the commands by group, in the order of the work."""
+        found: dict[str, list[str]] = {group: [] for group in (LOOK, MEASURE, TRAIN, MAINTAIN)}
+        for name, command in self.commands.items():
+            if not command.hidden:
+                found[getattr(command, "rich_help_panel", "")].append(name)
+        return found
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """Write a section for each group."""
+        widest = max(map(len, self.commands))
+        for group, names in self.groups().items():
+            rows = [(name.ljust(widest), self.commands[name].get_short_help_str(limit=200)) for name in names]
+            with formatter.section(group):
+                formatter.write_dl(rows)
+
+
 app = typer.Typer(
+    cls=Grouped,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -69,38 +88,6 @@ def interruptible(message: str) -> Iterator[None]:
         raise Interrupted(message, 143) from None
     except Stopped as error:
         raise Interrupted(str(error), 143) from None
-
-
-def show(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print records: aligned on a terminal, TSV in a pipe."""
-    cells = [[cell(value) for value in row] for row in rows]
-    if not sys.stdout.isatty():
-        print(tsv([columns, *cells]), end="")
-        return
-    table = RichTable(box=None, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in cells:
-        table.add_row(*row)
-    Console().print(table)
-
-
-def tsv(rows: Iterable[Sequence[Any]]) -> str:
-    """Records as TSV, one a line; a field that holds quotes is quoted, as pandas and spreadsheets read it."""
-    text = io.StringIO()
-    csv.writer(text, delimiter="\t", lineterminator="\n").writerows(map(cell, row) for row in rows)
-    return text.getvalue()
-
-
-def cell(value: Any) -> str:
-    """A value as one field of a line."""
-    if isinstance(value, float):
-        return "nan" if math.isnan(value) else f"{value:.6g}"
-    return CONTROL.sub(" ", str(value))
-
-
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-"""What breaks lines and fields, or a terminal."""
 
 
 def integer(word: str, option: str = "--n-loops", example: str = "1,2,4") -> int:

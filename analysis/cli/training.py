@@ -5,11 +5,12 @@ from typing import Annotated, Any
 
 import typer
 
-from loopmdm.analysis.cli.shared import app, interruptible, show, values
+from loopmdm.analysis.cli.printing import show
+from loopmdm.analysis.cli.shared import MAINTAIN, TRAIN, app, interruptible, values
 from loopmdm.analysis.cli.waiting import progress_bar
 
 
-@app.command(epilog="Example: loopmdm train smoke")
+@app.command(rich_help_panel=TRAIN, epilog="Example: loopmdm train smoke")
 def train(
     spec: Annotated[Path, typer.Argument(help="TOML spec, or the name of a shipped one, such as smoke")],
     out: Annotated[Path | None, typer.Option(help="run folder; default runs/NAME")] = None,
@@ -51,7 +52,7 @@ def train(
         print(folder)
 
 
-@app.command(epilog="Example: loopmdm ship runs/smoke")
+@app.command(rich_help_panel=MAINTAIN, epilog="Example: loopmdm ship runs/smoke")
 def ship(
     run: Annotated[Path, typer.Argument(help="finished run folder, such as runs/sudoku-loop")],
     record_only: Annotated[bool, typer.Option(help="keep curve and measurements, not the weights")] = False,

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from loopmdm.analysis import attention_across_loops, read_loops
-from loopmdm.analysis.cli.shared import show, tsv
+from loopmdm.analysis.cli.printing import show, tsv
 from loopmdm.analysis.exhibits import FIGURES
 from loopmdm.analysis.measures import measure
 from loopmdm.analysis.numbers.frames import value_hash

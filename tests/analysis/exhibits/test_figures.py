@@ -8,7 +8,7 @@ import pytest
 from loopmdm.analysis import exhibits as figures
 from loopmdm.analysis.cli.figures import figures as draw
 from loopmdm.analysis.cli.science import claims
-from loopmdm.analysis.exhibits import gallery, tables
+from loopmdm.analysis.exhibits import gallery, registry, tables
 from loopmdm.analysis.numbers import frames
 from loopmdm.analysis.plots.style import LETTERS, panels_of
 from loopmdm.model.errors import UsageError
@@ -184,3 +184,23 @@ def test_damaged_and_outdated_tables_are_refused(tmp_path):
     changed.to_parquet(path)
     with pytest.raises(UsageError, match="recorded hash"):
         frames.read_table(path)
+
+
+def test_only_a_picture_of_this_commit_and_these_tables_counts_as_drawn(monkeypatch, tmp_path):
+    figure = figures.FIGURES["sudoku-solve-rate"]
+    monkeypatch.setattr(registry, "commit", lambda: "0123abc")
+    assert not figure.is_drawn(tmp_path)
+    figure.draw(tmp_path)
+    assert figure.is_drawn(tmp_path)
+    sidecar, whole = tmp_path / "sudoku-solve-rate.json", (tmp_path / "sudoku-solve-rate.json").read_text()
+    told = json.loads(whole)
+    for damaged in ("{", "[]", json.dumps(told | {"tables": dict.fromkeys(told["tables"], "0")})):
+        sidecar.write_text(damaged)
+        assert not figure.is_drawn(tmp_path)
+    sidecar.write_text(whole)
+    for now in ("4567def", "0123abc+"):  # another commit, one with changes
+        monkeypatch.setattr(registry, "commit", lambda now=now: now)
+        assert not figure.is_drawn(tmp_path)
+    monkeypatch.setattr(registry, "commit", lambda: "0123abc")
+    (tmp_path / "sudoku-solve-rate.svg").unlink()
+    assert not figure.is_drawn(tmp_path)
