@@ -76,6 +76,15 @@ def named() -> HookedLoopMDM:
     return m
 
 
+def check_accessible(page) -> None:
+    """What axe-core finds is at most minor, with everything unfolded."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    found = Axe().run(page).response["violations"]
+    assert [(one["id"], one["nodes"][0]["html"][:120]) for one in found if one["impact"] != "minor"] == []
+
+
 @pytest.fixture
 def run(named, batch):
     tokens = batch.rows(slice(0, 1))
@@ -211,6 +220,10 @@ def test_n_loops_bounds_the_loops_and_changes_the_coda_only(page):
     assert len(answers) > 1
 
 
+def test_axe_finds_no_fault_in_an_explorer(page):
+    check_accessible(page)
+
+
 def test_swapping_turns_the_difference_around(page):
     choose(page, "a", layer=1, head=0)
     choose(page, "b", layer=2, head=1)
@@ -251,7 +264,7 @@ def test_the_read_out_is_that_of_read_loops(page, named, run):
     assert correct == frame["correct"].tolist()
 
 
-@pytest.mark.parametrize("width", [1280, 800])
+@pytest.mark.parametrize("width", [1280, 800, 400])
 @pytest.mark.parametrize("model", ["sudoku-loop", "sotu-loop"])
 def test_nothing_overlaps_or_leaves_the_page(visit, width, model):
     m = HookedLoopMDM.from_pretrained(model)
@@ -259,7 +272,8 @@ def test_nothing_overlaps_or_leaves_the_page(visit, width, model):
     page = visit(explore(m.run_with_cache(b.tokens, n_loops=12)[1], clean=b).html, width)
     assert page.evaluate("document.scrollingElement.scrollWidth") <= width
     boxes = page.evaluate(
-        """() => ["a-map", "a-tokens", "b-map", "b-tokens", "d-map", "d-tokens", "readout"].map((id) => {
+        """() => ["numbers", "a-row", "a-map", "a-tokens", "b-map", "b-tokens", "d-map", "d-tokens",
+                "readout"].map((id) => {
             const box = document.getElementById(id).getBoundingClientRect();
             return [box.left, box.top, box.right, box.bottom, id];
         })"""
@@ -289,7 +303,10 @@ def test_the_report_opens_and_every_model_can_be_chosen(visit, monkeypatch):
     few = ("sudoku-solve-rate", "mask-to-mask-by-loop")
     monkeypatch.setattr(report, "by_theme", lambda: {"few": [report.EXHIBITS[name] for name in few]})
     page = visit(report.report(), 800)
-    assert page.locator("figure img").evaluate_all("all => all.every((i) => i.complete && i.naturalWidth > 300)")
+    check_accessible(page)
+    assert page.locator(".thumbs a").count() == page.locator("figure").count() == len(few)
+    whole = "all => all.every((i) => i.complete && i.naturalWidth > 200)"
+    assert page.locator("figure img, .thumbs img").evaluate_all(whole)
     assert page.evaluate("document.scrollingElement.scrollWidth") <= 800
     seen = set()
     for index in range(page.locator("#input option").count()):

@@ -229,7 +229,7 @@ def test_the_report_holds_every_claim_and_figure_in_one_small_file(tmp_path):
     assert page.count('<span class="verdict ') == len(table)
     for why in table["why"][table["verdict"].isin(["undecided", "not testable here"])]:
         assert why in said
-    pictures = re.findall(r'<img src="data:image/png[^"]+" width="\d+" height="\d+" alt="([^"]+)"', page)
+    pictures = re.findall(r'<img src="data:image/webp[^"]+" width="\d+" height="\d+" alt="([^"]+)"', page)
     for alt, figure in zip(pictures, chain(*figures.by_theme().values()), strict=True):
         assert html.unescape(alt).startswith(f"{figure.finding}. "), figure.name
     assert not re.search(r'(src|href)="(?!data:|#)', page)
