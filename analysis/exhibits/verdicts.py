@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from loopmdm.analysis.exhibits import tables
 from loopmdm.analysis.exhibits.answers import Answer, Gate, NotRun
 from loopmdm.analysis.exhibits.declared import is_confirmed
 from loopmdm.analysis.exhibits.registry import EXHIBITS, Reading
@@ -105,7 +106,8 @@ def claims_table() -> pd.DataFrame:
     Columns: claim task verdict estimate low high unit margin direction p p_holm n_seeds n_against n figure why
     text. `why` is what the gate or the comparison gave, or what would decide what is undecided.
     """
-    rows = [_row(claim, task) for claim in load_claims() for task in claim.tasks]
+    with tables.read_once():
+        rows = [_row(claim, task) for claim in load_claims() for task in claim.tasks]
     df = pd.DataFrame(rows)
     tested = df["p"].where(~df["verdict"].isin([UNTESTABLE, NOT_RUN]))
     return df.assign(p_holm=holm(tested.to_numpy(dtype=float)))[COLUMNS]

@@ -6,7 +6,9 @@ a query over a `Zoo` that is handed in, by default what is shipped now.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -117,9 +119,30 @@ def table(name: str) -> Table:
     return TABLES[name]
 
 
+_READ: ContextVar[dict[str, pd.DataFrame] | None] = ContextVar("_READ", default=None)
+
+
+@contextmanager
+def read_once() -> Iterator[None]:
+    """Within, each table is read, and held against the shipped models, once: for what reads the same often."""
+    token = _READ.set({} if _READ.get() is None else _READ.get())
+    try:
+        yield
+    finally:
+        _READ.reset(token)
+
+
 def load(given: str | Table, zoo: Zoo | None = None) -> pd.DataFrame:
     """The stored table, by name or itself; a missing one is measured from the shipped models, and that is said."""
-    item, zoo = table(given) if isinstance(given, str) else given, Zoo.shipped() if zoo is None else zoo
+    known = _READ.get()
+    if known is None or zoo is not None or not isinstance(given, str):
+        return _load(table(given) if isinstance(given, str) else given, Zoo.shipped() if zoo is None else zoo)
+    if given not in known:
+        known[given] = _load(table(given), Zoo.shipped())
+    return known[given].copy()
+
+
+def _load(item: Table, zoo: Zoo) -> pd.DataFrame:
     folder = stored_in(item, zoo)
     if folder is None:
         folder = measured_folder()
