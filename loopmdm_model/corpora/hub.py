@@ -17,10 +17,10 @@ from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
 from loopmdm.model.corpora.index import Entry, words_of
-from loopmdm.model.corpora.shards import Prepared, Shards, Stream, prepared_folder, taken
+from loopmdm.model.corpora.shards import Prepared, Shards, Stream, prepared_folder
 from loopmdm.model.corpora.texts import Text, in_pieces, text_of
 from loopmdm.model.errors import UsageError
-from loopmdm.model.files import write_json
+from loopmdm.model.files import taken, write_json
 
 HUB = {
     "lm1b": ("billion-word-benchmark/lm1b", None),
@@ -65,7 +65,7 @@ def prepare(name: str, tokenizer: Tokenizer, limit: int) -> Prepared:
     shards = Shards(prepared_folder(EDITION, "hub", name, tokenizer.to_str()), tokenizer)
     found = _opened(name, shards, limit)
     if found is None:
-        with taken(shards.folder):
+        with taken(shards.folder, "tokenised into"):
             found = _opened(name, shards, limit)  # another process may have prepared it meanwhile
             if found is None:
                 _continue(name, shards, limit)

@@ -21,20 +21,11 @@ from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
 from loopmdm.model.corpora import index as entries
-from loopmdm.model.corpora.shards import (
-    Prepared,
-    Shards,
-    Stream,
-    is_sealed,
-    prepared_folder,
-    save_array,
-    seal,
-    taken,
-)
+from loopmdm.model.corpora.shards import Prepared, Shards, Stream, is_sealed, prepared_folder, save_array, seal
 from loopmdm.model.corpora.texts import KINDS, PACKED, Text, name_of, read_all
 from loopmdm.model.corpora.tokenizer import load_tokenizer, train_bpe
 from loopmdm.model.errors import UsageError
-from loopmdm.model.files import is_file, is_folder, read_json, write_atomic, write_json
+from loopmdm.model.files import is_file, is_folder, read_json, taken, write_atomic, write_json
 
 FILES = "files:"
 EDITION = 1
@@ -100,7 +91,7 @@ def prepare(name: str, tokenizer: Tokenizer) -> Prepared:
     found = _opened(shards, files, state)
     if found is not None:
         return found
-    with taken(folder):
+    with taken(folder, "tokenised into"):
         found = _opened(shards, files, state)  # another process may have prepared it meanwhile
         if found is None and not _only_touched(shards, files, state):
             _tokenise(shards, files, state)
@@ -221,7 +212,7 @@ def make_tokenizer(name: str, d_vocab: int) -> Tokenizer:
     files = OwnFiles(name)
     path = prepared_folder(EDITION, "bpe", json.dumps(files.state()), d_vocab) / "tokenizer.json"
     if not path.is_file():
-        with taken(path.parent):
+        with taken(path.parent, "tokenised into"):
             if not path.is_file():
                 made = train_bpe(_sample(files), d_vocab)
                 write_atomic(path, lambda temporary: made.save(str(temporary)))

@@ -5,13 +5,11 @@ Shard `00017.ids` holds the ids of documents one after the other, [EOS] after ea
 What was written before a kill is kept; the next document is the one behind the last of the last shard.
 """
 
-import errno
 import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -24,7 +22,7 @@ from loopmdm.model.corpora.index import ENTRY, Entry, Look
 from loopmdm.model.corpora.texts import Text
 from loopmdm.model.corpora.tokenizer import encode_texts, end_of_text
 from loopmdm.model.errors import UsageError
-from loopmdm.model.files import clear_partial, lock_folder, sha256, write_atomic, write_json
+from loopmdm.model.files import clear_partial, sha256, write_atomic, write_json
 from loopmdm.model.places import cache_folder
 
 SHARD = 2**24
@@ -285,25 +283,3 @@ def reads_in_pieces(tokenizer: Tokenizer) -> bool:
     specials = all(token["special"] for token in told["added_tokens"])
     wanted = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     return plain and specials and all(splits.get(key) == value for key, value in wanted.items())
-
-
-@contextmanager
-def taken(folder: Path) -> Iterator[None]:
-    """A folder of the cache for this process, waiting for another one; OSError names the remedy if it is full."""
-    try:
-        lock = lock_folder(folder, "tokenised into", wait=True)
-    except OSError as error:
-        raise OSError(
-            f"cannot write into the cache {folder} ({error.strerror or error}); "
-            "set LOOPMDM_CACHE to a folder that can be written to"
-        ) from None
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise OSError(
-            f"no space left in {cache_folder()}; free some or set LOOPMDM_CACHE; finished shards are kept"
-        ) from None
-    finally:
-        lock.release()
