@@ -1,5 +1,6 @@
 """Corpora tokenised into shards: the same ids as those of the texts read whole, whatever happens on the way."""
 
+import codecs
 import errno
 import gzip
 import itertools
@@ -258,6 +259,8 @@ def test_a_copied_cache_is_hashed_once(folder, tokenizer, cache, monkeypatch):
         ("x.jsonl", b'{"text": "' + b"a b" * 200 + b'"}\n', r"x\.jsonl line 1 has more than 0 MiB"),
         ("x.txt", b"a" * 500 + b" b", r"x\.txt has 448 characters without the end of a word"),
         ("x.txt", b"plain " * 60 + b"caf\xe9", r"x\.txt is not UTF-8 text \(byte 363\)"),
+        ("x.txt", codecs.BOM_UTF8 + b"caf\xe9 is", r"x\.txt is not UTF-8 text \(byte 6\)"),
+        ("x.txt", codecs.BOM_UTF8 + b"plain " * 60 + b"caf\xe9", r"x\.txt is not UTF-8 text \(byte 366\)"),
         ("x.txt.gz", gzip.compress(b"text " * 99, mtime=0)[:-9], r"x\.txt\.gz is damaged"),
         ("x.txt.gz", b"no gzip", r"x\.txt\.gz is damaged"),
         ("x.txt.zst", b"no zstandard", r"x\.txt\.zst is damaged"),
