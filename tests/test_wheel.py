@@ -176,7 +176,7 @@ REFUSED = (
     (["models", "fetch", "markov-loop"], "no address of a release archive is known; give"),
     (["models", "fetch", "markov-lop", "--from", "x"], "did you mean markov-loop"),
     (["models", "fetch", "markov-loop", "--from", "nowhere.tar.gz"], "no folder or archive 'nowhere.tar.gz'"),
-    (["train", "smok", "--dry-run"], "did you mean smoke?"),
+    (["train", "smok", "--dry-run"], "did you mean smoke"),
     (["gallery"], "no checkout"),
 )
 IN_ONE = """
