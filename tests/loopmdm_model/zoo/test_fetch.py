@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -135,18 +136,20 @@ def test_a_file_that_was_changed_while_its_run_was_not_whole_comes_again(release
 
 
 HOLD = (
-    "import sys, time; from pathlib import Path; from loopmdm.model.files import lock_folder\n"
-    "lock = lock_folder(Path(sys.argv[1]), 'fetched into'); print('held', flush=True); time.sleep(0.5)"
+    "import sys; from pathlib import Path; from loopmdm.model.files import lock_folder\n"
+    "lock = lock_folder(Path(sys.argv[1]), 'fetched into'); print('held', flush=True); sys.stdin.read()"
 )
 
 
-def test_a_fetch_waits_for_another_one(release, tmp_path):
-    command = [sys.executable, "-c", HOLD, str(tmp_path / "cache" / "models")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+def test_a_fetch_waits_for_another_one(release, tmp_path, monkeypatch):
+    command, said = [sys.executable, "-c", HOLD, str(tmp_path / "cache" / "models")], []
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as holder, warnings.catch_warnings():
         assert holder.stdout.readline() == "held\n"
-        with pytest.warns(UserWarning, match="being fetched into by another process; waiting for it"):
-            fetch_models(["one"], str(release))
-    assert list_models() == ["one"]
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", lambda what, *_: said.append(what) or holder.stdin.close())
+        fetch_models(["one"], str(release))
+    assert "being fetched into by another process; waiting for it" in str(*said) and list_models() == ["one"]
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"short")])
