@@ -4,7 +4,7 @@ It checks that the tree is clean and the versions agree, builds the wheel from t
 zoo (weights, records, what was measured) with the hashes that the wheel has of them, heads the changelog's
 unreleased part with the version and the date, commits that and tags it. The files lie in dist/. Publishing is a
 step by hand: push the tag, upload both files. The archive's address stands in `RELEASE` of
-loopmdm_model/zoo/fetch.py, and has to be there before the wheel is built.
+loopmdm_model/zoo/fetch.py; while it is empty, a line says so, and who has the wheel gives the archive by --from.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from pathlib import Path
 UNRELEASED = "## Unreleased"
 MANIFEST = "loopmdm/model/zoo/manifest.json"
 ZOO = "loopmdm_model/zoo"
+ADDRESS = f"{ZOO}/fetch.py"
 LARGEST = 15
 """MB that a wheel may have."""
 
@@ -41,14 +42,19 @@ def git(root: Path, *words: str) -> str:
     return done.stdout
 
 
+def assigned(path: Path, name: str) -> str:
+    """What a module says that a name is, without importing it; empty if it does not."""
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return str(ast.literal_eval(node.value))
+    return ""
+
+
 def stated_versions(root: Path) -> dict[str, str]:
     """The version by file: loopmdm/__init__.py, from which pyproject.toml takes it, and the citation."""
-    told = {}
-    for node in ast.parse((root / "loopmdm" / "__init__.py").read_text("utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__":
-            told["loopmdm/__init__.py"] = str(ast.literal_eval(node.value))
+    told = assigned(root / "loopmdm" / "__init__.py", "__version__") or "nothing"
     cited = re.search(r"^version: (.*)$", (root / "CITATION.cff").read_text("utf-8"), re.M)
-    return told | {"CITATION.cff": cited[1].strip("\"' ") if cited else "nothing"}
+    return {"loopmdm/__init__.py": told, "CITATION.cff": cited[1].strip("\"' ") if cited else "nothing"}
 
 
 def check(root: Path, version: str) -> str:
@@ -123,13 +129,16 @@ def make(root: Path, version: str, changelog: str) -> list[Path]:
         built = [wheel, pack(source, wheel, version, made)]
         (root / "dist").mkdir(exist_ok=True)
         path, before = root / "CHANGELOG.md", (root / "CHANGELOG.md").read_text("utf-8")
+        head = git(root, "rev-parse", "HEAD").strip()
         try:
             path.write_text(changelog, "utf-8")
             git(root, "commit", "--quiet", "--message", f"Version {version}", "CHANGELOG.md")
-        except Refused:
+            git(root, "tag", "--annotate", f"v{version}", "--message", f"Version {version}")
+        except (Refused, OSError):
+            git(root, "reset", "--quiet", "--soft", head)
             path.write_text(before, "utf-8")
+            git(root, "reset", "--quiet", "CHANGELOG.md")
             raise
-        git(root, "tag", "--annotate", f"v{version}", "--message", f"Version {version}")
         return [Path(shutil.move(file, root / "dist" / file.name)) for file in built]
 
 
@@ -141,6 +150,8 @@ def main() -> int:
     given, root = asked.parse_args(), Path(__file__).resolve().parent
     try:
         changelog = check(root, given.version)
+        if not assigned(root / ADDRESS, "RELEASE"):
+            print(f"warning: no download address is built in; `RELEASE` of {ADDRESS} is empty", file=sys.stderr)
         if given.dry_run:
             print(f"the tree is clean, all files say {given.version}, the changelog has an unreleased part")
             head = git(root, "rev-parse", "--short", "HEAD").strip()

@@ -3,10 +3,9 @@
 Names are loaded on first use, so that drawing from tables does not load the models.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from loopmdm.folders import hand_over, moved
+from loopmdm.folders import hand_over, named
 
 hand_over(__name__)
 
@@ -127,15 +126,9 @@ _HOMES = {
     "untrained": "loopmdm.analysis.measures.twins",
 }
 
-_MODULES = {"figures": "loopmdm.analysis.exhibits", "tables": "loopmdm.analysis.exhibits.tables"}
-
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(_MODULES[name])
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    return moved(__name__, name)
+    return named(__name__, _HOMES, name)  # `figures` and `tables`, too: modules that have moved
 
 
 def __dir__() -> list[str]:

@@ -8,7 +8,6 @@ their outputs in docs/_build/cache until they change. Nothing is fetched.
 import argparse
 import importlib
 import inspect
-import os
 import pkgutil
 import re
 import shutil
@@ -23,6 +22,7 @@ SOURCE, HTML, CACHE = BUILD / "source", BUILD / "html", BUILD / "cache"
 PARTS = {"loopmdm.model": "Models", "loopmdm.analysis": "Analysis"}
 BORROWED = {
     "figures/PIPELINE.md": "guides/pipeline.md",
+    "figures/README.md": "figures.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
 }
@@ -38,7 +38,6 @@ def gather() -> None:
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
         shutil.copy(notebook, SOURCE / "chapters")
     shutil.copytree(ROOT / "figures" / "gallery", SOURCE / "gallery")
-    (SOURCE / "figures.md").write_text((ROOT / "figures" / "README.md").read_text("utf-8"), "utf-8")
 
 
 def modules(part: str) -> list[ModuleType]:
@@ -130,7 +129,7 @@ def main() -> int:
     commands()
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-j", "2", "-b", "html"]
     command += ["-D", f"nb_execution_mode={'cache' if run else 'off'}", "-D", f"nb_execution_cache_path={CACHE}"]
-    return subprocess.run([*command, SOURCE, HTML], env=os.environ | {"LOOPMDM_DOCS": "1"}, check=False).returncode
+    return subprocess.run([*command, SOURCE, HTML], check=False).returncode
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ OUT, OF = str(options["out"]), int(options["shards"])
 PARTS = f"{OUT}.parts"
 ASKED = shlex.join(["measure", str(options["measure"]), str(options["model"]), *shlex.split(str(options["options"]))])
 SETUP = f"{options['setup'].rstrip('; ')}; " if options["setup"].strip() else ""
-RUN = f"{SETUP}OMP_NUM_THREADS={{threads}} {options['loopmdm']} {{params.command}} > {{log}} 2>&1"
+RUN = f"{SETUP}OMP_NUM_THREADS={{threads}} {options['loopmdm']} {{params.command}} > {{log:q}} 2>&1"
 
 
 localrules:

@@ -8,7 +8,7 @@ user's own with such a name is none of ours and is left alone.
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from importlib.abc import InspectLoader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -202,9 +202,16 @@ def hand_over(folder: str) -> None:
         sys.modules[folder] = import_module(FOLDERS[folder])
 
 
-def moved(package: str, name: str) -> ModuleType:
-    """The module that lay in `package` as `name`, for scripts that know it there; AttributeError if none did."""
-    folders = [folder for folder, new in FOLDERS.items() if new == package]
-    if folders and f"{folders[0]}.{name}" in MOVED:
-        return import_module(MOVED[f"{folders[0]}.{name}"])
+def named(package: str, homes: Mapping[str, str], name: str) -> Any:
+    """What a part gives by a name on first use: of the module in `homes`, or a module of its own.
+
+    A script may also know a module there that has moved; AttributeError for all else.
+    """
+    if name in homes:
+        return getattr(import_module(homes[name]), name)
+    if not name.startswith("_") and _found(f"{package}.{name}") is not None:
+        return import_module(f"{package}.{name}")
+    old = next((f"{folder}.{name}" for folder, new in FOLDERS.items() if new == package), "")
+    if old in MOVED:
+        return import_module(MOVED[old])
     raise AttributeError(f"module {package!r} has no attribute {name!r}")

@@ -3,11 +3,9 @@
 Names are loaded on first use: what lists names needs no torch, and `HookedLoopMDM` alone needs TransformerLens.
 """
 
-from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from loopmdm.folders import hand_over, moved
+from loopmdm.folders import hand_over, named
 
 hand_over(__name__)
 
@@ -114,11 +112,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
-        return import_module(f"{__name__}.{name}")
-    return moved(__name__, name)
+    return named(__name__, _HOMES, name)
 
 
 def __dir__() -> list[str]:

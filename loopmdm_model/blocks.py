@@ -67,7 +67,3 @@ class RowLogits:
         """A number a position, made block by block."""
         parts = [make(span, logits) for span, logits in self]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def all(self) -> Float[Tensor, "row d_vocab"]:
-        """All of them at once."""
-        return torch.cat([self[span] for span in self.spans]) if self.whole is None else self.whole

@@ -1,5 +1,6 @@
 """Files that are whole or not there, and folders that one process works in at a time."""
 
+import errno
 import hashlib
 import json
 import os
@@ -9,7 +10,8 @@ import socket
 import stat
 import tomllib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -115,6 +117,29 @@ def lock_folder(folder: Path, what: str, wait: bool = False) -> BaseFileLock:
             f"{folder} is being {what} by another process; wait for it or give another --out"
         ) from None
     return lock
+
+
+@contextmanager
+def taken(folder: Path, doing: str) -> Iterator[None]:
+    """A folder of the cache for this process, waiting for another one; OSError names the remedy if it is full.
+
+    `doing` says what is done there, as "tokenised into".
+    """
+    try:
+        lock = lock_folder(folder, doing, wait=True)
+    except OSError as error:
+        raise OSError(
+            f"cannot write into the cache {folder} ({error.strerror or error}); "
+            "set LOOPMDM_CACHE to a folder that can be written to"
+        ) from None
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(f"no space left in {folder}; free some or set LOOPMDM_CACHE") from None
+    finally:
+        lock.release()
 
 
 def write_json(path: Path, value: Any) -> None:

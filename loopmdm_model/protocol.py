@@ -224,20 +224,21 @@ class Core(nn.Module):
             not isinstance(rows, Tensor) or rows.dtype != torch.bool or rows.shape != tokens.shape
         ):
             raise UsageError(f"rows must be boolean with one entry per token, {list(tokens.shape)}")
+        if into is not None and rows is None:
+            raise UsageError("into makes something of the logits at rows=; give these, too")
         x = self.prelude(tokens, context, taps)
         done = iterate(self, x, context, rule, taps, on_loop)
-        after = done.after_coda
-        if after is not None and not self._heard(taps):  # the rule has been there already
-            if into is not None and rows is not None:
-                logits = into(
-                    RowLogits.of(lambda some: self.unembedding(after, rows=some), rows, self.cfg.d_vocab)
-                )
-            else:
-                logits = self.unembedding(after, rows=rows)
-        elif into is not None and rows is not None:
-            logits = into(self.read(done.state, context, taps, rows=rows))
-        else:
+        after = None if self._heard(taps) else done.after_coda  # the rule may have been there already
+        if into is not None and rows is not None:
+            logits = into(
+                self.read(done.state, context, taps, rows=rows)
+                if after is None
+                else RowLogits.of(lambda some: self.unembedding(after, rows=some), rows, self.cfg.d_vocab)
+            )
+        elif after is None:
             logits = self.readout(done.state, context, taps, rows=rows)
+        else:
+            logits = self.unembedding(after, rows=rows)
         cost = done.flops + self._ends_flops(tokens, rows, coda=done.after_coda is None)
         return LoopOutput(logits, done.loops_used, done.criterion, cost, done.token_loops)
 
@@ -314,7 +315,7 @@ class Core(nn.Module):
         if taps("") not in (NO_TAP, EXPLICIT_TAP) or int(rows.sum()) * self.cfg.d_vocab <= blocks.BLOCK:
             return RowLogits(rows, self.cfg.d_vocab, self.readout(state, context, taps, rows=rows))
         x = self.coda(state, context, taps, rows=None if self._heard(taps) else rows)
-        return RowLogits.of(lambda some: self.unembedding(x, rows=some), rows, self.cfg.d_vocab)
+        return RowLogits(rows, self.cfg.d_vocab, None, lambda some: self.unembedding(x, rows=some))
 
     def _heard(self, taps: TapSource) -> bool:
         """Whether anybody listens to the coda or to what follows it."""

@@ -131,9 +131,8 @@ class _Rows:
         In a measure by shards, `work` may have been done elsewhere (`work.py`): it must hang on nothing but its
         rows and what all shards are asked alike, and give numbers, words, arrays and tensors only.
         """
-        n = len(self) if self.place is None else self.place.n
-        for start, part in self.batches(batch_size):
-            part = replace(cast(Any, part), place=Place(self.first + start, n))
+        whole = self if self.place is not None else replace(cast(Any, self), place=Place(0, len(self)))
+        for start, part in whole.batches(batch_size):
             yield slice(start, start + len(part)), part, done(part, work)
 
 

@@ -16,9 +16,11 @@ import pytest
 import loopmdm
 import release
 from loopmdm.analysis.exhibits import EXHIBITS
+from loopmdm.model.zoo import fetch
 
 ROOT = Path(__file__).parents[1]
 VERSION = "9.9.9"
+UNADDRESSED = "warning: no download address is built in"
 TOUR = {"sotu-base", "sotu-loop", "sudoku-base", "sudoku-loop", "sudoku-loop-s4"}
 pytestmark = [pytest.mark.weights, pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no git repository")]
 
@@ -26,6 +28,12 @@ pytestmark = [pytest.mark.weights, pytest.mark.skipif(not (ROOT / ".git").exists
 def git(root: Path, *words: str) -> str:
     who = ["-c", "user.name=x", "-c", "user.email=x@x", "-c", "core.hooksPath=/dev/null"]
     return subprocess.run(["git", *who, *words], cwd=root, capture_output=True, text=True, check=True).stdout
+
+
+def configure(root: Path) -> None:
+    """For commits that are not made by `git` above."""
+    for key, value in (("user.name", "x"), ("user.email", "x@x"), ("core.hooksPath", "/dev/null")):
+        git(root, "config", key, value)
 
 
 def clone(root: Path) -> Path:
@@ -39,8 +47,7 @@ def clone(root: Path) -> Path:
     for name in ("loopmdm/__init__.py", "CITATION.cff"):
         (root / name).write_text((root / name).read_text().replace(loopmdm.__version__, VERSION))
     (root / "CHANGELOG.md").write_text("# Changelog\n\n## Unreleased\n\n- A change.\n\n## 0.1.0\n\nFirst.\n")
-    for key, value in (("user.name", "x"), ("user.email", "x@x"), ("core.hooksPath", "/dev/null")):
-        git(root, "config", key, value)
+    configure(root)
     git(root, "add", "-A")
     git(root, "commit", "--quiet", "-m", "As it is")
     return root
@@ -57,9 +64,11 @@ def released(tmp_path_factory):
     """A clone in which a release was made, after a dry run that changed nothing."""
     root = clone(tmp_path_factory.mktemp("release") / "clone")
     before = git(root, "log", "--all", "--oneline"), sorted(path.name for path in root.iterdir())
-    assert "nothing was done" in run_release(root, VERSION, "--dry-run")
+    said = run_release(root, VERSION, "--dry-run")
+    assert "nothing was done" in said and said.count(UNADDRESSED) == (not fetch.RELEASE)
     assert before == (git(root, "log", "--all", "--oneline"), sorted(path.name for path in root.iterdir()))
-    assert f"tagged v{VERSION}" in run_release(root, VERSION)
+    said = run_release(root, VERSION)
+    assert f"tagged v{VERSION}" in said and said.count(UNADDRESSED) == (not fetch.RELEASE)
     return root
 
 
@@ -107,6 +116,20 @@ def test_a_release_is_a_commit_a_tag_and_two_files(released, wheel, archive):
     assert set(listed) == {name.removeprefix("loopmdm_model/zoo/") for name in shipped}
 
 
+def little_tree(root: Path) -> str:
+    """What a release looks at, committed."""
+    git(root, "init", "--quiet")
+    (root / "loopmdm").mkdir()
+    (root / "loopmdm/__init__.py").write_text(f'__version__ = "{VERSION}"\n')
+    (root / "CITATION.cff").write_text(f"version: {VERSION}\n")
+    (root / "LICENSE").write_text("MIT\n")
+    (root / "CHANGELOG.md").write_text("## Unreleased\n\n- A change.\n\n## 0.1.0\n\nFirst.\n")
+    configure(root)
+    git(root, "add", "-A")
+    git(root, "commit", "--quiet", "-m", "First")
+    return git(root, "rev-parse", "HEAD")
+
+
 @pytest.mark.parametrize(
     ("file", "old", "new", "says"),
     [
@@ -118,14 +141,7 @@ def test_a_release_is_a_commit_a_tag_and_two_files(released, wheel, archive):
     ],
 )
 def test_what_is_in_the_way_of_a_release_is_named(file, old, new, says, tmp_path):
-    git(tmp_path, "init", "--quiet")
-    (tmp_path / "loopmdm").mkdir()
-    (tmp_path / "loopmdm/__init__.py").write_text(f'__version__ = "{VERSION}"\n')
-    (tmp_path / "CITATION.cff").write_text(f"version: {VERSION}\n")
-    (tmp_path / "LICENSE").write_text("MIT\n")
-    (tmp_path / "CHANGELOG.md").write_text("## Unreleased\n\n- A change.\n\n## 0.1.0\n\nFirst.\n")
-    git(tmp_path, "add", "-A")
-    git(tmp_path, "commit", "--quiet", "-m", "First")
+    little_tree(tmp_path)
     assert f"## {VERSION} (" in release.check(tmp_path, VERSION)
     with pytest.raises(release.Refused, match="a version reads"):
         release.check(tmp_path, "9.9")
@@ -139,6 +155,16 @@ def test_what_is_in_the_way_of_a_release_is_named(file, old, new, says, tmp_path
         git(tmp_path, "commit", "--quiet", "-a", "-m", "Changed")
     with pytest.raises(release.Refused, match=says):
         release.check(tmp_path, VERSION)
+
+
+def test_a_release_without_its_tag_is_none(tmp_path, monkeypatch):
+    before = little_tree(tmp_path)
+    monkeypatch.setattr(release, "build_wheel", lambda source, made: shutil.copy(source / "LICENSE", made / "w"))
+    monkeypatch.setattr(release, "pack", lambda source, wheel, version, made: wheel)
+    git(tmp_path, "tag", f"v{VERSION}")  # by another process, after the check
+    with pytest.raises(release.Refused, match=r"git tag: .*already exists"):
+        release.make(tmp_path, VERSION, "## Unreleased\n\n## Released\n")
+    assert git(tmp_path, "rev-parse", "HEAD") == before and git(tmp_path, "status", "--porcelain") == ""
 
 
 def test_the_wheel_is_small_and_holds_the_study(wheel):
@@ -176,7 +202,7 @@ REFUSED = (
     (["models", "fetch", "markov-loop"], "no address of a release archive is known; give"),
     (["models", "fetch", "markov-lop", "--from", "x"], "did you mean markov-loop"),
     (["models", "fetch", "markov-loop", "--from", "nowhere.tar.gz"], "no folder or archive 'nowhere.tar.gz'"),
-    (["train", "smok", "--dry-run"], "did you mean smoke?"),
+    (["train", "smok", "--dry-run"], "did you mean smoke"),
     (["gallery"], "no checkout"),
 )
 IN_ONE = """

@@ -16,11 +16,11 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
-from loopmdm.model.corpora.index import Entry, words_of
-from loopmdm.model.corpora.shards import Prepared, Shards, Stream, prepared_folder, taken
+from loopmdm.model.corpora.index import Entry
+from loopmdm.model.corpora.shards import Prepared, Shards, Stream, known_of, prepared_folder
 from loopmdm.model.corpora.texts import Text, in_pieces, text_of
 from loopmdm.model.errors import UsageError
-from loopmdm.model.files import write_json
+from loopmdm.model.files import taken, write_json
 
 HUB = {
     "lm1b": ("billion-word-benchmark/lm1b", None),
@@ -65,7 +65,7 @@ def prepare(name: str, tokenizer: Tokenizer, limit: int) -> Prepared:
     shards = Shards(prepared_folder(EDITION, "hub", name, tokenizer.to_str()), tokenizer)
     found = _opened(name, shards, limit)
     if found is None:
-        with taken(shards.folder):
+        with taken(shards.folder, "tokenised into"):
             found = _opened(name, shards, limit)  # another process may have prepared it meanwhile
             if found is None:
                 _continue(name, shards, limit)
@@ -75,7 +75,7 @@ def prepare(name: str, tokenizer: Tokenizer, limit: int) -> Prepared:
 
 
 END = "end.json"
-"""There once the stream has ended."""
+"""There once the stream has ended; it says with how many shards."""
 
 
 def _opened(name: str, shards: Shards, limit: int) -> Prepared | None:
@@ -87,7 +87,7 @@ def _opened(name: str, shards: Shards, limit: int) -> Prepared | None:
     splits = {split: _positions(index, split) for split in HELD_OUT}
     trained = _positions(index, None)
     reached = int(np.searchsorted(np.cumsum(index["tokens"][trained]), limit))
-    ended = (shards.folder / END).is_file()
+    ended = known_of(shards.folder / END).get("shards") == count
     if ended and not all(map(len, splits.values())):
         few = next(split for split, found in splits.items() if not len(found))
         raise UsageError(f"{name} has too few documents to hold any out for {few}")
@@ -117,7 +117,7 @@ def _continue(name: str, shards: Shards, limit: int) -> None:
     count = shards.count()
     if shards.was_written(count):
         warnings.warn(f"{shards.folder} is damaged; {name} is prepared again", stacklevel=3)
-        (shards.folder / END).unlink(missing_ok=True)
+    (shards.folder / END).unlink(missing_ok=True)
     shards.drop(count)
     index = shards.index(count)
     missing = {split for split in HELD_OUT if not len(_positions(index, split))}
@@ -138,7 +138,7 @@ def _continue(name: str, shards: Shards, limit: int) -> None:
 
         documents = (Text(0, row, in_pieces([text], name)) for row, text in _rows(name, first))
         if not shards.write(documents, enough):
-            write_json(shards.folder / END, {"corpus": name})
+            write_json(shards.folder / END, {"corpus": name, "shards": shards.count()})
 
 
 def texts(name: str) -> Iterator[str]:
@@ -158,11 +158,6 @@ def _rows(name: str, first: int = 0) -> Iterator[tuple[int, str]]:
         text = text_of(row, f"{name}: row {number}")
         if text.strip():
             yield number, text
-
-
-def split_of(text: str) -> str | None:
-    """The split that a text is held out for, if it is; blanks make no other text of it."""
-    return _held_out_for(int.from_bytes(hashlib.sha256(words_of(text).encode()).digest()[:8]))
 
 
 def _held_out_for(rank: int) -> str | None:

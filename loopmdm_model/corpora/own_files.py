@@ -25,16 +25,16 @@ from loopmdm.model.corpora.shards import (
     Prepared,
     Shards,
     Stream,
-    is_sealed,
+    are_sealed,
+    known_of,
     prepared_folder,
     save_array,
     seal,
-    taken,
 )
 from loopmdm.model.corpora.texts import KINDS, PACKED, Text, name_of, read_all
 from loopmdm.model.corpora.tokenizer import load_tokenizer, train_bpe
 from loopmdm.model.errors import UsageError
-from loopmdm.model.files import is_file, is_folder, read_json, write_atomic, write_json
+from loopmdm.model.files import is_file, is_folder, taken, write_atomic, write_json
 
 FILES = "files:"
 EDITION = 1
@@ -100,7 +100,7 @@ def prepare(name: str, tokenizer: Tokenizer) -> Prepared:
     found = _opened(shards, files, state)
     if found is not None:
         return found
-    with taken(folder):
+    with taken(folder, "tokenised into"):
         found = _opened(shards, files, state)  # another process may have prepared it meanwhile
         if found is None and not _only_touched(shards, files, state):
             _tokenise(shards, files, state)
@@ -114,22 +114,14 @@ PLACE = np.dtype([("start", "i8"), ("length", "i8"), ("file", "i4"), ("row", "i8
 """Where a document's ids begin in the shards, how many they are, and where its text stands."""
 
 
-def _about(folder: Path) -> dict[str, Any]:
-    """What is known of the preparation; empty if nothing is, or it is damaged."""
-    try:
-        found = read_json(folder / ABOUT)
-    except (OSError, UsageError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _is_whole(shards: Shards, about: dict[str, Any]) -> bool:
-    return is_sealed(shards.folder / ORDER, about.get(ORDER)) and shards.count() == about.get("shards")
+    ordered = are_sealed(shards.folder / ABOUT, {ORDER: shards.folder / ORDER})
+    return ordered and shards.count() == about.get("shards")
 
 
 def _opened(shards: Shards, files: OwnFiles, state: State) -> Prepared | None:
     """The finished preparation of these very files; None if it is none, or damaged."""
-    about = _about(shards.folder)
+    about = known_of(shards.folder / ABOUT)
     if about.get("files") != state or not _is_whole(shards, about):
         return None
     places = np.load(shards.folder / ORDER, mmap_mode="r")
@@ -153,7 +145,7 @@ def _only_touched(shards: Shards, files: OwnFiles, state: State) -> bool:
 
     If so, that is written down. Files of other sizes are not read for it.
     """
-    about = _about(shards.folder)
+    about = known_of(shards.folder / ABOUT)
     sizes = [sorted(size for _, size, _ in known) for known in (about.get("files") or [], state)]
     if about.get("files") == state or sizes[0] != sizes[1] or not _is_whole(shards, about):
         return False
@@ -170,7 +162,7 @@ def _only_touched(shards: Shards, files: OwnFiles, state: State) -> bool:
 
 def _tokenise(shards: Shards, files: OwnFiles, state: State) -> None:
     """Tokenise the files, from where an earlier call was stopped unless they, or what it left, have changed."""
-    about, count = _about(shards.folder), shards.count()
+    about, count = known_of(shards.folder / ABOUT), shards.count()
     if about.get("files") != state:
         count = 0
         if about.get("files"):
@@ -221,7 +213,7 @@ def make_tokenizer(name: str, d_vocab: int) -> Tokenizer:
     files = OwnFiles(name)
     path = prepared_folder(EDITION, "bpe", json.dumps(files.state()), d_vocab) / "tokenizer.json"
     if not path.is_file():
-        with taken(path.parent):
+        with taken(path.parent, "tokenised into"):
             if not path.is_file():
                 made = train_bpe(_sample(files), d_vocab)
                 write_atomic(path, lambda temporary: made.save(str(temporary)))

@@ -5,13 +5,12 @@ Shard `00017.ids` holds the ids of documents one after the other, [EOS] after ea
 What was written before a kill is kept; the next document is the one behind the last of the last shard.
 """
 
-import errno
 import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -24,7 +23,7 @@ from loopmdm.model.corpora.index import ENTRY, Entry, Look
 from loopmdm.model.corpora.texts import Text
 from loopmdm.model.corpora.tokenizer import encode_texts, end_of_text
 from loopmdm.model.errors import UsageError
-from loopmdm.model.files import clear_partial, lock_folder, sha256, write_atomic, write_json
+from loopmdm.model.files import clear_partial, read_json, sha256, write_atomic, write_json
 from loopmdm.model.places import cache_folder
 
 SHARD = 2**24
@@ -121,15 +120,40 @@ def seal(path: Path) -> Seal:
     return {"bytes": status.st_size, "mtime": status.st_mtime_ns, "sha256": sha256(path)}
 
 
-def is_sealed(path: Path, kept: Any) -> bool:
-    """Whether a file is what it was: by size and time, and where only the time differs by its hash."""
+def are_sealed(record: Path, files: Mapping[str, Path]) -> bool:
+    """Whether files are what `record` keeps seals of: by size and time, and where only a time differs by the hash.
+
+    Other times are written down if they can be: files of a cache that was copied are hashed once.
+    """
+    kept = known_of(record)
+    now = {name: _as_it_was(path, kept.get(name)) for name, path in files.items()}
+    if None in now.values():
+        return False
+    if kept != kept | now:
+        with suppress(OSError):
+            write_json(record, kept | now)
+    return True
+
+
+def _as_it_was(path: Path, kept: Any) -> Seal | None:
+    """The seal of a file as it is now; None for another file than was sealed, or none."""
     try:
         status = path.stat()
-        if status.st_size != kept["bytes"]:
-            return False
-        return status.st_mtime_ns == kept["mtime"] or sha256(path) == kept["sha256"]
+        if (status.st_size, status.st_mtime_ns) == (kept["bytes"], kept["mtime"]):
+            return kept
+        same = status.st_size == kept["bytes"] and sha256(path) == kept["sha256"]
+        return seal(path) if same else None
     except (OSError, TypeError, KeyError):
-        return False
+        return None
+
+
+def known_of(record: Path) -> dict[str, Any]:
+    """What is known of a preparation, or a part of it; empty if nothing is, or it is damaged."""
+    try:
+        found = read_json(record)
+    except (OSError, UsageError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class Shards:
@@ -151,11 +175,7 @@ class Shards:
 
     def _is_whole(self, number: int) -> bool:
         ids, index, sealed = self._paths(number)
-        try:
-            kept = json.loads(sealed.read_text("utf-8"))
-            return is_sealed(ids, kept["ids"]) and is_sealed(index, kept["index"])
-        except (OSError, ValueError, TypeError, KeyError):
-            return False
+        return are_sealed(sealed, {"ids": ids, "index": index})
 
     def was_written(self, number: int) -> bool:
         """Whether a shard from `number` on was finished once, and is damaged if it is not whole now."""
@@ -285,25 +305,3 @@ def reads_in_pieces(tokenizer: Tokenizer) -> bool:
     specials = all(token["special"] for token in told["added_tokens"])
     wanted = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     return plain and specials and all(splits.get(key) == value for key, value in wanted.items())
-
-
-@contextmanager
-def taken(folder: Path) -> Iterator[None]:
-    """A folder of the cache for this process, waiting for another one; OSError names the remedy if it is full."""
-    try:
-        lock = lock_folder(folder, "tokenised into", wait=True)
-    except OSError as error:
-        raise OSError(
-            f"cannot write into the cache {folder} ({error.strerror or error}); "
-            "set LOOPMDM_CACHE to a folder that can be written to"
-        ) from None
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise OSError(
-            f"no space left in {cache_folder()}; free some or set LOOPMDM_CACHE; finished shards are kept"
-        ) from None
-    finally:
-        lock.release()

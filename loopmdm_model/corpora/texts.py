@@ -1,4 +1,4 @@
-"""Documents out of files, a piece at a time: nothing but a line of .jsonl is ever held whole.
+"""Documents out of files, a piece at a time: nothing but a line of .jsonl, or 256 rows of .parquet, is ever held.
 
 By its suffix a file is one document (.txt and whatever else is text), a document a line (.jsonl, the text under
 "text") or a document a row (.parquet, the column "text"); .gz and .zst behind it are unpacked. Pieces end before a
@@ -178,6 +178,8 @@ def _decoded(path: Path, file: IO[bytes]) -> Iterator[str]:
         except UnicodeDecodeError as error:
             remedy = f"convert it, as by: iconv -f latin1 -t utf-8 {path.name}"
             place = before - pending + error.start
+            if encoding == "utf-8-sig" and not before:  # its mark is not counted
+                place += len(codecs.BOM_UTF8)
             raise UsageError(f"{path} is not UTF-8 text (byte {place}); {remedy}") from None
         if "\0" in text:
             raise UsageError(f"{path} holds NUL characters and is no text file; leave it out of the pattern")

@@ -246,15 +246,16 @@ class TextEntries:
         """Which tokens [text, pos] hold a letter of one of the words."""
         if board_of_model(self.cfg) is not None:
             raise UsageError("a board has cells, not words; hide them by positions=")
-        found = torch.zeros(len(texts), length, dtype=torch.bool, device=self.model.device)
+        offsets = [encode_offsets(self._text(), text) for text in texts]
+        found = torch.zeros(len(texts), length, dtype=torch.bool)
         for word in words:
             places = [list(re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", text)) for text in texts]
             if not word or not any(places):
                 raise UsageError(f"no word {word!r} in the text; words are whole, with their own capitals")
-            for row, (text, spans) in enumerate(zip(texts, places, strict=True)):
-                for token, (start, end) in enumerate(encode_offsets(self._text(), text)):
+            for row, (tokens, spans) in enumerate(zip(offsets, places, strict=True)):
+                for token, (start, end) in enumerate(tokens):
                     found[row, token] |= any(start < span.end() and span.start() < end for span in spans)
-        return found
+        return found.to(self.model.device)
 
     def _has_gaps(self, text: object) -> bool:
         texts = as_texts(text)

@@ -75,8 +75,12 @@ def _digest(path: Path, state: int, name: str) -> str:
 
 
 def is_fetched(name: str) -> bool:
-    """Whether a run of the manifest was fetched."""
-    return name in manifest() and is_folder(fetched_folder(name))
+    """Whether a run of the manifest was fetched, and every file of it is still there."""
+    if name not in manifest():
+        return False
+    folder = fetched_folder(name)
+    sizes = {folder / file: size for file, (_, size) in manifest()[name].items()}
+    return all(is_file(path) and path.stat().st_size == size for path, size in sizes.items())
 
 
 def list_models() -> list[str]:
@@ -203,13 +207,13 @@ def check_hash(folder: Path) -> None:
 
 
 def check_device(device: Any) -> torch.device:
-    """The device meant, "auto" being a GPU if there is one; UsageError for one that is none, or is not here.
+    """The device meant, "auto" being the current GPU if there is one; UsageError for none, or one not here.
 
     Losses, costs and samplers count in float64, which Apple's mps does not have: it is refused, and no "auto".
     """
     there = devices_here()
     if device == "auto":
-        device = there[0]
+        device = "cuda" if len(there) > 1 else "cpu"
     try:
         place = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:

@@ -68,17 +68,13 @@ def encode(tokenizer: Tokenizer, documents: list[corpora.Document]) -> list[Int[
     return [np.array([*ids, end]) for ids in encode_texts(tokenizer, [document.text for document in documents])]
 
 
-def evaluation_blocks(
-    tokenizer: Tokenizer, documents: list[corpora.Document], length: int
-) -> tuple[Int[Tensor, "block pos"], Int[Tensor, " block"]]:
-    """Blocks of `length` tokens cut from each document (its rest dropped), and the document of each."""
-    return cut(encode(tokenizer, documents), length)
-
-
 def cut(
     documents: Sequence[Int[np.ndarray, " token"]], length: int, limit: int | None = None
 ) -> tuple[Int[Tensor, "block pos"], Int[Tensor, " block"]]:
-    """As `evaluation_blocks`, of documents given as ids; at most `limit` blocks, evenly spread, are read."""
+    """Blocks of `length` tokens cut from each document (its rest dropped), and the document of each.
+
+    At most `limit` blocks, evenly spread, are read.
+    """
     counts = np.array(documents.lengths if isinstance(documents, Shelf) else [len(ids) for ids in documents], int)
     ends = np.cumsum(counts // length)
     chosen = spread(torch.arange(int(ends[-1]) if len(ends) else 0), limit).numpy()

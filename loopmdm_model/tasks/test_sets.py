@@ -77,9 +77,14 @@ def test_set_of(
     """
     task, then = task_of(record), record.get("corpus_sha256")
     own = None if tokenizer is None else _own(task, tokenizer)
-    if own is not None and then not in (None, own.fingerprint):
-        raise UsageError(f"{task} is not what the model was trained on any more; restore it, or give --text FILE")
-    return load_test_set(task, length, tokenizer, split, n)
+    if tokenizer is None or own is None:
+        return load_test_set(task, length, tokenizer, split, n)
+    if then not in (None, own.fingerprint):
+        raise UsageError(
+            f"{task} is not what the model was trained on any more, or it was trained by a version before 0.2.0; "
+            "restore it, train again, or give --text FILE"
+        )
+    return _text_set(task, own.held_out[split], length, tokenizer)
 
 
 MOST_TOKENS = 2**22
@@ -114,6 +119,11 @@ def load_test_set(
         documents = own.held_out[split]
     else:
         documents = encode(tokenizer, corpora.load("sotu-slice" if task == "sotu" else task, split))
+    return _text_set(task, documents, length, tokenizer)
+
+
+def _text_set(task: str, documents: Sequence[np.ndarray], length: int, tokenizer: Tokenizer) -> TestSet:
+    """Blocks of documents given as ids."""
     tokens, owners = cut(documents, length, max(1, MOST_TOKENS // length))
     n_bytes = sum(len(tokenizer.decode(row).encode()) for row in tokens.tolist())
     return TestSet(task, Sequences.of(tokens, clusters=owners), n_bytes / tokens.numel())

@@ -1,7 +1,6 @@
 """What a run is: a TOML file read into frozen, validated records; unknown keys are refused."""
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -215,7 +214,7 @@ class RunSpec:
         `changes` maps dotted keys such as "training.learning_rate" to other values; `above` are the specs whose
         budget this one is to match.
         """
-        path = find_spec(path)
+        path = spec_file(path)
         values = read_toml(path)
         for key, value in (changes or {}).items():
             *tables, last = key.split(".")
@@ -243,17 +242,16 @@ def shipped_specs() -> dict[str, Path]:
     return {path.stem: path for path in sorted((figures_folder() / "specs").glob("*.toml"))}
 
 
-def find_spec(given: Path | str) -> Path:
-    """A file, or else the shipped spec of that name; UsageError offers near ones."""
+def spec_file(given: Path | str) -> Path:
+    """A file, or else the shipped spec of that name; UnknownNameError offers near ones."""
     path = Path(given)
     if is_file(path):
         return path
     shipped = shipped_specs()
     if str(given) in shipped:
         return shipped[str(given)]
-    near = difflib.get_close_matches(path.stem[:200], shipped, n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else "a file, or a shipped one's name such as smoke"
-    raise UsageError(f"no spec at {str(path)!r:.200}; {hint} (they lie in {figures_folder() / 'specs'})")
+    remedy = f"There is no file {str(path)!r:.200} either; shipped specs lie in {figures_folder() / 'specs'}."
+    raise unknown_name("spec", path.stem, shipped, remedy)
 
 
 def matched_flops(path: Path, other: Any, training: dict[str, Any], above: tuple[Path, ...] = ()) -> float:

@@ -7,6 +7,7 @@ all: what an interrupted fetch has kept is not looked for again, and the folder 
 import contextlib
 import hashlib
 import os
+import shutil
 import tarfile
 import zlib
 from collections.abc import Callable, Collection, Generator, Iterable
@@ -18,7 +19,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 from loopmdm.model.errors import UsageError, unknown_name
-from loopmdm.model.files import clear_partial, is_file, is_folder, lock_folder, sha256, write_atomic
+from loopmdm.model.files import clear_partial, is_file, is_folder, sha256, taken, write_atomic
 from loopmdm.model.network.checkpoints import (
     RECORD,
     WEIGHTS,
@@ -111,11 +112,12 @@ def fetch_models(names: Iterable[str], source: str = "", on_file: Callable[[int]
     names = chosen(names)
     if _missing(names):
         source = source_of(source) if to_fetch(names) else ""
-        with lock_folder(cache_folder() / "models", "fetched into"):
+        with taken(cache_folder() / "models", "fetched into"):
             missing = _missing(names)  # as it is now
             clear_partial(*(_staged(name) for name in missing))
             _bring(to_fetch(missing), source, on_file)
             for name in missing:
+                shutil.rmtree(fetched_folder(name), ignore_errors=True)  # one that lost a file
                 _staged(name).rename(fetched_folder(name))
     return [resolve(name) for name in names]
 

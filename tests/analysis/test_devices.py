@@ -98,7 +98,7 @@ def test_auto_takes_a_gpu_if_there_is_one(monkeypatch):
     assert checkpoints.check_device("auto").type == "cpu"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert checkpoints.devices_here() == ["cuda:0", "cuda:1", "cpu"]
-    with pytest.raises(UsageError, match=r"cuda:0.*there is cuda:0, cuda:1, cpu"):
+    with pytest.raises(UsageError, match=r"'cuda' cannot be used here .*there is cuda:0, cuda:1, cpu"):
         checkpoints.check_device("auto")  # this torch knows none
 
 

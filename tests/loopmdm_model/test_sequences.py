@@ -1,5 +1,7 @@
 """Sequences keep what belongs together together, through rows, batches, masks and measures."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from loopmdm.model import MaskedBatch, Sequences, mask_tokens, nelbo, nelbo_by_loop
 from loopmdm.model.diffusion.likelihood import Read, losses_after
 from loopmdm.model.errors import UsageError
+from loopmdm.model.sequences import Place
 
 DOCUMENTS = np.array(["a", "a", "b", "c"])
 
@@ -50,6 +53,21 @@ def test_rows_batches_and_spread_keep_everything_in_step(sequences):
     assert [start for start, _ in parts] == [0, 3] and [len(part) for _, part in parts] == [3, 1]
     assert torch.equal(torch.cat([part.tokens for _, part in parts]), sequences.tokens)
     assert sequences.spread(2).clusters.tolist() == ["a", "c"] and sequences.spread(9) is sequences
+
+
+def test_rows_at_a_time_know_their_place_and_are_checked_once(sequences, monkeypatch):
+    b, checked, check = mask_tokens(sequences, 22, mask_ratio=0.5), [], MaskedBatch.__post_init__
+    shard = replace(b, place=Place(7, 20, (1,)))
+    monkeypatch.setattr(MaskedBatch, "__post_init__", lambda self: checked.append(1) or check(self))
+    for whole, starts, first, n in (
+        (b, [0, 1, 2, 3], 0, 4),
+        (shard, [0, 1, 2, 3], 7, 20),
+        (shard, [0, 1, 3], 7, 20),
+    ):
+        checked.clear()
+        parts = list(whole.each(1 if len(starts) == 4 else 2, len))
+        assert [(span.start, part.place) for span, part, _ in parts] == [(s, Place(first + s, n)) for s in starts]
+        assert len(checked) <= len(parts) + 1 and sum(n for _, _, n in parts) == len(b)
 
 
 def test_a_masked_batch_remembers_the_sequences_it_was_made_of(sequences, real):

@@ -11,6 +11,7 @@ import torch
 from loopmdm.model.corpora import hub
 from loopmdm.model.diffusion.sampling import sample
 from loopmdm.model.errors import UsageError
+from loopmdm.model.hooks import text as hooked_text
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 
 
@@ -183,15 +184,18 @@ def test_a_damaged_preparation_is_made_again_with_a_line(sotu, monkeypatch, tmp_
 # --- hiding what is named ---
 
 
-def test_named_words_are_hidden_wherever_they_stand_and_nothing_else(sotu):
+def test_named_words_are_hidden_wherever_they_stand_and_nothing_else(sotu, monkeypatch):
     text = "My fellow citizens, the economy is strong; the Economy, economy and economic."
     b = sotu.mask([text, "the economy"], words="economy")
     for row, times in zip(range(2), (2, 1), strict=True):
         hidden = [piece for piece, at in zip(sotu.to_str_tokens(b.clean[row]), b.masked[row], strict=True) if at]
         assert "".join(hidden) == " economy" * times
     assert not bool(b.masked[1][b.attention_mask[1] == 0].any())
+    split, whole = [], hooked_text.encode_offsets
+    monkeypatch.setattr(hooked_text, "encode_offsets", lambda *given: split.append(given) or whole(*given))
     both = sotu.mask(text, words=["economy", "citizens"])
     assert bool((both.masked[0] | ~b.masked[0]).all()) and both.masked.sum() > b.masked[0].sum()
+    assert len(split) == 1  # not once a word
 
 
 def test_named_positions_are_hidden_counted_from_either_end(sotu, sudoku):

@@ -212,7 +212,7 @@ def test_figures_are_drawn_where_asked(tmp_path):
         (["evaluate", "sotu-loop", "--measure", "multiple-choice", "--tasks", "boolqq"], "did you mean boolq"),
         (["lm-eval", "--model", "sotu-loop", "--tasks", "nowhere.yaml"], "no task file"),
         (["table", "nll"], "nll-by-loops"),
-        (["train", "nowhere.toml"], "no spec at"),
+        (["train", "nowhere.toml"], "unknown spec 'nowhere'"),
         (["data", "fetch", "sotuu"], "did you mean sotu"),
         (["sample", "sudoku-loop", "--steps", "0", "--out", "new/x.tsv"], "steps must be at least 1"),
         (["sample", "sudoku-loop", "--out", "."], "is a folder"),

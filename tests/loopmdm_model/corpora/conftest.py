@@ -2,6 +2,14 @@
 
 import pytest
 
+from loopmdm.model.corpora import hub, index, texts
+
+
+def split_of(text: str) -> str | None:
+    """What a text of the hub is held out for, if it is."""
+    found = index.scan([texts.Text(0, 0, iter([text]))])
+    return next((split for split in hub.HELD_OUT if len(hub._positions(found, split))), None)
+
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path_factory):

@@ -18,6 +18,7 @@ from loopmdm.model.errors import UsageError
 from loopmdm.model.tasks import batches
 from loopmdm.model.tasks.trees import TREE_TASKS
 from loopmdm.model.training.spec import DataSpec
+from tests.loopmdm_model.corpora.conftest import split_of
 
 
 def archive(tmp_path, files: dict[str, str]):
@@ -193,7 +194,7 @@ def test_a_hub_corpus_is_streamed_once_and_read_at_random(small_hub):
     assert len(calls) == 1 and len(one.stream) == 5000 and np.array_equal(one.stream[:], two.stream[:])
     assert one.stream[:].dtype == np.uint16 and one.fingerprint == two.fingerprint
     first = tokenizer.decode(one.held_out["validation"][0].tolist())
-    assert hub.split_of(first.removesuffix("[EOS]")) == "validation"
+    assert split_of(first.removesuffix("[EOS]")) == "validation"
     assert first not in tokenizer.decode(one.stream[:].tolist(), skip_special_tokens=False)
     data = batches.dataset("openwebtext", 16, 300, 0, tokenizer, limit=5000)
     again = batches.dataset("openwebtext", 16, 300, 0, tokenizer, limit=5000)
@@ -210,12 +211,12 @@ def test_what_an_older_edition_prepared_is_not_read(small_hub, monkeypatch):
     new = hub.prepare("openwebtext", tokenizer, 5000)
     assert len(calls) == 2 and new.fingerprint != old.fingerprint
     found = tokenizer.decode(new.held_out["validation"][0].tolist())
-    assert hub.split_of(found.removesuffix("[EOS]")) == "validation"
+    assert split_of(found.removesuffix("[EOS]")) == "validation"
 
 
 def test_a_changed_split_is_another_edition():
     """Who changes the split raises the edition, and writes both here."""
-    found = {number: hub.split_of(f"cafe\u0301 \n {number} ") for number in range(2500)}
+    found = {number: split_of(f"cafe\u0301 \n {number} ") for number in range(2500)}
     held_out = {number: split for number, split in found.items() if split}
     assert (hub.EDITION, held_out) == (
         3,
@@ -285,7 +286,7 @@ def test_copies_with_other_blanks_or_accents_stand_on_one_side(tmp_path):
         with pytest.warns(UserWarning, match="3 copies are left out"):
             kept.add(tuple(document.text for document in corpora.load(f"files:{folder}")))
     assert len(kept) == 1 and len(*kept) == 4
-    assert hub.split_of("one two\n") == hub.split_of("one\n\ntwo") == hub.split_of("one two")
+    assert split_of("one two\n") == split_of("one\n\ntwo") == split_of("one two")
 
 
 def test_a_test_set_is_not_trained_on():

@@ -1,5 +1,6 @@
 """Corpora tokenised into shards: the same ids as those of the texts read whole, whatever happens on the way."""
 
+import codecs
 import errno
 import gzip
 import itertools
@@ -25,7 +26,9 @@ from loopmdm.model.corpora import hub, own_files, shards, texts
 from loopmdm.model.corpora.index import scan
 from loopmdm.model.corpora.tokenizer import encode_texts, from_ranks, train_bpe
 from loopmdm.model.errors import UsageError
+from loopmdm.model.files import sha256
 from loopmdm.model.tasks import batches
+from tests.loopmdm_model.corpora.conftest import split_of
 
 WORDS = "the cat's café sat, on 42 mats;\tthey'll　see 字。 \u0301x\u00a0y"
 TOKENIZER = train_bpe([WORDS * 3], 290)
@@ -189,14 +192,15 @@ def test_files_are_told_by_their_times_and_then_by_what_they_hold(folder, tokeni
     first, count = own_files.prepare(name, tokenizer), len(encoded)
     assert same(first, own_files.prepare(name, tokenizer)) and len(read) == 1
     os.utime(folder / "a.jsonl", (1, 1))
-    (folder / "e50.txt").rename(folder / "z.txt")
+    held_out = next(Path(path) for names in first.names.values() for path in names if path.endswith(".txt"))
+    held_out.rename(folder / "z.txt")
     touched = own_files.prepare(name, tokenizer)
     assert same(first, touched) and len(encoded) == count and len(read) == 2
     for split, names in touched.names.items():
-        first_ids = [tokenizer.decode(ids.tolist()) for ids in touched.held_out[split]]
-        assert any(Path(file.split(":")[0]).exists() for file in names) and first_ids
+        assert names == [document.name for document in corpora.load(name, split)][:3]
+    read.clear()
     own_files.prepare(name, tokenizer)
-    assert len(read) == 2  # the new times are known now
+    assert not read  # the new times are known now
     text = (folder / "e51.txt").read_text()
     (folder / "e51.txt").write_text(text.replace("number", "numbre"))  # as long as before
     with pytest.warns(UserWarning, match="has changed since it was tokenised"):
@@ -222,6 +226,29 @@ def test_damaged_shards_are_made_again(folder, tokenizer, cache, file, damage):
     }
 
 
+@pytest.mark.filterwarnings("ignore:2 empty files")
+def test_a_copied_cache_is_hashed_once(folder, tokenizer, cache, monkeypatch):
+    def other_times():
+        for path in sealed:
+            os.utime(path, (path.stat().st_mtime + 9,) * 2)
+
+    def hashed():
+        seen = []
+        with monkeypatch.context() as during:
+            during.setattr(shards, "sha256", lambda path: seen.append(path.name) or sha256(path))
+            assert same(own_files.prepare(f"files:{folder}", tokenizer), first)
+        return sorted(set(seen))
+
+    first = own_files.prepare(f"files:{folder}", tokenizer)
+    sealed = sorted(path for path in cache.glob("prepared/*/*") if path.suffix in (".ids", ".npy"))
+    other_times()
+    assert hashed() == [path.name for path in sealed] and hashed() == []
+    other_times()
+    with monkeypatch.context() as during:
+        during.setattr(shards, "write_json", lambda *_: Path("not/there").stat())  # a cache to read only
+        assert hashed() == hashed() == [path.name for path in sealed]
+
+
 @pytest.mark.parametrize(
     "file, raw, says",
     [
@@ -232,6 +259,8 @@ def test_damaged_shards_are_made_again(folder, tokenizer, cache, file, damage):
         ("x.jsonl", b'{"text": "' + b"a b" * 200 + b'"}\n', r"x\.jsonl line 1 has more than 0 MiB"),
         ("x.txt", b"a" * 500 + b" b", r"x\.txt has 448 characters without the end of a word"),
         ("x.txt", b"plain " * 60 + b"caf\xe9", r"x\.txt is not UTF-8 text \(byte 363\)"),
+        ("x.txt", codecs.BOM_UTF8 + b"caf\xe9 is", r"x\.txt is not UTF-8 text \(byte 6\)"),
+        ("x.txt", codecs.BOM_UTF8 + b"plain " * 60 + b"caf\xe9", r"x\.txt is not UTF-8 text \(byte 366\)"),
         ("x.txt.gz", gzip.compress(b"text " * 99, mtime=0)[:-9], r"x\.txt\.gz is damaged"),
         ("x.txt.gz", b"no gzip", r"x\.txt\.gz is damaged"),
         ("x.txt.zst", b"no zstandard", r"x\.txt\.zst is damaged"),
@@ -329,12 +358,26 @@ def test_a_hub_corpus_grows_with_what_is_asked_of_it(tokenizer, monkeypatch):
     assert same(hub.prepare("lm1b", tokenizer, 30_000), small) and len(starts) == 1
     every = hub.prepare("lm1b", tokenizer, 10**9)
     rows = [row["text"] for row in rows_of(4000)]
-    held_out = {split: [t for t in rows if hub.split_of(t) == split] for split in ("validation", "test")}
-    kept = [t for t in rows if hub.split_of(t) is None]
+    held_out = {split: [t for t in rows if split_of(t) == split] for split in ("validation", "test")}
+    kept = [t for t in rows if split_of(t) is None]
     assert len(every.stream) == sum(len(ids) + 1 for ids in encode_texts(tokenizer, kept))
     for split, found in held_out.items():
         assert [tokenizer.decode(ids.tolist()) for ids in every.held_out[split]] == [f"{text}" for text in found]
     assert same(hub.prepare("lm1b", tokenizer, 10**9), every) and len(starts) == 2
+
+
+def test_a_hub_corpus_that_lost_its_end_is_streamed_to_it_again(tokenizer, cache, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD", 9000)
+    monkeypatch.setattr(hub, "stream", lambda name: rows_of(3000))
+    every = hub.prepare("lm1b", tokenizer, 10**9)
+    (end,) = cache.glob("prepared/*/end.json")
+    for path in end.parent.glob(f"{len(finished(cache)) - 1:05}.*"):
+        path.unlink()
+    assert len(finished(cache)) and same(hub.prepare("lm1b", tokenizer, 10**9), every)
+    for written in ("", '{"corpus": "lm1b"}'):  # damaged, or of a version that did not count
+        end.write_text(written)
+        assert same(hub.prepare("lm1b", tokenizer, 10**9), every)
+        assert json.loads(end.read_text())["shards"] == len(finished(cache))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt"])
@@ -349,7 +392,7 @@ def test_a_local_folder_is_streamed_as_the_hub_is(tmp_path, tokenizer, kind):
         lines = [json.dumps(row) if kind == "jsonl" else row["text"] for row in rows]
         (home / f"train.{kind}").write_text("\n".join(lines) + "\n")
     found = hub.prepare(f"hub:{home}", tokenizer, 20_000)
-    kept = [row["text"] for row in rows if hub.split_of(row["text"]) is None]
+    kept = [row["text"] for row in rows if split_of(row["text"]) is None]
     ids = [i for text in encode_texts(tokenizer, kept) for i in (*text, tokenizer.token_to_id("[EOS]"))]
     assert found.stream[:].tolist() == ids[:20_000]
     assert hub.prepare(f"hub:{home}", tokenizer, 30_000).stream[:].tolist() == ids[:30_000]

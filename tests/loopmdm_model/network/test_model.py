@@ -225,6 +225,7 @@ def test_infinite_threshold_gives_the_minimum(model, batch):
         (torch.zeros(4, dtype=torch.long), {}, r"\[batch, pos\]"),
         (torch.zeros(1, 4, dtype=torch.long), {"attention_mask": torch.ones(1, 3)}, "one entry per token"),
         (torch.zeros(1, 4, dtype=torch.long), {"attention_mask": torch.zeros(1, 4).int()}, "hides every token"),
+        (torch.zeros(1, 4, dtype=torch.long), {"into": len}, "give these, too"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_in_one_line(tokens, arguments, says):

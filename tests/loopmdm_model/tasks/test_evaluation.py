@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from loopmdm.model.corpora import own_files
 from loopmdm.model.errors import UsageError
+from loopmdm.model.tasks import test_sets
 from loopmdm.model.tasks.puzzles import puzzles
 from loopmdm.model.tasks.sudoku import BOARDS
 from loopmdm.model.tasks.test_sets import NGrams, solve_one_shot
@@ -20,6 +22,21 @@ def test_bigram_is_a_distribution_after_seen_and_unseen_tokens():
         np.testing.assert_allclose(np.exp(-nll).sum(), 1)
     np.testing.assert_allclose(model.bigram_nll(np.array([[0, 1]])), -np.log([0.5 * (0.9 * 0.75 + 0.1 * 0.3)]) / 2)
     np.testing.assert_allclose(model.unigram_nll(np.array([[0, 2]])), -np.log([0.1]) / 2)
+
+
+def test_own_texts_are_prepared_once_and_refused_where_they_are_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOOPMDM_CACHE", str(tmp_path / "cache"))
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text(f"the cat sat on mat number {number} " * 9)
+    name, opened, prepare = f"files:{tmp_path}/*.txt", [], own_files.prepare
+    tokenizer = own_files.make_tokenizer(name, 264)
+    record = {"spec": {"data": {"corpus": name}}, "corpus_sha256": prepare(name, tokenizer).fingerprint}
+    monkeypatch.setattr(own_files, "prepare", lambda *given: opened.append(given) or prepare(*given))
+    found = test_sets.test_set_of(record, 16, tokenizer)
+    assert len(opened) == 1 and found.clusters.max() == 0
+    assert torch.equal(found.tokens, test_sets.load_test_set(name, 16, tokenizer).tokens)
+    with pytest.raises(UsageError, match=r"trained by a version before 0\.2\.0; restore it, train again"):
+        test_sets.test_set_of(record | {"corpus_sha256": "another"}, 16, tokenizer)
 
 
 def test_solving_keeps_clues_and_counts_valid_boards():

@@ -4,7 +4,10 @@ import hashlib
 import io
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -130,6 +133,34 @@ def test_a_file_that_was_changed_while_its_run_was_not_whole_comes_again(release
     (tmp_path / "aside").rename(release / "one" / checkpoints.WEIGHTS)
     fetch_models(["one"], str(release))
     assert LoopMDM.from_pretrained("one")
+
+
+HOLD = (
+    "import sys; from pathlib import Path; from loopmdm.model.files import lock_folder\n"
+    "lock = lock_folder(Path(sys.argv[1]), 'fetched into'); print('held', flush=True); sys.stdin.read()"
+)
+
+
+def test_a_fetch_waits_for_another_one(release, tmp_path, monkeypatch):
+    command, said = [sys.executable, "-c", HOLD, str(tmp_path / "cache" / "models")], []
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as holder, warnings.catch_warnings():
+        assert holder.stdout.readline() == "held\n"
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", lambda what, *_: said.append(what) or holder.stdin.close())
+        fetch_models(["one"], str(release))
+    assert "being fetched into by another process; waiting for it" in str(*said) and list_models() == ["one"]
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"short")])
+def test_a_fetched_run_that_lost_a_file_comes_again(damage, release):
+    (folder,) = fetch_models(["one"], str(release))
+    before = files_of(folder)
+    damage(folder / checkpoints.WEIGHTS)
+    assert list_models() == []
+    with pytest.raises(UsageError, match=r"weights of one are not here; fetch them: `loopmdm models fetch one`"):
+        LoopMDM.from_pretrained("one")
+    assert fetch_models(["one"], str(release)) == [folder] and files_of(folder) == before
 
 
 def test_what_is_no_source_is_named(release, tmp_path):

@@ -114,7 +114,7 @@ def test_folders_without_a_record_are_no_runs(tmp_path, monkeypatch):
         (f"[[run]]\n{ENTRY}spec = 'a'\nseed = [0]\n", "did you mean seeds"),
         (f"[[run]]\n{ENTRY}spec = 'a'\nseeds = [0]\nset = 'x=1'\n", "quoted keys"),
         (f"[[run]]\n{ENTRY}spec = 'a'\nseeds = [0]\nset = {{ training.ema = 0.9 }}\n", "quoted keys"),
-        (f"[[run]]\n{ENTRY}spec = 'a'\nseeds = [0]\n", "no spec at"),
+        (f"[[run]]\n{ENTRY}spec = 'a'\nseeds = [0]\n", "unknown spec 'a'"),
         (LOOP + LOOP, "twice"),
         (LOOP + LOOP.replace("'loop'", "'other'"), "sudoku-loop is listed twice"),
         (LOOP + TREE, "sudoku-loop is of sudoku6, but listed under task sudoku, which is tree .*another task"),
