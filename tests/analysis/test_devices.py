@@ -165,7 +165,8 @@ def test_a_batch_size_changes_memory_and_no_values(name, most):
     same(measure(name, "sudoku-loop-s4", 2, batch_size=3, **options), whole)
     assert most[0] == 3
     most[0] = 0
-    same(measure(name, "sudoku-loop-s4", 2, access=Access(batch_size=2), **options), whole)
+    with at_a_time(2):
+        same(measure(name, "sudoku-loop-s4", 2, **options), whole)
     assert most[0] == 2
 
 
