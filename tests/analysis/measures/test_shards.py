@@ -228,6 +228,8 @@ def test_on_the_command_line_a_lost_shard_is_measured_again_alone(tmp_path):
     options = {"n": 8, "mask_ratios": (0.5,)}
     part = measure("settled", "sudoku-loop", 1, shard=(1, 2), **options)
     frames.write_table(part, first, {str(name): told for name, told in part.attrs.items()})
+    _, err = run("merge", first, second, code=2)
+    assert one_line(err) and "part-2.parquet cannot be read (No such file or directory); measure that" in err
     second.write_bytes(first.read_bytes()[:100])  # killed while it was copied
     _, err = run("merge", first, second, "--out", tmp_path / "table.parquet", code=2)
     assert one_line(err) and "part-2.parquet is" in err and "measure that shard again" in err
