@@ -16,14 +16,19 @@ _WANTED: ContextVar[int | None] = ContextVar("batch_size", default=None)
 @contextmanager
 def at_a_time(batch_size: int | None) -> Iterator[None]:
     """Whatever runs a model inside takes `batch_size` sequences at a time; None: as outside."""
-    before = _WANTED.set(_WANTED.get() if batch_size is None else check_count("batch_size", batch_size))
+    before = _WANTED.set(wanted() if batch_size is None else check_count("batch_size", batch_size))
     try:
         yield
     finally:
         _WANTED.reset(before)
 
 
+def wanted() -> int | None:
+    """What `at_a_time` asks for here; None: nobody asks, and each function takes its usual size."""
+    return _WANTED.get()
+
+
 def size_of_batches(usual: int) -> int:
     """What `at_a_time` wants, or else the `usual` size, which must be a count."""
     check_count("batch_size", usual)
-    return _WANTED.get() or usual
+    return wanted() or usual

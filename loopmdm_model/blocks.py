@@ -6,14 +6,14 @@ number of read-outs that are compared. What fits into one block is made once and
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from loopmdm.model.precision import check_logits
+from loopmdm.model.precision import check_logits, wide
 
 T = TypeVar("T")
 BLOCK = 2**25
@@ -67,3 +67,44 @@ class RowLogits:
         """A number a position, made block by block."""
         parts = [make(span, logits) for span, logits in self]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class LogProbs:
+    """Log-probabilities of a read-out, float32 or wider, block by block of its rows.
+
+    Those that fit into one block are `kept` in place of their logits, others are made whenever they are looked at.
+    """
+
+    logits: RowLogits
+    kept: Float[Tensor, "row d_vocab"] | None = None
+
+    @classmethod
+    def of(cls, logits: RowLogits) -> "LogProbs":
+        """NotFiniteError if the logits say nothing."""
+        if logits.whole is None:
+            return cls(logits)
+        return cls.held(logits, _log_probs(logits.whole) if len(logits) else logits.whole)
+
+    @classmethod
+    def held(cls, logits: RowLogits, kept: Float[Tensor, "row d_vocab"]) -> "LogProbs":
+        """Of one block, whose log-probabilities were made elsewhere; the logits themselves may go."""
+        return cls(replace(logits, whole=kept), kept)
+
+    @property
+    def spans(self) -> list[slice]:
+        """The blocks, as slices of the rows."""
+        return self.logits.spans
+
+    def __getitem__(self, span: slice) -> Float[Tensor, "row d_vocab"]:
+        """One block."""
+        return _log_probs(self.logits[span]) if self.kept is None else self.kept[span]
+
+    def all(self) -> Float[Tensor, "row d_vocab"]:
+        """All of them at once."""
+        return torch.cat([self[span] for span in self.spans]) if self.kept is None else self.kept
+
+
+def _log_probs(logits: Float[Tensor, "row d_vocab"]) -> Float[Tensor, "row d_vocab"]:
+    check_logits(logits)
+    return wide(logits).log_softmax(-1)

@@ -3,7 +3,7 @@
 import difflib
 import operator
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 
@@ -118,6 +118,11 @@ def check_data(what: str, tensor: Any) -> None:
     """UsageError for a tensor on the device "meta", which has a shape and no values."""
     if getattr(tensor, "is_meta", False):
         raise UsageError(f'{what} lie on the device "meta" and have no values; give them on a real device')
+
+
+def and_more(things: Sized) -> str:
+    """What a message says after the first of several things."""
+    return f" and {len(things) - 1} more" if len(things) > 1 else ""
 
 
 def shown(number: int) -> str:

@@ -33,6 +33,27 @@ def toy_model(seed: int = 0, **changes) -> LoopMDM:
     return LoopMDM(toy_config(**changes)).eval()
 
 
+def toy_spec(budget: str, points: int, more: str = "", name: str = "tiny") -> str:
+    """TOML of a training run of seconds: a `budget` such as "steps = 6", and what else it asks of training."""
+    return f"""
+name = "{name}"
+seed = 1
+[data]
+corpus = "sudoku6"
+[model]
+d_model = 32
+n_heads = 2
+max_loops = 3
+[training]
+{budget}
+batch_size = 8
+warmup_steps = 5
+curve_points = {points}
+curve_sequences = 16
+{more}
+"""
+
+
 @pytest.fixture
 def model() -> LoopMDM:
     return toy_model()

@@ -14,10 +14,8 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
-from typer.testing import CliRunner
 
 from loopmdm.analysis import cut, mask_attention, stale
-from loopmdm.analysis.cli import app
 from loopmdm.analysis.exhibits.measuring import measure_one
 from loopmdm.analysis.measures import Access, measure
 from loopmdm.analysis.measures.interventions.contexts import damp, freeze, skip
@@ -30,6 +28,7 @@ from loopmdm.model.training import processes, trainer
 from loopmdm.model.training.spec import RunSpec
 from loopmdm.model.training.trainer import Trainer
 from tests import far
+from tests.commands import loopmdm
 from tests.conftest import toy_config
 from tests.small import measures, small
 
@@ -154,10 +153,8 @@ def commands(place: str) -> list[Any]:
     )
     found = []
     for words in asked:
-        outcome = CliRunner().invoke(app, [*words, *device])
-        if outcome.exception is not None:
-            raise outcome.exception
-        rows = pd.DataFrame([line.split("\t") for line in outcome.stdout.splitlines()[1:]])
+        out, _ = loopmdm(*words, *device)
+        rows = pd.DataFrame([line.split("\t") for line in out.splitlines()[1:]])
         found += [pd.to_numeric(rows[column], errors="coerce").to_numpy() for column in rows]
     return found
 

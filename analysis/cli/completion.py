@@ -1,5 +1,6 @@
 """What the shell offers at <tab>: names found in files and sources, since importing them takes seconds."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,23 @@ ZOOS = ("loopmdm_model", "model")
 
 def model_names() -> list[str]:
     """Shipped models, and other people's by the name of their specimen."""
-    home = next((MODELS / name for name in ZOOS if (MODELS / name / "zoo").is_dir()), MODELS / ZOOS[0])
-    shipped = [path.parent.name for path in (home / "zoo").glob("*/model.safetensors")]
-    return sorted(shipped) + _named("Specimen", home / "adapters" / "specimens.py")
+    return _shipped() + _named("Specimen", _home() / "adapters" / "specimens.py")
+
+
+def dictionary_names() -> list[str]:
+    """What a dictionary is made of."""
+    return ["list", *model_names()]
+
+
+def run_names() -> list[str]:
+    """What is fetched: the runs of a release, which in a checkout are the models that lie there."""
+    manifest = _home() / "zoo" / "manifest.json"
+    return ["all", *(sorted(json.loads(manifest.read_text("utf-8"))) if manifest.is_file() else _shipped())]
+
+
+def spec_names() -> list[str]:
+    """Specs that come along."""
+    return sorted(path.stem for path in (MODELS / "figures" / "specs").glob("*.toml"))
 
 
 def measure_names() -> list[str]:
@@ -33,6 +48,14 @@ def table_names() -> list[str]:
     return ["list", *sorted(kept | set(_registered("Table", "exhibits")))]
 
 
+def _home() -> Path:
+    return next((MODELS / name for name in ZOOS if (MODELS / name / "zoo").is_dir()), MODELS / ZOOS[0])
+
+
+def _shipped() -> list[str]:
+    return sorted(path.parent.name for path in (_home() / "zoo").glob("*/model.safetensors"))
+
+
 def _registered(kind: str, folder: str) -> list[str]:
     return sorted({name for path in (ANALYSIS / folder).rglob("*.py") for name in _named(kind, path)})
 
@@ -46,7 +69,7 @@ def _named(kind: str, path: Path) -> list[str]:
 
 
 def among(names: Callable[[], list[str]]) -> Callable[[str], list[str]]:
-    """What typer asks: the names that begin as what is typed; a path is left to the shell."""
+    """What typer asks: the names that begin as what is typed; where none does, shells offer files."""
 
     def complete(incomplete: str) -> list[str]:
         return [name for name in names() if name.startswith(incomplete)]

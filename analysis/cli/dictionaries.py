@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loopmdm.analysis.cli.completion import among, model_names
+from loopmdm.analysis.cli.completion import among, dictionary_names
 from loopmdm.analysis.cli.printing import show
 from loopmdm.analysis.cli.shared import MEASURE, MODEL, app, interruptible, opens
 from loopmdm.analysis.cli.waiting import err, working
@@ -22,7 +22,7 @@ def dictionary(
     model: Annotated[
         str,
         typer.Argument(
-            help=f"{MODEL}; `list` shows those shipped with a dictionary", autocompletion=among(model_names)
+            help=f"{MODEL}; `list` shows those shipped with a dictionary", autocompletion=among(dictionary_names)
         ),
     ],
     kind: Annotated[str, typer.Option(help="sae: a code at each loop; crosscoder: one for all loops")] = "sae",

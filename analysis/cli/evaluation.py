@@ -37,6 +37,7 @@ def evaluate(
     how: "Access",
 ) -> None:
     """Evaluate a model by number of loops, with standard errors; results are cached by content."""
+    from loopmdm.analysis.measures import Access
     from loopmdm.analysis.measures import evaluate as run
     from loopmdm.analysis.measures import measure as anew
     from loopmdm.model.adapters.open import is_ours
@@ -52,7 +53,7 @@ def evaluate(
     options = {key: value for key, value in options.items() if value is not None}
     counts = integers(n_loops, "--n-loops", "1,2,4") if n_loops else None
     with interruptible("nothing was written"), working(f"{measure} of {model}"):
-        if not how.plain or not is_ours(model):
+        if how != Access() or not is_ours(model):
             frame = anew(measure, model, counts, access=how, **options)
         else:
             most = LoopMDMConfig.load(need(resolve(model), CONFIG)).max_loops

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loopmdm.analysis.cli.completion import among, model_names
+from loopmdm.analysis.cli.completion import among, model_names, run_names
 from loopmdm.analysis.cli.printing import show
 from loopmdm.analysis.cli.shared import LOOK, MODEL, app, interruptible, opens
 from loopmdm.analysis.cli.waiting import progress_bar, say
@@ -76,7 +76,10 @@ def _list_families() -> None:
 
 @models_app.command(epilog="Example: loopmdm models fetch sotu-deep --from loopmdm-models-0.2.0.tar.gz")
 def fetch(
-    names: Annotated[list[str], typer.Argument(help="models or records of runs that are not here; all")],
+    names: Annotated[
+        list[str],
+        typer.Argument(help="models or records of runs that are not here; all", autocompletion=among(run_names)),
+    ],
     source: Annotated[
         str, typer.Option("--from", help="archive of a release (file or URL), or folder of a checkout")
     ] = "",

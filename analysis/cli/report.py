@@ -8,6 +8,7 @@ import typer
 from loopmdm.analysis.cli.completion import among, model_names
 from loopmdm.analysis.cli.shared import LOOK, MODEL, app, check_out, draw_offline, interruptible, opens
 from loopmdm.analysis.cli.waiting import progress_bar, working
+from loopmdm.model.errors import UsageError
 
 if TYPE_CHECKING:
     from loopmdm.analysis.measures.access import Access
@@ -31,9 +32,15 @@ def report(
     out = out or Path("report.html")
     check_out(out, ".html", ".htm")
     draw_offline()
+    from loopmdm.analysis.measures.access import Access
     from loopmdm.analysis.numbers.place import on_device
     from loopmdm.analysis.report.page import write_model_report, write_report
 
+    if not model and how != Access(how.device):
+        raise UsageError(
+            "name a model to --text, --dtype, --set, --revision and --trust-remote-code; "
+            "the report of all shipped ones takes --device and --batch-size"
+        )
     if model:
         with interruptible(f"{out} is as it was"), working(f"report on {model}"):
             m = how.open(model)

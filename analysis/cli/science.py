@@ -116,14 +116,11 @@ def merge(
     from loopmdm.analysis.numbers import frames
 
     check_out(out, ".parquet")
-    for path in parts:
-        if not path.is_file():
-            raise UsageError(f"{path} is no file; give the parts that `loopmdm measure .. --shard I/N` wrote")
     remedy = "measure that shard again"
     with interruptible("nothing was written"):
         found = [frames.read_table(path, remedy=remedy) for path in parts]
         frame = run(found, names=[str(path) for path in parts])
-    _print(frame, found[0].attrs["part"]["measure"].rpartition(" ")[0], found[0].attrs["part"], out)
+    _print(frame, frame.attrs["asked"]["measure"], frame.attrs["asked"], out)
 
 
 def _measure(name: str, model: str, how: "Access", given: dict[str, Any], out: Path | None) -> None:

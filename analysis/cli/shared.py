@@ -183,7 +183,7 @@ def opens(
             how = {name: given.pop(name) for name in options}
             how |= {name: how.get(name) or None for name in ("dtype", "revision")}
             how |= {"changes": values(how["changes"] or [], "mask_token_id=103")}
-            with at_a_time(how.get("batch_size")):
+            with at_a_time(how.pop("batch_size", None)):
                 command(**given, how=Access(**how))
 
         own = [item for name, item in signature(command).parameters.items() if name != "how"]

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from loopmdm.analysis.cli.completion import among, spec_names
 from loopmdm.analysis.cli.printing import show
 from loopmdm.analysis.cli.shared import MAINTAIN, TRAIN, app, interruptible, values
 from loopmdm.analysis.cli.waiting import progress_bar
@@ -12,7 +13,12 @@ from loopmdm.analysis.cli.waiting import progress_bar
 
 @app.command(rich_help_panel=TRAIN, epilog="Example: loopmdm train smoke")
 def train(
-    spec: Annotated[Path, typer.Argument(help="TOML spec, or the name of a shipped one, such as smoke")],
+    spec: Annotated[
+        Path,
+        typer.Argument(
+            help="TOML spec, or the name of a shipped one, such as smoke", autocompletion=among(spec_names)
+        ),
+    ],
     out: Annotated[Path | None, typer.Option(help="run folder; default runs/NAME")] = None,
     resume: Annotated[bool, typer.Option(help="start, continue, or do nothing if finished")] = False,
     dry_run: Annotated[bool, typer.Option(help="print sizes, FLOPs and steps; train nothing")] = False,

@@ -13,7 +13,7 @@ from loopmdm.analysis.numbers import place
 from loopmdm.analysis.numbers.parallel import in_processes
 from loopmdm.model.batching import at_a_time
 from loopmdm.model.corpora.fetch import cached_archive, serving
-from loopmdm.model.errors import UsageError, unknown_name
+from loopmdm.model.errors import UsageError, and_more, unknown_name
 from loopmdm.model.network.checkpoints import list_models
 from loopmdm.model.training.allocator import keep_freed_memory
 from loopmdm.model.zoo.runs import Zoo
@@ -43,8 +43,8 @@ def check_stored(names: Iterable[str], remedy: str = "") -> None:
     missing = [name for name in names if tables.stored_in(table(name), zoo) is None]
     if missing:
         raise UsageError(
-            f"table {missing[0]}{_more(missing)} not in {tables.tables_folder()}; restore it from the repository, "
-            f"or measure it, {tables.HOW_LONG}: {remedy or f'loopmdm table {missing[0]}'}"
+            f"table {missing[0]}{and_more(missing)} not in {tables.tables_folder()}; restore it from the "
+            f"repository, or measure it, {tables.HOW_LONG}: {remedy or f'loopmdm table {missing[0]}'}"
         )
 
 
@@ -55,12 +55,8 @@ def check_weights(names: Iterable[str]) -> None:
     missing = [run.name for run in runs if run.weights and run.name not in here]
     if missing:
         raise UsageError(
-            f"the weights of {missing[0]}{_more(missing)} are not here; fetch them: `loopmdm models fetch all`"
+            f"the weights of {missing[0]}{and_more(missing)} are not here; fetch them: `loopmdm models fetch all`"
         )
-
-
-def _more(names: list[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def measure_all(

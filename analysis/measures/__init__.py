@@ -11,20 +11,19 @@ one.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 import torch
 
-from loopmdm.analysis.measures.access import Access, usual
+from loopmdm.analysis.measures.access import Access
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.registry import MEASURES, Measure, fingerprints, options_asked, plain
 from loopmdm.analysis.measures.shards import measured_part, merge, share_of
 from loopmdm.analysis.numbers.parallel import one_thread
 from loopmdm.analysis.numbers.store import Question
 from loopmdm.model.batching import at_a_time
-from loopmdm.model.errors import UsageError, check_count, check_model
+from loopmdm.model.errors import UsageError, check_model
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.network.checkpoints import RECORD, need, resolve
 from loopmdm.model.sequences import MaskedBatch
@@ -61,9 +60,9 @@ def measure(
 ) -> pd.DataFrame:
     """One measure of one model or several, on their test sets or on `batch`.
 
-    Models are any that `open_model` knows, or loaded ones; `access` says how they are opened (`access.usual`), and
-    which texts stand for a test set. `batch_size` sequences run at a time (None: as `access` says, or as each
-    function does by itself); it takes memory, and changes values by rounding alone.
+    Models are any that `open_model` knows, or loaded ones; `access` says how they are opened, and which texts
+    stand for a test set. `batch_size` sequences run at a time (None: as `at_a_time` says, or as each function does
+    by itself); it takes memory, and changes values by rounding alone.
 
     Columns `model` and `task` come first. Measures on masks have `nominal_mask_ratio`, or with `along_sampling`
     `step`. `n_units` independent sequences, or documents where they share one, are what errors are over;
@@ -84,9 +83,8 @@ def measure(
     if not given:
         raise UsageError(f"{name} needs a model; `loopmdm models` lists the shipped ones")
     asked = options if n_loops is None else {"n_loops": n_loops} | options
-    access = usual() if access is None else access
-    access = access if batch_size is None else replace(access, batch_size=check_count("batch_size", batch_size))
-    with at_a_time(access.batch_size):
+    access = access or Access()
+    with at_a_time(batch_size):
         if shard is not None:
             if len(given) > 1 or batch is not None:
                 raise UsageError("a shard is of one model and its test set; give one model, and leave batch= out")

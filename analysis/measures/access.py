@@ -1,7 +1,7 @@
 """Where a measure's model and sequences come from: ours or somebody else's, a test set or one's own texts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from loopmdm.model.adapters import open_model
 from loopmdm.model.corpora import antibodies
 from loopmdm.model.corpora.documents import Split
 from loopmdm.model.corpora.texts import read_text
-from loopmdm.model.errors import UsageError, check_count
+from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.doors import floating
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.tasks.test_sets import TestSet, task_of, test_set_of, text_set
@@ -20,30 +20,23 @@ from loopmdm.model.tasks.test_sets import TestSet, task_of, test_set_of, text_se
 class Access:
     """Where and how a model is opened and run; `text`: a file with a sequence a line, for want of a test set.
 
-    `batch_size` is how many sequences run at a time (None: each function's own): it takes memory, not values.
+    `device` is the CPU unless tables are made on another (`place`). How many sequences run at a time is no part of
+    it: `batching.at_a_time`.
 
     `revision` and `trust_remote_code` concern models of the hub, `changes` the record of somebody else's model
     (`hook_model`), such as mask_token_id=103 or loop=(1, 2).
     """
 
-    device: str = "cpu"
+    device: str = field(default_factory=place.device)
     dtype: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     text: Path | None = None
-    batch_size: int | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def plain(self) -> bool:
-        """Whether it asks for nothing that could change a value."""
-        return replace(self, batch_size=None) == Access()
 
     def open(self, name: Path | str) -> HookedLoopMDM:
         """The model; UsageError for a device or dtype that does not exist."""
         dtype = None if self.dtype is None else floating(self.dtype)
-        if self.batch_size is not None:
-            check_count("batch_size", self.batch_size)
         return open_model(name, self.device, dtype, self.revision, self.trust_remote_code, **dict(self.changes))
 
     def test_set(self, m: HookedLoopMDM, split: Split = "test", n: int | None = None) -> TestSet:
@@ -63,8 +56,3 @@ class Access:
         else:
             found = test_set_of(m.record, m.cfg.n_ctx, m.tokenizer, split, n)
         return found.to(m.model.device)
-
-
-def usual() -> Access:
-    """How a model is opened of which nobody says more: on the CPU, or where tables are made (`place`)."""
-    return Access(device=place.device())

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from loopmdm.analysis.measures.access import Access, usual
+from loopmdm.analysis.measures.access import Access
 from loopmdm.analysis.measures.options import ByLoops, OnMasks, OnTests, Options
 from loopmdm.model.corpora.tokenizer import MASK
 from loopmdm.model.diffusion.sampling import sample
@@ -38,7 +38,7 @@ class Case:
     m: HookedLoopMDM
     test: TestSet
     options: Options = field(default_factory=OnTests)
-    access: Access = field(default_factory=usual)
+    access: Access = field(default_factory=Access)
     shard: Share | None = None
 
     @classmethod
@@ -53,7 +53,7 @@ class Case:
         shard: Share | None = None,
     ) -> "Case":
         """Any model that `open_model` knows, or a loaded one, with its test set or the texts of `access`."""
-        access = usual() if access is None else access
+        access = access or Access()
         m = access.open(model) if isinstance(model, str | Path) else model
         options = options or OnTests(n_loops, n, seed)
         wanted = getattr(options, "n", None)

@@ -17,22 +17,25 @@ from torch import Tensor
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.information import kl
-from loopmdm.model.precision import wide
+from loopmdm.model.precision import check_logits, wide
 from loopmdm.model.protocol import LoopOutput
 from loopmdm.model.sequences import MaskedBatch
 
-Answers = HookedLoopMDM | LoopOutput | Tensor
+Answered = HookedLoopMDM | LoopOutput | Tensor
 """A model, what it gave, or logits [batch, pos, d_vocab]."""
 
 
 @torch.no_grad()
-def compare(a: Answers, b: Answers, batch: MaskedBatch, n_loops: int | None = None) -> pd.DataFrame:
+def compare(a: Answered, b: Answered, batch: MaskedBatch, n_loops: int | None = None) -> pd.DataFrame:
     """How answers `b` differ from answers `a` at the masked positions of `batch`; a row a position.
 
     `n_loops` is for models (default: each one's own). Logits may lack the column of [MASK], if both do. Columns:
     sequence pos true best_a best_b p_true_a p_true_b change kl flipped; tokens are ids; `true`, `p_true_*` and
     `change` are missing where nobody knows what is hidden. Nats. UsageError where shapes differ or logits are of
-    other sequences.
+    other sequences or another vocabulary, NotFiniteError where they say nothing.
+
+    Of a causal model (give the model: logits do not tell) the batch is `before_next`'s, and a token that repeats
+    the one before is known, too.
 
     >>> with lm.cut(m, "masked->masked"):
     ...     changed = m(b, n_loops=4)
@@ -45,8 +48,14 @@ def compare(a: Answers, b: Answers, batch: MaskedBatch, n_loops: int | None = No
     if log_p.shape != log_q.shape:
         raise UsageError(f"a has {log_p.shape[-1]} tokens, b {log_q.shape[-1]}; compare models of one vocabulary")
     sequence, pos = batch.masked.nonzero(as_tuple=True)
-    known = ~batch.unknown[batch.masked]
-    true = batch.clean[batch.masked].long().clamp(max=log_p.shape[-1] - 1)
+    causal = any(isinstance(one, HookedLoopMDM) and one.facts.causal for one in (a, b))
+    known = ~batch.unknown[batch.masked] | causal  # it sees the token before, which the next one may repeat
+    true = batch.clean[batch.masked].long().where(known, 0)
+    if len(true) and int(true.max()) >= log_p.shape[-1]:
+        raise UsageError(
+            f"the batch hides ids from {log_p.shape[-1]} on, which the answers lack; "
+            "compare answers of the batch's own vocabulary"
+        )
     said = {"a": log_p.gather(-1, true[:, None])[:, 0], "b": log_q.gather(-1, true[:, None])[:, 0]}
     best = {name: log.argmax(-1) for name, log in (("a", log_p), ("b", log_q))}
     columns = {"sequence": sequence, "pos": pos, "true": true, "best_a": best["a"], "best_b": best["b"]}
@@ -60,8 +69,10 @@ def compare(a: Answers, b: Answers, batch: MaskedBatch, n_loops: int | None = No
     return frame
 
 
-def _log_probs(answers: Answers, name: str, batch: MaskedBatch, n_loops: int | None) -> Float[Tensor, "row token"]:
-    """Log-probabilities at the masked positions, in float32 at least."""
+def _log_probs(
+    answers: Answered, name: str, batch: MaskedBatch, n_loops: int | None
+) -> Float[Tensor, "row token"]:
+    """Log-probabilities at the masked positions, in float32 at least; NotFiniteError if logits say nothing."""
     if isinstance(answers, HookedLoopMDM):
         answers = answers(batch, n_loops=n_loops)
     logits = answers.logits if isinstance(answers, LoopOutput) else answers
@@ -72,4 +83,6 @@ def _log_probs(answers: Answers, name: str, batch: MaskedBatch, n_loops: int | N
         raise UsageError(
             f"{name} answers {list(logits.shape[:2])} positions, the batch has {list(batch.tokens.shape)}"
         )
-    return wide(logits[batch.masked]).log_softmax(-1)
+    chosen = logits[batch.masked]
+    check_logits(chosen)
+    return wide(chosen).log_softmax(-1)

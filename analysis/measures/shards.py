@@ -15,7 +15,7 @@ Only measures whose forwards all lie in such batches come in shards (`Measure.sh
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from loopmdm.analysis.measures.access import Access
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.registry import MEASURES, Measure
 from loopmdm.analysis.numbers import kept
-from loopmdm.model.batching import at_a_time
+from loopmdm.model.batching import at_a_time, wanted
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.sequences import Share
@@ -35,6 +35,10 @@ from loopmdm.model.work import digest, keeping
 
 VERSIONS = ("torch", "numpy", "transformer-lens")
 ATTRIBUTE = "part"
+OWN = ("shard", "model", "text")
+"""What parts may differ in: paths are other ones on other machines, hashes of weights and sequences decide."""
+OPENED = ("dtype", "revision", "trust_remote_code")
+"""What was opened otherwise is another model; a device is not, but for rounding."""
 
 
 @dataclass
@@ -107,7 +111,7 @@ def told_of(case: Case, item: Measure, model: Any) -> dict[str, Any]:
 
     assert case.shard is not None
     access, sequences = case.access, case.test.sequences
-    opened = {entry.name: getattr(access, entry.name) for entry in fields(access) if entry.name != "text"}
+    opened = {name: getattr(access, name) for name in OPENED}
     return {
         "measure": item.label,
         "model": model.model_name if isinstance(model, HookedLoopMDM) else str(model),
@@ -117,6 +121,7 @@ def told_of(case: Case, item: Measure, model: Any) -> dict[str, Any]:
         "text": None if access.text is None else str(access.text),
         "sequences": hashlib.sha256(digest(sequences).encode()).hexdigest()[:16],
         "shards": case.shard.of,
+        "batch_size": wanted(),
         "versions": versions(VERSIONS),
     }
 
@@ -127,7 +132,8 @@ def merge(
 ) -> pd.DataFrame:
     """The table of a measure from all its parts, in any order; `model` is the one they are of (else opened anew).
 
-    UsageError if they are not all the parts of one whole. `names` are what messages call them.
+    UsageError if they are not all the parts of one whole. `names` are what messages call them. What was asked,
+    `measure`, `model` and `options`, is in the table's `attrs["asked"]`.
     """
     parts = list(parts)
     names = list(names) or [f"part {place}" for place in range(1, len(parts) + 1)]
@@ -136,16 +142,18 @@ def merge(
     if item.label != whole["measure"]:
         raise UsageError(f"the parts are of {whole['measure']}, this version has {item.label}; measure them again")
     text, given = whole["text"], whole["model"] if model is None else model
-    access = Access(**whole["opened"] | {"device": "cpu"}, text=None if text is None else Path(text))
+    access = Access(**whole["opened"], text=None if text is None else Path(text))
     options = item.options.of(item.name, whole["options"])
     case = Case.of(given, options=options, access=access, shard=Share(0, whole["shards"]))
     _check_case(told_of(case, item, given), whole)
     found: dict[str, Any] = {}
     for part in parts:
         found |= dict(kept.results(part))
-    with at_a_time(access.batch_size), keeping(Merging(item.name, found)):
+    with at_a_time(whole["batch_size"]), keeping(Merging(item.name, found)):
         frame = item.of(case)
-    return item.labelled(frame, case, whole["model"])
+    frame = item.labelled(frame, case, whole["model"])
+    frame.attrs["asked"] = {"measure": item.name} | {name: whole[name] for name in ("model", "options")}
+    return frame
 
 
 def _check_case(now: dict[str, Any], whole: dict[str, Any]) -> None:
@@ -166,7 +174,7 @@ def _check(parts: list[pd.DataFrame], names: Sequence[str]) -> dict[str, Any]:
         if not isinstance(one, dict) or "shard" not in one:
             raise UsageError(f"{name} is no part of a measure; `loopmdm measure .. --shard 1/4 --out` makes one")
         for what, value in told[0].items():
-            if what != "shard" and one.get(what) != value:
+            if what not in OWN and one.get(what) != value:
                 raise UsageError(
                     f"{names[0]} and {name} differ in {what}: {_short(value)} and {_short(one.get(what))}; "
                     "merge parts of one model, measure and setting"

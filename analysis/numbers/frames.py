@@ -37,7 +37,7 @@ class Told(dict[str, Any]):
 
 
 def read_table(path: Path, columns: Iterable[str] = (), remedy: str = "") -> pd.DataFrame:
-    """Read and check a table; UsageError if it is damaged, of another schema or lacks columns.
+    """Read and check a table; UsageError if it is not there, damaged, of another schema or lacks columns.
 
     A file that has not changed is read and hashed once; the frames share their values, copied on writing. `remedy`
     says what makes it anew; by default `loopmdm table`.
@@ -46,7 +46,7 @@ def read_table(path: Path, columns: Iterable[str] = (), remedy: str = "") -> pd.
     try:
         status = path.stat()
     except OSError as error:
-        raise UsageError(f"{path} is damaged ({error}); {remedy}") from error
+        raise UsageError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
     df = _checked(path, status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns, remedy)
     missing = [column for column in columns if column not in df.columns]
     if missing:

@@ -5,14 +5,16 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from loopmdm.model.network.checkpoints import check_device
+
 USUAL = "cpu"
 _DEVICE: ContextVar[str] = ContextVar("device", default=USUAL)
 
 
 @contextmanager
 def on_device(device: str) -> Iterator[None]:
-    """Models that are opened inside without naming a device run on this one."""
-    before = _DEVICE.set(device)
+    """Models that are opened inside without naming a device run on this one; UsageError if it is not here."""
+    before = _DEVICE.set(str(check_device(device)))
     try:
         yield
     finally:

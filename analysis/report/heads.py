@@ -57,7 +57,6 @@ class Cards:
     cards: list[Card]
     null: str = ""
     why: str = ""
-    n_units: int = 0
 
 
 def shown_cards() -> list[Cards]:
@@ -85,8 +84,7 @@ def cards_of(model: str, frame: pd.DataFrame) -> Cards:
     own = with_interval(frame[frame["weights"] == "trained"], "value", "standard_error")
     heads = own.groupby(["layer", "head"], sort=True)
     cards = [_card(model, int(layer), int(head), part) for (layer, head), part in heads]  # pyright: ignore
-    n_units = int(own["n_units"].max()) if "n_units" in own else 0
-    return Cards(model, cards, _null(frame[frame["weights"] != "trained"]), n_units=n_units)
+    return Cards(model, cards, _null(frame[frame["weights"] != "trained"]))
 
 
 def _card(model: str, layer: int, head: int, rows: pd.DataFrame) -> Card:

@@ -21,7 +21,7 @@ from PIL import Image
 from loopmdm.analysis.exhibits import EXHIBITS, Exhibit, by_theme
 from loopmdm.analysis.exhibits import verdicts as claims
 from loopmdm.analysis.exhibits.measuring import check_stored
-from loopmdm.analysis.measures.access import Access, usual
+from loopmdm.analysis.measures.access import Access
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.numbers import provenance
 from loopmdm.analysis.plots.style import style
@@ -145,7 +145,7 @@ def write_model_report(out: Path, m: HookedLoopMDM, test: TestSet, access: Acces
     m.facts.warn_beyond(0.5, "the report")
     source = ", ".join(m.record[key] for key in ("source", "licence") if m.record.get(key))
     title = f"{m.model_name} ({source})" if source else m.model_name
-    heads = measured_cards(Case(m, test, access=access or usual()))
+    heads = measured_cards(Case(m, test, access=access or Access()))
     page = render("alone.html", title=title, data=payload(inputs_of(m, test.sequences)), heads=heads)
     write_atomic(out, lambda temporary: temporary.write_text(page, encoding="utf-8"))
 

@@ -18,7 +18,7 @@ from typing import IO, Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
-from loopmdm.model.errors import UsageError, unknown_name
+from loopmdm.model.errors import UsageError, and_more, unknown_name
 from loopmdm.model.files import clear_partial, is_file, is_folder, sha256, taken, write_atomic
 from loopmdm.model.network.checkpoints import (
     RECORD,
@@ -137,11 +137,7 @@ def _bring(wanted: dict[str, Wanted], source: str, on_file: Callable[[int], Any]
             f"{source} breaks off or is no archive ({why:.80}); what was whole is kept: run it again"
         ) from error
     if left:
-        raise OSError(f"{source} lacks {next(iter(left))}{_more(left)}; take the archive of this version")
-
-
-def _more(things: Any) -> str:
-    return f" and {len(things) - 1} more" if len(things) > 1 else ""
+        raise OSError(f"{source} lacks {next(iter(left))}{and_more(left)}; take the archive of this version")
 
 
 def _keep(item: Wanted, file: IO[bytes], what: str) -> None:

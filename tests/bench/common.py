@@ -1,7 +1,10 @@
 """What benchmarks share: paired ratios, rows against a goal, sizes of models."""
 
+import os
 import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +54,21 @@ def peak_kib() -> int:
         return int(status.split("VmHWM:")[1].split()[0])
     except (OSError, IndexError):  # not Linux
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def alone(part: str, what: object, **more: str) -> str:
+    """What `once(what)` of tests/bench/PART.py prints in a process of its own, with `more` in its environment.
+
+    With glibc's thresholds fixed its peak of memory follows what is alive.
+    """
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"} | more
+    command = [sys.executable, "-c", f"from tests.bench.{part} import once; once({what!r})"]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
+
+
+def median_peak(part: str, what: object) -> float:
+    """Peak memory, KiB: the median of three such processes."""
+    return statistics.median(float(alone(part, what)) for _ in range(3))
 
 
 def at_most(name: str, value: float, goal: float, unit: str = "x") -> Row:

@@ -4,25 +4,13 @@ import os
 import random
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 from loopmdm.model.corpora import documents
 from loopmdm.model.corpora.own_files import prepare
 from loopmdm.model.corpora.tokenizer import train_bpe
 from tests.bench.common import Row, at_least, ratio
-
-
-@contextmanager
-def _cache(folder: Path) -> Iterator[None]:
-    before = os.environ.get("LOOPMDM_CACHE")
-    os.environ["LOOPMDM_CACHE"] = str(folder)
-    try:
-        yield
-    finally:
-        del os.environ["LOOPMDM_CACHE"]
-        if before is not None:
-            os.environ["LOOPMDM_CACHE"] = before
 
 
 def tokenising() -> Iterator[Row]:
@@ -37,7 +25,10 @@ def tokenising() -> Iterator[Row]:
             (folder / f"{number}.txt").write_text(text, "utf-8")
 
         def ours() -> None:
-            with tempfile.TemporaryDirectory() as cache, _cache(Path(cache)):
+            with (
+                tempfile.TemporaryDirectory() as cache,
+                mock.patch.dict(os.environ, {"LOOPMDM_CACHE": cache}),
+            ):
                 prepare(f"files:{folder}", tokenizer)
 
         rate = ratio(lambda: tokenizer.encode_batch(texts), ours, 7)

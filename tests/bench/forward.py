@@ -14,7 +14,7 @@ from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.masking import mask_tokens
 from loopmdm.model.network.config import LoopMDMConfig
 from loopmdm.model.network.layers import rotary_tables
-from tests.bench.common import Row, at_most, peak_kib, ratio, shape
+from tests.bench.common import Row, at_most, median_peak, peak_kib, ratio, shape
 
 
 class PlainBlock(nn.Module):
@@ -96,20 +96,12 @@ def masses() -> Iterator[Row]:
     with torch.inference_mode():
         value = ratio(lambda: mask_attention(m, b, content=False), lambda: m(b.tokens, attn_path="eager"))
     yield at_most("mask_attention masses at S=12, / eager forward", value, 1.5)
-    peaks = [[peak_memory(loops) for _ in range(3)] for loops in (2, 12)]
-    growth = statistics.median(peaks[1]) / statistics.median(peaks[0])
+    growth = median_peak("forward", 12) / median_peak("forward", 2)
     # Keeping the patterns of ten more loops would add a third; what is left is the allocator's scatter.
     yield at_most("peak memory of mask_attention, S=12 / S=2", growth, 1.05)
 
 
-def peak_memory(n_loops: int) -> float:
-    """Peak memory of a process of its own that measures at `n_loops`, KiB."""
-    code = f"from tests.bench.forward import measure_once; measure_once({n_loops})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(done.stdout)
-
-
-def measure_once(n_loops: int) -> None:
+def once(n_loops: int) -> None:
     """Run mask_attention once and print the process's peak memory."""
     cfg = shape(128, 4, 256, loops=12)
     tokens = torch.randint(0, cfg.d_vocab - 1, (16, 256), generator=torch.Generator().manual_seed(0))

@@ -5,9 +5,6 @@ only where it is named: `loopmdm bench paper-size`. Weights are 0.6 GiB of it.
 """
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,7 +22,7 @@ from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.masking import mask_tokens
 from loopmdm.model.network.config import LoopMDMConfig
 from loopmdm.model.sequences import MaskedBatch
-from tests.bench.common import Row, peak_kib
+from tests.bench.common import Row, alone, peak_kib
 
 CONFIG: dict[str, Any] = {"d_vocab": 50_258, "n_ctx": 1024, "d_model": 768, "n_heads": 12, "n_prelude_layers": 1}
 CONFIG |= {"n_loop_layers": 2, "n_coda_layers": 9, "max_loops": 12}
@@ -62,19 +59,11 @@ WORK: dict[str, Callable[[HookedLoopMDM, MaskedBatch], object]] = {
 def size() -> Iterator[Row]:
     """Peak memory of each, and its time."""
     for what in WORK:
-        found = json.loads(_run(what))
+        found = json.loads(alone("paper", what, OMP_NUM_THREADS="1"))
         peak = found["peak"] / 2**20
         told = f"{peak:.2f} GiB; {found['cpu']:.0f} s of CPU"
         met = "yes" if peak <= MOST else "NO"
         yield f"paper's size, {SEQUENCES} sequences: {what}", told, f"<= {MOST} GiB", met
-
-
-def _run(what: str) -> str:
-    code = f"from tests.bench.paper import once; once({what!r})"
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    environment |= {"OMP_NUM_THREADS": "1"}
-    options: dict = {"stdout": subprocess.PIPE, "text": True, "check": True, "env": environment}
-    return subprocess.run([sys.executable, "-c", code], **options).stdout
 
 
 @torch.no_grad()

@@ -1,9 +1,5 @@
 """The analysis suite: attention measures in one forward, frontiers by replay, similarity batch by batch."""
 
-import os
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,7 +22,7 @@ from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.masking import mask_tokens
 from loopmdm.model.sequences import MaskedBatch
 from loopmdm.model.zoo.runs import Zoo
-from tests.bench.common import Row, at_most, peak_kib, ratio, shape
+from tests.bench.common import Row, at_most, median_peak, peak_kib, ratio, shape
 
 N_LOOPS, LENGTH = 12, 256
 
@@ -43,10 +39,10 @@ def survey() -> Iterator[Row]:
     received = received_attention(m, b, N_LOOPS)
     value = ratio(lambda: attention_survey(m, b, N_LOOPS, received, batch_size=8), lambda: _eager(m, b), 9)
     yield at_most(f"attention measures at S={N_LOOPS}, T={LENGTH}, / eager forward", value, 2.0)
-    forward, patterns, measured = (statistics.median(_peaks(what)) for what in ("forward", "patterns", "survey"))
+    forward, patterns, measured = (median_peak("science", what) for what in ("forward", "patterns", "survey"))
     extra = (measured - forward) / (patterns - forward)
     yield at_most("their memory beyond the eager forward's, / storing the patterns", extra, 0.2)
-    longer = (statistics.median(_peaks("survey-more")) - measured) / (patterns - forward)
+    longer = (median_peak("science", "survey-more") - measured) / (patterns - forward)
     yield at_most("growth of that memory from 16 to 64 sequences, / storing the patterns of 16", longer, 0.05)
 
 
@@ -82,14 +78,6 @@ def _eager(m: HookedLoopMDM, b: MaskedBatch) -> None:
         m(b.tokens, n_loops=N_LOOPS, attn_path="eager")
 
 
-def _peaks(what: str, repeats: int = 3) -> list[float]:
-    """Peak memory of processes of their own, KiB; with glibc's thresholds fixed it follows what is alive."""
-    code = f"from tests.bench.science import once; once({what!r})"
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    options: dict = {"capture_output": True, "text": True, "check": True, "env": environment}
-    return [float(subprocess.run([sys.executable, "-c", code], **options).stdout) for _ in range(repeats)]
-
-
 @torch.no_grad()
 def once(what: str) -> None:
     """Run one of the subjects of the memory rows, print the process's peak memory."""
@@ -120,7 +108,7 @@ def replay() -> Iterator[Row]:
 
 def similarity() -> Iterator[Row]:
     """CKA over all pairs of 12 loops: memory does not grow with the number of sequences."""
-    more, few = (statistics.median(_peaks(what)) for what in ("similarity-more", "similarity"))
+    more, few = (median_peak("science", what) for what in ("similarity-more", "similarity"))
     yield at_most("peak memory of CKA over 12 loops, 64 / 16 sequences in batches of 8", more / few, 1.05)
 
 

@@ -4,10 +4,6 @@ One thread; the forward is the model's own with nobody listening. CPU time, not 
 that this runs on are shared.
 """
 
-import os
-import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +19,7 @@ from loopmdm.model.adapters import hook_model
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.masking import mask_tokens
 from loopmdm.model.sequences import MaskedBatch
-from tests.bench.common import Row, at_most, peak_kib, ratio, shape
+from tests.bench.common import Row, at_most, median_peak, peak_kib, ratio, shape
 
 FACTORS = (3.0, 5.0, 10.0)
 
@@ -103,18 +99,11 @@ def _bert() -> Any:
 
 def memory() -> Iterator[Row]:
     """Peak memory of a process that measures, against one that only runs the model."""
-    peaks = {what: statistics.median(_peaks(what)) for what in ("forward", "masses", "eager")}
+    peaks = {what: median_peak("sums", what) for what in ("forward", "masses", "eager")}
     more = peaks["masses"] / peaks["forward"]
     yield at_most(f"peak memory of masses at {LONG}, 4 sequences, / fused forward", more, 1.05)
     shown = (peaks["masses"] - peaks["forward"]) / (peaks["eager"] - peaks["forward"])
     yield at_most("what it adds, / what the explicit path adds", shown, 0.2)
-
-
-def _peaks(what: str, repeats: int = 3) -> list[float]:
-    code = f"from tests.bench.sums import once; once({what!r})"
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    options: dict = {"capture_output": True, "text": True, "check": True, "env": environment}
-    return [float(subprocess.run([sys.executable, "-c", code], **options).stdout) for _ in range(repeats)]
 
 
 @torch.no_grad()

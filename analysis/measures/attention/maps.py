@@ -59,6 +59,8 @@ class AttentionMaps:
         from loopmdm.analysis.plots.attention import plot_maps
 
         n = len(self.loops)
+        if axes is not None and n == 1:
+            raise UsageError("of one loop there is no change to draw; give ax=")
         if ax is not None and (axes is not None or n > 1):
             raise UsageError(f"ax takes one map, there are {n} loops; choose one, as in loops=[3], or give axes=")
         if axes is not None and len(list(axes)) != n + 1:

@@ -166,13 +166,7 @@ def at_each_loop(make: Callable) -> Callable[[Case], pd.DataFrame]:
 
 
 MEASURES = (
-    Measure(
-        "mediated-share",
-        "share of the gain of looping that some edges carry",
-        on_tests,
-        "test set",
-        loops=2,
-    ),
+    Measure("mediated-share", "share of the gain of looping that some edges carry", on_tests, "test set", loops=2),
     Measure(
         "cut-effects",
         "NELBO lost by cutting masked-to-masked at or from a loop on",

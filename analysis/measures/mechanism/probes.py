@@ -73,9 +73,10 @@ def fit_probe(
     lots = row_uniforms(seed, "order", 1, len(names))[0].argsort().argsort().numpy()
     held = lots[index] < max(1, round(HELD_OUT * len(names)))
     x, y = x.astype(np.float64), y.astype(np.float64)
-    tried = [_ridge(x[~held], y[~held], np.full(y.shape[1], penalty)) for penalty in PENALTIES]
-    errors = [((one.scores(x[held]) - y[held]) ** 2).mean(0) for one in tried]
-    return _ridge(x, y, np.array(PENALTIES)[np.argmin(errors, 0)])
+    n, k = y.shape[1], len(PENALTIES)
+    tried = _ridge(x[~held], np.tile(y[~held], k), np.repeat(PENALTIES, n))  # one SVD serves all penalties
+    errors = ((tried.scores(x[held]) - np.tile(y[held], k)) ** 2).mean(0).reshape(k, n)
+    return _ridge(x, y, np.array(PENALTIES)[errors.argmin(0)])
 
 
 def _ridge(x: np.ndarray, y: np.ndarray, penalty: np.ndarray) -> Probe:

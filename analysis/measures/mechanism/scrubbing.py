@@ -235,22 +235,23 @@ class _Run:
         The first call is the intact one.
         """
         found: list[tuple[Tensor, Tensor]] = []
-        answers = [self._answer(states, loop, number) for number in range(len(self.contexts))]
+        parts = list(self.batch.batches(self.batch_size))
+        answers = [
+            self._answer(states[start : start + len(part)], loop, part.masked, context)
+            for (start, part), context in zip(parts, self.contexts, strict=True)
+        ]
         self.intact = self.intact or answers
-        for (_, part), now, before in zip(self.batch.batches(self.batch_size), answers, self.intact, strict=True):
+        for (_, part), now, before in zip(parts, answers, self.intact, strict=True):
             loss = -now.gather(-1, part.truth("scrubbing")[part.masked][:, None])[:, 0]
             apart = kl(before, now).clamp(min=0.0)
             found.append((row_mean(loss, part.masked), row_mean(apart, part.masked)))
         loss, apart = (torch.cat(parts).double().cpu().numpy() for parts in zip(*found, strict=True))
         return loss, apart
 
-    def _answer(self, states: Tensor, loop: int, number: int) -> Float[Tensor, "row d_vocab"]:
-        """Log-probabilities of part `number` at its hidden cells."""
-        context, start = self.contexts[number], sum(len(before.tokens) for before in self.contexts[:number])
-        state = states[start : start + len(context.tokens)]
+    def _answer(self, state: Tensor, loop: int, rows: Tensor, context: Context) -> Float[Tensor, "row d_vocab"]:
+        """Log-probabilities of one part at its hidden cells `rows`."""
         for following in range(loop + 1, self.n_loops):
             state = self.m.loop(state, context, following)
-        rows = self.batch.masked[start : start + len(context.tokens)]
         return wide(self.m.readout(state, context, rows=rows)).log_softmax(-1)
 
 

@@ -121,12 +121,7 @@ MEASURES = (
         shards=True,
     ),
     Measure(
-        "zero-shot",
-        "NELBO on corpora it never saw",
-        zero_shot,
-        "loops",
-        others=False,
-        goes_by=zero_shot_corpora,
+        "zero-shot", "NELBO on corpora it never saw", zero_shot, "loops", others=False, goes_by=zero_shot_corpora
     ),
     Measure(
         "excess-kl",

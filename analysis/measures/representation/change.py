@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loopmdm.analysis.measures.registry import Measure, plain
-from loopmdm.analysis.measures.representation.lenses import LENSES, Answer, answer_metrics
+from loopmdm.analysis.measures.representation.lenses import LENSES, answer, answer_metrics
 from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.watch.groups import TOKEN_GROUPS
 from loopmdm.analysis.watch.states import check_loops, group_mean, row_mean, token_groups, trajectory
+from loopmdm.model.blocks import LogProbs
 from loopmdm.model.errors import check_model
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.layout import By, check_by
@@ -54,11 +55,11 @@ def _state_metrics(loop: int, state: Tensor, previous: Tensor, before: Tensor | 
     return metrics
 
 
-def _last_readouts(m: HookedLoopMDM, b: MaskedBatch, n_loops: int, masked: Tensor) -> dict[str, Answer]:
+def _last_readouts(m: HookedLoopMDM, b: MaskedBatch, n_loops: int, masked: Tensor) -> dict[str, LogProbs]:
     """One more trajectory for the last loop's read-outs, so that none pile up over the loops."""
     for loop, state, context in trajectory(m, b, n_loops):
         if loop == n_loops - 1:
-            return {lens: Answer.of(m, state, context, lens, masked) for lens in LENSES}
+            return {lens: answer(m, state, context, lens, masked) for lens in LENSES}
     raise AssertionError("a trajectory ends with its last loop")
 
 
@@ -67,14 +68,14 @@ def _batch_metrics(m: HookedLoopMDM, b: MaskedBatch, n_loops: int, by: By) -> Ro
     groups, masked, rows = token_groups(m, b, by), token_groups(m, b)["masked"], {}
     clean, last = b.clean.masked_fill(b.unknown, -1)[masked], _last_readouts(m, b, n_loops, masked)
     before = previous = None
-    reads: dict[str, Answer] = {}
+    reads: dict[str, LogProbs] = {}
     for loop, state, context in trajectory(m, b, n_loops):
         if previous is not None:
             for name, value in _state_metrics(loop, state, previous, before).items():
                 for group in TOKEN_GROUPS:
                     rows[loop, group, name, ""] = group_mean(value, groups[group])
             for lens in LENSES:
-                now = Answer.of(m, state, context, lens, masked)
+                now = answer(m, state, context, lens, masked)
                 prefix = "" if lens == "coda" else f"{lens}_"
                 for name, value in answer_metrics(now, reads.get(lens), last[lens], clean).items():
                     rows[loop, "masked", prefix + name, lens] = row_mean(value, masked)
@@ -95,7 +96,7 @@ def representation_change(
     """Columns: n_loops loop token_group mask_ratio metric lens value standard_error n.
 
     `n_loops` may lie far beyond S_max: three states and four read-outs of one batch are held, whatever it is,
-    and of large vocabularies only blocks of these (`lenses.Answer`).
+    and of large vocabularies only blocks of these (`blocks.py`).
     Read-out metrics exist for masked positions only; `lens` is "coda", "direct" (metric "direct_..") or "" for
     metrics of the state. Errors are over sequences, or over `clusters` [batch] of them. A group without members
     is NaN with n = 0. In a shifted model `by="predicts"` groups states by the token that they predict; read-outs

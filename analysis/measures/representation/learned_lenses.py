@@ -36,8 +36,9 @@ RECORD = "lens"
 class LearnedLens:
     """A map a loop: `weight` [loop, d_model, d_model] and `bias` [loop, d_model], float32.
 
-    `kind` is "tuned" or "jacobian". `record` says of what it is (`model`, `model_hash`) and how it came about:
-    `n_loops`, `mask_ratio`, `n_rows`, and of tuned ones `steps`, `seed`, `loss` (held-out KL, nats, by loop).
+    `kind` is "tuned" or "jacobian". `record` says of what it is (`model`, the fields of its `Identity`) and how it
+    came about: `n_loops`, `mask_ratio`, `n_rows`, and of tuned ones `steps`, `seed`, `loss` (held-out KL, nats, by
+    loop).
     """
 
     kind: str
@@ -79,7 +80,10 @@ class LearnedLens:
 
     def check(self, m: HookedLoopMDM) -> "LearnedLens":
         """Itself; UsageError unless it was made of these weights."""
-        made_of = Identity(self.record.get("model", ""), self.record.get("model_hash", ""), {})
+        try:
+            made_of = Identity(**self.record["model"])
+        except (KeyError, TypeError):
+            raise UsageError(f"this {self.kind} lens does not say which model it is of; fit it anew") from None
         made_of.check(m, f"this {self.kind} lens")
         return self
 

@@ -13,7 +13,7 @@ reads off is what the rest of the computation takes up, to first order and on av
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -141,7 +141,7 @@ def fit_tuned(
 
 
 def _told(m: HookedLoopMDM, b: MaskedBatch, n_loops: int, n_rows: int) -> dict:
-    told = {"model": m.model_name, "model_hash": identity(m).hash, "n_loops": n_loops}
+    told = {"model": asdict(identity(m)), "n_loops": n_loops}
     return told | {"mask_ratio": b.mask_ratio, "n_rows": n_rows}
 
 

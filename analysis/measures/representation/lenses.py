@@ -10,19 +10,17 @@ the model would say (the two lenses paint different pictures of a recurrent mode
     kl_previous                 KL(p_i || p_{i-1}), nats;  top1_flips: whether the best token changed
 """
 
-from dataclasses import dataclass
 from typing import get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from loopmdm.model.blocks import RowLogits
+from loopmdm.model.blocks import LogProbs, RowLogits
 from loopmdm.model.context import Context
 from loopmdm.model.errors import check_word
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.information import entropy, kl
-from loopmdm.model.precision import check_logits, wide
 from loopmdm.model.stopping.rules import Lens
 
 LENSES: tuple[Lens, ...] = get_args(Lens)
@@ -42,57 +40,25 @@ def read(
 
     NotFiniteError if the logits say nothing.
     """
-    return Answer.of(m, state, context, lens, rows).all()
+    return answer(m, state, context, lens, rows).all()
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a state would answer: log-probabilities as of `read`, block by block of the rows (`blocks.py`).
-
-    Those that fit into one block are kept, others are made whenever they are looked at.
-    """
-
-    logits: RowLogits
-    kept: Float[Tensor, "row d_vocab"] | None
-
-    @classmethod
-    def of(
-        cls, m: HookedLoopMDM, state: Tensor, context: Context, lens: Lens, rows: Bool[Tensor, "batch pos"]
-    ) -> "Answer":
-        """By a lens, at `rows`; NotFiniteError if the logits say nothing."""
-        state, d_vocab = state.to(m.model.dtype), m.cfg.d_vocab
-        if not bool(rows.any()):
-            logits = RowLogits(rows, d_vocab, torch.zeros(0, d_vocab, device=state.device))
-        elif lens == "coda":
-            logits = m.read(state, context, rows=rows)
-        else:
-            logits = RowLogits.of(lambda some: m.model.unembedding(state, rows=some), rows, d_vocab)
-        if logits.whole is None:
-            return cls(logits, None)
-        kept = _log_probs(logits.whole) if len(logits) else logits.whole
-        return cls(RowLogits(rows, d_vocab, kept), kept)
-
-    @property
-    def spans(self) -> list[slice]:
-        """The blocks, as slices of the rows."""
-        return self.logits.spans
-
-    def __getitem__(self, span: slice) -> Float[Tensor, "row d_vocab"]:
-        """One block."""
-        return _log_probs(self.logits[span]) if self.kept is None else self.kept[span]
-
-    def all(self) -> Float[Tensor, "row d_vocab"]:
-        """All of them at once."""
-        return torch.cat([self[span] for span in self.spans]) if self.kept is None else self.kept
-
-
-def _log_probs(logits: Float[Tensor, "row d_vocab"]) -> Float[Tensor, "row d_vocab"]:
-    check_logits(logits)
-    return wide(logits).log_softmax(-1)
+def answer(
+    m: HookedLoopMDM, state: Tensor, context: Context, lens: Lens, rows: Bool[Tensor, "batch pos"]
+) -> LogProbs:
+    """As `read`, block by block of the rows."""
+    state, d_vocab = state.to(m.model.dtype), m.cfg.d_vocab
+    if not bool(rows.any()):
+        logits = RowLogits(rows, d_vocab, torch.zeros(0, d_vocab, device=state.device))
+    elif lens == "coda":
+        logits = m.read(state, context, rows=rows)
+    else:
+        logits = RowLogits.of(lambda some: m.model.unembedding(state, rows=some), rows, d_vocab)
+    return LogProbs.of(logits)
 
 
 def answer_metrics(
-    now: Answer, previous: Answer | None, last: Answer, clean: Int[Tensor, " row"]
+    now: LogProbs, previous: LogProbs | None, last: LogProbs, clean: Int[Tensor, " row"]
 ) -> dict[str, Float[Tensor, " row"]]:
     """`readout_metrics`, and kl_last, KL(p_last || p_i), nats."""
     parts = []

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loopmdm.analysis.measures.case import Case
 from loopmdm.analysis.measures.registry import Measure
-from loopmdm.analysis.measures.representation.lenses import Answer, check_lens
+from loopmdm.analysis.measures.representation.lenses import answer, check_lens
 from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.watch.states import check_loops, token_groups
 from loopmdm.model.errors import UsageError
@@ -68,7 +68,7 @@ def settled_loops(
 
     def work(part: MaskedBatch) -> Int[Tensor, "loop row"]:
         states, masked = m.states(part.tokens, n_loops, part.attention_mask), _asked(m, part)
-        answers = (Answer.of(m, state, context, lens, masked) for state, context in states)
+        answers = (answer(m, state, context, lens, masked) for state, context in states)
         return torch.stack([torch.cat([one[span].argmax(-1) for span in one.spans]) for one in answers])
 
     for span, part, answers in b.each(batch_size, work):

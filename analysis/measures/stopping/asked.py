@@ -29,7 +29,7 @@ def records(case: Case, rules: list | None = None) -> tuple[LoopRecord, LoopReco
     """Every sequence run to the end, on test and on validation."""
     options = {"max_loops": case.n_loops, "rules": rules}
     test = record_loops(case.m, case.sequences, seed=case.seed, **options)
-    held_out = case.share(replace(case.validation.sequences.rows(slice(case.n)), clusters=None, place=None))
+    held_out = case.share(replace(case.validation.sequences.rows(slice(case.n)), clusters=None))
     return test, record_loops(case.m, held_out, seed=case.seed + 1, **options)
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from loopmdm.model import flops
-from loopmdm.model.blocks import RowLogits
+from loopmdm.model.blocks import LogProbs, RowLogits
 from loopmdm.model.diffusion.likelihood import Read, draws, row_sums
 from loopmdm.model.errors import UsageError, check_count, check_model
 from loopmdm.model.information import entropy, kl
@@ -268,13 +268,9 @@ BLOCK = 2**18
 
 @dataclass(frozen=True)
 class Answers:
-    """One read-out: of each row the best token `top`, the `entropy`, the `kl` to the last one, the truth's `nats`.
+    """One read-out: by row the best token `top`, the `entropy`, the `kl` to the last one, the truth's `nats`."""
 
-    Its log-probabilities are `kept` [row, d_vocab] where one block holds them, else made anew by `reading`.
-    """
-
-    reading: RowLogits
-    kept: Float[Tensor, "row d_vocab"] | None
+    log_probs: LogProbs
     top: Int[Tensor, " row"]
     entropy: Float[Tensor, " row"]
     kl: Float[Tensor, " row"]
@@ -283,30 +279,20 @@ class Answers:
     @classmethod
     def of(cls, reading: RowLogits, before: "Answers | None", truth: Int[Tensor, " row"]) -> "Answers":
         """From logits, as the rules would compute it, block by block of rows."""
-        parts, kept = [], None
+        parts, log_probs = [], LogProbs(reading)
         for span in reading.spans:
-            block, *numbers = _answered(reading[span], None if before is None else before[span], truth[span])
+            last = None if before is None else before.log_probs[span]
+            block, *numbers = _answered(reading[span], last, truth[span])
             parts.append(numbers)
             if reading.whole is not None:
-                kept, reading = block, replace(reading, whole=block)  # the logits themselves may go
-        return cls(reading, kept, *(torch.cat(column) for column in zip(*parts, strict=True)))
-
-    def __getitem__(self, span: slice) -> Float[Tensor, "row d_vocab"]:
-        """Log-probabilities of a block."""
-        if self.kept is not None:
-            return self.kept[span]
-        logits = self.reading[span]
-        return torch.cat([wide(part).log_softmax(-1) for part in logits.split(_rows(logits))])
-
-
-def _rows(logits: Tensor) -> int:
-    """How many rows are worked on at a time."""
-    return max(1, BLOCK // logits.shape[-1])
+                log_probs = LogProbs.held(reading, block)
+        return cls(log_probs, *(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def _answered(logits: Tensor, before: Tensor | None, truth: Tensor) -> tuple[Tensor, ...]:
     """Log-probabilities, best tokens, entropies, divergences from `before`, and nats of the truth."""
-    size, log_probs, parts = _rows(logits), torch.empty_like(logits, dtype=width(logits.dtype)), []
+    log_probs, parts = torch.empty_like(logits, dtype=width(logits.dtype)), []
+    size = max(1, BLOCK // logits.shape[-1])
     for start in range(0, len(logits), size):
         span = slice(start, start + size)
         block = wide(logits[span]).log_softmax(-1)

@@ -12,6 +12,7 @@ from loopmdm.analysis.exhibits.measuring import all_tables
 from loopmdm.analysis.measures import MEASURES
 from loopmdm.model.adapters.specimens import SPECIMENS
 from loopmdm.model.network.checkpoints import list_models
+from loopmdm.model.training.spec import shipped_specs
 from tests.commands import loopmdm
 
 ASKED = {
@@ -21,6 +22,9 @@ ASKED = {
     "sample antib": ["antiberty"],
     "figures mask-to-mask-by-": ["mask-to-mask-by-loop"],
     "table learning-": ["learning-curves"],
+    "dictionary li": ["list"],
+    "models fetch sudoku-loop-s1": ["sudoku-loop-s12"],
+    "train smo": ["smoke"],
 }
 
 
@@ -36,6 +40,17 @@ def test_the_names_are_those_of_the_registries():
     assert completion.figure_names() == sorted(EXHIBITS)
     assert completion.table_names() == ["list", *sorted(all_tables())]
     assert completion.model_names() == [*list_models(), *SPECIMENS]
+    assert completion.dictionary_names() == ["list", *completion.model_names()]
+    assert completion.run_names() == ["all", *list_models()]
+    assert completion.spec_names() == sorted(shipped_specs())
+
+
+def test_in_a_wheel_the_runs_of_its_release_are_offered(tmp_path, monkeypatch):
+    zoo = tmp_path / "model" / "zoo"
+    zoo.mkdir(parents=True)
+    (zoo / "manifest.json").write_text('{"two": {}, "one": {}}')
+    monkeypatch.setattr(completion, "MODELS", tmp_path)
+    assert completion.run_names() == ["all", "one", "two"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "fish"])
@@ -58,7 +73,8 @@ def test_each_shell_is_told_how_to_ask(monkeypatch):
 def test_offering_loads_no_heavy_library():
     code = (
         "import json, sys; from loopmdm.analysis.cli import completion, app; "
-        "completion.measure_names(), completion.model_names(); print(json.dumps(list(sys.modules)))"
+        "completion.measure_names(), completion.model_names(), completion.run_names(), completion.spec_names(); "
+        "print(json.dumps(list(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "pandas", "numpy", "matplotlib"} & set(json.loads(done.stdout))

@@ -12,26 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import toy_spec
 from tests.slurm import Cluster, lacking
 
 pytestmark = [pytest.mark.soak, pytest.mark.skipif(bool(lacking()), reason=f"Slurm: {lacking()}")]
 HERE = Path(__file__).parents[3]
 PROGRAM = f"OMP_NUM_THREADS=1 {sys.executable} -m loopmdm.analysis.cli"
-SPEC = """
-name = "requeued"
-seed = 1
-[data]
-corpus = "sudoku6"
-[model]
-d_model = 32
-n_heads = 2
-max_loops = 2
-[training]
-flops = 6e11
-batch_size = 8
-curve_points = 20
-curve_sequences = 16
-"""
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +111,7 @@ def test_preempted_trainings_end_as_others(cluster, tmp_path):
     told, requeued, whole = (tmp_path / name for name in ("told", "requeued", "whole"))
     for folder in (told, requeued, whole):
         folder.mkdir()
-        (folder / "requeued.toml").write_text(SPEC)
+        (folder / "requeued.toml").write_text(toy_spec("flops = 6e11", 20, name="requeued"))
     train = f"cd {{}} && PYTHONPATH={HERE} {PROGRAM} train requeued.toml --out runs/requeued --resume"
     wanted = trained(cluster, whole, train.format(whole))
     assert len(wanted) == 20

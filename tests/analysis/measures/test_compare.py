@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from loopmdm.analysis import compare, cut
-from loopmdm.model.errors import UsageError
+from loopmdm.model.adapters import hook_model
+from loopmdm.model.errors import NotFiniteError, UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
-from loopmdm.model.sequences import MaskedBatch
+from loopmdm.model.sequences import MaskedBatch, Sequences, before_next
 from tests.conftest import toy_model
+from tests.loopmdm_model.adapters import natives
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,32 @@ def test_where_nobody_knows_the_truth_it_is_missing_and_the_rest_is_there(asked)
     assert np.isfinite(found["kl"]).all()
 
 
+def test_what_a_causal_model_is_asked_is_known_where_it_repeats_a_token():
+    m = hook_model(natives.native("Llama"))
+    b = before_next(Sequences.of(torch.tensor([[5, 5, 7, 7, 9]])))
+    found = compare(m, m, b)
+    assert found["true"].tolist() == [5, 7, 7, 9] and not found.isna().any().any()
+
+
+def test_a_batch_without_questions_gives_no_rows(asked):
+    m, b = asked
+    nothing = MaskedBatch(b.clean, b.clean, torch.zeros_like(b.masked))
+    assert len(compare(m, m, nothing)) == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_answers_that_say_nothing_are_no_answers(asked, value):
+    m, b = asked
+    logits, (row, pos) = m(b, n_loops=1), b.masked.nonzero()[0]
+    broken = logits.clone()
+    broken[row, pos, 2] = value
+    with pytest.raises(NotFiniteError, match=f"not finite at 1 of {int(b.masked.sum())}"):
+        compare(logits, broken, b)
+    shown = logits.clone()
+    shown[~b.masked] = value  # nobody asks there
+    assert np.isfinite(compare(logits, shown, b)["kl"]).all()
+
+
 def test_misuse_is_named(asked):
     m, b = asked
     logits = m(b, n_loops=1)
@@ -69,5 +97,7 @@ def test_misuse_is_named(asked):
         compare(logits[:2], logits, b)
     with pytest.raises(UsageError, match="one vocabulary"):
         compare(logits, logits[..., :-1], b)
+    with pytest.raises(UsageError, match="the batch hides ids from 4 on, which the answers lack"):
+        compare(logits[..., :4], logits[..., :4], b)
     with pytest.raises(UsageError, match="give a model, or logits"):
         compare("sotu-loop", m, b)

@@ -12,6 +12,8 @@ from loopmdm.analysis.measures import MEASURES, measure, merge
 from loopmdm.analysis.measures.access import Access
 from loopmdm.analysis.measures.shards import in_shards
 from loopmdm.analysis.numbers import frames, kept
+from loopmdm.model.adapters import open_model
+from loopmdm.model.batching import at_a_time
 from loopmdm.model.diffusion.likelihood import draw_times, masked_draw
 from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
@@ -20,7 +22,8 @@ from loopmdm.model.sequences import MaskedBatch, Sequences, Share
 from loopmdm.model.tasks.test_sets import TestSet, load_test_set
 from loopmdm.model.tasks.trees import TREE_TASKS
 from loopmdm.model.work import keeping
-from tests.analysis.cli.test_cli import one_line, run
+from tests.commands import loopmdm as run
+from tests.commands import one_line
 from tests.conftest import toy_model
 
 ASKED = {
@@ -93,6 +96,26 @@ def test_parts_are_merged_in_the_batches_they_were_made_in(documents):
     whole = measure("settled", m, 2)
     assert {len(part) for part in parts} == {9, 12}  # 6 and 7 sequences, two at a time, at three mask ratios
     pd.testing.assert_frame_equal(merge(parts, m), whole)
+    with at_a_time(2):  # however the size is asked for
+        inside = [measure("settled", m, 2, shard=(number, 2)) for number in (1, 2)]
+    pd.testing.assert_frame_equal(merge([inside[0], parts[1]], m), whole)
+    with pytest.raises(UsageError, match="differ in batch_size: 2 and None"):
+        merge([parts[0], measure("settled", m, 2, shard=(2, 2))], m)
+
+
+def test_parts_of_other_machines_are_merged(tmp_path, monkeypatch):
+    """One on a GPU, the model's folder and the texts under other paths: hashes say that they are the same."""
+    lines = [" ".join(str((row + at) % 6) for at in range(8)) for row in range(3)]
+    for place in ("here", "there"):
+        (tmp_path / f"{place}.txt").write_text("\n".join(lines))
+        HookedLoopMDM.from_pretrained("sudoku-loop-s4").model.save_pretrained(tmp_path / place)
+    how = {"n_loops": 2, "mask_ratios": (0.5,)}
+    here, there = Access(text=tmp_path / "here.txt"), Access("cuda", text=tmp_path / "there.txt")
+    whole = measure("settled", str(tmp_path / "here"), access=here, **how)
+    one = measure("settled", str(tmp_path / "here"), access=here, shard=(1, 2), **how)
+    monkeypatch.setattr(Access, "open", lambda self, name: open_model(name))  # as if there were a GPU
+    other = measure("settled", str(tmp_path / "there"), access=there, shard=(2, 2), **how)
+    assert frames.value_hash(merge([one, other])) == frames.value_hash(whole)
 
 
 def test_sequences_of_a_shard_are_masked_as_in_the_whole():
@@ -205,6 +228,8 @@ def test_on_the_command_line_a_lost_shard_is_measured_again_alone(tmp_path):
     options = {"n": 8, "mask_ratios": (0.5,)}
     part = measure("settled", "sudoku-loop", 1, shard=(1, 2), **options)
     frames.write_table(part, first, {str(name): told for name, told in part.attrs.items()})
+    _, err = run("merge", first, second, code=2)
+    assert one_line(err) and "part-2.parquet cannot be read (No such file or directory); measure that" in err
     second.write_bytes(first.read_bytes()[:100])  # killed while it was copied
     _, err = run("merge", first, second, "--out", tmp_path / "table.parquet", code=2)
     assert one_line(err) and "part-2.parquet is" in err and "measure that shard again" in err

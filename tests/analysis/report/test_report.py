@@ -175,6 +175,14 @@ def test_what_cannot_be_written_is_refused_at_once(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize(
+    "asked", [("--text", __file__), ("--dtype", "float64"), ("--set", "n_ctx=8"), ("--revision", "v1")]
+)
+def test_what_concerns_one_model_is_refused_where_none_is_named(tmp_path, asked):
+    said = report("--out", tmp_path / "report.html", *asked, code=2)
+    assert "name a model to --text" in said and list(tmp_path.iterdir()) == []
+
+
 def test_a_missing_table_names_the_command_that_makes_it(tmp_path, monkeypatch):
     monkeypatch.setattr(figures.tables, "tables_folder", lambda: tmp_path)
     said = report("--out", tmp_path / "report.html", code=2)

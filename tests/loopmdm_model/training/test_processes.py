@@ -21,25 +21,9 @@ from loopmdm.model.taps import no_taps
 from loopmdm.model.training import budget, processes
 from loopmdm.model.training.spec import RunSpec
 from loopmdm.model.training.trainer import Trainer
+from tests.conftest import toy_spec
 
 WORKER = Path(__file__).with_name("worker.py")
-SPEC = """
-name = "tiny"
-seed = 1
-[data]
-corpus = "sudoku6"
-[model]
-d_model = 32
-n_heads = 2
-max_loops = 3
-[training]
-steps = {steps}
-batch_size = 8
-warmup_steps = 5
-curve_points = {points}
-curve_sequences = 16
-{more}
-"""
 FLOAT32, BF16 = 1e-5, 2e-3
 FEW = {"steps": 6, "points": 2}
 MANY = {"steps": 60, "points": 6}
@@ -47,7 +31,7 @@ MANY = {"steps": 60, "points": 6}
 
 def written(folder, steps, points, more=""):
     path = folder / "tiny.toml"
-    path.write_text(SPEC.format(steps=steps, points=points, more=more))
+    path.write_text(toy_spec(f"steps = {steps}", points, more))
     return path
 
 

@@ -16,23 +16,9 @@ import psutil
 import pytest
 
 from loopmdm.model.files import LOCK, PARTIAL
+from tests.conftest import toy_spec
 
 pytestmark = pytest.mark.soak
-SPEC = """
-name = "soak"
-seed = 1
-[data]
-corpus = "sudoku6"
-[model]
-d_model = 32
-n_heads = 2
-max_loops = 3
-[training]
-flops = 8e11
-batch_size = 8
-curve_points = 100
-curve_sequences = 16
-"""
 PROGRAM = [sys.executable, "-m", "loopmdm.analysis.cli", "train"]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--no-python"]
 KINDS = ("starting",) * 5 + ("between two states",) * 10 + ("while a file is written",) * 5
@@ -105,7 +91,7 @@ def wait_for_moment(process, folder, kind, moments, usual):
 @pytest.mark.parametrize("launch", [[], TWO], ids=["one process", "two processes"])
 def test_twenty_kills_at_random_moments(launch, tmp_path):
     whole, broken, moments = tmp_path / "whole", tmp_path / "broken", random.Random(0)
-    (tmp_path / "soak.toml").write_text(SPEC)
+    (tmp_path / "soak.toml").write_text(toy_spec("flops = 8e11", 100, name="soak"))
     began = time.monotonic()
     finish(launch, whole)
     trained = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]

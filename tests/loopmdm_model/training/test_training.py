@@ -28,27 +28,10 @@ from loopmdm.model.training import budget, ship, trainer
 from loopmdm.model.training.ema import Ema
 from loopmdm.model.training.spec import LoopSchedule, RunSpec
 from tests.commands import loopmdm as here
+from tests.conftest import toy_spec
 
 SPECS = Path(__file__).parents[3] / "figures" / "specs"
-TINY = """
-name = "tiny"
-seed = 1
-[data]
-corpus = "sudoku6"
-[model]
-d_model = 32
-n_heads = 2
-max_loops = 3
-[training]
-flops = 4e10
-batch_size = 8
-warmup_steps = 5
-curve_points = 20
-curve_sequences = 16
-[loops]
-widen_from = 0.2
-widen_until = 0.6
-"""
+TINY = toy_spec("flops = 4e10", 20, "[loops]\nwiden_from = 0.2\nwiden_until = 0.6")
 
 
 @pytest.fixture

@@ -83,6 +83,8 @@ def test_several_loops_take_as_many_axes_and_one_for_the_change(cache):
     for wrong in ({"ax": axes[0]}, {"axes": axes[:2]}):
         with pytest.raises(UsageError, match=r"one as in|choose one|axes needs 3"):
             maps.plot(**wrong)
+    with pytest.raises(UsageError, match="of one loop there is no change to draw"):
+        attention_across_loops(cache, layer=1, head=0, loops=(0,)).plot(axes=axes[:2])
     plt.close(figure)
 
 

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from loopmdm.analysis.measures import measure
 from loopmdm.analysis.measures.mechanism.labels import Labelled, sudoku_labels, text_labels
 from loopmdm.analysis.measures.mechanism.probes import (
+    HELD_OUT,
     PENALTIES,
     _ridge,
     auc_and_influence,
@@ -23,6 +24,7 @@ from loopmdm.model.errors import UsageError
 from loopmdm.model.hooks.hooked import HookedLoopMDM
 from loopmdm.model.masking import hide
 from loopmdm.model.planted import naked_singles
+from loopmdm.model.randomness import row_uniforms
 from loopmdm.model.sequences import MaskedBatch
 from loopmdm.model.tasks.propagation import candidates_by_round, propagate
 from loopmdm.model.tasks.puzzles import puzzles
@@ -138,6 +140,20 @@ def test_a_probe_solves_the_normal_equations():
     np.testing.assert_allclose(found.scores(x), x @ found.weight + found.bias)
     wide_x = generator.normal(size=(20, 90))
     assert fit_probe(wide_x, generator.random((20, 1)) < 0.5).weight.shape == (90, 1)
+
+
+def test_each_question_gets_the_penalty_that_is_best_where_it_was_held_out():
+    generator = np.random.default_rng(2)
+    x = generator.normal(size=(60, 12))
+    y = np.stack([generator.random(60) < 0.5, x[:, 0] > 0, x[:, :6].sum(1) > 0], 1).astype(float)
+    owner = np.arange(60)
+    lots = row_uniforms(3, "order", 1, 60)[0].argsort().argsort().numpy()
+    held = lots < HELD_OUT * 60
+    tried = [_ridge(x[~held], y[~held], np.full(3, penalty)) for penalty in PENALTIES]
+    errors = [((one.scores(x[held]) - y[held]) ** 2).mean(0) for one in tried]
+    best = np.array(PENALTIES)[np.argmin(errors, 0)]
+    assert len(set(best)) > 1
+    np.testing.assert_array_equal(fit_probe(x, y, owner, seed=3).weight, _ridge(x, y, best).weight)
 
 
 def test_the_area_is_scikit_learns_and_its_error_a_jackknifes():

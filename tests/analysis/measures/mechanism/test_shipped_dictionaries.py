@@ -7,16 +7,15 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from loopmdm.analysis import Dictionary
 from loopmdm.analysis.activations import identity
-from loopmdm.analysis.cli.shared import app
 from loopmdm.analysis.measures import Case
 from loopmdm.analysis.measures.mechanism.dictionaries import list_dictionaries, making, splice_losses
 from loopmdm.analysis.measures.mechanism.dictionaries.coder import FILE, RECORD
 from loopmdm.model import HookedLoopMDM, UsageError
 from loopmdm.model.network.checkpoints import ZOO, model_hash
+from tests.commands import loopmdm, one_line
 from tests.conftest import toy_model
 
 NAMES = ["sotu-loop", "sudoku-loop"]
@@ -96,14 +95,13 @@ def test_a_config_that_gained_keys_is_the_same_model_while_they_have_their_defau
 SMALL = ["--features", 12, "-k", 3, "--steps", 4, "--n", 48]
 
 
-def command(*arguments):
-    return CliRunner().invoke(app, ["dictionary", *map(str, arguments)])
+def command(*arguments, code=0):
+    return loopmdm("dictionary", *arguments, code=code)
 
 
 def test_the_command_writes_what_opens_again(tmp_path):
     out = tmp_path / "made"
-    outcome = command("sudoku-loop-s4", *SMALL, "--layer", 1, "--kind", "crosscoder", "--out", out)
-    assert outcome.exception is None, outcome.exception
+    said, _ = command("sudoku-loop-s4", *SMALL, "--layer", 1, "--kind", "crosscoder", "--out", out)
     m = HookedLoopMDM.from_pretrained("sudoku-loop-s4")
     dictionary = Dictionary.from_pretrained(out, m)
     assert dictionary.origin.sites == tuple(f"loop.{loop}.blocks.1.hook_resid_post" for loop in range(4))
@@ -112,14 +110,14 @@ def test_the_command_writes_what_opens_again(tmp_path):
     assert told["training"]["steps"] == 4 and told["data"]["trained_on"]["n"] == 48
     again = f"loopmdm dictionary sudoku-loop-s4 --kind crosscoder {' '.join(map(str, SMALL[:6]))} --n-loops 4"
     assert making.command(dictionary) == f"{again} --n 48 --seed 0 --layer 1"
-    head, *rows = [line.split("\t") for line in outcome.stdout.splitlines()]
+    head, *rows = [line.split("\t") for line in said.splitlines()]
     assert head == ["arm", "loop", "metric", "value", "standard_error", "n"]
     (dead,) = [row for row in rows if row[0] == "trained" and row[2] == "dead"]
     assert told["scores"]["trained"]["dead"]["value"] == pytest.approx(float(dead[3]), rel=1e-4)
 
 
 def test_the_list_is_of_records():
-    head, *rows = [line.split("\t") for line in command("list").stdout.splitlines()]
+    head, *rows = [line.split("\t") for line in command("list")[0].splitlines()]
     assert head[0] == "model" and [row[0] for row in rows] == NAMES
 
 
@@ -135,6 +133,6 @@ def test_the_list_is_of_records():
 )
 def test_bad_input_is_refused_and_nothing_is_written(given, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    outcome = command(*given)
-    assert isinstance(outcome.exception, UsageError) and says in str(outcome.exception)
+    _, said = command(*given, code=2)
+    assert says in said and one_line(said)
     assert list(tmp_path.iterdir()) == []

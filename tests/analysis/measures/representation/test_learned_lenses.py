@@ -1,6 +1,6 @@
 """Learned lenses: exact where the rest is linear or nothing follows, no worse than direct, bound to weights."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pytest
@@ -220,7 +220,7 @@ def test_a_lens_comes_back_from_disk_and_belongs_to_its_weights(hooked, tmp_path
     back = LearnedLens.load(tmp_path / "lens.safetensors", hooked)
     assert torch.equal(back.weight, lens.weight) and torch.equal(back.bias, lens.bias)
     assert back.kind == "tuned" and back.record == lens.record
-    assert {"model_hash", "n_loops", "steps", "loss", "mask_ratio", "n_rows"} <= back.record.keys()
+    assert {"model", "n_loops", "steps", "loss", "mask_ratio", "n_rows"} <= back.record.keys()
     other = HookedLoopMDM(toy_model(seed=1))
     for refuse in (
         lambda: LearnedLens.load(tmp_path / "lens.safetensors", other),
@@ -236,6 +236,19 @@ def test_a_lens_comes_back_from_disk_and_belongs_to_its_weights(hooked, tmp_path
     wide = HookedLoopMDM(toy_model(d_model=32))
     with pytest.raises(UsageError, match="is a lens of d_model 16, the model's is 32"):
         LearnedLens.load(tmp_path / "lens.safetensors", wide)
+
+
+def test_a_lens_of_an_older_config_still_reads_its_model(hooked):
+    """Whose config had no key yet for what has a default now; the weights are the same."""
+    lens = fit_tuned(hooked, masked(), 2, Descent(steps=0))
+    made_of = identity(hooked)
+    config = {key: value for key, value in made_of.config.items() if key != "scaled_residual"}
+    older = asdict(made_of) | {"hash": made_of.hash.partition(":")[0] + ":" + "0" * 16, "config": config}
+    assert len(config) < len(made_of.config)
+    replace(lens, record=lens.record | {"model": older}).check(hooked)
+    for record in ({}, {"model": "sotu-loop", "model_hash": made_of.hash}):
+        with pytest.raises(UsageError, match="does not say which model it is of; fit it anew"):
+            replace(lens, record=record).check(hooked)
 
 
 def test_the_hash_is_of_weights_alone(hooked):
