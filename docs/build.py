@@ -25,6 +25,7 @@ BORROWED = {
     "figures/README.md": "figures.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "CODE_OF_CONDUCT.md": "CODE_OF_CONDUCT.md",
 }
 
 

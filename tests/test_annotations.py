@@ -35,7 +35,7 @@ for order in (*ORDERS, "blocks:6:threshold:0.5"):
 sample(m, 2, steps=6, n_loops=1, suppress=[2], end=[4])
 small = {
     "attribution-patching": {"n_sequences": 4, "n_exact": 1},
-    "causal-edges": {"n_draws": 2, "n_resamples": 1},
+    "causal-edges": {"n_draws": 1, "n_resamples": 1},
     "dictionaries": {"n_features": 16, "k": 4, "steps": 3, "n_scored": 4},
     "edge-effects": {"n_exact": 2},
     "head-cards": {"n_sequences": 4, "n_effects": 2},
@@ -46,6 +46,9 @@ small = {
     "propagation-scrubbing": {"n_boards": 20},
     "relay-effects": {"n_sequences": 2},
     "steering": {"n_boards": 4, "strengths": (1.0,)},
+    "stopping-in-sampling": {"steps": 6, "n_thresholds": 6},
+    "sudoku-orders": {"n_clues": 30},
+    "training-free": {"counts": (1, 2)},
 }
 for name in MEASURES:
     model = {"training-free": "sudoku-base"}.get(name, "sudoku-loop")

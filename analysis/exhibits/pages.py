@@ -89,7 +89,7 @@ def models_block(_: Alts) -> str:
         arms: dict[str, list[Run]] = {}
         for run in zoo.select(task=task):
             arms.setdefault(run.file, []).append(run)
-        lines = [f"### {task}: {arms[next(iter(arms))][0].spec.training.flops:.0e} FLOPs a run".replace("e+", "e")]
+        lines = [f"## {task}: {arms[next(iter(arms))][0].spec.training.flops:.0e} FLOPs a run".replace("e+", "e")]
         lines += ["", "| arm | layers | parameters | S_max | seeds | test NELBO |", "|---|---|---|---|---|---|"]
         lines += [_arm(name, runs, found) for name, runs in arms.items()]
         parts.append("\n".join(lines))

@@ -88,7 +88,7 @@ def close(logits: Float[Tensor, "row d_vocab"], never: Int[Tensor, " id"], seen:
 
 
 def listed(ids: Any, name: str) -> tuple[int, ...]:
-    """One id or several, as `name`= is given."""
+    """One id or several, as the argument of that name is given."""
     listed = ids if isinstance(ids, Iterable) else [ids]
     return tuple(check_count(f"an id of {name}", token, least=0) for token in listed)
 
