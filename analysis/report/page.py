@@ -122,7 +122,7 @@ def report(progress: Callable[[list[Exhibit]], Iterable[Exhibit]] = iter) -> str
         "page.html",
         claims=rows,
         counts=_counts(rows),
-        names=set(EXHIBITS),
+        names=set(drawn),
         data=payload(looked_at),
         models=", ".join(dict.fromkeys(run.model for _, runs in looked_at for run in runs)),
         heads=heads,
