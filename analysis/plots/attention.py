@@ -63,24 +63,25 @@ def plot_log_odds_by_loop(df: pd.DataFrame, *, ax: Axes | None = None, **kws: An
     return ax
 
 
-def plot_other_seeds(frames: Sequence[pd.DataFrame], *, ax: Axes) -> Axes:
+def plot_other_seeds(frames: Sequence[pd.DataFrame], *, ax: Axes | None = None, **kws: Any) -> Axes:
     """Log-odds at half masked of other training seeds, a thin line each; frames as `plot_log_odds_by_loop`'s."""
+    ax = ax or plt.gca()
+    look = {"color": RATIO_STYLE[0.5]["color"], "linewidth": 0.5, "zorder": 1}
     for df in frames:
         part = df[np.isclose(df["nominal_mask_ratio"], 0.5)].sort_values("loop")
-        colour = RATIO_STYLE[0.5]["color"]
-        ax.plot(part["loop"].astype(int), part["log_odds"], color=colour, linewidth=0.5, zorder=1)
+        ax.plot(part["loop"].astype(int), part["log_odds"], **look | kws)
     return ax
 
 
 @of_rows
-def plot_by_s_max(df: pd.DataFrame, *, axes: Sequence[Axes]) -> None:
+def plot_by_s_max(df: pd.DataFrame, *, axes: Sequence[Axes], **kws: Any) -> Sequence[Axes]:
     """Log-odds over loops, and their rise since the first over loops run / S_max; a line an S_max of training.
 
-    Seeds beyond the first are thin. `df`: arm seed s_max loop log_odds low high.
+    Seeds beyond the first are thin. `df`: arm seed s_max loop log_odds low high; `kws` go to the thick lines.
     """
     for arm in [name for name in AMOUNT_STYLE if name in set(df["arm"])]:
         for seed, part in df[df["arm"] == arm].groupby("seed"):
-            part, look = part.sort_values("loop"), AMOUNT_STYLE[arm] | {"markersize": 2.4}
+            part, look = part.sort_values("loop"), AMOUNT_STYLE[arm] | {"markersize": 2.4} | kws
             x, y = part["loop"].astype(int), part["log_odds"]
             rise = y - y.iloc[0]
             if seed:
@@ -96,10 +97,11 @@ def plot_by_s_max(df: pd.DataFrame, *, axes: Sequence[Axes]) -> None:
     axes[1].axhline(0, **NULL)
     axes[1].axvline(1, color="#666666", linewidth=0.8, linestyle="-.", zorder=0)
     axes[1].set(xlabel="loops run / $S_{max}$", ylabel="log-odds less those\nof the first loop (nats)")
+    return axes
 
 
 @of_rows
-def plot_log_odds_by_layer(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_log_odds_by_layer(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """Log-odds of the layers outside the loop, a mark a mask ratio.
 
     `df`: rows of one model with segment layer nominal_mask_ratio log_odds low high.
@@ -109,8 +111,8 @@ def plot_log_odds_by_layer(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     for offset, (ratio, look) in enumerate(RATIO_STYLE.items()):
         part = df[np.isclose(df["nominal_mask_ratio"], ratio)].sort_values("layer")
         x = [layers.index(layer) + 0.18 * (offset - 1) for layer in part["layer"]]
-        bars = {"color": look["color"], "marker": look["marker"], "linestyle": "none"}
-        ax.errorbar(x, part["log_odds"], yerr=reach(part, "log_odds"), label=f"{ratio:.0%} masked", **bars)
+        look = {"label": f"{ratio:.0%} masked"} | look | {"linestyle": "none"}
+        ax.errorbar(x, part["log_odds"], yerr=reach(part, "log_odds"), **look | kws)
     names = [df.loc[df["layer"] == layer, "segment"].iloc[0] for layer in layers]
     ax.set_xticks(
         range(len(layers)), [f"{name}\nlayer {layer}" for name, layer in zip(names, layers, strict=True)]
@@ -282,11 +284,12 @@ HEADLINE = {"measure": "log_odds", "self": "out", "sinks": "in", "heads": "avera
 
 
 @of_rows
-def plot_specifications(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_specifications(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """The rise under every definition of one measure, with 95%: by heads and mask ratio along the axis, a mark by
     what is counted; hollow where the interval holds 0, ringed the headline definition.
 
-    `df`: rows of one model and measure: measure self sinks heads nominal_mask_ratio estimate low high.
+    `df`: rows of one model and measure: measure self sinks heads nominal_mask_ratio estimate low high; `kws` go to
+    the marks.
     """
     ax = ax or plt.gca()
     ratios = sorted(RATIO_STYLE)
@@ -294,11 +297,12 @@ def plot_specifications(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         counted = row["self"] == "in", row["sinks"] == "in"
         number, ratio = HEADS.index(row["heads"]), min(ratios, key=lambda r: abs(r - row["nominal_mask_ratio"]))
         x = number + 0.26 * (ratios.index(ratio) - 1) + 0.055 * (list(COUNTED_STYLE).index(counted) - 1.5)
-        colour = RATIO_STYLE[ratio]["color"]
+        colour = kws.get("color", RATIO_STYLE[ratio]["color"])
         sure = row["low"] > 0 or row["high"] < 0
         ax.vlines(x, row["low"], row["high"], color=colour, linewidth=0.8)
-        ax.plot(x, row["estimate"], color=colour, marker=COUNTED_STYLE[counted]["marker"], markersize=2.8,
-                markerfacecolor=colour if sure else "white", linestyle="none")  # fmt: skip
+        look = {"color": colour, "marker": COUNTED_STYLE[counted]["marker"], "markersize": 2.8,
+                "markerfacecolor": colour if sure else "white", "linestyle": "none"}  # fmt: skip
+        ax.plot(x, row["estimate"], **look | kws)
         if all(row[name] == value for name, value in HEADLINE.items()):
             ax.plot(x, row["estimate"], marker="o", markersize=8, fillstyle="none", color="black")
     ax.axhline(0, **NULL)
@@ -325,18 +329,19 @@ def specification_handles() -> list[Line2D]:
 
 
 @of_rows
-def plot_heads(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_heads(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """Growth of each head, as ranked on one half of the sequences (hollow) and measured on the other (full).
 
-    `df`: rows of one model: layer head rank growth_ranked growth low high.
+    `df`: rows of one model: layer head rank growth_ranked growth low high; `kws` go to the marks of both halves.
     """
     ax = ax or plt.gca()
     df = df.sort_values("rank")
     place = np.arange(len(df))
-    ax.plot(place - 0.1, df["growth_ranked"], linestyle="none", marker="o", markerfacecolor="white",
-            color="#8c8c8c", label="half that ranks")  # fmt: skip
-    ax.errorbar(place + 0.1, df["growth"], yerr=reach(df, "growth"), linestyle="none", marker="o",
-                color="#1b4f8f", linewidth=0.9, label="half that tests")  # fmt: skip
+    dot = {"linestyle": "none", "marker": "o"}
+    ranks = dot | {"markerfacecolor": "white", "color": "#8c8c8c", "label": "half that ranks"}
+    tests = dot | {"color": "#1b4f8f", "linewidth": 0.9, "label": "half that tests"}
+    ax.plot(place - 0.1, df["growth_ranked"], **ranks | kws)
+    ax.errorbar(place + 0.1, df["growth"], yerr=reach(df, "growth"), **tests | kws)
     ax.axhline(0, **NULL)
     ax.set_xticks(place, [f"{row.layer}.{row.head}" for row in df.itertuples()])
     ax.set(xlabel="layer.head, by rank", ylabel="rise of log-odds, first to last\nloop of $S_{max}$ (nats)")

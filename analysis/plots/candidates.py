@@ -1,6 +1,7 @@
 """Pencil marks: one Sudoku board over loops, and when loops give up what rounds of propagation exclude."""
 
 from functools import cache
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,12 +27,12 @@ DARKNESS = 0.6
 
 
 @of_rows
-def plot_candidates(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_candidates(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """One board, a panel after each loop and one of propagation; `df`: `example_board`'s.
 
     Clues are bold on grey. In an open cell each symbol has its place, as dark as it is probable; a cell with one
     live symbol left shows that large, on blue if it is the solution's and struck out on orange if it is not. Cells
-    whose best symbol changed since the panel before are framed.
+    whose best symbol changed since the panel before are framed. `kws` go to the symbols, small and large.
     """
     ax = ax or plt.gca()
     size = int(df["symbol"].max())
@@ -39,8 +40,8 @@ def plot_candidates(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     df = df.assign(x=df["column"] + df["panel"].map(shift), y=df["row"])
     cells = df.drop_duplicates(["panel", "cell"])
     _draw_cells(ax, cells)
-    _draw_marks(ax, df[~df["clue"] & ~df["settled"] & (df["p"] > LEAST_SHOWN)], _places(df))
-    _draw_symbols(ax, cells[cells["clue"] | cells["settled"]])
+    _draw_marks(ax, df[~df["clue"] & ~df["settled"] & (df["p"] > LEAST_SHOWN)], _places(df), **kws)
+    _draw_symbols(ax, cells[cells["clue"] | cells["settled"]], **kws)
     for panel, x in shift.items():
         _draw_lines(ax, df[df["panel"] == panel], x, size)
         ax.text(x + size / 2, -0.35, _after(panel), ha="center", va="bottom")
@@ -100,7 +101,7 @@ def _places(df: pd.DataFrame) -> tuple[int, int]:
     return box["row"].nunique(), box["column"].nunique()
 
 
-def _draw_marks(ax: Axes, marks: pd.DataFrame, places: tuple[int, int]) -> None:
+def _draw_marks(ax: Axes, marks: pd.DataFrame, places: tuple[int, int], **kws: Any) -> None:
     """Symbols still considered, small, each in its place."""
     rows, columns = places
     place = marks["symbol"] - 1
@@ -110,17 +111,19 @@ def _draw_marks(ax: Axes, marks: pd.DataFrame, places: tuple[int, int]) -> None:
     ink = 1 - (1 - 0.1) * marks["p"].to_numpy() ** DARKNESS
     paths = [_numeral(str(s), height, False, a, b) for s, a, b in zip(marks["symbol"], x, y, strict=True)]
     colours = np.repeat(ink[:, None], 3, axis=1)
-    ax.add_collection(PathCollection(paths, facecolors=colours, edgecolors="none", zorder=3))
+    look = {"facecolors": colours, "edgecolors": "none", "zorder": 3}
+    ax.add_collection(PathCollection(paths, **look | kws))
 
 
-def _draw_symbols(ax: Axes, cells: pd.DataFrame) -> None:
+def _draw_symbols(ax: Axes, cells: pd.DataFrame, **kws: Any) -> None:
     """Clues, bold, and settled symbols; wrong ones are struck out."""
     paths = [
         _numeral(str(s), 0.5, bool(clue), x + 0.5, y + 0.5)
         for s, clue, x, y in zip(cells["best"], cells["clue"], cells["x"], cells["y"], strict=True)
     ]
     colours = np.select([cells["clue"], cells["right"]], ["#000000", RIGHT_INK], WRONG_INK)
-    ax.add_collection(PathCollection(paths, facecolors=colours.tolist(), edgecolors="none", zorder=3))
+    look = {"facecolors": colours.tolist(), "edgecolors": "none", "zorder": 3}
+    ax.add_collection(PathCollection(paths, **look | kws))
     wrong = cells[~cells["clue"] & ~cells["right"]]
     lines = [[(x + 0.2, y + 0.8), (x + 0.8, y + 0.2)] for x, y in zip(wrong["x"], wrong["y"], strict=True)]
     ax.add_collection(LineCollection(lines, colors="#000000", linewidths=0.8, zorder=5))
@@ -156,17 +159,18 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 @of_rows
-def plot_deaths(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_deaths(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """Heat map: of the symbols that round r excludes, the share that each loop gives up for good; rows sum to 1.
 
     `df`: rows of one arm and one rule of the measure "candidates" (metric death). Frames: where a loop is a round.
+    `kws` go to `imshow`.
     """
     ax = ax or plt.gca()
     df = _with_round(df, "death")
     last = int(df["n_loops"].max())
     table = df.assign(at=df["loop"].fillna(last)).pivot(index="round", columns="at", values="value")
     values = table.to_numpy(dtype=float)
-    image = ax.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    image = ax.imshow(values, **{"cmap": "Blues", "vmin": 0, "vmax": 1, "aspect": "auto"} | kws)
     for (row, column), value in np.ndenumerate(values):
         shade = "white" if value > 0.55 else "black"
         ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6.2, color=shade)
@@ -182,7 +186,7 @@ def plot_deaths(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 @of_rows
-def plot_live(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_live(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """Share of symbols still considered after each loop, a line for each round that excludes them, shades 95%.
 
     `df`: rows of one arm and one rule of the measure "candidates" (metric live).
@@ -190,11 +194,10 @@ def plot_live(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = ax or plt.gca()
     df = _with_round(df, "live")
     for number, (step, part) in enumerate(df.groupby("round")):
-        part, look = part.sort_values("loop"), min(number, len(SHADES) - 1)
+        part, place = part.sort_values("loop"), min(number, len(SHADES) - 1)
         label = "clues" if step == 0 else f"round {step}"
-        interval_band(
-            ax, part["loop"].astype(int), part, "value", color=SHADES[look], marker=MARKERS[look], label=label
-        )
+        look = {"color": SHADES[place], "marker": MARKERS[place], "label": label}
+        interval_band(ax, part["loop"].astype(int), part, "value", **look | kws)
     ax.set(xlabel=LOOP, ylabel="still considered (share)", ylim=(-0.02, 1.02))
     ax.legend(title="excluded by", title_fontsize="small", fontsize="small", ncols=2, loc="best")
     return ax

@@ -30,7 +30,7 @@ KIND_STYLE = {
 
 
 @of_rows
-def plot_shares(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_shares(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """Share of the gain of looping that is lost, one mark a model; `df`: edges matched share low high.
 
     A model without a gain has no share and no mark. The axis is linear to 2 and logarithmic beyond, on grey.
@@ -41,16 +41,14 @@ def plot_shares(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         part = df[df["model"] == model].set_index(["edges", "matched"])
         part = part.reindex(pd.MultiIndex.from_tuples([cut[:2] for cut in ARMS_CUT]))
         place = np.arange(len(ARMS_CUT)) + 0.13 * (number - (len(models) - 1) / 2)
-        ax.errorbar(
-            part["share"],
-            place,
-            xerr=reach(part, "share"),
-            linestyle="none",
-            marker=SEED_MARKERS[number % len(SEED_MARKERS)],
-            color=plt.get_cmap("Blues")(0.4 + 0.55 * number / max(1, len(models) - 1)),
-            linewidth=0.9,
-            label=f"seed {number}",
-        )
+        look = {
+            "linestyle": "none",
+            "marker": SEED_MARKERS[number % len(SEED_MARKERS)],
+            "color": plt.get_cmap("Blues")(0.4 + 0.55 * number / max(1, len(models) - 1)),
+            "linewidth": 0.9,
+            "label": f"seed {number}",
+        }
+        ax.errorbar(part["share"], place, xerr=reach(part, "share"), **look | kws)
     ax.axvline(0, **NULL)
     ax.axvline(1, **NULL)
     ax.set_yticks(range(len(ARMS_CUT)), [label for *_, label in ARMS_CUT])

@@ -55,7 +55,7 @@ def plot_edge_effects(df: pd.DataFrame, *, most: float | None = None, ax: Axes |
 
 
 @of_rows
-def plot_relays(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_relays(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """KL that two-hop paths carry, by relation of the second hop; a bar a relay group, one pair of loops.
 
     `df`: rows of one model, loop and second loop, metric "kl": relay relation value low high.
@@ -66,8 +66,8 @@ def plot_relays(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         part = df[df["relay"] == relay].set_index("relation").reindex(relations)
         place = np.arange(len(relations)) + 0.36 * (number - 0.5)
         errors = 1e3 * reach(part, "value")
-        ax.bar(place, 1e3 * part["value"], 0.34, yerr=errors, color=colour, label=f"by way of {relay}",
-               error_kw={"linewidth": 0.8})  # fmt: skip
+        look = {"width": 0.34, "color": colour, "label": f"by way of {relay}", "error_kw": {"linewidth": 0.8}}
+        ax.bar(place, 1e3 * part["value"], yerr=errors, **look | kws)
     ax.set_xticks(range(len(relations)), relations, fontsize=7 if len(relations) < 5 else 5.5)
     ax.set(xlabel="relation of relay and receiver", ylabel="KL (nats / 1000)")
     return ax

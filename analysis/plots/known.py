@@ -51,7 +51,7 @@ def plot_metrics(df: pd.DataFrame, looks: dict, *, ax: Axes | None = None, **kws
 
 
 @of_rows
-def plot_orders(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_orders(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """Solve rates by generation order at the fewest and the most loops; a mark a model, bars its 95%.
 
     `df`: model order n_loops solve_rate low high.
@@ -67,16 +67,9 @@ def plot_orders(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         for number, model in enumerate(models):
             own = part[part["model"] == model].set_index("order").loc[orders]
             place = np.arange(len(orders)) + (side - 0.5) * 0.34 + 0.05 * (number - (len(models) - 1) / 2)
-            ax.errorbar(
-                place,
-                own["solve_rate"],
-                yerr=reach(own, "solve_rate"),
-                linestyle="none",
-                marker=marker,
-                color=colour,
-                linewidth=0.8,
-                label=f"S = {count}" if not number else None,
-            )
+            look = {"linestyle": "none", "marker": marker, "color": colour, "linewidth": 0.8}
+            look |= {"label": f"S = {count}" if not number else None}
+            ax.errorbar(place, own["solve_rate"], yerr=reach(own, "solve_rate"), **look | kws)
     ax.set_xticks(range(len(orders)), orders)
     ax.set(xlabel="order of generation", ylabel="puzzles solved (share)", ylim=(-0.02, 1.02))
     return ax
@@ -88,10 +81,11 @@ NEAR = 1.01
 
 
 @of_rows
-def plot_excess(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_excess(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """Excess KL (thousandths of a nat) as a heat map, hops x loops run, after the base model's column.
 
     `df`: rows of one task: arm n_loops hops and the `mean` over seeds. Numbers: base, one loop, and the best S.
+    `kws` go to `imshow`.
     """
     ax = ax or plt.gca()
     df = df.loc[df["n_loops"].isin(SHOWN_LOOPS) & (df["hops"] <= MOST_HOPS)]
@@ -100,7 +94,7 @@ def plot_excess(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     base = df[(df["arm"] == "base") & (df["n_loops"] == 1)].set_index("hops")["mean"]
     best = 1 + int(np.nanargmin(looped.sum().to_numpy()))
     looped.insert(0, 0, base)
-    _heat(ax, 1e3 * looped, {0, 1, best}, "KL(exact || read-out)\n(nats / 1000, log scale)")
+    _heat(ax, 1e3 * looped, {0, 1, best}, "KL(exact || read-out)\n(nats / 1000, log scale)", **kws)
     ax.set_xticks(range(looped.shape[1]), ["base", *map(str, looped.columns[1:])])
     ax.axvline(0.5, color="white", linewidth=3)
     ax.set(xlabel=RUN, ylabel="hops (rounds until all is heard)")
@@ -108,15 +102,16 @@ def plot_excess(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 @of_rows
-def plot_rounds(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_rounds(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """KL between the belief after each round and the read-out after each loop; boxes: each loop's nearest rounds.
 
     `df`: rows of one model and mask ratio: loop round kl. Numbers: the least of each loop.
+    `kws` go to `imshow`.
     """
     ax = ax or plt.gca()
     table = 1e3 * df.pivot(index="round", columns="loop", values="kl")
     values = table.to_numpy(dtype=float)
-    _heat(ax, table, set(), "KL(belief || read-out)\n(nats / 1000, log scale)")
+    _heat(ax, table, set(), "KL(belief || read-out)\n(nats / 1000, log scale)", **kws)
     near = values <= NEAR * values.min(axis=0)
     for column, rows in enumerate(near.T):
         first, last = np.flatnonzero(rows)[[0, -1]]
@@ -135,10 +130,11 @@ def round_handles() -> list[Patch]:
     return [Patch(facecolor="none", edgecolor="#d95f02", linewidth=1.6, label=label)]
 
 
-def _heat(ax: Axes, table: pd.DataFrame, written: set[int], label: str) -> None:
+def _heat(ax: Axes, table: pd.DataFrame, written: set[int], label: str, **kws: Any) -> None:
     """Positive numbers on a logarithmic grey scale; those of the columns `written` stand in their cells."""
     values = table.to_numpy(dtype=float)
-    image = ax.imshow(values, cmap="Greys", norm=LogNorm(np.nanmin(values), np.nanmax(values)), aspect="auto")
+    look = {"cmap": "Greys", "norm": LogNorm(np.nanmin(values), np.nanmax(values)), "aspect": "auto"}
+    image = ax.imshow(values, **look | kws)
     middle = np.sqrt(np.nanmin(values) * np.nanmax(values))
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value) and column in written:

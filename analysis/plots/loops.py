@@ -34,14 +34,14 @@ DISTANCE_STYLE = (
 
 
 @of_rows
-def plot_lenses(df: pd.DataFrame, metric: str = "kl_final", *, ax: Axes | None = None) -> Axes:
+def plot_lenses(df: pd.DataFrame, metric: str = "kl_final", *, ax: Axes | None = None, **kws: Any) -> Axes:
     """One metric of every lens over loops. `df`: rows of one model: loop lens metric value low high."""
     ax = ax or plt.gca()
     chosen = df[df["metric"] == metric]
     for lens, look in LENS_STYLE.items():
         part = chosen[chosen["lens"] == lens].sort_values("loop")
         if len(part):
-            interval_band(ax, part["loop"], part, "value", **{"label": lens} | look)
+            interval_band(ax, part["loop"], part, "value", **{"label": lens} | look | kws)
     ax.set_xticks(sorted(int(loop) for loop in df["loop"].unique()))
     ax.set(xlabel=LOOP, ylabel=LENS_LABELS[metric])
     ax.set_ylim(bottom=0)

@@ -1,5 +1,7 @@
 """Plots of what loops do: shares of a logit difference and effects of patched activations, by loop."""
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -18,38 +20,36 @@ ENDS = {"embed": -1, "bias": 1, "rest": 2, "interaction": 2}
 
 
 @of_rows
-def plot_attribution(df: pd.DataFrame, *, most: float | None = None, ax: Axes | None = None) -> Axes:
+def plot_attribution(df: pd.DataFrame, *, most: float | None = None, ax: Axes | None = None, **kws: Any) -> Axes:
     """What heads and MLPs of each loop add to the logit difference: components x applications, nats in the cells.
 
     `df`: rows of one model, mask ratio and read: part segment loop layer head value. Signs are written, so that
-    the map is read without colours, too.
+    the map is read without colours, too. `kws` go to `imshow`.
     """
-    return _map(ax or plt.gca(), df, "part", "share of the logit difference\n(nats, square-root scale)", most)
+    label = "share of the logit difference\n(nats, square-root scale)"
+    return _map(ax or plt.gca(), df, "part", label, most, **kws)
 
 
 @of_rows
 def plot_patching(
-    df: pd.DataFrame, *, value: str = "value", most: float | None = None, ax: Axes | None = None
+    df: pd.DataFrame, *, value: str = "value", most: float | None = None, ax: Axes | None = None, **kws: Any
 ) -> Axes:
     """What patched heads, attention and MLP outputs change: components x applications, nats in the cells.
 
     `df`: rows of one model, mask ratio and place: component segment loop layer head, and the column `value`.
+    `kws` go to `imshow`.
     """
-    return _map(
-        ax or plt.gca(),
-        df.assign(value=df[value]),
-        "component",
-        "effect on the logit difference\n(nats, square-root scale)",
-        most,
-    )
+    label = "effect on the logit difference\n(nats, square-root scale)"
+    return _map(ax or plt.gca(), df.assign(value=df[value]), "component", label, most, **kws)
 
 
-def _map(ax: Axes, df: pd.DataFrame, kind: str, label: str, most: float | None) -> Axes:
+def _map(ax: Axes, df: pd.DataFrame, kind: str, label: str, most: float | None, **kws: Any) -> Axes:
     """Signed numbers on a scale whose middle is 0 and whose ends are -`most` and `most`."""
     table = _table(df, kind)
     values = table.to_numpy(dtype=float)
     most = most or max(float(np.nanmax(np.abs(values))), 1e-12)
-    image = ax.imshow(values, cmap="PuOr_r", norm=root_norm(most, signed=True), aspect="auto")
+    look = {"cmap": "PuOr_r", "norm": root_norm(most, signed=True), "aspect": "auto"}
+    image = ax.imshow(values, **look | kws)
     for (row, column), number in np.ndenumerate(values):
         if np.isfinite(number) and (told := _written(number, most, few=table.shape[1] <= MANY)):
             ax.text(column, row, told, ha="center", va="center", fontsize=5.2,

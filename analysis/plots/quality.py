@@ -21,7 +21,7 @@ from loopmdm.analysis.plots.style import (
 
 
 @of_rows
-def plot_by_arm(df: pd.DataFrame, x: str, y: str, *, ax: Axes | None = None, **look) -> Axes:
+def plot_by_arm(df: pd.DataFrame, x: str, y: str, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """`y` over `x` for each arm: mean over seeds with its interval where all have one, and a thin line a seed.
 
     `df`: arm seed x y mean low high n_seeds.
@@ -29,13 +29,12 @@ def plot_by_arm(df: pd.DataFrame, x: str, y: str, *, ax: Axes | None = None, **l
     ax = ax or plt.gca()
     for arm in [name for name in ARM_STYLE if name in set(df["arm"])]:
         part = df[df["arm"] == arm]
-        style = ARM_STYLE[arm] | look
         n = part["seed"].nunique()
         line = part[part["n_seeds"] == n].drop_duplicates(x).sort_values(x)
-        label = f"{arm} ({n} seed{'s' if n > 1 else ''})"
-        interval_band(ax, line[x], line, "mean", label=label, **style)
+        look = ARM_STYLE[arm] | {"label": f"{arm} ({n} seed{'s' if n > 1 else ''})"} | kws
+        interval_band(ax, line[x], line, "mean", **look)
         for _, single in part.groupby("seed") if n > 1 else ():
-            ax.plot(single[x], single[y], color=style["color"], linewidth=0.4, alpha=0.6, zorder=1)
+            ax.plot(single[x], single[y], color=look["color"], linewidth=0.4, alpha=0.6, zorder=1)
     return ax
 
 
@@ -81,7 +80,7 @@ def side_by_side(place: int, n: int) -> np.ndarray:
 
 
 @of_rows
-def plot_accuracy(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_accuracy(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """Share of problems answered rightly over n_loops with its interval, a guess as a dotted line.
 
     `df`: arm n_loops accuracy low high chance s_max; arms that were not looped have S = 1 alone.
@@ -90,8 +89,8 @@ def plot_accuracy(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     arms = [arm for arm in ARM_STYLE if arm in set(df["arm"])]
     for shift, arm in zip(side_by_side(0, len(arms)), arms, strict=True):
         part = df[df["arm"] == arm].sort_values("n_loops")
-        bars = reach(part, "accuracy")
-        ax.errorbar(part["n_loops"] + shift, part["accuracy"], yerr=bars, label=arm, **ARM_STYLE[arm])
+        look = {"label": arm} | ARM_STYLE[arm]
+        ax.errorbar(part["n_loops"] + shift, part["accuracy"], yerr=reach(part, "accuracy"), **look | kws)
     ax.axhline(df["chance"].iloc[0], **NULL)
     mark_s_max(ax, df["s_max"].iloc[0], df["n_loops"].max())
     ax.set(xlabel=RUN, ylabel="right answers (share)", ylim=(-0.05 * df["high"].max(), None))
@@ -132,7 +131,7 @@ def plot_gain_by_noise(df: pd.DataFrame, s_max: int, *, ax: Axes | None = None, 
 
 
 @of_rows
-def plot_zero_shot(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_zero_shot(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """NELBO of each corpus by model and loop count, with intervals; `df`: label corpus nelbo low high."""
     ax = ax or plt.gca()
     corpora, labels = list(dict.fromkeys(df["corpus"])), list(dict.fromkeys(df["label"]))
@@ -143,14 +142,8 @@ def plot_zero_shot(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     for offset, (label, look) in enumerate(zip(labels, looks, strict=False)):
         part = df[df["label"] == label].set_index("corpus").loc[corpora]
         place = np.arange(len(corpora)) + 0.16 * (offset - (len(labels) - 1) / 2)
-        ax.errorbar(
-            part["nelbo"],
-            place,
-            xerr=reach(part, "nelbo"),
-            label=label,
-            linewidth=0.9,
-            **dict(look) | {"linestyle": "none"},
-        )
+        look = {"label": label, "linewidth": 0.9} | look | {"linestyle": "none"}
+        ax.errorbar(part["nelbo"], place, xerr=reach(part, "nelbo"), **look | kws)
     ax.set_yticks(range(len(corpora)), corpora)
     ax.invert_yaxis()
     ax.set(xlabel="zero-shot NELBO (nats per token)", ylabel="corpus")
@@ -167,14 +160,14 @@ def _base_level(df: pd.DataFrame, ax: Axes) -> None:
 
 @of_rows
 def plot_arms(
-    df: pd.DataFrame, value: str, looks: Mapping[str, Mapping] = ARM_STYLE, *, ax: Axes | None = None, **more
+    df: pd.DataFrame, value: str, looks: Mapping[str, Mapping] = ARM_STYLE, *, ax: Axes | None = None, **kws: Any
 ) -> Axes:
     """A mark a training seed and a bar at the mean for each arm of `looks`; `df`: arm mean and column `value`."""
     ax = ax or plt.gca()
     arms = [arm for arm in looks if arm in set(df["arm"])]
     for place, arm in enumerate(arms):
         part = df[df["arm"] == arm]
-        ax.plot(side_by_side(place, len(part)), part[value], **{**looks[arm], "linestyle": "none", **more})
+        ax.plot(side_by_side(place, len(part)), part[value], **{**looks[arm], "linestyle": "none", **kws})
         if len(part) > 1:
             ax.hlines(part["mean"].iloc[0], place - 0.32, place + 0.32, color="#444444", linewidth=1.2)
     labels = [looks[arm].get("label", arm.replace("-", "\n")) + f"\n({(df['arm'] == arm).sum()})" for arm in arms]
@@ -214,14 +207,15 @@ NEVER = 0.3
 
 
 @of_rows
-def plot_flops_ratio(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_flops_ratio(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """FLOPs of `against` / FLOPs of `arm` for a NELBO, by share of the second's budget; on grey: never reached.
 
-    `df`: rows of one task and pair: arm against share ratio low high n_reached n n_reached_against n_against.
+    `df`: rows of one task and pair: arm against share ratio low high n_reached n n_reached_against n_against;
+    `kws` go to the marks.
     """
     ax = ax or plt.gca()
     for place, row in enumerate(df.sort_values("share").itertuples()):
-        look = ARM_STYLE[row.arm] | {"linestyle": "none", "markersize": 5}
+        look = ARM_STYLE[row.arm] | {"linestyle": "none", "markersize": 5} | kws
         if np.isfinite(row.ratio):
             ax.plot(place, row.ratio, **look)
             if np.isfinite(row.low):
@@ -244,17 +238,17 @@ def plot_flops_ratio(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 @of_rows
-def plot_generative(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_generative(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """Judge's NLL of samples: n_loops x denoising steps as numbers on a heat map, contours of equal FLOPs.
 
-    `df`: samples of one model: n_loops steps flops judge_nll high.
+    `df`: samples of one model: n_loops steps flops judge_nll high; `kws` go to `imshow`.
     """
     ax = ax or plt.gca()
     table, high, flops = (
         df.pivot(index="n_loops", columns="steps", values=name) for name in ("judge_nll", "high", "flops")
     )
     half = high - table
-    image = ax.imshow(table, cmap="Greys", aspect="auto", origin="lower", alpha=0.6)
+    image = ax.imshow(table, **{"cmap": "Greys", "aspect": "auto", "origin": "lower", "alpha": 0.6} | kws)
     for (row, column), value in np.ndenumerate(table.to_numpy()):
         spent = f"{flops.to_numpy()[row, column] / 1e9:.1f} GFLOPs"
         text = f"{value:.2f} ± {half.to_numpy()[row, column]:.2f}\n{spent}"

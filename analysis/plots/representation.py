@@ -38,10 +38,11 @@ def plot_metric_by_loop(df: pd.DataFrame, metric: str, *, ax: Axes | None = None
 
 
 @of_rows
-def plot_drift_null(df: pd.DataFrame, *, ax: Axes) -> Axes:
-    """The 1/i that a constant drift would give, as a dotted line."""
+def plot_drift_null(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
+    """The 1/i that a constant drift would give, as a dotted line; `df`: loop metric value."""
+    ax = ax or plt.gca()
     null = df[df["metric"] == "drift_null"].drop_duplicates("loop").sort_values("loop")
-    ax.plot(null["loop"], null["value"], label="constant drift (1/i)", **NULL)
+    ax.plot(null["loop"], null["value"], **{"label": "constant drift (1/i)"} | NULL | kws)
     return ax
 
 
@@ -126,7 +127,7 @@ def plot_similarity(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> 
 
 
 @of_rows
-def plot_far_out(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_far_out(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """Slopes of log change against log loop, a mark a model; `df`: model metric value low high.
 
     `low` and `high` bound the slope at 95%; 0 and -1 are what a constant drift gives.
@@ -140,8 +141,8 @@ def plot_far_out(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     for side, (metric, (colour, marker, label)) in enumerate(looks.items()):
         part = df[df["metric"] == metric].set_index("model").reindex(models)
         place = np.arange(len(models)) + 0.22 * (side - 0.5)
-        ax.errorbar(part["value"], place, xerr=reach(part, "value"), linestyle="none", color=colour, marker=marker,
-                    linewidth=0.9, label=label)  # fmt: skip
+        look = {"linestyle": "none", "color": colour, "marker": marker, "linewidth": 0.9, "label": label}
+        ax.errorbar(part["value"], place, xerr=reach(part, "value"), **look | kws)
         ax.axvline(0 if metric == "step_norm" else -1, **NULL | {"color": colour})
     ax.set_yticks(range(len(models)), models)
     ax.set(
@@ -153,10 +154,10 @@ def plot_far_out(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 @of_rows
-def plot_state_paths(df: pd.DataFrame, *, n_paths: int = 12, ax: Axes | None = None) -> Axes:
+def plot_state_paths(df: pd.DataFrame, *, n_paths: int = 12, ax: Axes | None = None, **kws: Any) -> Axes:
     """Paths of some sequences' mean states in PCA coordinates: hollow what enters, the darker the later the loop.
 
-    `df`: rows of one model and token group: sequence loop pc1 pc2 explained1 explained2.
+    `df`: rows of one model and token group: sequence loop pc1 pc2 explained1 explained2; `kws` go to the points.
     """
     ax = ax or plt.gca()
     chosen = df[df["sequence"].isin(sorted(df["sequence"].unique())[:n_paths])]
@@ -168,8 +169,8 @@ def plot_state_paths(df: pd.DataFrame, *, n_paths: int = 12, ax: Axes | None = N
         number = int(loop)  # type: ignore[call-overload]
         shade = "white" if number < 0 else plt.get_cmap("Blues")(0.25 + 0.75 * number / max(1, last))
         name = "enters the first loop" if number < 0 else f"after loop {number}"
-        ax.scatter(part["pc1"], part["pc2"], s=16, facecolor=shade, edgecolor="#08306b", linewidth=0.5,
-                   label=name, zorder=2)  # fmt: skip
+        look = {"s": 16, "facecolor": shade, "edgecolor": "#08306b", "linewidth": 0.5, "label": name, "zorder": 2}
+        ax.scatter(part["pc1"], part["pc2"], **look | kws)
     first, second = df["explained1"].iloc[0], df["explained2"].iloc[0]
     ax.set(xlabel=f"PC 1 ({first:.0%} of variance)", ylabel=f"PC 2 ({second:.0%} of variance)")
     return ax

@@ -46,7 +46,7 @@ def plot_loops_by_step(df: pd.DataFrame, most: int, *, ax: Axes | None = None, *
 
 
 @of_rows
-def plot_usage(df: pd.DataFrame, most: int, *, ax: Axes | None = None) -> Axes:
+def plot_usage(df: pd.DataFrame, most: int, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """Loops used by group, both scopes; `df`: rows of one model: scope by group value low high."""
     ax = ax or plt.gca()
     df = df.loc[df["by"] != "all"]
@@ -55,8 +55,9 @@ def plot_usage(df: pd.DataFrame, most: int, *, ax: Axes | None = None) -> Axes:
     for side, (scope, (colour, marker)) in enumerate(looks.items()):
         part = df[df["scope"] == scope].set_index(["by", "group"]).reindex(pd.MultiIndex.from_tuples(groups))
         place = np.arange(len(groups)) + 0.22 * (side - 0.5)
-        ax.errorbar(part["value"], place, xerr=reach(part, "value"), linestyle="none", color=colour,
-                    marker=marker, linewidth=0.9, label=f"scope {scope}")  # fmt: skip
+        look = {"linestyle": "none", "marker": marker, "linewidth": 0.9}
+        look |= {"color": colour, "label": f"scope {scope}"}
+        ax.errorbar(part["value"], place, xerr=reach(part, "value"), **look | kws)
     names = {"mask_ratio": lambda group: f"{float(group):.0%} masked", "difficulty": lambda group: f"{group} loss"}
     ax.set_yticks(range(len(groups)), [names.get(by, str)(group) for by, group in groups])
     ax.axvline(most, **NULL)
@@ -65,12 +66,14 @@ def plot_usage(df: pd.DataFrame, most: int, *, ax: Axes | None = None) -> Axes:
 
 
 @of_rows
-def plot_savings(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_savings(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """FLOPs and time of whole sampling runs as shares of those at fixed S; `df`: label flops_ratio time_ratio."""
     ax = ax or plt.gca()
     place = np.arange(len(df))
-    ax.barh(place - 0.18, df["flops_ratio"], height=0.34, color="#9ecae1", label="FLOPs")
-    ax.barh(place + 0.18, df["time_ratio"], height=0.34, color="#1b4f8f", label="time, two CPU cores")
+    flops = {"height": 0.34, "color": "#9ecae1", "label": "FLOPs"}
+    time = {"height": 0.34, "color": "#1b4f8f", "label": "time, two CPU cores"}
+    ax.barh(place - 0.18, df["flops_ratio"], **flops | kws)
+    ax.barh(place + 0.18, df["time_ratio"], **time | kws)
     ax.axvline(1, **NULL)
     ax.set_yticks(place, df["label"])
     ax.set(xlabel="FLOPs or time (share of what all loops take)", ylabel="what stops", ylim=(len(df) - 0.5, -0.5))
