@@ -33,7 +33,7 @@ def checkout(tmp_path):
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=HERE, capture_output=True, check=True, text=True)
     for name in filter(None, tracked.stdout.split("\0")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(HERE / name, folder / name)
+        shutil.copy2(HERE / name, folder / name, follow_symlinks=False)
     spec, roster = folder / "figures/specs/markov-base.toml", folder / "figures/zoo.toml"
     spec.write_text(spec.read_text().replace("flops = 3e12", "flops = 3e10"))
     entry = re.compile(r'(spec = "markov-base"\nseeds = )\[[^]]*\]')
