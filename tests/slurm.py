@@ -32,12 +32,15 @@ AccountingStorageType=accounting_storage/none
 MpiDefault=none
 ReturnToService=2
 MinJobAge=300
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=6000 State=UNKNOWN
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=9000 State=UNKNOWN
+SlurmdParameters=config_overrides
 PartitionName=work Nodes={host} Default=YES MaxTime=INFINITE State=UP
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 """
 """Without an accounting database, as Debian's packages come."""
 UP_SECONDS = 60
+USUAL = Path("/etc/slurm/slurm.conf")
+"""Where Slurm looks by itself: Snakemake takes SLURM_CONF from its jobs, which start steps."""
 
 
 def lacking() -> str:
@@ -45,6 +48,8 @@ def lacking() -> str:
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
         return f"no {', '.join(missing)}: apt-get install slurmctld slurmd slurm-client munge"
+    if USUAL.exists():
+        return f"this machine has a cluster of its own, {USUAL}"
     return "" if os.geteuid() == 0 else "slurmd runs as root only"
 
 
@@ -62,6 +67,8 @@ class Cluster:
         host, ports = socket.gethostname().split(".")[0], [_free_port(), _free_port()]
         settings = {"folder": self.folder, "munge": self.folder / "munge", "host": host, "ports": ports}
         (self.folder / "slurm.conf").write_text(CONFIG.format(**settings, cpus=max(2, os.cpu_count() or 1)))
+        USUAL.parent.mkdir(exist_ok=True)
+        USUAL.symlink_to(self.folder / "slurm.conf")
         self._start("slurmctld", "-D", "-f", self.environment["SLURM_CONF"])
         self._start("slurmd", "-D", "-f", self.environment["SLURM_CONF"], "-N", host)
         self._wait()
@@ -104,6 +111,7 @@ class Cluster:
             raise AssertionError(f"{error}\n{logs}") from None
 
     def __exit__(self, *_: object) -> None:
+        USUAL.unlink()
         self.run("scancel", "--user=root", check=False)
         for process in reversed(self.processes):
             process.terminate()
