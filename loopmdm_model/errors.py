@@ -38,7 +38,7 @@ class NotFiniteError(ArithmeticError):
 def unknown_name(kind: str, name: object, known: Iterable[str], remedy: str = "") -> UnknownNameError:
     """The error for an unknown `name` of some `kind`, whatever it is, with near matches among `known`."""
     known, name = list(known), name if isinstance(name, str) else repr(name)
-    near = difflib.get_close_matches(name[:200], known, n=3, cutoff=0.45)
+    near = difflib.get_close_matches(name[:200], known, n=3, cutoff=0.6)
     near = near or [full for full in known if name and name in full][:3]
     if near:
         hint = f"did you mean {' or '.join(near)}?"

@@ -41,6 +41,7 @@ class Outcome:
 def as_a_process(arguments: list[str], env: Mapping[str, str]) -> Iterator[None]:
     """What a process has of its own and `main` changes: words, signals, warnings, environment, gradients."""
     before = sys.argv, signal.getsignal(signal.SIGTERM), warnings.showwarning
+    interrupts = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
     sys.argv = ["loopmdm", *arguments]
     try:
         with mock.patch.dict(os.environ, env), torch.enable_grad(), warnings.catch_warnings():
@@ -51,6 +52,7 @@ def as_a_process(arguments: list[str], env: Mapping[str, str]) -> Iterator[None]
     finally:
         sys.argv, handler, warnings.showwarning = before
         signal.signal(signal.SIGTERM, handler)
+        signal.signal(signal.SIGINT, interrupts)
 
 
 def run(arguments: list[str], env: Mapping[str, str] | None = None) -> Outcome:

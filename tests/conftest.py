@@ -17,6 +17,7 @@ from loopmdm.model.sequences import MaskedBatch
 from loopmdm.model.zoo.runs import Zoo
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: two workers share the cores
 torch.set_num_threads(1)
 
 
