@@ -9,6 +9,7 @@ from loopmdm.analysis.cli.completion import among, model_names, run_names
 from loopmdm.analysis.cli.printing import show
 from loopmdm.analysis.cli.shared import LOOK, MODEL, app, interruptible, opens
 from loopmdm.analysis.cli.waiting import progress_bar, say
+from loopmdm.model.places import figures_folder
 
 if TYPE_CHECKING:
     from loopmdm.analysis.measures.access import Access
@@ -37,17 +38,15 @@ def models(
     from loopmdm.model.network.checkpoints import CONFIG, RECORD, list_models, list_released, resolve
     from loopmdm.model.network.config import LoopMDMConfig
 
-    rows, here = [], set(list_models())
+    rows, here, reached, unknown = [], set(list_models()), _reached(), float("nan")
     for name in list_released():
         cfg, record = LoopMDMConfig.load(resolve(name) / CONFIG), read_json(resolve(name) / RECORD)
         layers = f"{cfg.n_prelude_layers}+{cfg.n_loop_layers}xS+{cfg.n_coda_layers}"
-        reached = record["evaluation"]
         flops = record["training_flops"]["realised"]
         corpus = record["spec"]["data"]["corpus"]
-        test = (reached["test_nelbo"], reached["test_nelbo_se"])
+        test = reached.get(name, (unknown, unknown))
         source = "this package" + ("" if name in here else f" (loopmdm models fetch {name})")
         rows.append((name, corpus, layers, cfg.max_loops, cfg.d_model, flops, *test, source, "MIT"))
-    unknown = float("nan")
     for name, item in SPECIMENS.items():
         source = f"{item.source.package}=={item.source.version}"
         source += "" if item.fetched else f" (loopmdm data fetch {item.archive})"
@@ -55,6 +54,18 @@ def models(
                      item.source.licence))  # fmt: skip
     columns = ["model", "trained_on", "layers", "S_max", "d_model", "training_flops", "test_nelbo", "se"]
     show([*columns, "source", "licence"], rows)
+
+
+def _reached() -> dict[str, tuple[float, float]]:
+    """Test NELBO at S_max (base: S = 1) and its standard error, of the table that pages and figures show."""
+    import pandas as pd
+
+    path = figures_folder() / "tables" / "nll-by-loops.parquet"
+    if not path.is_file():
+        return {}
+    df = pd.read_parquet(path, columns=["model", "n_loops", "max_loops", "nll", "nll_se"])
+    df = df[df["n_loops"] == df["max_loops"]]
+    return dict(zip(df["model"], zip(df["nll"], df["nll_se"], strict=True), strict=True))
 
 
 def _list_families() -> None:

@@ -13,6 +13,7 @@ import typer
 
 from loopmdm.analysis.cli.data import data_fetch
 from loopmdm.analysis.cli.shared import app
+from loopmdm.analysis.exhibits import tables
 from loopmdm.model import sites
 from loopmdm.model.adapters import FAMILIES
 from loopmdm.model.adapters.specimens import SPECIMENS
@@ -64,6 +65,13 @@ def test_tables_into_a_pipe_are_tsv():
     assert [line[0] for line in lines[1:]] == [*list_models(), *SPECIMENS]
     assert {line[-1] for line in lines[1:]} == {"MIT"} and lines[-1][-2].startswith("antiberty==0.1.3")
     assert {"sotu-base", "sotu-loop", "sudoku-base", "sudoku-loop"} <= set(list_models())
+    df = (
+        tables.load("nll-by-loops").query("n_loops == max_loops").set_index("model")["nll"]
+    )  # one number everywhere
+    place = lines[0].index("test_nelbo")
+    assert [line[place] for line in lines[1:]] == [f"{df[name]:.6g}" for name in list_models()] + ["nan"] * len(
+        SPECIMENS
+    )
 
 
 def test_families_and_sites_are_listed():
