@@ -105,12 +105,17 @@ def _parsed(name: str) -> Site | None:
     return Site(loop, layer, match["leaf"])
 
 
+ALIASES = {"attn": "pattern", "attn_logits": "attn_scores", "key": "k", "query": "q", "value": "v"}
+ALIASES |= {"mlp_pre": "pre", "mlp_post": "post"}
+"""Other short names that TransformerLens takes."""
+
+
 def full_leaf(short: str, among: Iterable[str] = LEAVES, within: str = "") -> str:
     """Full leaf name of a short one: "pattern" is attn.hook_pattern; within="ln1", "scale" is ln1.hook_scale."""
     among = tuple(among)
     if short in among:
         return short
-    wanted = f"hook_{short.removeprefix('hook_')}"
+    wanted = f"hook_{ALIASES.get(short, short).removeprefix('hook_')}"
     found = [leaf for leaf in among if leaf.rpartition(".")[2] == wanted and leaf.startswith(within)]
     if not found:
         shorts = [leaf.rpartition(".")[2].removeprefix("hook_") for leaf in among]
@@ -361,6 +366,8 @@ def resolve(cfg: Layout, key: "str | tuple | Site", n_loops: int) -> str:
     if not place:
         return str(Site(loop, None, f"hook_{short.removeprefix('hook_')}"))
     layer = _wrap("layer", place[0], cfg.n_layers)
+    if len(place) > 2 or any(not isinstance(word, str) for word in place[1:]):
+        raise UsageError(f'{key!r} is no key; a looped layer is ("{short}", "loop", i, {layer})')
     within = f"{place[1]}." if len(place) > 1 else ""
     return str(Site(loop, layer, full_leaf(short, cfg.leaves, within)))
 

@@ -124,13 +124,18 @@ class LoopCache(Mapping[str, Tensor]):
 
         Without a layer: the loop's own `stack("in")`, `stack("out")`.
         """
-        if layer is not None and layer % self.cfg.n_layers not in self.cfg.layers("loop"):
-            looped = list(self.cfg.layers("loop"))
+        if layer is not None:
+            self.check_looped(layer)
+        place = () if layer is None else (layer, *within)
+        return torch.stack([self._full(self[(name, "loop", i, *place)], i) for i in range(self.n_loops)])
+
+    def check_looped(self, layer: int) -> None:
+        """UsageError for a layer that does not run once a loop."""
+        looped = list(self.cfg.layers("loop"))
+        if layer % self.cfg.n_layers not in looped:
             raise UsageError(
                 f"layer {layer} is not looped (looped layers: {looped}); it has one entry, not a stack"
             )
-        place = () if layer is None else (layer, *within)
-        return torch.stack([self._full(self[(name, "loop", i, *place)], i) for i in range(self.n_loops)])
 
     def _full(self, value: Tensor, loop: int) -> Tensor:
         running = self.loops_used > loop

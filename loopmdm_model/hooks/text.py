@@ -120,17 +120,27 @@ class TextEntries:
         return MaskedBatch(tokens, tokens, tokens == self.cfg.mask_token_id, self.words(tokens), real)
 
     def _gapped(self, text: str) -> list[int]:
-        """Ids of a text with gaps; the blanks that a tokenizer's own [MASK] takes in go with each."""
+        """Ids of a text with gaps; the blanks that a tokenizer's own [MASK] takes in go with each.
+
+        Where words are tokens with the blank before them, a gap has that blank, too.
+        """
         pieces, mask = self._gaps.split(text), self.cfg.mask_token_id
         word = self._text().get_added_tokens_decoder().get(mask)
         if word is not None and word.lstrip:
             pieces[:-1] = [piece.rstrip() for piece in pieces[:-1]]
         if word is not None and word.rstrip:
             pieces[1:] = [piece.lstrip() for piece in pieces[1:]]
+        if self._blank_leads():
+            pieces[:-1] = [piece.removesuffix(" ") for piece in pieces[:-1]]
         first, *others = rows = encode_texts(self._text(), pieces, framed=False)
         self._check_symbols(pieces, rows)
         begin, end = self.around()
         return [*begin, *first, *(token for ids in others for token in (mask, *ids)), *end]
+
+    def _blank_leads(self) -> bool:
+        """Whether a word's token holds the blank before it, as in byte-level vocabularies."""
+        ((first, *_),) = encode_texts(self._text(), [" a"], framed=False)
+        return self._text().decode([first]).startswith(" ") and self._text().decode([first]) != " "
 
     @property
     def _gaps(self) -> re.Pattern[str]:
@@ -211,6 +221,9 @@ class TextEntries:
         tokens, attention_mask = self._inputs(text, None)
         if as_it_is and bool((tokens == self.cfg.mask_token_id).any()):
             return self._as_hidden(tokens, attention_mask)
+        if (ratio is None) == (t is None):
+            named = "exactly one of ratio= (an exact share) and t= (a probability)"
+            raise UsageError(f"say what to hide: {named}, or words=, positions=, or [MASK] in the text")
         maskable = self.words(tokens) if maskable is None else maskable
         return mask_tokens(
             tokens,

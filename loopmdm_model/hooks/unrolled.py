@@ -4,6 +4,7 @@ n_prelude + S * n_loop + n_coda of them share the looped weights, under the name
 TransformerLens' patching, ActivationCache and tools of the analysis know.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -79,6 +80,10 @@ class UnrolledCache(ActivationCache):
         found = super().apply_slice_to_batch_dim(batch_slice)
         return UnrolledCache(found.cache_dict, found.model, has_batch_dim=found.has_batch_dim)
 
+    def accumulated_resid(self, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens, with labels that say loop and layer."""
+        return self._labelled(super().accumulated_resid(*args, **kwargs))
+
     def decompose_resid(self, *args: Any, **kwargs: Any) -> Any:
         """As in TransformerLens."""
         return self._summed("decompose_resid", args, kwargs)
@@ -101,7 +106,21 @@ class UnrolledCache(ActivationCache):
 
     def _summed(self, name: str, args: tuple, kwargs: dict[str, Any], *needs: str) -> Any:
         self.model.cfg.facts.need("additive", *needs, by=name)  # pyright: ignore[reportAttributeAccessIssue]
-        return getattr(super(), name)(*args, **kwargs)
+        return self._labelled(getattr(super(), name)(*args, **kwargs))
+
+    def _labelled(self, found: Any) -> Any:
+        """With its labels, if there are any, by loop and layer in place of the depth."""
+        if not (isinstance(found, tuple) and isinstance(found[-1], list)):
+            return found
+        return *found[:-1], [LABEL.sub(self._place, label) for label in found[-1]]
+
+    def _place(self, depth: re.Match[str]) -> str:
+        loop, layer = self.model.places[int(depth[1])]  # pyright: ignore[reportAttributeAccessIssue]
+        return f"layer {layer}, " if loop is None else f"loop {loop}, layer {layer}, "
+
+
+LABEL = re.compile(r"^L?(\d+)_?(?=[a-zA-Z])")
+"""The depth that one of TransformerLens' labels begins with."""
 
 
 class UnrolledLoopMDM(Doors):

@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from loopmdm.model.errors import UsageError
-from loopmdm.model.sites import Site, all_names, at
+from loopmdm.model.sites import Site, all_names, at, resolve
 from tests.conftest import toy_config
 
 NAMES = all_names(toy_config(gated_mlp=True), 3)
@@ -37,6 +37,12 @@ def test_short_leaves_resolve_or_say_what_is_meant():
         Site(0, 1, "patern")
     with pytest.raises(UsageError, match="at least 0"):
         Site(-1, 1, "pattern")
+
+
+def test_a_number_behind_the_layer_is_no_place():
+    for key in (("pattern", 1, 3), ("pattern", "loop", 0, 1, 2), ("scale", 1, "ln1", "ln2")):
+        with pytest.raises(UsageError, match=r'is no key; a looped layer is \("\w+", "loop", i, 1\)'):
+            resolve(toy_config(), key, 3)
 
 
 def test_filters_choose_what_they_say():

@@ -82,6 +82,21 @@ def test_gaps_are_filled_and_the_rest_stays(sotu):
     assert told.startswith("The state of our") and told.endswith(" is strong.")
 
 
+def test_a_gap_has_the_blank_of_its_word(sotu):
+    whole = "My fellow people, our duty"
+    hidden = sotu.mask(whole, words="people")
+    assert int(hidden.masked.sum()) == 1  # one token, its blank with it
+    assert sotu.mask("My fellow [MASK], our duty").tokens.tolist() == hidden.tokens.tolist()
+
+
+def test_what_to_hide_is_asked_for_by_the_names_that_mask_has(sotu):
+    for given in ({}, {"ratio": 0.5, "t": 0.5}):
+        with pytest.raises(
+            UsageError, match=r"exactly one of ratio= .* and t= .*, or words=, positions=, or \[MASK\]"
+        ):
+            sotu.mask("My fellow people", **given)
+
+
 def test_gaps_of_a_framed_tokenizer_stand_inside_the_frame(sotu):
     from tokenizers.processors import TemplateProcessing
 

@@ -98,6 +98,7 @@ def attention_across_loops(
     if given is not None and not (isinstance(given, tuple) and all(hasattr(loop, "__index__") for loop in given)):
         raise UsageError(f"loops must be integers, as in loops=(0, 3), got {loops!r:.60}")
     check_count("sequence", sequence, least=0)
+    cache.check_looped(check_count("layer", layer, least=-cache.cfg.n_layers))
     last = cache.n_loops - 1
     chosen = tuple(dict.fromkeys((0, last // 2, last))) if given is None else given
     if not chosen:

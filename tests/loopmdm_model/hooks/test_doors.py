@@ -266,7 +266,10 @@ c["pattern", -1].shape == c["blocks.5.attn.hook_pattern"].shape == (1, 4, 10, 10
 close(c.accumulated_resid(apply_ln=True)[-1] @ m.W_U[:, :-1] + m.b_U[:-1], m(b, n_loops=3)[..., :-1])
 close(c.decompose_resid(apply_ln=True).sum(0) @ u.W_U + u.b_U, m(b, n_loops=3)[..., :-1])
 close(c.logit_attrs(c.decompose_resid(), tokens=" the").sum(0) + u.b_U[the], u(b)[..., the])
-c.accumulated_resid(return_labels=True)[1][-1] == "final_post"
+c.accumulated_resid(return_labels=True)[1][1::2] == [*(f"loop {i}, layer 1, pre" for i in (0, 2)), "layer 3, pre"]
+c.decompose_resid(return_labels=True)[1][:2] == ["embed", "layer 0, attn_out"]
+c.stack_head_results(layer=2, return_labels=True)[1][-1] == "loop 0, layer 1, H3"
+torch.equal(m.run_with_cache(b)[1]["attn", "loop", 2, 1], m.run_with_cache(b)[1]["pattern", "loop", 2, 1])
 close(c.stack_head_results(layer=1).sum(0) + u.b_O[0], c["attn_out", 0])
 c.stack_activation("z").shape == (6, 1, 10, 4, 32)
 close(c.get_full_resid_decomposition(expand_neurons=False).sum(0), c["resid_post", -1])

@@ -91,7 +91,7 @@ def test_several_loops_take_as_many_axes_and_one_for_the_change(cache):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"layer": 0}, "prelude|looped|unknown"),
+        ({"layer": 0}, "layer 0 is not looped"),
         ({"layer": 1, "head": 5}, "head must be"),
         ({"layer": 1, "loops": (0, 9)}, "there are 4"),
         ({"layer": 1, "loops": ()}, "empty"),
