@@ -119,7 +119,7 @@ class Measure(Edition):
             return frame
         frame = frame.drop(columns=["model", "task"], errors="ignore")
         frame.insert(0, "model", name)
-        frame.insert(1, "task", case.test.task)
+        frame.insert(1, "task", case.test.label)
         frame.attrs["remarks"] = case.m.facts.remarks
         over_samples = self.samples or getattr(case.options, "along_sampling", 0)
         if "n_units" not in frame and not over_samples:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -31,6 +32,12 @@ class TestSet:
     bytes_per_token: float = float("nan")
 
     __test__ = False  # not a pytest class
+
+    @property
+    def label(self) -> str:
+        """The task as tables have it, which are passed on: of own texts without the folder."""
+        _, own, pattern = self.task.rpartition(own_files.FILES)
+        return own + PurePath(pattern).name if own else self.task
 
     @property
     def tokens(self) -> Int[Tensor, "batch pos"]:

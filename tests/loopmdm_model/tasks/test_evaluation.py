@@ -34,6 +34,7 @@ def test_own_texts_are_prepared_once_and_refused_where_they_are_others(tmp_path,
     monkeypatch.setattr(own_files, "prepare", lambda *given: opened.append(given) or prepare(*given))
     found = test_sets.test_set_of(record, 16, tokenizer)
     assert len(opened) == 1 and found.clusters.max() == 0
+    assert (found.task, found.label) == (name, "files:*.txt")  # tables are passed on
     assert torch.equal(found.tokens, test_sets.load_test_set(name, 16, tokenizer).tokens)
     with pytest.raises(UsageError, match=r"trained by a version before 0\.2\.0; restore it, train again"):
         test_sets.test_set_of(record | {"corpus_sha256": "another"}, 16, tokenizer)

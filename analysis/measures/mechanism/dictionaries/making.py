@@ -99,7 +99,7 @@ def _data(case: Case, n_scored: int, mask_ratio: float) -> dict[str, Any]:
     scored = (
         {"split": "test", "n": n_scored, "mask_ratio": mask_ratio} if grouped else {"split": "test", "n": n_scored}
     )
-    return {"task": case.test.task, "trained_on": trained, "scored_on": scored}
+    return {"task": case.test.label, "trained_on": trained, "scored_on": scored}
 
 
 def _told(scores: pd.DataFrame) -> dict[str, Any]:
