@@ -19,6 +19,7 @@ nb_execution_timeout = 900
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 nb_execution_show_tb = True
+suppress_warnings = ["mystnb.unknown_mime_type"]  # the sidecar of a figure, beside its picture
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
