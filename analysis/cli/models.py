@@ -58,14 +58,13 @@ def models(
 
 def _reached() -> dict[str, tuple[float, float]]:
     """Test NELBO at S_max (base: S = 1) and its standard error, of the table that pages and figures show."""
-    import pandas as pd
+    from pyarrow.parquet import ParquetFile  # without pandas, which takes as long as all else here
 
     path = figures_folder() / "tables" / "nll-by-loops.parquet"
     if not path.is_file():
         return {}
-    df = pd.read_parquet(path, columns=["model", "n_loops", "max_loops", "nll", "nll_se"])
-    df = df[df["n_loops"] == df["max_loops"]]
-    return dict(zip(df["model"], zip(df["nll"], df["nll_se"], strict=True), strict=True))
+    rows = ParquetFile(path).read(columns=["model", "n_loops", "max_loops", "nll", "nll_se"]).to_pylist()
+    return {row["model"]: (row["nll"], row["nll_se"]) for row in rows if row["n_loops"] == row["max_loops"]}
 
 
 def _list_families() -> None:
