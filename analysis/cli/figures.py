@@ -104,9 +104,8 @@ def figures(
         if source == "checkpoints":
             for _ in bar.track(measure_all(needed, 0, place, batch_size), total=len(needed), description="tables"):
                 pass
-        left = [
-            figure.name for figure in chosen if names or not figure.is_drawn(out)
-        ]  # what is named is drawn anew
+        # what is named is drawn anew
+        left = [figure.name for figure in chosen if names or not figure.is_drawn(out)]
         for _ in bar.track(registry.draw_all(left, out), total=len(left), description="figures"):
             pass
     show(["figure", "file"], [(figure.name, out / f"{figure.name}.pdf") for figure in chosen])

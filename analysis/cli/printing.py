@@ -57,12 +57,8 @@ def read(value: Any) -> str:
     if isinstance(value, float):
         if math.isnan(value):
             return "-"
-        whole = f"{value:.0f}"
-        return (
-            whole
-            if (value == float(whole) and len(whole) < 7) or 1e3 <= abs(value) < 1e6
-            else f"{value:#.3g}".rstrip(".")
-        )
+        plain = abs(value) < 1e6 and (value.is_integer() or abs(value) >= 1e3)
+        return f"{value:.0f}" if plain else f"{value:#.3g}".rstrip(".")
     return "-" if str(value) == "<NA>" else cell(value)
 
 

@@ -1,4 +1,4 @@
-"""What the commands share: the app, printing, interruption, options."""
+"""What the commands share: the app and its groups, interruption, options."""
 
 import os
 from collections.abc import Callable, Iterator

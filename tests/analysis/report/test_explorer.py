@@ -308,6 +308,11 @@ def test_the_report_opens_and_every_model_can_be_chosen(visit, monkeypatch):
     whole = "all => all.every((i) => i.complete && i.naturalWidth > 200)"
     assert page.locator("figure img, .thumbs img").evaluate_all(whole)
     assert page.evaluate("document.scrollingElement.scrollWidth") <= 800
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": 718, "height": 1040})  # an A4 sheet between Chromium's margins
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= 718
+    assert page.locator("details.feature table").first.is_visible() and not page.locator("nav").first.is_visible()
+    page.emulate_media(media="screen")
     seen = set()
     for index in range(page.locator("#input option").count()):
         page.select_option("#input", index=index)
