@@ -100,7 +100,7 @@ def list_runs() -> list[str]:
 
 
 def _in_zoo(file: str) -> list[str]:
-    """Runs of the zoo that have a file; asked for each table, and pathlib takes ten times as long."""
+    """Runs of the zoo that have a file; asked for each table, where pathlib's globbing was most of the time."""
     if not ZOO.is_dir():
         return []
     with os.scandir(ZOO) as entries:
