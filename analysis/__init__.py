@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from loopmdm.analysis.measures.representation.gain import perturbation_gain
     from loopmdm.analysis.measures.stopping import stopping_frontier
     from loopmdm.analysis.measures.twins import untrained
+    from loopmdm.analysis.numbers.reading import by_loop
     from loopmdm.analysis.report import explore
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "activation_patching",
     "attention_across_loops",
     "attribution_patching",
+    "by_loop",
     "candidates",
     "claims_table",
     "compare",
@@ -96,6 +98,7 @@ _HOMES = {
     "activation_patching": "loopmdm.analysis.measures.mechanism.patching",
     "attention_across_loops": "loopmdm.analysis.measures.attention.maps",
     "attribution_patching": "loopmdm.analysis.measures.mechanism.attribution_patching",
+    "by_loop": "loopmdm.analysis.numbers.reading",
     "candidates": "loopmdm.analysis.measures.known.candidates",
     "claims_table": "loopmdm.analysis.exhibits.verdicts",
     "compare": "loopmdm.analysis.measures.compare",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loopmdm.analysis.cli.completion import among, model_names
-from loopmdm.analysis.cli.printing import show
+from loopmdm.analysis.cli.printing import show_frame
 from loopmdm.analysis.cli.shared import MEASURE, MODEL, app, integer, integers, interruptible, opens
 from loopmdm.analysis.cli.waiting import working
 
@@ -58,7 +58,7 @@ def evaluate(
         else:
             most = LoopMDMConfig.load(need(resolve(model), CONFIG)).max_loops
             frame = run(model, measure, counts or sorted({1, most}), **options)
-    show(list(frame.columns), frame.itertuples(index=False))
+    show_frame(frame)
 
 
 @app.command(
@@ -84,4 +84,4 @@ def lm_eval(
 
     with interruptible("nothing was written"), working(f"{tasks} of {model}"):
         frame = run_harness(model, tasks, n_loops, n_samples, steps, limit, how)
-    show(list(frame.columns), frame.itertuples(index=False))
+    show_frame(frame)

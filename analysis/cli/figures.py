@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from loopmdm.analysis.cli.completion import among, figure_names, table_names
-from loopmdm.analysis.cli.printing import show
+from loopmdm.analysis.cli.printing import show, show_frame
 from loopmdm.analysis.cli.shared import (
     BATCH,
     DEVICE,
@@ -53,7 +53,7 @@ def table(
     say(f"measuring {name} into {folder}, {tables.HOW_LONG}")
     with interruptible("the old table is intact"), working(f"measuring {name}"):
         frame = measure_one(name, folder, place, batch_size)
-    show(list(frame.columns), frame.itertuples(index=False))
+    show_frame(frame)
 
 
 @app.command(rich_help_panel=MEASURE, epilog="Example: loopmdm figures mask-to-mask-by-loop --out somewhere")

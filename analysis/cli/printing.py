@@ -7,7 +7,10 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 UNITS = {
     "in nats": ("nll", "nelbo", "test_nelbo", "kl", "kl_reverse", "excess_kl", "judge_nll", "log_odds", "null"),
@@ -19,6 +22,20 @@ UNITS = {
 GAP = 2
 NARROW = 20
 """Characters below which no text is broken into lines."""
+AT_MOST = 60
+"""Rows of a measure that a terminal shows, as pandas does."""
+
+
+def show_frame(frame: "pd.DataFrame") -> None:
+    """Print what a measure gave; on a terminal the loops come first, and rows beyond `AT_MOST` are counted."""
+    if sys.stdout.isatty() and len(frame) > AT_MOST:
+        if "loop" in frame:
+            frame = frame.sort_values("loop", key=lambda loop: loop.isna(), kind="stable")
+        shown = frame.head(AT_MOST)
+        show(list(frame.columns), shown.itertuples(index=False))
+        print(f"... {len(frame) - AT_MOST} more of {len(frame)} rows (a pipe takes all of them)")
+        return
+    show(list(frame.columns), frame.itertuples(index=False))
 
 
 def show(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loopmdm.analysis.cli.completion import among, measure_names, model_names
-from loopmdm.analysis.cli.printing import show
+from loopmdm.analysis.cli.printing import show, show_frame
 from loopmdm.analysis.cli.shared import (
     LOOK,
     MEASURE,
@@ -145,7 +145,7 @@ def _print(frame: "pd.DataFrame", name: str, asked: dict[str, Any], out: Path | 
         told = provenance.of_table(name, known, measures=fingerprints([name]), options=options)
         told |= {"remarks": list(frame.attrs["remarks"])} if frame.attrs.get("remarks") else {}
         frames.write_table(frame, out, told)
-    show(list(frame.columns), frame.itertuples(index=False))
+    show_frame(frame)
 
 
 def _told(options: Any) -> str:

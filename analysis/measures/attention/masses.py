@@ -165,7 +165,7 @@ class GroupTable:
             return mass, error, mass / chance
 
     def log_odds(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Log-odds, error and capped log-odds of each query group, repeated for every key group.
+        """Log-odds, error and capped log-odds of each query group, in its row of masked keys; NaN in the others.
 
         Log-odds are NaN where a mass vanishes; capped they are +-LOG_ODDS_CAP there, NaN only where a group has
         no keys or both masses vanish.
@@ -179,7 +179,8 @@ class GroupTable:
         capped = np.where(no_keys, np.nan, np.clip(raw, -LOG_ODDS_CAP, LOG_ODDS_CAP))
         known = np.isfinite(raw)
         columns = np.where(known, raw, np.nan), np.where(known, error, np.nan), capped
-        return tuple(np.repeat(value[..., None], self.size, axis=-1) for value in columns)
+        owner = np.arange(self.size) == above
+        return tuple(np.where(owner, value[..., None], np.nan) for value in columns)
 
     def _error(self, parts: dict[int, np.ndarray]) -> np.ndarray:
         places = list(parts)
@@ -202,9 +203,10 @@ def mask_attention(
     Columns: n_loops segment loop layer depth head query_group key_group mask_ratio mass mass_with_self chance
     lift log_odds content n, lift_with_self and log_odds_capped, and standard errors mass_se, mass_with_self_se,
     lift_se, log_odds_se, content_se (over sequences, or over `clusters` [batch] of them). `loop` is missing
-    outside the loop; `mass_with_self` adds the self mass where query and key group agree; log_odds belongs to
-    the query group and stands on each of its rows, and is NaN where a mass vanishes: log_odds_capped is then
-    +-LOG_ODDS_CAP, to which it is also clipped. Empty groups are NaN with n = 0. Without `by_head` heads are
+    outside the loop; `mass_with_self` adds the self mass where query and key group agree; log_odds, of masked
+    against clean keys, stands once a query group, in its row of masked keys, and is NaN in the other rows and
+    where a mass vanishes: log_odds_capped is then +-LOG_ODDS_CAP, to which it is also clipped. Empty groups are
+    NaN with n = 0. Without `by_head` heads are
     averaged first and `head` is missing; content is NaN where more than W_O leads from heads to the stream
     (`facts.linear_heads`). Queries and keys of group "masked" are positions that hold [MASK];
     padding is left out. In a shifted model `by="predicts"` groups queries by the token that they predict, the
@@ -247,6 +249,7 @@ MEASURES = (
         groupless=plain(no_groups),
         both_ways=True,
         shards=True,
+        version=2,
     ),
     Measure(
         "mask-attention-pooled",
@@ -255,5 +258,6 @@ MEASURES = (
         groupless=plain(no_groups, by_head=False),
         both_ways=True,
         shards=True,
+        version=2,
     ),
 )

@@ -205,4 +205,6 @@ def _numbers(sums: AttentionSums, halves_sinks: list[Sinks]) -> np.ndarray:
     return np.concatenate(columns)
 
 
-MEASURES = (Measure("attention-sinks", "masses with sinks as a group, at three factors", plain(sink_attention)),)
+MEASURES = (
+    Measure("attention-sinks", "masses with sinks as a group, at three factors", plain(sink_attention), version=2),
+)

@@ -138,8 +138,8 @@ def _log_odds(
         for n_loops, told in _runs(counts, damping):
             with _arm(m, damping, n_loops):
                 frame = mask_attention(m, part, n_loops=n_loops, batch_size=batch_size)
-            frame = frame[(frame["segment"] == "loop") & (frame["query_group"] == "masked")]
-            heads = frame.drop_duplicates(["loop", "layer", "head"]).groupby("loop")["log_odds"]
+            frame = frame.query("segment == 'loop' and query_group == key_group == 'masked'")
+            heads = frame.groupby("loop")["log_odds"]
             by_loop = heads.agg(lambda values: values.to_numpy(dtype=float).mean())  # NaN if one head's is
             for count in told:
                 values[row, counts.index(count)] = by_loop[count - 1]

@@ -2,12 +2,13 @@
 
 import sys
 
+import pandas as pd
 import pytest
 import typer
 from pyarrow.parquet import read_schema
 
 from loopmdm.analysis.cli import printing
-from loopmdm.analysis.cli.printing import Folded, read, show
+from loopmdm.analysis.cli.printing import Folded, read, show, show_frame
 from loopmdm.analysis.cli.shared import app
 from loopmdm.analysis.exhibits import tables
 from loopmdm.analysis.exhibits.verdicts import claims_table
@@ -71,6 +72,21 @@ def test_the_terminal_gets_the_folded_table(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     show(["model", "nelbo"], [("sudoku-loop", 0.123456)])
     assert capsys.readouterr().out == "model        nelbo\nsudoku-loop  0.123\nunits: nelbo in nats\n"
+
+
+def test_a_terminal_gets_the_first_sixty_rows_of_a_measure_loops_first(capsys, monkeypatch):
+    rows = [(place, pd.NA if place % 10 == 0 else place % 10, place / 7) for place in range(100)]
+    frame = pd.DataFrame(rows, columns=["depth", "loop", "mass"]).astype({"loop": "Int64"})
+    show_frame(frame)
+    assert len(capsys.readouterr().out.splitlines()) == 101  # a pipe takes all, as they are
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    show_frame(frame)
+    _, *lines, _, more = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [str(i) for i in range(100) if i % 10][:60]
+    assert more == "... 40 more of 100 rows (a pipe takes all of them)"
+    show_frame(frame.head(60))
+    assert capsys.readouterr().out.splitlines()[1].split() == ["0", "-", "0"]
 
 
 def test_units_are_those_of_columns_that_tables_have():

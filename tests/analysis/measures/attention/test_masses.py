@@ -111,9 +111,20 @@ def planted_batch() -> MaskedBatch:
 @pytest.mark.parametrize("bias", [0.0, 1.3, -0.7])
 def test_planted_log_odds_are_recovered(bias):
     frame = mask_attention(planted(bias), planted_batch(), n_loops=2)
-    np.testing.assert_allclose(frame["log_odds"], bias, atol=1e-5)
+    own = frame["key_group"] == "masked"
+    np.testing.assert_allclose(frame.loc[own, "log_odds"], bias, atol=1e-5)
     if bias == 0:
         np.testing.assert_allclose(frame["lift"], 1, atol=1e-5)
+
+
+def test_log_odds_stand_once_a_query_group(hooked, batch):
+    for by_head in (True, False):
+        frame = mask_attention(hooked, batch, n_loops=2, by_head=by_head)
+        own = frame["key_group"] == "masked"
+        for name in ("log_odds", "log_odds_se", "log_odds_capped"):
+            assert frame.loc[own, name].notna().all() and frame.loc[~own, name].isna().all()
+        keys = [name for name in ("segment", "loop", "layer", "head", "query_group") if name in frame]
+        assert (frame.groupby(keys, dropna=False)["log_odds"].count() == 1).all()
 
 
 def test_attending_to_masked_keys_only_caps_the_lift():
@@ -240,7 +251,8 @@ def test_attending_to_masked_keys_alone_has_the_largest_lift_and_the_log_odds_ca
     np.testing.assert_allclose(m_to_m["lift_with_self"], t / masked, rtol=1e-5)
     frame = mask_attention(attends(to_self=False), planted_batch(), n_loops=2)
     np.testing.assert_allclose(rows(frame, "masked", "masked")["lift"], t / (masked - 1), rtol=1e-5)
-    np.testing.assert_allclose(frame["log_odds_capped"], LOG_ODDS_CAP)
+    np.testing.assert_allclose(rows(frame, "clean", "masked")["log_odds_capped"], LOG_ODDS_CAP)
+    np.testing.assert_allclose(rows(frame, "masked", "masked")["log_odds_capped"], LOG_ODDS_CAP)
     assert frame["log_odds"].isna().all()  # a mass vanishes: no silent number
     assert pytest.approx(math.log(1e6)) == LOG_ODDS_CAP
 
@@ -248,7 +260,8 @@ def test_attending_to_masked_keys_alone_has_the_largest_lift_and_the_log_odds_ca
 def test_capped_log_odds_agree_below_the_cap_and_need_both_groups(hooked, clean, batch):
     frame = mask_attention(hooked, batch, n_loops=1)
     np.testing.assert_allclose(frame["log_odds_capped"], frame["log_odds"])
-    np.testing.assert_allclose(mask_attention(planted(-60.0), planted_batch())["log_odds_capped"], -LOG_ODDS_CAP)
+    capped = mask_attention(planted(-60.0), planted_batch())["log_odds_capped"].dropna()
+    assert (capped == -LOG_ODDS_CAP).all() and len(capped) > 0
     assert mask_attention(hooked, mask_tokens(clean, 22, mask_ratio=1.0))["log_odds_capped"].isna().all()
 
 
