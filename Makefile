@@ -8,7 +8,7 @@ LOCKED := $(PIP) install --quiet --require-hashes --no-deps --no-build-isolation
 HERE := PYTHONWARNINGS=ignore $(PIP) install --quiet --no-deps --no-build-isolation -e .
 PINS := pyproject.toml $(wildcard locks/*.txt)
 
-.PHONY: figures test chapters soak lab lint docs bench reproduce gallery clean
+.PHONY: figures test slow soak lab lint docs bench reproduce gallery clean
 
 figures: $(VENV)/.base
 	$(BIN)/loopmdm figures
@@ -16,9 +16,9 @@ figures: $(VENV)/.base
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2
 
-# Every notebook, of few sequences.
-chapters: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 -m chapters
+# What takes ten seconds and more and rarely fails, and every notebook, of few sequences.
+slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 -m "slow and not soak"
 
 # What is too slow for every run: twenty kills at random moments, with one process and with two, and 5,000 bad inputs
 # of the command line, of files and of the Python API; prints what was counted.

@@ -60,6 +60,7 @@ def test_they_are_found_from_elsewhere_too(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["analysis.py", "analysis/__init__.py"])
+@pytest.mark.slow
 def test_a_users_own_analysis_neither_breaks_nor_is_broken(name, tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("OWN = 3\n")

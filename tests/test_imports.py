@@ -236,6 +236,7 @@ ALL = {"torch", "pandas", "numpy", "transformers", "transformer_lens", "datasets
         (["claims"], COMPILER),
     ],
 )
+@pytest.mark.slow
 def test_a_command_imports_no_more_than_it_needs(words, heavy):
     command = [sys.executable, "-c", LISTED, json.dumps(words)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)

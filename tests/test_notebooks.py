@@ -54,14 +54,14 @@ def test_cells_are_short_and_one_is_for_parameters(name):
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
-        *(pytest.param(name, QUICK.get(name, {"n": 8}), marks=pytest.mark.chapters) for name in SOURCES),
+        *(pytest.param(name, QUICK.get(name, {"n": 8}), marks=pytest.mark.slow) for name in SOURCES),
         *(pytest.param(name, {}, marks=pytest.mark.soak) for name in SOURCES),
         pytest.param("04_attention", ON_SUDOKU | {"text": GRID}, marks=pytest.mark.soak),
         pytest.param("06_adaptive_stopping", ON_SUDOKU, marks=pytest.mark.soak),
     ],
 )
 def test_each_notebook_runs_and_shows_what_the_batch_draws(name, parameters, tmp_path, monkeypatch):
-    """Every cell, of few sequences (`make chapters`), or as shipped (`make soak`)."""
+    """Every cell, of few sequences (`make slow`), or as shipped (`make soak`)."""
     monkeypatch.delenv("MPLBACKEND", raising=False)  # pictures as in Jupyter
     source, target = NOTEBOOKS / f"{name}.ipynb", tmp_path / "out.ipynb"
     done = papermill.execute_notebook(source, target, parameters, progress_bar=False, cwd=str(tmp_path))

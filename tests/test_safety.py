@@ -158,6 +158,7 @@ def _can_cut() -> bool:
         "train SMOKE --set training.steps=2 --set training.flops=0.0 --out run",
     ],
 )
+@pytest.mark.slow
 def test_commands_run_with_the_network_cut(words, tmp_path, monkeypatch):
     monkeypatch.setenv("LOOPMDM_CACHE", str(tmp_path / "cache"))
     arguments = words.replace("SMOKE", str(SMOKE)).split()
@@ -173,6 +174,7 @@ def test_what_needs_weights_is_marked_where_they_are_away_too(tmp_path, monkeypa
 
 @pytest.mark.weights
 @pytest.mark.skipif(not _can_cut(), reason="no network namespaces here")
+@pytest.mark.slow
 def test_tests_run_with_the_network_cut():
     names = ("network/test_model", "hooks/test_hooked", "corpora/test_corpora", "test_masking")
     files = [f"tests/loopmdm_model/{name}.py" for name in names]

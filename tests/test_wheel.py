@@ -22,7 +22,11 @@ ROOT = Path(__file__).parents[1]
 VERSION = "9.9.9"
 UNADDRESSED = "warning: no download address is built in"
 TOUR = {"sotu-base", "sotu-loop", "sudoku-base", "sudoku-loop", "sudoku-loop-s4"}
-pytestmark = [pytest.mark.weights, pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no git repository")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.weights,
+    pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no git repository"),
+]
 
 
 def git(root: Path, *words: str) -> str:

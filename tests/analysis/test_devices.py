@@ -34,6 +34,7 @@ def on_far(*names, timeout=None):
     return [line.split("\t") for line in done.stdout.splitlines() if "\t" in line]
 
 
+@pytest.mark.slow
 def test_what_runs_on_another_device_asks_for_no_cpu():
     assert [name for name, _ in on_far(*QUICK)] == list(QUICK)
 

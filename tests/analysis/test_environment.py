@@ -52,6 +52,7 @@ def test_figures_are_the_same_under_any_settings_and_leave_them(tmp_path):
         assert plain == hostile, kind
 
 
+@pytest.mark.slow
 def test_a_backend_that_is_none_does_not_stop_the_drawing(tmp_path):
     command = [
         sys.executable,

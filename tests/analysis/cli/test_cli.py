@@ -173,6 +173,7 @@ def test_another_peoples_model_is_sampled(tmp_path):
 
 
 @pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.slow
 def test_an_interrupted_sample_leaves_what_was_asked_for(tmp_path, monkeypatch, partial):
     through = []
 
@@ -193,6 +194,7 @@ def test_an_interrupted_sample_leaves_what_was_asked_for(tmp_path, monkeypatch, 
         assert one_line(said) and "--partial" in said and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_where_asked(tmp_path):
     out, _ = run("figures", "sudoku-solve-rate", "--out", tmp_path / "here")
     assert "sudoku-solve-rate" in out

@@ -191,6 +191,7 @@ def asked(root: Path) -> list[str]:
     return lines
 
 
+@pytest.mark.slow
 def test_dry_run_of_the_real_registries(tmp_path):
     """As in a fresh clone: no runs, no memory of Snakemake's. A model shipped from today's spec is not trained."""
     root = copied(tmp_path, models=True)
@@ -207,6 +208,7 @@ def test_dry_run_of_the_real_registries(tmp_path):
     assert "sudoku-loop" not in trained and "figures sudoku-boards " in said
 
 
+@pytest.mark.slow
 def test_a_changed_spec_reruns_what_depends_on_it_and_nothing_else(world):
     stub = f"loopmdm={interpreter(world)} -I -S stub.py"
     plan = by_place((world / "plan.json").read_text())  # of before, when all was current
@@ -257,12 +259,14 @@ def test_a_saved_state_of_the_same_spec_is_gone_on_with(corpus, tmp_path, monkey
     assert pipeline._run_folder(other).name.startswith("markov-loop.")
 
 
+@pytest.mark.slow
 def test_from_scratch_trains_everything(world):
     said = snakemake(world, "-n", "--config", "from=scratch")
     for run in Zoo.roster(world / "figures"):
         assert f"train figures/specs/{run.file}.toml --seed 0 --resume" in said
 
 
+@pytest.mark.slow
 def test_misuse_is_one_line(world):
     said = snakemake(world, "-n", "--config", "form=scratch", code=2).splitlines()
     assert len(said) == 2 and "unknown config key 'form'" in said[1]  # the first names the profile
@@ -272,6 +276,7 @@ def test_misuse_is_one_line(world):
     assert len(said) == 2 and "zoo.toml is missing" in said[1]
 
 
+@pytest.mark.slow
 def test_values_of_a_roster_reach_the_command_as_they_are(world):
     """Blanks, patterns, quotes and braces are words of the command, and nothing in them runs."""
     corpus = "files:texts of 'mine'/$(touch${IFS}PWNED) `touch PWNED`/{a}*.txt; touch PWNED #"

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[3]
 # Stands for `loopmdm`: notes what it was asked, writes --out; a shard named in FAILS is killed half-way.
 STUB = """
@@ -32,6 +34,7 @@ def snakemake(root: Path, *config: str, dry: bool = False, code: int = 0, **vari
     return outcome.stdout
 
 
+@pytest.mark.slow
 def test_each_shard_is_a_job_and_a_killed_one_is_done_again_alone(tmp_path):
     said = snakemake(tmp_path, *ASKED, dry=True)
     jobs = [line.split() for line in said.splitlines()]

@@ -31,6 +31,7 @@ def test_loop_counts_are_those_that_say_something():
     assert {name: list(stored[name]) for name in counts} == counts
 
 
+@pytest.mark.slow
 def test_noise_levels_are_those_of_the_same_masks(monkeypatch):
     monkeypatch.setattr(Question, "answer", lambda asked: asked.compute())
     table = quality.noise_level_table(select(task="tree", arm="loop"), Zoo.shipped())
@@ -81,6 +82,7 @@ def test_contrasts_recover_planted_differences():
     assert ("test NELBO", "deep", "base") not in table.index and (table["n_seeds"] == 3).all()
 
 
+@pytest.mark.slow
 def test_tables_measured_in_parallel_are_the_committed_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "tables_folder", lambda: tmp_path)
     names = ["references", "learning-curves"]

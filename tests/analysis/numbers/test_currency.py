@@ -56,6 +56,7 @@ def import_everything() -> None:
                 import_module(module.name)
 
 
+@pytest.mark.slow
 def test_the_plan_does_not_depend_on_what_was_imported(with_a_seed):
     """In a fresh process, and here before and after importing all there is, with another zoo looked at first."""
     tables.load("references")

@@ -297,6 +297,7 @@ def test_it_runs_in_the_frame_of_a_notebook(visit, named, run):
     assert frame.locator("#numbers").inner_text() != before
 
 
+@pytest.mark.slow
 def test_the_report_opens_and_every_model_can_be_chosen(visit, monkeypatch):
     from loopmdm.analysis.report import page as report
 

@@ -224,6 +224,7 @@ def test_a_claim_shows_its_number_and_why_it_has_no_verdict(monkeypatch):
 
 
 @pytest.mark.parametrize("most", [2, pytest.param(1000, marks=pytest.mark.soak)])
+@pytest.mark.slow
 def test_the_report_holds_every_claim_and_figure_in_one_small_file(tmp_path, monkeypatch, most):
     """Figures are drawn in their own tests: here two of two themes, in `make soak` all."""
     from loopmdm.analysis.exhibits.verdicts import claims_table

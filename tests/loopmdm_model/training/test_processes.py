@@ -86,6 +86,7 @@ def apart(one, other):
     return {kind: max(abs(a[kind] - b[kind]) for a, b in zip(one, other, strict=True)) for kind in kinds}
 
 
+@pytest.mark.slow
 def test_two_processes_that_share_the_weights_follow_one(tmp_path):
     spec = written(tmp_path, **FEW)
     said, two = trained(2, spec, tmp_path / "two", "fsdp")

@@ -66,6 +66,7 @@ def rows(folder):
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(spec_file, whole, tmp_path):
     broken = tmp_path / "broken"
     state = broken / "state" / "state.safetensors"
@@ -100,6 +101,7 @@ def test_killed_and_resumed_equals_uninterrupted(spec_file, whole, tmp_path):
     assert "--resume" in err
 
 
+@pytest.mark.slow
 def test_told_to_stop_it_keeps_what_it_has_and_goes_on_from_there(spec_file, whole, tmp_path):
     stopped = tmp_path / "stopped"
     ends, state = [], stopped / "state" / "state.safetensors"
@@ -156,6 +158,7 @@ def test_a_state_is_written_by_the_clock_too(tmp_path):
     assert len(saved) > run.progress.step  # at every step, and at the end
 
 
+@pytest.mark.slow
 def test_two_trainers_do_not_share_a_folder(spec_file, tmp_path):
     first = loopmdm("train", spec_file, "--out", tmp_path / "run")
     while first.poll() is None and not (tmp_path / "run" / "tokenizer.json").exists():
@@ -182,6 +185,7 @@ def test_bf16_inputs_of_products_stay_near_and_end_with_the_step(spec_file, tmp_
         RunSpec.load(spec_file, {"training.matmul_precision": "low"})
 
 
+@pytest.mark.slow
 def test_two_processes_follow_one(tmp_path):
     """Same batches, masks and S; gradients are averaged, so losses agree to float32 rounding grown over steps."""
     path = tmp_path / "tiny.toml"
