@@ -33,6 +33,8 @@ from loopmdm.model.sites import Names, Site
 
 MOST_LOOPS = 512
 """Explicit names make their hook points at once; beyond this many loops that is surely a slip."""
+MATCHED_LOOPS = 64
+"""Loops among whose names a filter has to match one, unless the model has run more."""
 
 
 class LoopHooks(HookedRootModule):
@@ -121,14 +123,16 @@ class LoopHooks(HookedRootModule):
 
     def _matcher(self, chosen: Names) -> Names:
         """The predicate itself, after making sure that it matches something."""
-        if not any(map(chosen, sites.each_name(self.cfg, max(64, self.n_grown)))):
+        n_loops = max(MATCHED_LOOPS, self.n_grown)
+        if not any(map(chosen, sites.each_name(self.cfg, n_loops))):
             lost = [leaf for leaf in sites.LEAVES if leaf not in self.cfg.leaves and f"{leaf}'" in repr(chosen)]
             if lost:
                 raise UnknownNameError(
                     f"this model offers no {', '.join(lost)}; it has {', '.join(self.cfg.leaves)}"
                 )
             hint = _hint(chosen, sites.all_names(self.cfg, 1))
-            raise UnknownNameError(f"the filter matches no hook name; names look like {hint}")
+            places = f"loops 0..{n_loops - 1}, layers 0..{self.cfg.n_layers - 1}"
+            raise UnknownNameError(f"the filter matches no hook name ({places}); names look like {hint}")
         return chosen
 
     def _checked(self, hooks: Hooks | None) -> list[tuple[Any, Callable]]:

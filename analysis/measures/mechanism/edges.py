@@ -196,6 +196,11 @@ class _Reader:
     def score(self, scores: Tensor, hook: Any) -> Tensor:
         place, query, key = (hook.loop(), hook.layer()), wide(self.now["q"]), wide(self.now["k"])
         for edges, messages in self.pairs:
+            if edges.shape[-2:] != scores.shape[-2:] or len(edges) not in (1, len(scores)):
+                size = [len(scores), *scores.shape[-2:]]
+                raise UsageError(
+                    f"edges are {[len(edges), *edges.shape[-2:]]}; [batch, query, key] is {size} here"
+                )
             apart = wide(_there(messages.keys, place, self.now["k"])) - key
             more = messages.scale[place[1]] * torch.einsum("bqhd,bkhd->bhqk", query, apart)
             scores = torch.where(edges, scores + more.to(scores.dtype), scores)

@@ -65,6 +65,15 @@ class Node:
             _inside("loop", self.loop, n_loops)
 
 
+def listed(nodes: Iterable[Node]) -> list[Node]:
+    """Nodes, or one, as a list; UsageError for what is no node, or none."""
+    found = list(nodes) if isinstance(nodes, Iterable) else [nodes]
+    other = next((node for node in found or ["none"] if not isinstance(node, Node)), None)
+    if other is not None:
+        raise UsageError(f"nodes are several such as Node('z', loop=0, layer=1, head=0), got {other!r:.60}")
+    return found
+
+
 def _inside(what: str, number: int | None, size: int) -> None:
     if number is not None and (check_count(what, number, least=-1) >= size or (number < 0 and what != "loop")):
         raise UsageError(f"{what} {number} does not exist; there are {size} (0..{size - 1})")

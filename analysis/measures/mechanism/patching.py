@@ -22,7 +22,7 @@ from torch import Tensor
 
 from loopmdm.analysis.measures.mechanism.contrast import Contrast, best_wrong, questions
 from loopmdm.analysis.measures.mechanism.corruption import check_pair
-from loopmdm.analysis.measures.mechanism.nodes import Node, standard_nodes
+from loopmdm.analysis.measures.mechanism.nodes import Node, listed, standard_nodes
 from loopmdm.analysis.numbers import stats
 from loopmdm.analysis.watch.states import check_loops
 from loopmdm.model.context import Context
@@ -80,7 +80,7 @@ def patched(
     """
     check_model(m, "patched", hooked=True)
     by_site: dict[str, list[Node]] = {}
-    for node in nodes:
+    for node in listed(nodes):
         by_site.setdefault(str(node.site), []).append(node)
     missing = [name for name in by_site if name not in values]
     if missing:
@@ -110,9 +110,9 @@ def record_nodes(
     n_loops: int | None = None,
 ) -> Activations:
     """The activations of nodes in the run of `b`, what other nodes of their sites hold included."""
-    n_loops, length = check_loops(m, n_loops), b.tokens.shape[1]
+    n_loops, nodes = check_loops(m, n_loops), listed(nodes)
     for node in nodes:
-        node.check(m, n_loops, length)
+        node.check(m, n_loops, b.tokens.shape[1])
     return _Arm.of(m, b, n_loops, {str(node.site) for node in nodes}).kept
 
 
@@ -178,7 +178,7 @@ def activation_patching(
     check_model(m, NAME, hooked=True)
     m.facts.need("nested", by=NAME)
     study = Pair.of(m, clean, corrupt, n_loops, NAME)
-    nodes = standard_nodes(m, study.n_loops) if nodes is None else list(nodes)
+    nodes = standard_nodes(m, study.n_loops) if nodes is None else listed(nodes)
     for node in nodes:
         node.check(m, study.n_loops, clean.tokens.shape[1])
     names = {str(node.site) for node in nodes}

@@ -72,6 +72,8 @@ def steer(
     if not isinstance(direction, Tensor) or not 1 <= direction.ndim <= 2 or direction.shape[-1] != m.cfg.d_model:
         shape = list(direction.shape) if isinstance(direction, Tensor) else type(direction).__name__
         raise UsageError(f"a direction is [d_model] or [batch, d_model] with {m.cfg.d_model} entries, got {shape}")
+    if not bool(direction.isfinite().all()):
+        raise UsageError("the direction is not finite; a state it is added to would be NaN")
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not np.isfinite(strength):
         raise UsageError(f"strength must be a finite number, got {strength!r}")
     push = wide(direction) * strength

@@ -389,6 +389,11 @@ def test_what_is_wrong_is_said_in_a_line(hooked, batch, study):
         (lambda: EdgeStudy.of(hooked, batch, other.roll(1, 1)), "must be masked at the same positions"),
         (lambda: edge_patching(hooked, batch, other, own, [7]), "loops run from 0 to 2, got 7"),
         (lambda: edge_patching(hooked, batch, other, own.float(), [0]), "edges must be boolean"),
+        (
+            lambda: edge_patching(hooked, batch, other, own[:, :5, :5]),
+            r"edges are \[4, 5, 5\]; \[batch, query, key\] is",
+        ),
+        (lambda: along_path(study, [Hop(1, ~own[:2])]), r"edges are \[2, 10, 10\]"),
         (lambda: Hop(0, own), "a hop leads to another position"),
         (lambda: along_path(study, []), "a path needs hops in rising loops of 0..2, got"),
         (lambda: along_path(study, [Hop(1, ~own), Hop(1, ~own)]), r"rising loops of 0..2, got \[1, 1\]"),

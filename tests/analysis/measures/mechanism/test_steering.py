@@ -226,6 +226,8 @@ def test_misuse_is_named(planted, boards):
         pass
     with pytest.raises(UsageError, match="a direction is"), steer(planted, "known"):  # pyright: ignore
         pass
+    with pytest.raises(UsageError, match="the direction is not finite"), steer(planted, d + float("nan")):
+        pass
     with (
         pytest.raises(UsageError, match="strength must be a finite number"),
         steer(planted, d, strength=float("nan")),
