@@ -3,8 +3,8 @@
 Its tensors hold their numbers on the CPU, so that everything computes as ever; but they say that they are
 elsewhere, they give nothing to NumPy, and an operation that mixes them with the CPU's is refused, as CUDA
 refuses it. What runs on it therefore needs no CPU that it does not ask for. It does not show what CUDA's kernels
-compute, what they cost, pinned memory, streams, or which operations a GPU lacks; forward-mode derivatives of
-torch.func do not run on it.
+compute, what they cost, pinned memory, streams, or which operations a GPU lacks. Forward-mode derivatives end the
+process on a device that is made in Python: they are refused, as of an operation that has none.
 
 Registering a device changes torch for the whole process: what uses it runs in one of its own (`on_far.py`).
 """
@@ -12,6 +12,7 @@ Registering a device changes torch for the whole process: what uses it runs in o
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -98,6 +99,10 @@ class _Functions(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _no_jvp(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("no forward derivative here")
+
+
 @contextmanager
 def device() -> Iterator[torch.device]:
     """The device "far" is there inside, and `module.to("far")` works."""
@@ -105,6 +110,7 @@ def device() -> Iterator[torch.device]:
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     with ExitStack() as stack:
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, before)
+        stack.enter_context(mock.patch.object(torch.func, "jvp", _no_jvp))
         stack.enter_context(_Dispatch())
         stack.enter_context(_Functions())
         yield FAR

@@ -171,8 +171,6 @@ SCENARIOS: dict[str, Callable[[str], list[Any]]] = {
     made.__name__: made
     for made in (forward, stopping, likelihoods, samples, interventions, training, commands, tables)
 }
-FORWARD_MODE = ("fixed-points", "perturbation-gain")
-"""Forward-mode derivatives of torch.func do not know a device that is made in Python: they end the process."""
 AMPLIFIED = {"dictionaries": 0.5, "lenses": 1e-2}
 """Training on states, or thresholds on them, make more of the last bits than `CLOSE`."""
 
@@ -202,7 +200,7 @@ def apart(one: Any, other: Any) -> float:
 def main(names: list[str]) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    for name in names or [*SCENARIOS, *(name for name in measures() if name not in FORWARD_MODE)]:
+    for name in names or [*SCENARIOS, *measures()]:
         run = SCENARIOS.get(name) or measured(name)
         near = run("cpu")
         with far.device():

@@ -136,19 +136,6 @@ def _spread(state: Float[Tensor, "batch pos d_model"], real: Tensor) -> Float[Te
     return ((state - mean).pow(2).sum(-1) * weight).sum(-1).sqrt()
 
 
-def pushed(loop_map: LoopMap, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """F(x) and dF/dx v: forward mode, or reverse mode twice where an operation has no forward derivative."""
-    try:
-        return loop_map.push(x, v)
-    except (RuntimeError, NotImplementedError) as error:
-        if "forward" not in str(error).lower():
-            raise
-    with torch.enable_grad():
-        value, change = torch.autograd.functional.jvp(loop_map, x, v)
-    assert isinstance(value, Tensor) and isinstance(change, Tensor)
-    return value.detach(), change.detach()
-
-
 def follow_push(
     m: HookedLoopMDM, trace: "Trace", step: Float[Tensor, "batch pos d_model"], size: float
 ) -> Float[Tensor, "batch loop pos"]:
@@ -159,7 +146,7 @@ def follow_push(
     for number, intact in enumerate(trace.states[1:]):
         loop_map = LoopMap(m, trace.context, trace.start + 1 + number)
         if size == 0:
-            x, v = pushed(loop_map, x, v)
+            x, v = loop_map.push(x, v)
             change = v
         else:
             v = loop_map(v)
