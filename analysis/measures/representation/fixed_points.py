@@ -51,7 +51,7 @@ class LoopMap:
         return self.m.loop(x, self.context, self.loop, attn_path="eager")
 
     def push(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """F(x) and the change dF/dH v: forward mode, or reverse mode twice where an operation knows no forward one."""
+        """F(x) and dF/dH v: forward mode, or reverse mode twice where an operation has no forward derivative."""
         try:
             return torch.func.jvp(self, (x,), (v,))
         except (RuntimeError, NotImplementedError) as error:

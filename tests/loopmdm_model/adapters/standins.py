@@ -18,10 +18,13 @@ def config(**sizes) -> SimpleNamespace:
 
 
 def prepared(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
+    """The same weights each time."""
+    weights, biases = (torch.Generator().manual_seed(seed) for seed in (0, 1))
+    for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+            parameter.data = torch.randn(parameter.shape, generator=weights) * 0.3
+        elif name.endswith("bias"):
+            parameter.data = torch.randn(parameter.shape, generator=biases) * 0.1
     return model.eval()
 
 
