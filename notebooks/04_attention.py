@@ -22,7 +22,7 @@ seed = 0
 import pandas as pd
 import torch
 
-from loopmdm.analysis import Case, attention_across_loops, claims_table, explore, figures, mask_attention
+from loopmdm.analysis import Case, attention_across_loops, by_loop, claims_table, explore, figures, mask_attention
 from loopmdm.analysis.measures.attention import head_growth
 from loopmdm.analysis.measures.attention.cards import head_cards
 from loopmdm.analysis.measures.mechanism import edge_effects
@@ -74,6 +74,7 @@ figures.FIGURES["attention-maps"].show()
 # * **mass** is the attention that goes to the group; the three sum to 1. **chance** is the group's share of
 #   the keys, what uniform attention would give, and **lift** is the one over the other.
 # * **log_odds** compares a masked with a clean key, one against one, self left out. 0: the head does not care.
+#   It is one number for a group of queries, and stands in its row of masked keys.
 #   At a fixed mask ratio lift is only rescaled mass; the log-odds do not depend on how many keys there are.
 # * **content** is what the attention moves: the norm of the part of the head's output that differs between
 #   the keys. All [MASK] embeddings are equal, so early masked keys have little to say, however much mass they
@@ -85,6 +86,12 @@ looped = "segment == 'loop' and query_group == 'masked' and key_group == 'masked
 table = mask_attention(m, halves, n_loops=n_loops, by_head=False, clusters=case.clusters)
 columns = ["loop", "mass", "chance", "lift", "log_odds", "log_odds_se", "content", "n"]
 table.query(looped)[columns].round(3)
+
+# %% [markdown]
+# `by_loop` turns one column of such a frame into a table, a column a loop:
+
+# %%
+by_loop(table, "mass").round(3)
 
 # %% [markdown]
 # An untrained model of the same shape is the first control: whatever it shows is not learnt.
