@@ -17,11 +17,14 @@ far = 64
 seed = 0
 
 # %%
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import numpy as np
 import pandas as pd
 import torch
 
-from loopmdm.analysis import Case, claims_table, figures, read_loops, representation_change
+from loopmdm.analysis import Case, claims_table, figures, read_loops, record, representation_change
 from loopmdm.analysis.measures.representation import convergence, loop_similarity, settled_loops, settled_means
 from loopmdm.analysis.measures.representation.gain import perturbation_gain
 
@@ -132,6 +135,20 @@ figures.FIGURES["far-out"].show()
 # %%
 gain = perturbation_gain(m, few, s_max).query("metric == 'gain' and receiver == 'any' and loop >= 0")
 gain.pivot_table("value", ["relation", "distance"], "loop").head(8).round(3)
+
+# %% [markdown]
+# ## States on disk
+#
+# What is read often is written once: the states after each loop at every masked position, in shards that a
+# killed run goes on from (`loopmdm record` does it from a shell). They are read back when asked for.
+
+# %%
+with TemporaryDirectory() as folder:
+    store = record(case, Path(folder) / "states")
+    print(store)
+    last = store.select(loop=s_max - 1, nominal_mask_ratio=0.5)
+    spread = last.std(0)
+spread.topk(3)
 
 # %% [markdown]
 # ## Paths

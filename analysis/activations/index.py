@@ -14,7 +14,7 @@ from loopmdm.model.files import is_file, read_json, write_json
 INDEX = "index.json"
 EDITION = 1
 """Of what is written; a store of another edition is refused."""
-AGAIN = "go on with record(.., resume=True)"
+AGAIN = "go on with record(.., resume=True) or --resume"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import sys
 import warnings
 
 from loopmdm.analysis.cli import (  # noqa: F401 - each adds its commands
+    activations,
     data,
     dictionaries,
     evaluation,

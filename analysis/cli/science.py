@@ -71,7 +71,7 @@ def measure(
         raise UsageError(f"name a model: loopmdm measure {name} MODEL; `loopmdm models` lists the shipped ones")
     asked: dict[str, Any] = {"n": n, "seed": seed, "along_sampling": along_sampling}
     asked |= {} if n_loops is None else {"n_loops": _counts(n_loops)}
-    asked |= {} if mask_ratios is None else {"mask_ratios": [_share(word) for word in mask_ratios.split(",")]}
+    asked |= {} if mask_ratios is None else {"mask_ratios": [share(word) for word in mask_ratios.split(",")]}
     own = MEASURES[name].own
     asked |= {key: value for key, value in how.changes.items() if key in own}
     how = replace(how, changes={key: value for key, value in how.changes.items() if key not in own})
@@ -158,7 +158,8 @@ def _counts(text: str) -> int | list[int]:
     return counts[0] if len(counts) == 1 else counts
 
 
-def _share(word: str) -> float:
+def share(word: str) -> float:
+    """One share of an option."""
     try:
         return float(word)
     except ValueError:

@@ -69,7 +69,7 @@ with far.device() as place:
 
 RUN = {
     "measure": ["mask-attention", "markov-loop"], "evaluate": ["markov-loop"], "sample": ["markov-loop"],
-    "training-free": ["markov-base"], "report": ["markov-loop"],
+    "record": ["markov-loop", "store", "--n", "4"], "training-free": ["markov-base"], "report": ["markov-loop"],
     "lm-eval": ["--model", "sotu-loop", "--tasks", "none.yaml"], "table": ["attention-maps"],
     "figures": ["mask-to-mask-by-loop", "--from", "checkpoints", "--out", "pictures"],
 }  # fmt: skip

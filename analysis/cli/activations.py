@@ -1,0 +1,65 @@
+"""`loopmdm record`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from loopmdm.analysis.cli.completion import among, model_names
+from loopmdm.analysis.cli.printing import show
+from loopmdm.analysis.cli.science import share
+from loopmdm.analysis.cli.shared import MEASURE, MODEL, app, interruptible, opens
+from loopmdm.analysis.cli.waiting import working
+from loopmdm.model.errors import UsageError, check_word
+
+if TYPE_CHECKING:
+    from loopmdm.analysis.measures.access import Access
+
+
+@app.command(
+    rich_help_panel=MEASURE, epilog="Example: loopmdm record sudoku-loop store --sites 'loop.*.hook_out' --n 64"
+)
+@opens()
+def record(
+    model: Annotated[str, typer.Argument(help=MODEL, autocompletion=among(model_names))],
+    folder: Annotated[Path, typer.Argument(help="a new one, or with --resume a half-written one")],
+    sites: Annotated[
+        str, typer.Option(help="hook names with *, comma-separated; `loopmdm sites MODEL` lists them")
+    ] = "loop.*.hook_out",
+    positions: Annotated[str, typer.Option(help="masked, clean or all")] = "masked",
+    mask_ratios: Annotated[str, typer.Option(help="shares to mask, comma-separated")] = "0.5",
+    along_sampling: Annotated[int, typer.Option(help="instead of masks: steps of the model's own samples")] = 0,
+    n_loops: Annotated[int | None, typer.Option(help="loops to read; default S_max of training")] = None,
+    n: Annotated[int, typer.Option(help="test sequences, or samples")] = 256,
+    seed: Annotated[int, typer.Option(help="of masks and samples")] = 0,
+    kept_as: Annotated[str, typer.Option(help="float16 or float32")] = "float16",
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a half-written store")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what it would take, write nothing")] = False,
+    *,
+    how: "Access",
+) -> None:
+    """Write activations by loop, layer and position to a folder, for `ActivationStore.open` to read lazily.
+
+    Shards are whole or not there. What has no room on the disk is refused before anything is run.
+    """
+    from loopmdm.analysis.activations import Wanted, estimate_store
+    from loopmdm.analysis.activations import record as write
+    from loopmdm.analysis.activations.writing import DTYPES
+    from loopmdm.analysis.measures import Case
+    from loopmdm.analysis.measures.options import OnMasks
+
+    check_word("--kept-as", kept_as, list(DTYPES))
+    if not sites.strip(", "):
+        raise UsageError("--sites names none; give some, such as loop.*.hook_out")
+    ratios = tuple(share(word) for word in mask_ratios.split(","))
+    options = OnMasks(n_loops, n, seed, ratios, along_sampling)
+    chosen = Wanted([word.strip() for word in sites.split(",") if word.strip()], positions)  # pyright: ignore[reportArgumentType]
+    with interruptible("add --resume to go on"), working(f"activations of {model}"):
+        case = Case.of(model, seed=seed, options=options, access=how)
+        if dry_run:
+            size = estimate_store(case, chosen, dtype=kept_as)
+            show(["folder", "bytes"], [(folder, size)])
+            return
+        store = write(case, folder, chosen, dtype=kept_as, resume=resume)
+    told = folder, len(store), len(store.sites), store.n_bytes
+    show(["folder", "rows", "sites", "bytes"], [told])
