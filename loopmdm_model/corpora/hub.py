@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
 from loopmdm.model.corpora.index import Entry
+from loopmdm.model.corpora.rows import Rows, column, numbered
 from loopmdm.model.corpora.shards import Prepared, Shards, Stream, known_of, prepared_folder
 from loopmdm.model.corpora.texts import Text, in_pieces, text_of
 from loopmdm.model.errors import UsageError
@@ -85,8 +86,8 @@ def _opened(name: str, shards: Shards, limit: int) -> Prepared | None:
         return None
     index = shards.index(count)
     splits = {split: _positions(index, split) for split in HELD_OUT}
-    trained = _positions(index, None)
-    reached = int(np.searchsorted(np.cumsum(index["tokens"][trained]), limit))
+    trained, lengths = _positions(index, None), column(index(), "tokens")
+    reached = int(np.searchsorted(np.cumsum(lengths[trained], dtype=np.int64), limit))
     ended = known_of(shards.folder / END).get("shards") == count
     if ended and not all(map(len, splits.values())):
         few = next(split for split, found in splits.items() if not len(found))
@@ -95,21 +96,27 @@ def _opened(name: str, shards: Shards, limit: int) -> Prepared | None:
         return None
     trained = trained[: reached + 1]
     last = max(trained[-1:].max(initial=0), *(found[0] for found in splits.values()))
-    starts, lengths = np.cumsum(index["tokens"]) - index["tokens"], index["tokens"].copy()
+    starts = np.cumsum(lengths, dtype=np.int64)
+    starts -= lengths
     lengths[trained[-1:]] -= max(0, int(lengths[trained].sum()) - limit)
     chosen = {split: found[found <= last][:MOST_HELD_OUT] for split, found in splits.items()}
     held_out = {split: shards.shelf(count, starts[found], lengths[found]) for split, found in chosen.items()}
-    taken_from = f"{EDITION}\0{limit}\0".encode() + index["identity"][: last + 1].tobytes()
-    digest = hashlib.sha256(taken_from).hexdigest()
+    digest = hashlib.sha256(f"{EDITION}\0{limit}\0".encode())
+    for start, part in numbered(index()):
+        digest.update(part["identity"][: max(0, last + 1 - start)].tobytes())
     stream = Stream(shards.shelf(count, starts[trained], lengths[trained]))
-    return Prepared(stream, held_out, {}, digest, f"the first documents of the stream, at most {BPE_DOCUMENTS:,}")
+    taken_from = f"the first documents of the stream, at most {BPE_DOCUMENTS:,}"
+    return Prepared(stream, held_out, {}, digest.hexdigest(), taken_from)
 
 
-def _positions(index: np.ndarray, split: str | None) -> np.ndarray:
+def _positions(index: Rows, split: str | None) -> np.ndarray:
     """Positions of the documents of a split; None: those that are trained on."""
-    ranks = index["words"][:, 0] % HELD_OUT_EVERY
-    chosen = ~np.isin(ranks, list(HELD_OUT.values())) if split is None else ranks == HELD_OUT[split]
-    return np.flatnonzero(chosen & (index["characters"] > 0))
+    found = [np.zeros(0, int)]
+    for start, part in numbered(index()):
+        ranks = part["words"][:, 0] % HELD_OUT_EVERY
+        chosen = ~np.isin(ranks, list(HELD_OUT.values())) if split is None else ranks == HELD_OUT[split]
+        found.append(start + np.flatnonzero(chosen & (part["characters"] > 0)))
+    return np.concatenate(found)
 
 
 def _continue(name: str, shards: Shards, limit: int) -> None:
@@ -121,8 +128,8 @@ def _continue(name: str, shards: Shards, limit: int) -> None:
     shards.drop(count)
     index = shards.index(count)
     missing = {split for split in HELD_OUT if not len(_positions(index, split))}
-    written = int(index["tokens"][_positions(index, None)].sum())
-    first = int(index["row"][-1]) + 1 if len(index) else 0
+    written = int(column(index(), "tokens")[_positions(index, None)].sum())
+    _, first = shards.behind(count)
     with tqdm(
         total=limit, initial=written, unit="token", unit_scale=True, desc=name, disable=None, leave=False
     ) as bar:

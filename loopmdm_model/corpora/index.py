@@ -9,11 +9,14 @@ import hashlib
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from struct import Struct
 from typing import Any
 
 import numpy as np
 
+from loopmdm.model.corpora import rows
+from loopmdm.model.corpora.rows import Rows, numbered
 from loopmdm.model.corpora.texts import Text
 
 HASH = (">u8", (2,))  # as numbers they are ordered as in hexadecimal
@@ -62,8 +65,11 @@ class Look:
         return LAYOUT.pack(*hashes, *self._place, 0 if self.blank else self._characters, tokens)
 
 
-def scan(texts: Iterable[Text], keep: Callable[[str], None] | None = None) -> np.ndarray:
-    """The index of documents, in the order they are read; `keep` is given their texts one after the other."""
+def scan(texts: Iterable[Text], keep: Callable[[str], None] | None = None) -> Iterator[np.ndarray]:
+    """The index of documents, in the order they are read, in parts of `ENTRY`.
+
+    `keep` is given their texts one after the other.
+    """
     entries = bytearray()
     for text in texts:
         look, pieces = Look(text), []
@@ -74,28 +80,71 @@ def scan(texts: Iterable[Text], keep: Callable[[str], None] | None = None) -> np
         entries += look.entry()
         if keep is not None:
             keep("".join(pieces))
-    return np.frombuffer(entries, ENTRY)
+        if len(entries) >= rows.AT_A_TIME * ENTRY.itemsize:
+            yield np.frombuffer(entries, ENTRY)
+            entries = bytearray()
+    yield np.frombuffer(entries, ENTRY)
 
 
-def ranked(index: np.ndarray, name: Callable[[Entry], str]) -> np.ndarray:
+BUCKET = 2**19
+"""Documents, about, whose hashes are in memory at a time."""
+
+
+def ranked(index: Rows, name: Callable[[Entry], str]) -> np.ndarray:
     """Positions of the distinct documents that are not empty, in the order of their ranks.
 
-    What is left out is said in a line each, by what `name` calls it.
+    What is left out is said in a line each, by what `name` calls it. `index` is read some times for each `BUCKET`.
     """
-    full = np.flatnonzero(index["characters"])
-    _say("empty files are left out", np.flatnonzero(index["characters"] == 0), lambda at: name(index[at]))
-    keys = [index[field][full, half] for field in ("identity", "words") for half in (1, 0)]
-    grouped = full[np.lexsort((full, *keys))]
-    words = index["words"][grouped]
-    first = np.r_[True, (words[1:] != words[:-1]).any(1)] if len(full) else np.zeros(0, bool)
-    kept_of = grouped[first][np.cumsum(first) - 1]
-    order = np.argsort(grouped[~first])
-    copies, originals = grouped[~first][order], kept_of[~first][order]
-    told = dict(zip(copies[:SAID].tolist(), originals[:SAID].tolist(), strict=True))
-    _say("copies are left out", copies, lambda at: f"{name(index[at])} (of {name(index[told[at]])})")
-    kept = grouped[first]
-    ranks = index["rank"][kept]
-    return kept[np.lexsort((ranks[:, 1], ranks[:, 0]))]
+    full = np.concatenate([np.zeros(0, bool), *(part["characters"] > 0 for part in index())])
+    kept, fields = full.copy(), ("words", "identity")
+    # by parts first, so that a text of many copies fills no bucket
+    for at, words, texts in chain(_hashes(index, kept, *fields), _buckets(index, kept, *fields)):
+        order = np.lexsort((*texts.T[::-1], *words.T[::-1]))  # stable: of one text the first is kept
+        at, words = at[order], words[order]
+        kept[at[1:][(words[1:] == words[:-1]).all(1)]] = False
+    empty, copies = np.flatnonzero(~full), np.flatnonzero(full & ~kept)
+    _say("empty files are left out", empty, [name(entry) for entry in _entries(index, empty[:SAID])])
+    some = [(entry, _original(index, kept, entry)) for entry in _entries(index, copies[:SAID])]
+    _say("copies are left out", copies, [f"{name(entry)} (of {name(original)})" for entry, original in some])
+    order = [at[np.lexsort(ranks.T[::-1])] for at, ranks in _buckets(index, kept, "rank")]
+    return np.concatenate([np.zeros(0, int), *order])
+
+
+def _hashes(
+    index: Rows, among: np.ndarray, *fields: str, bucket: int = 0, count: int = 1
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Part by part, positions and hashes of documents `among` all whose first hash is in one of `count` spans."""
+    for start, part in numbered(index()):
+        span = (part[fields[0]][:, 0] >> 32) * count >> 32
+        at = np.flatnonzero(among[start : start + len(part)] & (span == bucket))
+        yield start + at, *(part[field][at].astype(np.uint64) for field in fields)
+
+
+def _buckets(index: Rows, among: np.ndarray, *fields: str) -> Iterator[Iterator[np.ndarray]]:
+    """The same of all parts together, for one span after the other."""
+    count = -(-int(np.count_nonzero(among)) // BUCKET)
+    for bucket in range(count):
+        parts = _hashes(index, among, *fields, bucket=bucket, count=count)
+        yield map(np.concatenate, zip(*parts, strict=True))
+
+
+def _entries(index: Rows, positions: np.ndarray) -> list[Entry]:
+    """A few documents, by their positions in rising order."""
+    return [
+        part[at - start]
+        for start, part in numbered(index())
+        for at in positions
+        if start <= at < start + len(part)
+    ]
+
+
+def _original(index: Rows, kept: np.ndarray, copy: Entry) -> Entry:
+    """The document that is kept of those with the same words."""
+    for start, part in numbered(index()):
+        same = kept[start : start + len(part)] & (part["words"] == copy["words"]).all(1)
+        if same.any():
+            return part[same.argmax()]
+    raise AssertionError("of equal texts one is kept")
 
 
 def held_out(count: int) -> int:
@@ -111,16 +160,22 @@ def fingerprint(identities: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def identities(index: np.ndarray) -> Iterator[str]:
-    """The identities of documents, as text."""
-    return (entry.tobytes().hex() for entry in index["identity"].astype(">u8"))
+def identities(index: Rows, order: np.ndarray) -> Iterator[str]:
+    """The identities of documents at these positions, as text."""
+    known = bytearray()  # grows in place, as no array does
+    for part in index():
+        known += part["identity"].tobytes()
+    found = np.frombuffer(known, "V16")
+    for start in range(0, len(order), rows.AT_A_TIME):
+        text = found[order[start : start + rows.AT_A_TIME]].tobytes().hex()
+        yield from (text[at : at + 32] for at in range(0, len(text), 32))
 
 
 SAID = 3
 """How many names a warning gives."""
 
 
-def _say(what: str, left_out: np.ndarray, name: Callable[[int], str]) -> None:
+def _say(what: str, left_out: np.ndarray, names: list[str]) -> None:
     if len(left_out):
-        some = ", ".join(name(at) for at in left_out[:SAID].tolist()) + (", ..." if len(left_out) > SAID else "")
+        some = ", ".join(names) + (", ..." if len(left_out) > SAID else "")
         warnings.warn(f"{len(left_out)} {what}: {some}", stacklevel=2)

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
 from loopmdm.model.corpora import index as entries
+from loopmdm.model.corpora.rows import Rows, column, read_rows, save_columns, spilled
 from loopmdm.model.corpora.shards import (
     Prepared,
     Shards,
@@ -28,7 +29,6 @@ from loopmdm.model.corpora.shards import (
     are_sealed,
     known_of,
     prepared_folder,
-    save_array,
     seal,
 )
 from loopmdm.model.corpora.texts import KINDS, PACKED, Text, name_of, read_all
@@ -65,14 +65,15 @@ class OwnFiles:
         ) as bar:
             yield from read_all(self.paths, first, lambda at: bar.update(at - bar.n))
 
-    def ranked(self, index: np.ndarray) -> np.ndarray:
+    def ranked(self, index: Rows) -> np.ndarray:
         """Positions of the documents that count, in the order of their ranks; UsageError for fewer than three."""
         found = entries.ranked(index, lambda entry: self.called(entry, short=True))
         if len(found) < 3:
-            few = len(index) < 3
-            what = "documents" if self.paths and few and len(index) != len(self.paths) else "files"
+            n_read = sum(map(len, index()))
+            few = n_read < 3
+            what = "documents" if self.paths and few and n_read != len(self.paths) else "files"
             what = what if few else "distinct texts (the others are empty or copies)"
-            count = len(index) if few else len(found)
+            count = n_read if few else len(found)
             kinds = f" ({', '.join(KINDS)}, also .gz and .zst)" if not self.paths else ""
             raise UsageError(f"{self.name} matches {count} {what}{kinds}; training needs at least 3, one a split")
         return found
@@ -86,10 +87,11 @@ class OwnFiles:
 def read_documents(name: str) -> list[tuple[str, str, str]]:
     """Identity, name and text of all distinct documents, in the order of their ranks; all are held at once."""
     files, texts = OwnFiles(name), []
-    index = entries.scan(files.texts("reading"), texts.append)
-    order = files.ranked(index)
-    known = zip(entries.identities(index[order]), order, strict=True)
-    return [(identity, files.called(index[at]), texts[at]) for identity, at in known]
+    parts = [*entries.scan(files.texts("reading"), texts.append)]
+    order = files.ranked(parts.__iter__)
+    known = zip(entries.identities(parts.__iter__, order), order, strict=True)
+    names = [files.called(entry) for part in parts for entry in part]
+    return [(identity, names[at], texts[at]) for identity, at in known]
 
 
 def prepare(name: str, tokenizer: Tokenizer) -> Prepared:
@@ -124,8 +126,9 @@ def _opened(shards: Shards, files: OwnFiles, state: State) -> Prepared | None:
     about = known_of(shards.folder / ABOUT)
     if about.get("files") != state or not _is_whole(shards, about):
         return None
+    starts, lengths = (column(read_rows(shards.folder / ORDER), field) for field in ("start", "length"))
+    shelf = shards.shelf(about["shards"], starts, lengths)
     places = np.load(shards.folder / ORDER, mmap_mode="r")
-    shelf = shards.shelf(about["shards"], np.array(places["start"]), np.array(places["length"]))
     count = entries.held_out(len(shelf))
     parts = {"test": slice(count), "validation": slice(count, 2 * count)}
     names = {
@@ -149,14 +152,14 @@ def _only_touched(shards: Shards, files: OwnFiles, state: State) -> bool:
     sizes = [sorted(size for _, size, _ in known) for known in (about.get("files") or [], state)]
     if about.get("files") == state or sizes[0] != sizes[1] or not _is_whole(shards, about):
         return False
-    index = entries.scan(files.texts("comparing"))
-    order = files.ranked(index)
-    places = np.load(shards.folder / ORDER)
-    if entries.fingerprint(entries.identities(index[order])) != about["fingerprint"] or len(places) != len(order):
-        return False
-    for column in ("file", "row"):
-        places[column] = index[order][column]
-    _finish(shards, places, about | {"files": state})
+    with spilled(entries.scan(files.texts("comparing")), entries.ENTRY, shards.folder) as index:
+        order = files.ranked(index)
+        if entries.fingerprint(entries.identities(index, order)) != about["fingerprint"]:
+            return False
+        columns = _texts_of(index, order)
+    for field in ("start", "length"):
+        columns[field] = column(read_rows(shards.folder / ORDER), field)
+    _finish(shards, columns, about | {"files": state})
     return True
 
 
@@ -171,32 +174,40 @@ def _tokenise(shards: Shards, files: OwnFiles, state: State) -> None:
         warnings.warn(f"{shards.folder} is damaged; {files.name} is prepared again", stacklevel=4)
     shards.drop(count)
     write_json(shards.folder / ABOUT, {"corpus": files.name, "files": state})
-    last = shards.index(count)[-1:]
-    first = (int(last["file"][0]), int(last["row"][0]) + 1) if len(last) else (0, 0)
-    shards.write(files.texts("tokenising", first))
+    shards.write(files.texts("tokenising", shards.behind(count)))
     if files.state() != state:
         raise UsageError(f"{files.name} changed while it was read; run it again when nothing writes there")
+    _arrange(shards, files, state)
+
+
+def _arrange(shards: Shards, files: OwnFiles, state: State) -> None:
+    """Write down in which order the documents of all shards are read, and where they are."""
     count = shards.count()
     index = shards.index(count)
     order = files.ranked(index)
-    places = np.zeros(len(order), PLACE)
-    places["start"] = (np.cumsum(index["tokens"]) - index["tokens"])[order]
-    for column, known in (("length", "tokens"), ("file", "file"), ("row", "row")):
-        places[column] = index[known][order]
-    training = index["characters"][order][2 * entries.held_out(len(order)) :]
+    training = column(index(), "characters")[order[2 * entries.held_out(len(order)) :]]
     sample = f"{_n_sampled(training):,} of {len(training):,} training documents"
     told = {
         "corpus": files.name,
         "files": state,
         "shards": count,
-        "fingerprint": entries.fingerprint(entries.identities(index[order])),
+        "fingerprint": entries.fingerprint(entries.identities(index, order)),
         "tokenizer sample": f"{sample}, {BPE_CHARACTERS:,} characters at most",
     }
-    _finish(shards, places, told)
+    lengths = column(index(), "tokens")
+    starts = np.cumsum(lengths, dtype=np.int64)
+    starts -= lengths
+    spans = {"start": starts[order], "length": lengths[order]}
+    _finish(shards, spans | _texts_of(index, order), told)
 
 
-def _finish(shards: Shards, places: np.ndarray, told: dict[str, Any]) -> None:
-    write_atomic(shards.folder / ORDER, lambda path: save_array(path, places))
+def _texts_of(index: Rows, order: np.ndarray) -> dict[str, np.ndarray]:
+    """Where the texts stand of which documents are made, as columns of `PLACE`."""
+    return {field: column(index(), field)[order] for field in ("file", "row")}
+
+
+def _finish(shards: Shards, columns: dict[str, np.ndarray], told: dict[str, Any]) -> None:
+    write_atomic(shards.folder / ORDER, lambda path: save_columns(path, PLACE, columns))
     write_json(shards.folder / ABOUT, told | {ORDER: seal(shards.folder / ORDER)})
 
 
@@ -215,18 +226,19 @@ def make_tokenizer(name: str, d_vocab: int) -> Tokenizer:
     if not path.is_file():
         with taken(path.parent, "tokenised into"):
             if not path.is_file():
-                made = train_bpe(_sample(files), d_vocab)
+                made = train_bpe(_sample(files, path.parent), d_vocab)
                 write_atomic(path, lambda temporary: made.save(str(temporary)))
     return load_tokenizer(path, d_vocab)
 
 
-def _sample(files: OwnFiles) -> Iterator[str]:
-    """The texts that a BPE is trained on, in pieces."""
-    index = entries.scan(files.texts("reading"))
-    training = files.ranked(index)
-    training = training[2 * entries.held_out(len(training)) :]
-    chosen = np.zeros(len(index), bool)
-    chosen[training[-_n_sampled(index["characters"][training]) :]] = True
+def _sample(files: OwnFiles, folder: Path) -> Iterator[str]:
+    """The texts that a BPE is trained on, in pieces; what is known of all waits in a folder."""
+    with spilled(entries.scan(files.texts("reading")), entries.ENTRY, folder) as index:
+        training = files.ranked(index)
+        training = training[2 * entries.held_out(len(training)) :]
+        characters = column(index(), "characters")
+    chosen = np.zeros(len(characters), bool)
+    chosen[training[-_n_sampled(characters[training]) :]] = True
     left = BPE_CHARACTERS
     for text, wanted in zip(files.texts("sampling"), chosen, strict=True):
         for piece in text.pieces if wanted else ():

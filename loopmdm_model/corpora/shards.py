@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, overload
 
@@ -20,6 +21,7 @@ from jaxtyping import Int
 from tokenizers import Tokenizer
 
 from loopmdm.model.corpora.index import ENTRY, Entry, Look
+from loopmdm.model.corpora.rows import Rows, read_rows
 from loopmdm.model.corpora.texts import Text
 from loopmdm.model.corpora.tokenizer import encode_texts, end_of_text
 from loopmdm.model.errors import UsageError
@@ -71,7 +73,7 @@ class Stream:
     """The ids of a shelf's documents one after the other; a slice of it reads what it needs."""
 
     def __init__(self, shelf: Shelf):
-        self.shelf, self._ends = shelf, np.cumsum(shelf.lengths)
+        self.shelf, self._ends = shelf, np.cumsum(shelf.lengths, dtype=np.int64)
 
     def __len__(self) -> int:
         """How many tokens."""
@@ -188,10 +190,17 @@ class Shards:
             if path.stem.isdecimal() and int(path.stem) >= first:
                 path.unlink()
 
-    def index(self, count: int) -> np.ndarray:
+    def index(self, count: int) -> Rows:
         """The entries of the first `count` shards."""
-        parts = [np.load(self._paths(number)[1], mmap_mode="r") for number in range(count)]
-        return np.concatenate([np.zeros(0, ENTRY), *parts], dtype=ENTRY)  # else in another byte order
+        paths = [self._paths(number)[1] for number in range(count)]
+        return lambda: chain.from_iterable(map(read_rows, paths))
+
+    def behind(self, count: int) -> tuple[int, int]:
+        """File and row from which on the next document is searched, after those of the first `count` shards."""
+        if not count:
+            return 0, 0
+        last = np.load(self._paths(count - 1)[1], mmap_mode="r")[-1]
+        return int(last["file"]), int(last["row"]) + 1
 
     def shelf(self, count: int, starts: np.ndarray, lengths: np.ndarray) -> Shelf:
         """Documents at `starts` in the concatenation of the first `count` shards."""

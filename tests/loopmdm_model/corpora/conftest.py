@@ -7,8 +7,8 @@ from loopmdm.model.corpora import hub, index, texts
 
 def split_of(text: str) -> str | None:
     """What a text of the hub is held out for, if it is."""
-    found = index.scan([texts.Text(0, 0, iter([text]))])
-    return next((split for split in hub.HELD_OUT if len(hub._positions(found, split))), None)
+    parts = [*index.scan([texts.Text(0, 0, iter([text]))])]
+    return next((split for split in hub.HELD_OUT if len(hub._positions(parts.__iter__, split))), None)
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopmdm.model.corpora import documents as corpora
-from loopmdm.model.corpora import hub, own_files, shards, texts
+from loopmdm.model.corpora import hub, index, own_files, rows, shards, texts
 from loopmdm.model.corpora.index import scan
 from loopmdm.model.corpora.tokenizer import encode_texts, from_ranks, train_bpe
 from loopmdm.model.errors import UsageError
@@ -147,6 +147,28 @@ def test_finished_shards_are_kept(folder, tokenizer, cache, monkeypatch, breaks_
     monkeypatch.setenv("LOOPMDM_CACHE", str(tmp_path / "other"))
     assert same(resumed, own_files.prepare(f"files:{folder}", tokenizer))
     assert not list(cache.rglob(".partial*"))
+
+
+@pytest.mark.filterwarnings("ignore:2 empty files")
+def test_how_much_is_read_at_a_time_changes_nothing(folder, tokenizer, tmp_path, monkeypatch):
+    (folder / "g.jsonl").write_text("".join(json.dumps({"text": document(n)}) + "\n" for n in range(0, 60, 3)))
+    monkeypatch.setattr(hub, "stream", lambda name: rows_of(3000))
+    name, made = f"files:{folder}", []
+    for size in (2**16, 7):
+        cache = tmp_path / f"{size}"
+        monkeypatch.setenv("LOOPMDM_CACHE", str(cache))
+        monkeypatch.setattr(rows, "AT_A_TIME", size)
+        monkeypatch.setattr(index, "BUCKET", size)
+        with pytest.warns(UserWarning, match="20 copies are left out") as said:
+            found = [own_files.prepare(name, tokenizer), hub.prepare("lm1b", tokenizer, 9000)]
+            sample = own_files.make_tokenizer(name, 280).to_str()
+        home = next(cache.glob("prepared/*/about.json")).parent
+        about = json.loads((home / "about.json").read_text())
+        about["documents.npy"].pop("mtime")
+        files = {path.name: path.read_bytes() for path in home.iterdir() if path.suffix in (".ids", ".npy")}
+        made.append((found, (sample, about, files, [str(each.message) for each in said])))
+    (one, other), known = zip(*made, strict=True)
+    assert all(map(same, one, other)) and known[0] == known[1] and one[0].names == other[0].names
 
 
 KILLED = """
@@ -329,7 +351,7 @@ def test_a_bpe_of_a_large_corpus_reads_some_training_documents(folder, tokenizer
     assert whole.to_str() == train_bpe([d.text for d in training], 280).to_str()
     assert own_files.prepare(name, tokenizer).tokenizer_sample.startswith("54 of 54 training documents")
     monkeypatch.setattr(own_files, "BPE_CHARACTERS", 900)
-    seen = "".join(own_files._sample(own_files.OwnFiles(name)))
+    seen = "".join(own_files._sample(own_files.OwnFiles(name), folder))
     last, count = 0, 0
     while last + len(training[-1 - count].text) <= 900:
         last, count = last + len(training[-1 - count].text), count + 1
@@ -411,7 +433,7 @@ print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 @pytest.mark.soak
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the peak of memory from /proc")
 def test_memory_is_flat(tmp_path):
-    """Four times the text takes a few megabytes more: the index, 76 bytes a document, and nothing of the texts."""
+    """Four times the text takes a few megabytes more: tens of bytes a document, and nothing of the texts."""
     lines = [line for d in corpora.load("sotu-slice") for line in d.text.splitlines() if line]
     draw, peaks = random.Random(0), []
     for megabytes in (20, 80):
