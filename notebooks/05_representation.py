@@ -17,8 +17,7 @@ far = 64
 seed = 0
 
 # %%
-from pathlib import Path
-from tempfile import TemporaryDirectory
+import tempfile
 
 import numpy as np
 import pandas as pd
@@ -143,8 +142,8 @@ gain.pivot_table("value", ["relation", "distance"], "loop").head(8).round(3)
 # killed run goes on from (`loopmdm record` does it from a shell). They are read back when asked for.
 
 # %%
-with TemporaryDirectory() as folder:
-    store = record(case, Path(folder) / "states")
+with tempfile.TemporaryDirectory() as folder:
+    store = record(case, f"{folder}/states")
     print(store)
     last = store.select(loop=s_max - 1, nominal_mask_ratio=0.5)
     spread = last.std(0)

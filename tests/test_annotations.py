@@ -65,6 +65,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_shapes_hold_under_beartype():
     outcome = subprocess.run([sys.executable, "-c", SESSION], capture_output=True, text=True, check=False)
     assert outcome.returncode == 0, outcome.stderr[-3000:]

@@ -102,7 +102,7 @@ def commands(group, words=("loopmdm",)):
 
 def test_the_help_of_every_command_ends_in_an_example_that_it_takes():
     found = dict(commands(typer.main.get_command(app)))
-    assert len(found) == 20
+    assert len(found) == 21
     for words, command in found.items():
         said, _, example = command.epilog.partition(": ")
         assert said == "Example" and example.split()[: len(words)] == list(words)

@@ -201,6 +201,7 @@ def test_each_specimen_knows_chains_of_its_kind(name):
     assert float(nats.mean()) < 2.0
 
 
+@pytest.mark.slow
 def test_the_chains_are_what_antiberty_samples():
     m = real("antiberty")
     length = antibodies.LENGTHS["antibody-light"]
