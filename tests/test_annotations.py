@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 SESSION = """
 from jaxtyping import install_import_hook
 install_import_hook(["loopmdm"], "beartype.beartype")
