@@ -7,8 +7,7 @@ import typer
 
 from loopmdm.analysis.cli.completion import among, model_names
 from loopmdm.analysis.cli.printing import show
-from loopmdm.analysis.cli.science import share
-from loopmdm.analysis.cli.shared import MEASURE, MODEL, app, interruptible, opens
+from loopmdm.analysis.cli.shared import MEASURE, MODEL, app, interruptible, opens, shares
 from loopmdm.analysis.cli.waiting import working
 from loopmdm.model.errors import UsageError, check_word
 
@@ -49,17 +48,15 @@ def record(
     from loopmdm.analysis.measures.options import OnMasks
 
     check_word("--kept-as", kept_as, list(DTYPES))
-    if not sites.strip(", "):
+    options = OnMasks(n_loops, n, seed, tuple(shares(mask_ratios)), along_sampling)
+    names = [word.strip() for word in sites.split(",") if word.strip()]
+    if not names:
         raise UsageError("--sites names none; give some, such as loop.*.hook_out")
-    ratios = tuple(share(word) for word in mask_ratios.split(","))
-    options = OnMasks(n_loops, n, seed, ratios, along_sampling)
-    chosen = Wanted([word.strip() for word in sites.split(",") if word.strip()], positions)  # pyright: ignore[reportArgumentType]
+    chosen = Wanted(names, positions)  # pyright: ignore[reportArgumentType]
     with interruptible("add --resume to go on"), working(f"activations of {model}"):
-        case = Case.of(model, seed=seed, options=options, access=how)
+        case = Case.of(model, options=options, access=how)
         if dry_run:
-            size = estimate_store(case, chosen, dtype=kept_as)
-            show(["folder", "bytes"], [(folder, size)])
+            show(["folder", "bytes"], [(folder, estimate_store(case, chosen, dtype=kept_as))])
             return
         store = write(case, folder, chosen, dtype=kept_as, resume=resume)
-    told = folder, len(store), len(store.sites), store.n_bytes
-    show(["folder", "rows", "sites", "bytes"], [told])
+    show(["folder", "rows", "sites", "bytes"], [(folder, len(store), len(store.sites), store.n_bytes)])

@@ -18,6 +18,7 @@ from loopmdm.analysis.cli.shared import (
     integers,
     interruptible,
     opens,
+    shares,
 )
 from loopmdm.analysis.cli.waiting import working
 from loopmdm.model.errors import UsageError, check_count, unknown_name
@@ -71,7 +72,7 @@ def measure(
         raise UsageError(f"name a model: loopmdm measure {name} MODEL; `loopmdm models` lists the shipped ones")
     asked: dict[str, Any] = {"n": n, "seed": seed, "along_sampling": along_sampling}
     asked |= {} if n_loops is None else {"n_loops": _counts(n_loops)}
-    asked |= {} if mask_ratios is None else {"mask_ratios": [share(word) for word in mask_ratios.split(",")]}
+    asked |= {} if mask_ratios is None else {"mask_ratios": shares(mask_ratios)}
     own = MEASURES[name].own
     asked |= {key: value for key, value in how.changes.items() if key in own}
     how = replace(how, changes={key: value for key, value in how.changes.items() if key not in own})
@@ -156,14 +157,6 @@ def _counts(text: str) -> int | list[int]:
     """One loop count, or several."""
     counts = integers(text, "--n-loops", "1,2,4")
     return counts[0] if len(counts) == 1 else counts
-
-
-def share(word: str) -> float:
-    """One share of an option."""
-    try:
-        return float(word)
-    except ValueError:
-        raise UsageError(f"--mask-ratios takes shares such as 0.25,0.5; got {word!r:.80}") from None
 
 
 @app.command(

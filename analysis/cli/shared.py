@@ -103,6 +103,14 @@ def integers(text: str, option: str, example: str) -> list[int]:
     return [integer(word, option, example) for word in text.split(",")]
 
 
+def shares(text: str) -> list[float]:
+    """The comma-separated shares of --mask-ratios."""
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--mask-ratios takes shares such as 0.25,0.5; got {text!r:.80}") from None
+
+
 def values(pairs: list[str], example: str = "training.learning_rate=5e-4") -> dict[str, Any]:
     """KEY=VALUE pairs of --set; a value is TOML or a bare word."""
     found = {}

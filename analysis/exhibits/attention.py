@@ -13,6 +13,7 @@ from loopmdm.analysis.exhibits.answers import Answer, answer_of, looped, rows_of
 from loopmdm.analysis.exhibits.declared import deciding, is_confirmed
 from loopmdm.analysis.exhibits.registry import GRIDS, ONE, OURS, TEXT, Exhibit, Reading, Tables, of_models, panels
 from loopmdm.analysis.numbers.estimate import with_interval
+from loopmdm.analysis.numbers.reading import by_loop
 from loopmdm.analysis.plots import attention
 from loopmdm.analysis.plots.style import PAGE, mark_trained
 from loopmdm.model.zoo.runs import Zoo
@@ -186,16 +187,12 @@ def _masked_to_masked(task: str, claim: str = "") -> tuple[pd.DataFrame, int]:
     return df[(df["segment"] == "loop") & (df["query_group"] == "masked") & (df["key_group"] == "masked")], most
 
 
-def _by_loop(df: pd.DataFrame, column: str) -> pd.DataFrame:
-    return df.pivot_table(index="model", columns="loop", values=column)
-
-
 def _rise(claim: str, column: str, relative: bool = False) -> Callable[[str], Answer]:
     """From the first to the last loop of S_max."""
 
     def answer(task: str) -> Answer:
         df, most = _masked_to_masked(task, claim)
-        values, errors = (_by_loop(df, name) for name in (column, f"{column}_se"))
+        values, errors = (by_loop(df, name, "model") for name in (column, f"{column}_se"))
         error = np.hypot(errors[0], errors[most - 1])  # as if independent, on the safe side: they are paired
         scale = values[0] if relative else 1.0
         rise = (values[most - 1] - values[0]) / scale
@@ -217,7 +214,7 @@ def _done_at(values: pd.DataFrame, most: int) -> pd.Series:
 
 def _saturates(task: str) -> Answer:
     df, most = _masked_to_masked(task)
-    share = (_done_at(_by_loop(df, "log_odds"), most) / most).to_numpy(dtype=float)
+    share = (_done_at(by_loop(df, "log_odds", "model"), most) / most).to_numpy(dtype=float)
     return answer_of(share, np.full(len(share), np.nan), len(share), 1)
 
 
@@ -229,7 +226,7 @@ def _follows_s_max(task: str) -> Answer:
     zoo, found = Zoo.shipped(), []
     for name, part in df.groupby("model"):
         most = zoo[str(name)].s_max
-        found.append((most, float(_done_at(_by_loop(part, "log_odds"), most).iloc[0])))
+        found.append((most, float(_done_at(by_loop(part, "log_odds", "model"), most).iloc[0])))
     s_max, done = np.array([row for row in found if np.isfinite(row[1])]).T
     rise = ", ".join(f"{value:g}" for value in sorted(set(s_max)))
     told = f"{len(s_max)} of {len(found)} models rise, with S_max {rise}"

@@ -32,7 +32,7 @@ from loopmdm.analysis.measures.quality.efficiency import first_reach
 from loopmdm.analysis.numbers import contrasts
 from loopmdm.analysis.numbers.estimate import across_seeds
 from loopmdm.analysis.plots import quality
-from loopmdm.analysis.plots.style import AMOUNT_STYLE, PAGE, PLACE_STYLE
+from loopmdm.analysis.plots.style import AMOUNT_STYLE, PAGE, PAYS_STYLE, PLACE_STYLE
 
 
 def _curves(df: pd.DataFrame) -> pd.DataFrame:
@@ -151,22 +151,6 @@ def amount(loaded: Tables) -> MatplotlibFigure:
 
 PAPER = (385, 3080)
 """Tokens a parameter of the paper's runs: LM1B (1 M steps of 512 x 128 for 170 M parameters), OpenWebText."""
-PAYS_STYLE = {
-    label: {"color": colour, "marker": marker, "linestyle": line}
-    for label, colour, marker, line in (
-        ("Sudoku 6x6, $S_{max}$ 4", "#1b4f8f", "o", "-"),
-        ("Sudoku 6x6, $S_{max}$ 6", "#6baed6", "s", "-"),
-        ("Sudoku 9x9", "#08264d", "D", "-"),
-        ("text (sotu)", "#e08214", "^", "--"),
-        ("text (imdb)", "#b35806", "v", "--"),
-        ("text (imdb), d = 48", "#7f3b08", "P", "--"),
-        ("text (wiki)", "#fdb863", "<", "--"),
-        ("arithmetic", "#542788", "X", "-."),
-        ("tree", "#8073ac", ">", "-."),
-        ("chain (control)", "#8c8c8c", "h", ":"),
-    )
-}
-"""Word problems are left out: their errors are five times the gaps of all others."""
 
 
 def looping_pays(loaded: Tables) -> MatplotlibFigure:

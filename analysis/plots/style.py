@@ -68,6 +68,22 @@ AMOUNT_STYLE = {
     )
 }
 """S_max of training, S drawn uniformly up to it, or fixed."""
+PAYS_STYLE = {
+    label: {"color": colour, "marker": marker, "linestyle": line}
+    for label, colour, marker, line in (
+        ("Sudoku 6x6, $S_{max}$ 4", "#1b4f8f", "o", "-"),
+        ("Sudoku 6x6, $S_{max}$ 6", "#6baed6", "s", "-"),
+        ("Sudoku 9x9", "#08264d", "D", "-"),
+        ("text (sotu)", "#e08214", "^", "--"),
+        ("text (imdb)", "#b35806", "v", "--"),
+        ("text (imdb), d = 48", "#7f3b08", "P", "--"),
+        ("text (wiki)", "#fdb863", "<", "--"),
+        ("arithmetic", "#542788", "X", "-."),
+        ("tree", "#8073ac", ">", "-."),
+        ("chain (control)", "#8c8c8c", "h", ":"),
+    )
+}
+"""Tasks whose gap to base is followed. Word problems are not: their errors are five times the gaps of all others."""
 KEY_STYLE = {
     "masked": {"color": MASKED, "marker": "o", "linestyle": "-", "label": "masked → masked"},
     "clean": {"color": CLEAN, "marker": "^", "linestyle": "--", "label": "masked → clean"},

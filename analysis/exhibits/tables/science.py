@@ -19,7 +19,7 @@ POOLED = "mask-attention-pooled"
 AT_CHANCE = "gsm"
 """A task that no shipped model has learned: what goes on inside explains nothing."""
 ASIDE = (AT_CHANCE, "arithmetic", "imdb-d48")
-"""Beside it tasks of declared sets of which only the first seed is there: curves and NELBOs are drawn, no more."""
+"""Beside it tasks of declared sets that are not whole: of their runs only curves and NELBOs are for drawing."""
 
 
 def main_tasks(arm: str) -> Select:

@@ -206,11 +206,10 @@ def mask_attention(
     outside the loop; `mass_with_self` adds the self mass where query and key group agree; log_odds, of masked
     against clean keys, stands once a query group, in its row of masked keys, and is NaN in the other rows and
     where a mass vanishes: log_odds_capped is then +-LOG_ODDS_CAP, to which it is also clipped. Empty groups are
-    NaN with n = 0. Without `by_head` heads are
-    averaged first and `head` is missing; content is NaN where more than W_O leads from heads to the stream
-    (`facts.linear_heads`). Queries and keys of group "masked" are positions that hold [MASK];
-    padding is left out. In a shifted model `by="predicts"` groups queries by the token that they predict, the
-    next one; what is counted with self is then NaN, and a column `by` says so.
+    NaN with n = 0. Without `by_head` heads are averaged first and `head` is missing; content is NaN where more
+    than W_O leads from heads to the stream (`facts.linear_heads`). Queries and keys of group "masked" are
+    positions that hold [MASK]; padding is left out. In a shifted model `by="predicts"` groups queries by the
+    token that they predict, the next one; what is counted with self is then NaN, and a column `by` says so.
 
     >>> df = lm.mask_attention(m, b, n_loops=4, by_head=False)
     >>> masked = df[(df["segment"] == "loop") & (df["query_group"] == "masked")]
