@@ -83,7 +83,7 @@ PAYS_STYLE = {
         ("chain (control)", "#8c8c8c", "h", ":"),
     )
 }
-"""Tasks whose gap to base is followed. Word problems are not: their errors are five times the gaps of all others."""
+"""Where loop less base is followed; not on word problems, whose errors are five times the gaps of all others."""
 KEY_STYLE = {
     "masked": {"color": MASKED, "marker": "o", "linestyle": "-", "label": "masked → masked"},
     "clean": {"color": CLEAN, "marker": "^", "linestyle": "--", "label": "masked → clean"},
