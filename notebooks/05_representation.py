@@ -139,15 +139,16 @@ gain.pivot_table("value", ["relation", "distance"], "loop").head(8).round(3)
 # ## States on disk
 #
 # What is read often is written once: the states after each loop at every masked position, in shards that a
-# killed run goes on from (`loopmdm record` does it from a shell). They are read back when asked for.
+# killed run goes on from (`loopmdm record` does it from a shell). They are read back when asked for: here how far
+# the states of different positions lie apart after each loop.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
     store = record(case, f"{folder}/states")
-    print(store)
-    last = store.select(loop=s_max - 1, nominal_mask_ratio=0.5)
-    spread = last.std(0)
-spread.topk(3)
+    print(f"{len(store):,} positions x {len(store.sites)} loops, {store.n_bytes / 1e6:.1f} MB")
+    states = [store.select(loop=loop, nominal_mask_ratio=0.5) for loop in range(s_max)]
+spread = pd.Series([float(state.std(0).norm()) for state in states], name="spread").rename_axis("loop")
+spread.round(2)
 
 # %% [markdown]
 # ## Paths
