@@ -140,8 +140,8 @@ figures.FIGURES["flops-to-target"].show()
 # %% [markdown]
 # ## When does looping pay?
 #
-# The paper's runs see hundreds to thousands of tokens a parameter, ours tens. If a gap closes with training, its
-# line comes down as it goes right.
+# The paper's runs see hundreds to thousands of tokens a parameter, most of ours tens; one text goes as far as the
+# paper's. If a gap closes with training, its line comes down as it goes right.
 
 # %%
 figures.FIGURES["when-looping-pays"].show()

@@ -90,6 +90,6 @@ def two_by_two(task: str, zoo: Zoo | None = None) -> dict[str, tuple[Run, ...]] 
 
 def is_confirmed(task: str, claim: str) -> bool:
     """Whether a claim is answered on a task by runs that were declared before their results."""
-    sets, zoo = load_declared(), Zoo.shipped()
-    mine = [sets.get(names.get(task, "")) for names in (SETS, CLOSED)]
-    return any(declared is not None and claim in declared.claims and declared.whole(zoo) for declared in mine)
+    zoo = Zoo.shipped()
+    sets = (declared for declared in load_declared().values() if claim in declared.claims and declared.whole(zoo))
+    return any(run.task == task for declared in sets for run in declared.of(zoo))

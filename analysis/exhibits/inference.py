@@ -285,11 +285,11 @@ EXHIBITS = (
         "A few loops help; on most tasks base stays below",
         ("nll-by-loops",),
         other_nll,
-        f"""Test NELBO by number of loops on the other tasks, to 3 x S_max (dash-dotted: S_max of training).
-        One mask a sequence; base models to S_max, untrained for it beyond S = 1, where their curve may leave
-        the panel. 1,000 test grids, trees or chains each; all problems of unseen templates, which nobody learned
-        (read to S_max only, base and deep at S = 1); all blocks of unseen documents. {SEEDS} Axes differ
-        between panels; a band that fills one is wider than it. The paper: more loops, lower NLL, on every
+        f"""Test NELBO by number of loops on the other tasks, to 3 x S_max (dash-dotted: S_max of training). One
+        mask a sequence; base models to S_max, untrained for it beyond S = 1, where their curve may leave the
+        panel. 1,000 test grids, expressions, trees or chains each; all problems of unseen templates, which
+        nobody learned (read to S_max only, base and deep at S = 1); all blocks of unseen documents. {SEEDS} Axes
+        differ between panels; a band that fills one is wider than it. The paper: more loops, lower NLL, on every
         corpus; a loop curve that does not fall, or ends above base at S = 1, counts against it, except on the
         chain, where nothing is to be gained.""",
     ),

@@ -10,7 +10,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import LogLocator
 
-from loopmdm.analysis.plots.style import LOOP, RUN, interval_band, of_rows, reach
+from loopmdm.analysis.plots.style import ARM_STYLE, LOOP, NULL, RUN, interval_band, mark_s_max, of_rows, reach
 
 METRIC_STYLE = {
     "clue_conflicts": {
@@ -98,6 +98,59 @@ def plot_excess(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes
     ax.set_xticks(range(looped.shape[1]), ["base", *map(str, looped.columns[1:])])
     ax.axvline(0.5, color="white", linewidth=3)
     ax.set(xlabel=RUN, ylabel="hops (rounds until all is heard)")
+    return ax
+
+
+@of_rows
+def plot_steps(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
+    """Excess KL (nats) by steps of evaluation, a line a number of loops run, other arms beside them.
+
+    `df`: rows of one task: arm n_loops hops n_nodes and the `mean` over seeds with low high; steps that fewer than
+    `FEWEST` hidden values take are left out.
+    """
+    ax = ax or plt.gca()
+    df = df[df["n_loops"].isin(SHOWN_LOOPS) & (df["n_nodes"] >= FEWEST)].sort_values("hops")
+    df = df.drop_duplicates(["arm", "n_loops", "hops"])
+    counts = [count for count in SHOWN_LOOPS if count in set(df.loc[df["arm"] == "loop", "n_loops"])]
+    shades = plt.get_cmap("Blues")(np.linspace(0.35, 1.0, len(counts)))
+    marks = dict(zip(counts, zip(shades, "os^DvP<>", strict=False), strict=True))
+    for (arm, count), part in df.groupby(["arm", "n_loops"]):
+        if arm == "loop":
+            colour, marker = marks[count]
+            look = {"color": colour, "marker": marker, "linestyle": "-", "label": f"loop, S = {count}"}
+        else:
+            look = ARM_STYLE[str(arm)] | {"label": arm}
+        interval_band(ax, part["hops"], part, "mean", **look | kws)
+    ax.set(xlabel="steps of evaluation that a hidden value takes", ylabel="KL(exact || read-out) (nats)")
+    ax.set_xticks(sorted(df["hops"].unique()))
+    return ax
+
+
+FEWEST = 20
+"""Hidden values over which a mean by steps is drawn."""
+
+
+@of_rows
+def plot_reach(df: pd.DataFrame, s_max: int, *, ax: Axes | None = None, **kws: Any) -> Axes:
+    """How many steps of evaluation are in reach, by loops run; a line a seed, arms without loops as levels.
+
+    `df`: arm seed n_loops steps. Dots: one step a loop from what one loop reaches.
+    """
+    ax = ax or plt.gca()
+    for arm in [name for name in ARM_STYLE if name in set(df["arm"])]:
+        part, n = df[df["arm"] == arm].sort_values("n_loops"), df.loc[df["arm"] == arm, "seed"].nunique()
+        look = ARM_STYLE[arm] | {"label": f"{arm} ({n} seed{'s' if n > 1 else ''})"} | kws
+        for number, (_, own) in enumerate(part.groupby("seed")):
+            look |= {} if not number else {"label": None}
+            if arm == "loop":
+                ax.plot(own["n_loops"], own["steps"], **look)
+            else:
+                ax.axhline(own["steps"].iloc[0], **look | {"marker": ""})
+    looped = df[df["arm"] == "loop"]
+    counts = np.array(sorted(looped["n_loops"].unique()))
+    ax.plot(counts, looped.loc[looped["n_loops"] == counts[0], "steps"].mean() + counts - counts[0], **NULL)
+    mark_s_max(ax, s_max, int(counts[-1]))
+    ax.set(xlabel=RUN, ylabel="steps of evaluation in reach")
     return ax
 
 

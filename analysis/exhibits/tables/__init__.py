@@ -169,7 +169,7 @@ HOW_LONG = "seconds to minutes each (all together take about 40 minutes on two c
 """Of measuring tables."""
 EVERY = select()
 SUDOKU = select(task="sudoku") | select(task="sudoku9")
-KNOWN = select(task="tree") | select(task="markov")
+KNOWN = select(task=("tree", "markov", "arithmetic"), weights=True)
 ONE_MASK = {"n_samples": 1}
 ALONG = science.HALF | {"n": 64, "along_sampling": 16}
 """Options of measures."""

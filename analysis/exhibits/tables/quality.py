@@ -181,10 +181,10 @@ def label(model: Run) -> dict:
 
 
 def excess_kl_table(models: Select, zoo: Zoo) -> pd.DataFrame:
-    """KL from the exact posterior by hops at every S up to 2 x S_max; base models at S = 1."""
+    """KL from the exact posterior by hops at every S up to 2 x S_max; models that were not looped at S = 1."""
     frames = []
     for model in models.of(zoo):
-        most = 1 if model.arm == "base" else 2 * zoo.s_max(model)
+        most = 2 * model.s_max if model.s_max > 1 else 1
         frame = evaluate(model.name, "excess-kl", list(range(1, most + 1)))
         frames.append(frame.assign(**label(model)))
     return pd.concat(frames, ignore_index=True)

@@ -40,6 +40,8 @@ STYLED = [
     ("known", "plot_orders", "sudoku-orders", MARK),
     ("known", "plot_excess", "excess-kl", MAP),
     ("known", "plot_rounds", "excess-kl", MAP),
+    ("known", "plot_steps", "arithmetic-steps", MARK),
+    ("known", "plot_reach", "arithmetic-steps", MARK),
     ("loops", "plot_lenses", "learned-lenses", MARK),
     ("mechanism", "plot_attribution", "logit-attribution", MAP),
     ("mechanism", "plot_patching", "attribution-patching", MAP),
