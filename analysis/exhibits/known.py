@@ -60,14 +60,15 @@ def excess_kl(loaded: Tables) -> MatplotlibFigure:
 def arithmetic_steps(loaded: Tables) -> MatplotlibFigure:
     """How far a loop carries the evaluation of a tree: excess by steps, and steps in reach by S."""
     df, first = _arithmetic(loaded["excess-kl"]), Zoo.shipped().first("arithmetic")
-    drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 3.1), layout="constrained", width_ratios=[1.3, 1])
+    drawn, axes = plt.subplots(1, 2, figsize=(PAGE, 3.3), layout="constrained", width_ratios=[1.3, 1])
     by = ("arm", "n_loops", "hops")
     known.plot_steps(across_seeds(df, "excess_kl", by, "standard_error"), ax=axes[0])
     axes[0].axhline(HALF_A_VALUE, **NULL, label="half of a guess")
     known.plot_reach(steps_in_reach(df), first.s_max, ax=axes[1])
     for ax, title in zip(axes, ("what is missing, by steps", "where a line crosses half of a guess"), strict=True):
         ax.set_title(f"arithmetic: {title}")
-        ax.legend(frameon=False, fontsize=6)
+    axes[1].legend(frameon=False)
+    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     return drawn
 
 

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats as distributions
 
 from loopmdm.analysis import exhibits as figures
-from loopmdm.analysis.exhibits import answers, inference, tables
+from loopmdm.analysis.exhibits import answers, inference, known, tables
 from loopmdm.analysis.exhibits import verdicts as claims
 from loopmdm.analysis.exhibits.answers import Answer, NotRun, answer_of, between_arms, by_t
 from loopmdm.analysis.exhibits.declared import deciding, load_declared, two_by_two
@@ -312,3 +312,49 @@ def test_a_placement_is_compared_with_all_others_of_one_layer_at_its_own_s_max(m
     rows = [row for row in rows if row["arm"] != "loop-late"]
     with pytest.raises(NotRun):
         answered("placement", "sudoku")
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4, 1.0, 1.25])
+def test_steps_in_reach_recover_planted_rates(rate):
+    """What is missing rises straight over four steps, to half of a guess at 2 + rate (S - 1) steps."""
+    rows = [
+        ("a", "loop", 1, loops, hop, np.clip((hop - rate * (loops - 1)) / 4, 0, 1) * np.log(7))
+        for loops in (1, 2, 3, 4)
+        for hop in range(1, 12)
+    ]
+    df = pd.DataFrame(rows, columns=["model", "arm", "seed", "n_loops", "hops", "excess_kl"])
+    steps = known.steps_in_reach(df.sample(frac=1, random_state=0)).set_index("n_loops")["steps"]
+    assert steps[1] == pytest.approx(2.0)
+    assert (steps[4] - steps[1]) / 3 == pytest.approx(rate)
+
+
+def test_steps_in_reach_start_at_none_and_end_at_the_most():
+    df = pd.DataFrame({"model": "a", "arm": "loop", "seed": 1, "n_loops": [1] * 2 + [2] * 2, "hops": [1, 2] * 2,
+                       "excess_kl": [np.log(7), np.log(7), 0.0, 0.1]})  # fmt: skip
+    assert known.steps_in_reach(df)["steps"].tolist() == pytest.approx([0.5, 2.0])
+
+
+def test_only_fresh_runs_say_how_far_a_loop_carries(monkeypatch):
+    """Seed 0 was seen when the estimand was written."""
+    planted = [(0, 9), (1, 1), (2, 2)]
+    rows = [
+        (
+            "arithmetic",
+            f"run-{seed}",
+            "loop",
+            seed,
+            loops,
+            hop,
+            float(hop > 2 + rate * (loops - 1)) * np.log(7),
+            10,
+        )
+        for seed, rate in planted
+        for loops in (1, 4)
+        for hop in range(1, 40)
+    ]
+    df = pd.DataFrame(rows, columns=["task", "model", "arm", "seed", "n_loops", "hops", "excess_kl", "n"])
+    monkeypatch.setattr(answers.tables, "load", lambda _: df)
+    monkeypatch.setattr(answers, "of_arm", lambda frame, *_: frame)
+    monkeypatch.setattr(known, "looped", lambda _: 4)
+    found = answered("one-step-a-loop", "arithmetic")
+    assert found.n_seeds == 2 and found.estimate == pytest.approx(1.5)
