@@ -16,7 +16,7 @@ figures: $(VENV)/.base
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2
 
-# What takes ten seconds and more and rarely fails, and every notebook, of few sequences.
+# What takes many seconds and rarely fails, and every notebook, of few sequences.
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m "slow and not soak"
 

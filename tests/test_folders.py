@@ -50,11 +50,15 @@ def ran(code: str, cwd: Path) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("first", ["", "import loopmdm.analysis.exhibits", "from analysis import explore"])
+FIRST = [pytest.param(first, marks=pytest.mark.slow) for first in ("", "import loopmdm.analysis.exhibits")]
+
+
+@pytest.mark.parametrize("first", [*FIRST, "from analysis import explore"])
 def test_the_folders_own_names_are_the_same_modules(first):
     assert ran(first + ALIASES, ROOT) == "same"
 
 
+@pytest.mark.slow
 def test_they_are_found_from_elsewhere_too(tmp_path):
     assert ran(ALIASES, tmp_path) == "same"
 
@@ -68,6 +72,7 @@ def test_a_users_own_analysis_neither_breaks_nor_is_broken(name, tmp_path):
     assert ran(f"import analysis{OWN}", tmp_path) == "own"
 
 
+@pytest.mark.slow
 def test_modules_run_under_both_names():
     for name in ("analysis.cli", "loopmdm.analysis.cli"):
         done = subprocess.run([sys.executable, "-m", name, "models"], cwd=ROOT, capture_output=True, text=True)

@@ -194,6 +194,7 @@ def same(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+@pytest.mark.slow
 def test_the_program_is_imported_without_the_extras():
     extras = (locked("dev") | locked("pipeline")) - locked("base") - locked("torch") - locked("build")
     known = packages_distributions()

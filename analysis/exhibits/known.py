@@ -64,7 +64,7 @@ def arithmetic_steps(loaded: Tables) -> MatplotlibFigure:
     by = ("arm", "n_loops", "hops")
     known.plot_steps(across_seeds(df, "excess_kl", by, "standard_error"), ax=axes[0])
     axes[0].axhline(HALF_A_VALUE, **NULL, label="half of a guess")
-    known.plot_reach(steps_in_reach(df), first.s_max, ax=axes[1])
+    known.plot_reach(across_seeds(steps_in_reach(df), "steps", ("arm", "n_loops")), first.s_max, ax=axes[1])
     for ax, title in zip(axes, ("what is missing, by steps", "where a line crosses half of a guess"), strict=True):
         ax.set_title(f"arithmetic: {title}")
     axes[1].legend(frameon=False)

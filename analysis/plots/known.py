@@ -134,7 +134,7 @@ FEWEST = 20
 def plot_reach(df: pd.DataFrame, s_max: int, *, ax: Axes | None = None, **kws: Any) -> Axes:
     """How many steps of evaluation are in reach, by loops run; a line a seed, arms without loops as levels.
 
-    `df`: arm seed n_loops steps. Dots: one step a loop from what one loop reaches.
+    `df`: arm seed n_loops steps and its `mean` over seeds. Dots: one step a loop from what one loop reaches.
     """
     ax = ax or plt.gca()
     for arm in [name for name in ARM_STYLE if name in set(df["arm"])]:
@@ -146,9 +146,9 @@ def plot_reach(df: pd.DataFrame, s_max: int, *, ax: Axes | None = None, **kws: A
                 ax.plot(own["n_loops"], own["steps"], **look)
             else:
                 ax.axhline(own["steps"].iloc[0], **look | {"marker": ""})
-    looped = df[df["arm"] == "loop"]
-    counts = np.array(sorted(looped["n_loops"].unique()))
-    ax.plot(counts, looped.loc[looped["n_loops"] == counts[0], "steps"].mean() + counts - counts[0], **NULL)
+    looped = df[df["arm"] == "loop"].sort_values("n_loops")
+    counts = looped["n_loops"].unique()
+    ax.plot(counts, looped["mean"].iloc[0] + counts - counts[0], **NULL)
     mark_s_max(ax, s_max, int(counts[-1]))
     ax.set(xlabel=RUN, ylabel="steps of evaluation in reach")
     return ax

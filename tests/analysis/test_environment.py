@@ -41,6 +41,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 def test_figures_are_the_same_under_any_settings_and_leave_them(tmp_path):
     figure = FIGURES["mask-to-mask-by-loop"]
     figure.draw(tmp_path / "plain")

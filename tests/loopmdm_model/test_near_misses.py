@@ -226,6 +226,7 @@ def answer(m, tokens):
         return m(tokens, n_loops=2)
 
 
+@pytest.mark.slow
 def test_a_model_goes_to_a_spawned_process_and_back(batch):
     m = HookedLoopMDM(toy_model())
     with multiprocessing.get_context("spawn").Pool(1) as pool:

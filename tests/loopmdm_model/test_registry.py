@@ -93,6 +93,7 @@ def package(tmp_path):
 
 
 @pytest.mark.parametrize("first", ["import loopmdm.analysis.measures", "import plugin_of_a_test"])
+@pytest.mark.slow
 def test_another_package_joins_whatever_is_imported_first(package, first):
     environment = os.environ | {"PYTHONPATH": f"{package}{os.pathsep}{ROOT}"}
     done = subprocess.run(

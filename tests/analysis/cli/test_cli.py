@@ -53,6 +53,7 @@ def in_a_process(*arguments, code=0, env=None):
     return outcome.stdout, outcome.stderr
 
 
+@pytest.mark.slow
 def test_the_installed_program_is_the_same_command_line():
     assert in_a_process("models") == run("models")
     assert in_a_process("evaluate", "sudoku-lop", code=2) == run("evaluate", "sudoku-lop", code=2)
@@ -128,6 +129,7 @@ def test_dry_run_needs_neither_corpus_nor_folder(tmp_path):
     assert "KEY=VALUE" in err and one_line(err)
 
 
+@pytest.mark.slow
 def test_evaluate_prints_the_nelbo_that_the_record_holds():
     out, _ = run("evaluate", "sudoku-loop", "--n-loops", "6", "--n-samples", "4")
     row = dict(zip(*(line.split("\t") for line in out.splitlines()), strict=True))
@@ -284,6 +286,7 @@ def test_names_and_roles_are_fetched_once_each(monkeypatch, capsys, tmp_path):
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(asked)
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_says_how_to_go_on(tmp_path):
     command = [str(Path(sys.executable).parent / "loopmdm"), "train", str(ROOT / "figures/specs/smoke.toml")]
     listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  # a background shell ignores it

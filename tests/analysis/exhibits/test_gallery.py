@@ -141,6 +141,7 @@ def test_gallery_holds_every_figure_and_no_other():
     assert max(pictures.values()) < 200_000
 
 
+@pytest.mark.slow
 def test_an_unchanged_figure_passes_and_a_changed_one_is_named(copy, tmp_path):
     out = tmp_path / "out"
     figures.FIGURES[ONE].draw(out=out)
@@ -156,6 +157,7 @@ def test_an_unchanged_figure_passes_and_a_changed_one_is_named(copy, tmp_path):
     assert "not what its tables give" in gallery.changed([ONE], out, copy)[0]
 
 
+@pytest.mark.slow
 def test_other_values_and_missing_pictures_are_named(copy, tmp_path):
     path = copy / gallery.HASHES
     hashes = json.loads(path.read_text())

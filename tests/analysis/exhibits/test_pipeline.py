@@ -312,6 +312,7 @@ def test_records_that_hold_anything_are_of_nothing(text, tmp_path):
     assert isinstance(pipeline._attributes(tmp_path / "a.parquet"), dict)
 
 
+@pytest.mark.slow
 def test_a_plan_that_cannot_be_noted_is_one_line(world):
     command = [sys.executable, "-m", "loopmdm.analysis.exhibits.pipeline", "--stamps", "/dev/null/x"]
     outcome = subprocess.run(command, cwd=world, capture_output=True, text=True, env=environment(world))

@@ -197,6 +197,7 @@ def test_an_interrupted_report_leaves_the_old_file(tmp_path, monkeypatch):
     assert out.read_text() == "old" and os.listdir(tmp_path) == ["report.html"]  # noqa: PTH208
 
 
+@pytest.mark.slow
 def test_a_claim_shows_its_number_and_why_it_has_no_verdict(monkeypatch):
     from loopmdm.analysis.report import page
 

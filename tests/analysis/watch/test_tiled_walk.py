@@ -142,8 +142,11 @@ OURS = {
 }
 
 
+LONG = pytest.param("long", marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize("measure", MEASURES)
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", [LONG if name == "long" else name for name in OURS])
 def test_measures_of_ours_with_and_without_patterns(name, measure, size):
     changes, length = OURS[name]
     m = HookedLoopMDM(toy_model(**changes))

@@ -591,6 +591,7 @@ def test_other_slips():
         hook_model(natives.native("Llama"), tokenizer=object())
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_before_it_is_asked_for():
     code = (
         "import sys, loopmdm.model.adapters as a; a.FAMILIES; "

@@ -76,7 +76,10 @@ def replaced_core(m):
     return m
 
 
-@pytest.mark.parametrize("compile_", [whole, by_a_function, by_run, in_blocks, in_place_core, replaced_core])
+OTHERS = [pytest.param(way, marks=pytest.mark.slow) for way in (by_a_function, by_run, in_place_core)]
+
+
+@pytest.mark.parametrize("compile_", [whole, in_blocks, replaced_core, *OTHERS])
 def test_hooks_and_interventions_act_on_a_compiled_model(compile_, batch):
     torch.compiler.reset()
     m, reference = HookedLoopMDM(toy_model()), HookedLoopMDM(toy_model())

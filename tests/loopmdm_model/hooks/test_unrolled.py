@@ -285,6 +285,7 @@ def test_patching_equals_a_patch_by_hand_at_that_loop_and_layer(plain_m, caches,
         torch.testing.assert_close(found[tuple(index)], wanted, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_sweeps_over_all_kinds_and_their_statistics_run(caches):
     u, clean, _, tokens = caches
     assert patching.get_act_patch_block_every(u, tokens, clean, metric_of).shape == (3, 8, 10)

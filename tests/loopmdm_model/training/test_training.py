@@ -305,6 +305,7 @@ def test_a_full_disk_ends_in_one_line_with_exit_1(spec_file, tmp_path):
     assert not list((tmp_path / "run").rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_training_learns(tmp_path):
     spec = RunSpec.from_dict(_values(flops=8e10, learning_rate=3e-3))
     run = trainer.Trainer(spec, tmp_path / "run")
@@ -540,6 +541,7 @@ def test_own_texts_that_changed_since_training_are_not_measured_on(tmp_path, mon
         Access().test_set(m)
 
 
+@pytest.mark.slow
 def test_a_shipping_that_is_broken_off_leaves_the_old_one(tmp_path, monkeypatch):
     spec = RunSpec.from_dict(_values(flops=1e9))
     with torch.enable_grad():

@@ -29,6 +29,7 @@ def tokens():
     return torch.randint(0, 22, (12, 10), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.slow
 def test_changes_are_those_of_the_nelbo_and_rises_those_of_the_attention(plain, tokens):
     maskable = torch.arange(10) > 1
     frame = training_free(plain, tokens, maskable, n_loops=(3,), batch_size=5)
