@@ -73,6 +73,7 @@ class TextEntries:
         texts = _texts(text, "give a text or a list of texts; token ids go in as a tensor")
         board = board_of_model(self.cfg)
         if board is None:
+            texts = [self._closed_up(text) for text in texts]
             rows = encode_texts(self._text(), texts)
             self._check_symbols(texts, rows)
         else:  # its tokenizer takes whatever is no symbol for [MASK]
@@ -88,10 +89,18 @@ class TextEntries:
             raise UsageError("the text is empty; give at least one token")
         return torch.tensor([row + [pad] * (longest - len(row)) for row in rows]).to(self.model.device)
 
+    @property
+    def _of_symbols(self) -> bool:
+        """Whether the tokenizer is a task's, one sign a token, which takes any other sign for [MASK]."""
+        return getattr(self._text().model, "unk_token", None) == MASK
+
+    def _closed_up(self, text: str) -> str:
+        """Without the blanks that stand between symbols where a sequence of them is printed."""
+        return "".join(text.split()) if self._of_symbols else text
+
     def _check_symbols(self, texts: list[str], rows: list[list[int]]) -> None:
-        """UsageError for signs that are no symbols: a task's tokenizer takes them for [MASK]."""
-        unknown = getattr(self._text().model, "unk_token", None)
-        if unknown != MASK:
+        """UsageError for signs that are no symbols."""
+        if not self._of_symbols:
             return
         symbols = {piece for piece in self._text().get_vocab() if piece != MASK}
         for text, ids in zip(texts, rows, strict=True):
@@ -124,7 +133,7 @@ class TextEntries:
 
         Where words are tokens with the blank before them, a gap has that blank, too.
         """
-        pieces, mask = self._gaps.split(text), self.cfg.mask_token_id
+        pieces, mask = self._gaps.split(self._closed_up(text)), self.cfg.mask_token_id
         word = self._text().get_added_tokens_decoder().get(mask)
         if word is not None and word.lstrip:
             pieces[:-1] = [piece.rstrip() for piece in pieces[:-1]]
@@ -259,16 +268,23 @@ class TextEntries:
         """Which tokens [text, pos] hold a letter of one of the words."""
         if board_of_model(self.cfg) is not None:
             raise UsageError("a board has cells, not words; hide them by positions=")
-        offsets = [encode_offsets(self._text(), text) for text in texts]
+        offsets, whole = [self._spans(text) for text in texts], "" if self._of_symbols else r"\w"
         found = torch.zeros(len(texts), length, dtype=torch.bool)
         for word in words:
-            places = [list(re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", text)) for text in texts]
+            wanted = rf"(?<!{whole}){re.escape(word)}(?!{whole})" if whole else re.escape(word)
+            places = [list(re.finditer(wanted, text)) for text in texts]
             if not word or not any(places):
                 raise UsageError(f"no word {word!r} in the text; words are whole, with their own capitals")
             for row, (tokens, spans) in enumerate(zip(offsets, places, strict=True)):
                 for token, (start, end) in enumerate(tokens):
                     found[row, token] |= any(start < span.end() and span.start() < end for span in spans)
         return found.to(self.model.device)
+
+    def _spans(self, text: str) -> list[tuple[int, int]]:
+        """From where to where in a text each of its tokens stands."""
+        if self._of_symbols:
+            return [(at, at + 1) for at, sign in enumerate(text) if not sign.isspace()]
+        return encode_offsets(self._text(), text)
 
     def _has_gaps(self, text: object) -> bool:
         texts = as_texts(text)

@@ -65,6 +65,24 @@ def test_an_unknown_symbol_is_not_mask():
         m.with_gaps("1x[MASK]")
 
 
+def test_symbols_are_read_as_they_are_printed():
+    m = HookedLoopMDM.from_pretrained("arithmetic-loop")
+    printed, ids = "3 4 * 5 2 6 - 3 + 1", [3, 4, 9, 5, 2, 6, 8, 3, 7, 1]
+    assert m.to_tokens(printed).tolist() == m.to_tokens(printed.replace(" ", "")).tolist() == [ids]
+    assert m.to_string(m.to_tokens(printed)[0]) == printed
+    assert m.to_str_tokens(printed) == printed.split()
+    b = m.mask("3 4 * [MASK] 2 6 - 3 + [MASK]")
+    assert b.masked.nonzero()[:, 1].tolist() == [3, 9] and b.tokens[0, 0] == 3
+    named = m.mask(printed, words=["5", "1"])
+    assert named.masked.nonzero()[:, 1].tolist() == [3, 9] and named.clean.tolist() == [ids]
+    again = m.mask(printed.replace(" ", ""), words="-")
+    assert again.masked.nonzero()[:, 1].tolist() == [6]
+    filled = sample(m, infill="3 4 * [MASK] 2 6 - [MASK] + [MASK]", steps=3, temperature=0.0)
+    assert m.to_string(filled.tokens[0]) == printed  # evaluated from the leaves up
+    with pytest.raises(UsageError, match="'x' is no symbol"):
+        m.to_tokens("3 x")
+
+
 def test_gaps_are_filled_and_the_rest_stays(sotu):
     texts = ["The state of our [MASK][MASK] is strong.", "[MASK] Union"]
     b = sotu.with_gaps(texts)
