@@ -206,11 +206,20 @@ steps.query("n_nodes >= 10").pivot(index="hops", columns="n_loops", values="exce
 figures.FIGURES["arithmetic-steps"].show()
 
 # %% [markdown]
+# By which edges do the later steps come? A deep value's operands are hidden values themselves; its operators and
+# leaves are clean. Below, masked queries of the looped layer cannot see masked keys, or clean ones, from the second
+# loop on. If loops hand results on, the line without masked keys goes back to that of one loop; if they only read
+# the clean tokens again, the other one does.
+
+# %%
+figures.FIGURES["arithmetic-edges"].show()
+
+# %% [markdown]
 # ## Verdicts
 
 # %%
 mine = ["later-loops-repair", "restricted-orders-need-loops"]
-mine += ["loop-is-a-round-of-belief-propagation", "one-step-a-loop"]
+mine += ["loop-is-a-round-of-belief-propagation", "one-step-a-loop", "later-steps-come-by-masked"]
 verdicts = claims_table().query("claim in @mine").set_index(["claim", "task"])
 shown = ["verdict", "estimate", "low", "high", "unit", "margin", "direction", "n_seeds", "why"]
 verdicts[shown].style.format(precision=3)

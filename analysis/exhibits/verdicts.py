@@ -16,7 +16,7 @@ Holm's p is that of all cells with a test taken together.
 """
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +121,7 @@ def _row(claim: Claim, task: str) -> dict[str, object]:
         found = claim.reading.answer(task) if claim.reading.answer else nothing
         says = verdict(found, claim.margin, claim.direction, claim.slack.get(task, 0.0))
     except NotRun:
-        found, says = nothing, NOT_RUN
+        found, says = replace(nothing, note="the runs that answer it are not here"), NOT_RUN
     if not gate.passed:
         says = UNTESTABLE
     runs = "declared runs" if is_confirmed(task, claim.name) else ""

@@ -10,7 +10,17 @@ from matplotlib.colors import LogNorm
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import LogLocator
 
-from loopmdm.analysis.plots.style import ARM_STYLE, LOOP, NULL, RUN, interval_band, mark_s_max, of_rows, reach
+from loopmdm.analysis.plots.style import (
+    ARM_STYLE,
+    CUT_STYLE,
+    LOOP,
+    NULL,
+    RUN,
+    interval_band,
+    mark_s_max,
+    of_rows,
+    reach,
+)
 
 METRIC_STYLE = {
     "clue_conflicts": {
@@ -120,6 +130,19 @@ def plot_steps(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
             look = {"color": colour, "marker": marker, "linestyle": "-", "label": f"loop, S = {count}"}
         else:
             look = ARM_STYLE[str(arm)] | {"label": arm}
+        interval_band(ax, part["hops"], part, "mean", **look | kws)
+    ax.set(xlabel="steps of evaluation that a hidden value takes", ylabel="KL(exact || read-out) (nats)")
+    ax.set_xticks(sorted(df["hops"].unique()))
+    return ax
+
+
+@of_rows
+def plot_cuts(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
+    """Excess KL (nats) by steps of evaluation with edges cut; `df`: edges n_loops hops n_nodes mean low high."""
+    ax = ax or plt.gca()
+    df = df[df["n_nodes"] >= FEWEST].drop_duplicates(["edges", "n_loops", "hops"]).sort_values("hops")
+    for (edges, looped), look in CUT_STYLE.items():
+        part = df[(df["edges"] == edges) & ((df["n_loops"] > 1) == looped)]
         interval_band(ax, part["hops"], part, "mean", **look | kws)
     ax.set(xlabel="steps of evaluation that a hidden value takes", ylabel="KL(exact || read-out) (nats)")
     ax.set_xticks(sorted(df["hops"].unique()))

@@ -84,6 +84,13 @@ PAYS_STYLE = {
     )
 }
 """Where loop less base is followed; not on word problems, whose errors are five times the gaps of all others."""
+CUT_STYLE = {
+    ("none", False): {"color": "#8c8c8c", "marker": "s", "linestyle": "--", "label": "S = 1"},
+    ("none", True): {"color": "#08306b", "marker": "o", "linestyle": "-", "label": "$S_{max}$"},
+    ("masked->masked", True): {"color": MASKED, "marker": "v", "linestyle": ":", "label": "masked → masked cut"},
+    ("masked->clean", True): {"color": CLEAN, "marker": "^", "linestyle": "-.", "label": "masked → clean cut"},
+}
+"""Edges cut from the second loop on, and whether there is a second loop."""
 KEY_STYLE = {
     "masked": {"color": MASKED, "marker": "o", "linestyle": "-", "label": "masked → masked"},
     "clean": {"color": CLEAN, "marker": "^", "linestyle": "--", "label": "masked → clean"},

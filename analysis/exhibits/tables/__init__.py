@@ -170,6 +170,7 @@ HOW_LONG = "seconds to minutes each (all together take about 40 minutes on two c
 EVERY = select()
 SUDOKU = select(task="sudoku") | select(task="sudoku9")
 KNOWN = select(task=("tree", "markov", "arithmetic"), weights=True)
+CARRIED = select(task="arithmetic", arm="loop", weights=True)
 ONE_MASK = {"n_samples": 1}
 ALONG = science.HALF | {"n": 64, "along_sampling": 16}
 """Options of measures."""
@@ -297,6 +298,13 @@ TABLES = {
             ("model", "arm", "seed", "n_loops", "hops", "excess_kl"),
             partial(quality.excess_kl_table, KNOWN),
             {"excess-kl": {}},
+        ),
+        Table(
+            "excess-kl-cut",
+            CARRIED,
+            ("model", "seed", "edges", "n_loops", "hops", "excess_kl"),
+            partial(quality.excess_with_cuts_table, CARRIED),
+            {"excess-kl-cut": {}},
         ),
         Table(
             "training-free",

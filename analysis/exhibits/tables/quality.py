@@ -190,6 +190,12 @@ def excess_kl_table(models: Select, zoo: Zoo) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
+def excess_with_cuts_table(models: Select, zoo: Zoo) -> pd.DataFrame:
+    """KL from the exact posterior by hops at S = 1 and S_max, with edges cut from the second loop on."""
+    frames = [evaluate(run.name, "excess-kl-cut", [1, run.s_max]).assign(**label(run)) for run in models.of(zoo)]
+    return pd.concat(frames, ignore_index=True)
+
+
 def text_table(measure: str, zoo: Zoo) -> pd.DataFrame:
     """One measure of the text models: base at S = 1, as it was trained, loop at 1 and S_max, seed 0 beyond."""
     frames = []

@@ -358,3 +358,24 @@ def test_only_fresh_runs_say_how_far_a_loop_carries(monkeypatch):
     monkeypatch.setattr(known, "looped", lambda _: 4)
     found = answered("one-step-a-loop", "arithmetic")
     assert found.n_seeds == 2 and found.estimate == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(("gained", "passes"), [(0.4, False), (0.9, True)])
+def test_what_comes_by_masked_keys_is_weighed_over_the_declared_steps(gained, passes, monkeypatch):
+    missing = {("none", 1): 1.0, ("none", 4): 1.0 - gained, ("masked->masked", 4): 1.6, ("masked->clean", 4): 1.1}
+    rows = [
+        (f"run-{seed}", seed, edges, n_loops, hop, value + 0.1 * seed if 4 <= hop <= 7 else 50.0, 12 - hop, 99)
+        for seed in (0, 1, 2)
+        for (edges, n_loops), value in missing.items()
+        for hop in range(1, 11)
+    ]
+    df = pd.DataFrame(rows, columns=["model", "seed", "edges", "n_loops", "hops", "excess_kl", "n_nodes", "n"])
+    df.loc[df["seed"] == 0, "excess_kl"] = 1e3  # was seen
+    df.loc[(df["edges"] == "masked->masked") & (df["model"] == "run-2"), "excess_kl"] += 0.2
+    monkeypatch.setattr(answers.tables, "load", lambda _: df)
+    monkeypatch.setattr(answers, "of_arm", lambda frame, *_: frame)
+    monkeypatch.setattr(known, "looped", lambda _: 4)
+    found = answered("later-steps-come-by-masked", "arithmetic")
+    assert (found.n_seeds, found.estimate) == (2, pytest.approx(0.6))
+    reading = next(item for item in load_claims() if item.name == "later-steps-come-by-masked").reading
+    assert reading.gate("arithmetic").passed is passes

@@ -29,6 +29,7 @@ from tests.conftest import toy_model
 ASKED = {
     "convergence": {"n_loops": 6, "least_loops": 6},
     "excess-kl": {"n_loops": [1, 2]},
+    "excess-kl-cut": {"n_loops": [1, 2]},
     "nll": {"n_loops": [1, 2]},
     "noise-level": {"n_loops": [1, 2]},
     "stopping-frontier": {"n_thresholds": 3},
@@ -57,7 +58,10 @@ def asked(name: str) -> dict:
     return {"n_loops": 3} | ({"mask_ratios": (0.3,)} if MEASURES[name].on == "masks" else {}) | ASKED.get(name, {})
 
 
-@pytest.mark.parametrize("name", [name for name in in_shards() if name != "excess-kl"])
+ON_TREES = ("excess-kl", "excess-kl-cut")
+
+
+@pytest.mark.parametrize("name", [name for name in in_shards() if name not in ON_TREES])
 def test_the_merged_table_is_the_whole_one(name, documents, monkeypatch):
     m = toy()
     whole = measure(name, m, **asked(name))
@@ -70,12 +74,13 @@ def test_the_merged_table_is_the_whole_one(name, documents, monkeypatch):
     assert {len(part) for part in parts} == {len(parts[0])}  # each did its own, not the whole
 
 
-def test_a_known_posterior_comes_in_shards(monkeypatch):
+@pytest.mark.parametrize("name", ON_TREES)
+def test_a_known_posterior_comes_in_shards(name, monkeypatch):
     found = TestSet("tree", Sequences.of(TREE_TASKS["tree"].sample(80, 1)))
     monkeypatch.setattr(Access, "test_set", lambda *_, **__: found)
     m = HookedLoopMDM.from_pretrained("tree-loop")
-    whole = measure("excess-kl", m, [2], n_samples=1)
-    parts = [measure("excess-kl", m, [2], n_samples=1, shard=(number, 2)) for number in (1, 2)]
+    whole = measure(name, m, [2], n_samples=1)
+    parts = [measure(name, m, [2], n_samples=1, shard=(number, 2)) for number in (1, 2)]
     assert frames.value_hash(merge(parts, m)) == frames.value_hash(whole)
 
 

@@ -42,6 +42,7 @@ STYLED = [
     ("known", "plot_rounds", "excess-kl", MAP),
     ("known", "plot_steps", "arithmetic-steps", MARK),
     ("known", "plot_reach", "arithmetic-steps", MARK),
+    ("known", "plot_cuts", "arithmetic-edges", MARK),
     ("loops", "plot_lenses", "learned-lenses", MARK),
     ("mechanism", "plot_attribution", "logit-attribution", MAP),
     ("mechanism", "plot_patching", "attribution-patching", MAP),
