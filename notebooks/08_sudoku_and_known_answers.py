@@ -207,9 +207,9 @@ figures.FIGURES["arithmetic-steps"].show()
 
 # %% [markdown]
 # By which edges do the later steps come? A deep value's operands are hidden values themselves; its operators and
-# leaves are clean. Below, masked queries of the looped layer cannot see masked keys, or clean ones, from the second
-# loop on. If loops hand results on, the line without masked keys goes back to that of one loop; if they only read
-# the clean tokens again, the other one does.
+# leaves are clean. Below, masked queries of the looped layer cannot see masked keys, or clean ones, from the
+# second loop on. If loops hand results on, the line without masked keys goes back to that of one loop; if they
+# only read the clean tokens again, the other one does.
 
 # %%
 figures.FIGURES["arithmetic-edges"].show()

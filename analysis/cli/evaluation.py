@@ -21,8 +21,8 @@ def evaluate(
     measure: Annotated[
         str,
         typer.Option(
-            help="nll | noise-level | zero-shot | excess-kl | solve-rate | generative | multiple-choice | "
-            "word-problems"
+            help="nll | noise-level | zero-shot | excess-kl | excess-kl-cut | solve-rate | generative | "
+            "multiple-choice | word-problems"
         ),
     ] = "nll",
     n_loops: Annotated[str, typer.Option(help="loop counts, comma-separated; default 1 and S_max")] = "",
