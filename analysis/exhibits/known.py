@@ -282,9 +282,9 @@ EXHIBITS = (
         loop and coda are whole). 1,000 unseen expressions, two masks each; steps that fewer than 20 hidden
         values take are left out. Bands: 95% over expressions. A panel a training seed; under either cut seed 1
         goes astray. Operands of a deep value are hidden values themselves; the operators and leaves at their
-        place are clean. The paper: looping works because masked positions interact; a line with masked keys cut that lies
-        on that of S_max counts against it, one with clean keys cut that lies as high says that they are needed
-        as much.""",
+        place are clean. The paper: looping works because masked positions interact; a line with masked keys cut
+        that lies on that of S_max counts against it, one with clean keys cut that lies as high says that they
+        are needed as much.""",
         (Reading("later-steps-come-by-masked", _by_masked, ("excess-kl-cut",), _loops_reach_on),),
     ),
 )
