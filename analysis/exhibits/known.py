@@ -276,15 +276,15 @@ EXHIBITS = (
         "Cut from masked keys, later loops gain nothing; verdict undecided",
         ("excess-kl-cut",),
         arithmetic_edges,
-        """KL of the read-out from the exact answer, nats a hidden value, by the steps of evaluation that it
-        takes, at S = 1, at S_max = 4, and there with attention of masked queries to other masked keys, or to
-        clean ones, cut in the looped layer from the second loop on (a query's own key is kept; prelude, first
-        loop and coda are whole). 1,000 unseen expressions, two masks each; steps that fewer than 20 hidden
-        values take are left out. Bands: 95% over expressions. A panel a training seed; under either cut seed 1
-        goes astray. Operands of a deep value are hidden values themselves; the operators and leaves at their
-        place are clean. The paper: looping works because masked positions interact; a line with masked keys cut
-        that lies on that of S_max counts against it, one with clean keys cut that lies as high says that they
-        are needed as much.""",
+        """What is missing of hidden values, by the steps of evaluation that they take, where later loops may not
+        hear masked, or clean, positions. KL of the read-out from the exact answer, nats a value, at S = 1, at
+        S_max = 4, and there with attention of masked queries to other masked keys, or to clean ones, cut in the
+        looped layer from the second loop on (a query's own key is kept; prelude, first loop and coda are whole).
+        1,000 unseen expressions, two masks each; steps that fewer than 20 hidden values take are left out.
+        Bands: 95% over expressions. A panel a training seed; under either cut seed 1 goes astray. Operands of a
+        deep value are hidden values themselves; the operators and leaves at their place are clean. The paper:
+        looping works because masked positions interact; a line with masked keys cut that lies on that of S_max
+        counts against it, one with clean keys cut that lies as high says that they are needed as much.""",
         (Reading("later-steps-come-by-masked", _by_masked, ("excess-kl-cut",), _loops_reach_on),),
     ),
 )
