@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from loopmdm.analysis.exhibits import tables
-from loopmdm.analysis.exhibits.answers import Answer, Gate, NotRun, answer_of, looped, over_runs, rows_of
+from loopmdm.analysis.exhibits.answers import Answer, Gate, answer_of, looped, over_runs, rows_of, settled_runs
 from loopmdm.analysis.exhibits.registry import MEANS, Exhibit, Reading, Tables
 from loopmdm.analysis.numbers.estimate import across_seeds
 from loopmdm.analysis.plots import known
@@ -160,11 +160,9 @@ def _belief(task: str) -> Answer:
 def _steps_a_loop(task: str) -> Answer:
     """Over fresh runs: the rise of the steps in reach from S = 1 to S_max, by loop added."""
     most, df = looped(task), rows_of("excess-kl", task)
-    fresh = df[df["seed"] > 0]  # seed 0 was seen when the estimand was written
-    if fresh.empty:
-        raise NotRun
-    reached = steps_in_reach(fresh).pivot_table(index="model", columns="n_loops", values="steps")
-    return over_runs((reached[most] - reached[1]) / (most - 1), int(fresh["n"].max()))
+    reached = steps_in_reach(df).pivot_table(index="model", columns="n_loops", values="steps")
+    rise = settled_runs((reached[most] - reached[1]) / (most - 1), task, fresh=True)
+    return over_runs(rise, int(df["n"].max()))
 
 
 STEPS = (4, 7)
@@ -172,12 +170,11 @@ STEPS = (4, 7)
 
 
 def _missing(task: str, edges: str, n_loops: int) -> pd.Series:
-    """Excess over hidden values of `STEPS`, nats a value, by fresh run; NotRun without one."""
+    """Excess over hidden values of `STEPS`, nats a value, by fresh run."""
     df = rows_of("excess-kl-cut", task, edges=edges, n_loops=n_loops)
-    df = df[df["hops"].between(*STEPS) & (df["seed"] > 0)]  # seed 0 was seen when the estimand was written
-    if df.empty:
-        raise NotRun
-    return df.groupby("model").apply(lambda part: np.average(part["excess_kl"], weights=part["n_nodes"]))
+    df = df[df["hops"].between(*STEPS)]
+    means = df.groupby("model").apply(lambda part: np.average(part["excess_kl"], weights=part["n_nodes"]))
+    return settled_runs(means, task, fresh=True)
 
 
 def _by_masked(task: str) -> Answer:

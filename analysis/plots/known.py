@@ -131,9 +131,7 @@ def plot_steps(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
         else:
             look = ARM_STYLE[str(arm)] | {"label": arm}
         interval_band(ax, part["hops"], part, "mean", **look | kws)
-    ax.set(xlabel="steps of evaluation that a hidden value takes", ylabel="KL(exact || read-out) (nats)")
-    ax.set_xticks(sorted(df["hops"].unique()))
-    return ax
+    return _over_steps(ax, df)
 
 
 @of_rows
@@ -144,6 +142,10 @@ def plot_cuts(df: pd.DataFrame, *, ax: Axes | None = None, **kws: Any) -> Axes:
     for (edges, looped), look in CUT_STYLE.items():
         part = df[(df["edges"] == edges) & ((df["n_loops"] > 1) == looped)]
         interval_band(ax, part["hops"], part, "mean", **look | kws)
+    return _over_steps(ax, df)
+
+
+def _over_steps(ax: Axes, df: pd.DataFrame) -> Axes:
     ax.set(xlabel="steps of evaluation that a hidden value takes", ylabel="KL(exact || read-out) (nats)")
     ax.set_xticks(sorted(df["hops"].unique()))
     return ax

@@ -268,10 +268,10 @@ class TextEntries:
         """Which tokens [text, pos] hold a letter of one of the words."""
         if board_of_model(self.cfg) is not None:
             raise UsageError("a board has cells, not words; hide them by positions=")
-        offsets, whole = [self._spans(text) for text in texts], "" if self._of_symbols else r"\w"
+        offsets = [self._spans(text) for text in texts]
         found = torch.zeros(len(texts), length, dtype=torch.bool)
         for word in words:
-            wanted = rf"(?<!{whole}){re.escape(word)}(?!{whole})" if whole else re.escape(word)
+            wanted = re.escape(word) if self._of_symbols else rf"(?<!\w){re.escape(word)}(?!\w)"
             places = [list(re.finditer(wanted, text)) for text in texts]
             if not word or not any(places):
                 raise UsageError(f"no word {word!r} in the text; words are whole, with their own capitals")

@@ -19,7 +19,8 @@ POOLED = "mask-attention-pooled"
 AT_CHANCE = "gsm"
 """A task that no shipped model has learned: what goes on inside explains nothing."""
 ASIDE = (AT_CHANCE, "arithmetic", "imdb-d48")
-"""Beside it tasks of declared sets that are not whole: of their runs only curves and NELBOs are for drawing."""
+"""Beside it tasks of declared sets that are not whole: of their runs only curves, NELBOs and the excess over exact
+answers are for drawing."""
 
 
 def main_tasks(arm: str) -> Select:

@@ -38,7 +38,7 @@ def excess_with_cuts(
 MEASURES = (
     Measure(
         "excess-kl-cut",
-        "the same with edges cut from the second loop on",
+        "excess over the exact posterior by hops, with edges cut from the second loop on",
         excess_with_cuts,
         "loops",
         others=False,

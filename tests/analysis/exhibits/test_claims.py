@@ -336,11 +336,11 @@ def test_steps_in_reach_start_at_none_and_end_at_the_most():
 
 def test_only_fresh_runs_say_how_far_a_loop_carries(monkeypatch):
     """Seed 0 was seen when the estimand was written."""
-    planted = [(0, 9), (1, 1), (2, 2)]
+    planted, names = [(0, 9), (1, 1), (2, 2)], ("arithmetic-loop", "run-1", "run-2")
     rows = [
         (
             "arithmetic",
-            f"run-{seed}",
+            names[seed],
             "loop",
             seed,
             loops,
@@ -362,9 +362,10 @@ def test_only_fresh_runs_say_how_far_a_loop_carries(monkeypatch):
 
 @pytest.mark.parametrize(("gained", "passes"), [(0.4, False), (0.9, True)])
 def test_what_comes_by_masked_keys_is_weighed_over_the_declared_steps(gained, passes, monkeypatch):
+    names = ("arithmetic-loop", "run-1", "run-2")
     missing = {("none", 1): 1.0, ("none", 4): 1.0 - gained, ("masked->masked", 4): 1.6, ("masked->clean", 4): 1.1}
     rows = [
-        (f"run-{seed}", seed, edges, n_loops, hop, value + 0.1 * seed if 4 <= hop <= 7 else 50.0, 12 - hop, 99)
+        (names[seed], seed, edges, n_loops, hop, value + 0.1 * seed if 4 <= hop <= 7 else 50.0, 12 - hop, 99)
         for seed in (0, 1, 2)
         for (edges, n_loops), value in missing.items()
         for hop in range(1, 11)
